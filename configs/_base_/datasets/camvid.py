@@ -1,0 +1,51 @@
+num_classes = 11
+dataset_type = 'CamVidDataset'
+data_root = 'data/camvid'
+crop_size = (320, 320)
+train_pipeline = [
+    dict(type='LoadSegImage'),
+    dict(type='LoadSegLabels', num_classes=num_classes),
+    dict(type='RandomResize', scale=(480, 360), ratio_range=(0.75, 2.0), keep_ratio=True),
+    dict(type='RandomCrop', crop_size=crop_size, cat_max_ratio=0.75),
+    dict(type='RandomFlip', prob=0.5),
+    dict(type='PhotoMetricDistortion'),
+    dict(type='PackSegInputs'),
+]
+test_pipeline = [
+    dict(type='LoadSegImage'),
+    dict(type='LoadSegLabels', num_classes=num_classes),
+    dict(type='PackSegInputs'),
+]
+tta_pipeline = [
+    dict(type='LoadSegImage'),
+    dict(type='TestTimeAug', transforms=[
+        [dict(type='Resize', scale=(int(480 * ratio), int(360 * ratio)), keep_ratio=True)
+         for ratio in (0.75, 1.0, 1.25, 1.5)],
+        [dict(type='RandomFlip', prob=prob, direction='horizontal') for prob in (0., 1.)],
+        [dict(type='LoadSegLabels', num_classes=num_classes)],
+        [dict(type='PackSegInputs')],
+    ]),
+]
+train_dataloader = dict(
+    batch_size=8,
+    num_workers=4,
+    persistent_workers=True,
+    sampler=dict(type='InfiniteSampler', shuffle=True),
+    dataset=dict(
+        type=dataset_type,
+        data_root=data_root,
+        data_prefix=dict(img_path='images/train', seg_map_path='annotations/train'),
+        pipeline=train_pipeline))
+val_dataloader = dict(
+    batch_size=1,
+    num_workers=4,
+    persistent_workers=True,
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(
+        type=dataset_type,
+        data_root=data_root,
+        data_prefix=dict(img_path='images/val', seg_map_path='annotations/val'),
+        pipeline=test_pipeline))
+test_dataloader = val_dataloader
+val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
+test_evaluator = val_evaluator

@@ -1,0 +1,27 @@
+model = dict(
+    type='EncoderDecoder',
+    data_preprocessor=dict(
+        type='SegDataPreProcessor',
+        mean=[123.675, 116.28, 103.53],
+        std=[58.395, 57.12, 57.375],
+        bgr_to_rgb=True,
+        pad_val=0,
+        seg_pad_val=255,
+        size=(512, 512)),
+    backbone=dict(type='EFT', arch='tiny', drop_path_rate=0.2),
+    decode_head=dict(
+        type='EDAFormerHead',
+        in_channels=(64, 128, 256),
+        channels=128,
+        depths=(1, 2, 3),
+        num_heads=(2, 4, 8),
+        pool_ratios=(4, 2, 1),
+        ffn_ratios=2,
+        drop_path_rate=0.1,
+        dropout_ratio=0.1,
+        num_classes=150,
+        norm_cfg=dict(type='BN', requires_grad=True),
+        align_corners=False,
+        loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0)),
+    train_cfg=dict(),
+    test_cfg=dict(mode='whole'))

@@ -1,0 +1,20 @@
+"""EDAFormer for mmsegmentation: EFT, the all-attention decoder, and inference spatial reduction.
+
+Importing it registers everything: the networks, the data sets and transforms, the hooks.
+"""
+from . import compat
+
+__version__ = '0.1.0'
+
+compat.check_environment()
+compat.stub_mmcv_ops()
+compat.allow_mmengine_checkpoints()
+with compat.quiet_imports():
+    from .data import CamVidDataset, SyntheticDataset
+    from .engine import CheckWeightsHook, ProgressHook
+    from .isr import ISRHook, ISRRatio, apply_isr, isr, remove_isr, report_isr
+    from .models import EFT, EDAFormerHead
+compat.register_cpu_wrapper()
+
+__all__ = ['EFT', 'CamVidDataset', 'CheckWeightsHook', 'EDAFormerHead', 'ISRHook', 'ISRRatio',
+           'ProgressHook', 'SyntheticDataset', 'apply_isr', 'isr', 'remove_isr', 'report_isr']

@@ -1,0 +1,108 @@
+"""Reading images and labels so that a bad file is named, before it reaches the GPU."""
+from pathlib import Path
+from typing import Any
+
+import mmcv
+import numpy as np
+from mmcv.transforms import LoadImageFromFile
+from mmengine import fileio
+from mmseg.datasets.transforms import LoadAnnotations
+from mmseg.registry import TRANSFORMS
+
+from ..errors import DataError
+
+IGNORED = 255
+
+
+@TRANSFORMS.register_module()
+class LoadSegImage(LoadImageFromFile):
+    """mmcv's LoadImageFromFile that names the file which it cannot read.
+
+    Raises:
+        DataError: The image is missing or cannot be decoded.
+    """
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any] | None:
+        path = results['img_path']
+        try:
+            return super().transform(results)
+        except FileNotFoundError as error:
+            raise DataError(f'image not found: {path}') from error
+        except (AssertionError, OSError, ValueError) as error:
+            raise DataError(f'image cannot be decoded: {path} '
+                            f'({_size(path)} bytes): replace it or remove it') from error
+
+
+@TRANSFORMS.register_module()
+class LoadSegLabels(LoadAnnotations):
+    """mmseg's LoadAnnotations that checks what it reads.
+
+    A label out of range is an assertion deep in CUDA otherwise, a 16-bit label wraps around
+    silently, and a coloured mask fails far from its cause.
+
+    Args:
+        num_classes: Labels after ``reduce_zero_label`` and ``label_map`` lie below it or are 255.
+        imdecode_backend: Decoder of the mask.
+        backend_args: Where files come from, see mmengine's fileio.
+
+    Raises:
+        DataError: The mask is missing, cannot be decoded, is of another size than the image, has
+            several channels, or a label is out of range; the message names the file.
+    """
+
+    def __init__(self, num_classes: int, imdecode_backend: str = 'pillow',
+                 backend_args: dict[str, Any] | None = None) -> None:
+        super().__init__(imdecode_backend=imdecode_backend, backend_args=backend_args)
+        self.num_classes = num_classes
+
+    def _load_seg_map(self, results: dict[str, Any]) -> None:
+        path = results['seg_map_path']
+        try:
+            mask = mmcv.imfrombytes(fileio.get(path, backend_args=self.backend_args),
+                                    flag='unchanged', backend=self.imdecode_backend)
+        except FileNotFoundError as error:
+            raise DataError(f'mask not found: {path} for image {results.get("img_path")}'
+                            ) from error
+        except (OSError, ValueError) as error:
+            raise DataError(f'mask cannot be decoded: {path} ({_size(path)} bytes)') from error
+        if mask is None:
+            raise DataError(f'mask cannot be decoded: {path} ({_size(path)} bytes)')
+        mask = mask.squeeze()
+        if mask.ndim != 2:
+            raise DataError(f'mask {path} has {mask.shape[-1]} channels: it must be one channel of '
+                            'class indices, not colours')
+        if 'ori_shape' in results and mask.shape != tuple(results['ori_shape']):
+            raise DataError(f'mask {path} is {mask.shape[1]}x{mask.shape[0]} pixels, its image '
+                            f'{results["ori_shape"][1]}x{results["ori_shape"][0]}')
+        table = self._table(results)
+        inside = (mask >= 0) & (mask <= 255)
+        labels = table[np.where(inside, mask, 0).astype(np.uint8)]
+        wrong = ~inside | ((labels >= self.num_classes) & (labels != IGNORED))
+        if wrong.any():
+            raise DataError(self._describe(mask, wrong, results))
+        results['gt_seg_map'] = labels
+        results['seg_fields'].append('gt_seg_map')
+
+    def _describe(self, mask: np.ndarray, wrong: np.ndarray, results: dict[str, Any]) -> str:
+        values = np.unique(mask[wrong])
+        zero = bool(results.get('reduce_zero_label'))
+        return (f'mask {results["seg_map_path"]} holds the label '
+                f'{", ".join(map(str, values[:5]))}{" and more" if len(values) > 5 else ""} '
+                f'({int(wrong.sum())} pixels): its {self.num_classes} classes are {int(zero)} to '
+                f'{self.num_classes - 1 + zero}, and {"0 and " if zero else ""}255 mean no label')
+
+    def _table(self, results: dict[str, Any]) -> np.ndarray:
+        """What each of the 256 values of a mask becomes."""
+        table = np.arange(256)
+        if results.get('reduce_zero_label'):
+            table = np.where((table == 0) | (table == IGNORED), IGNORED, table - 1)
+        if results.get('label_map') is not None:
+            mapped = table.copy()
+            for old, new in results['label_map'].items():
+                mapped[table == old] = new
+            table = mapped
+        return table.astype(np.uint8)
+
+
+def _size(path: str) -> int | str:
+    return Path(path).stat().st_size if Path(path).is_file() else 'unknown'

@@ -1,0 +1,151 @@
+"""What is cheaper to find before a run than days into it."""
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.device import is_cuda_available
+from mmengine.logging import print_log
+from mmengine.registry import init_default_scope
+from mmseg.datasets import BaseSegDataset
+from mmseg.registry import DATASETS
+
+from ..errors import CheckpointError, ConfigError, DataError
+
+
+def check_amp(cfg: Config) -> None:
+    """See that mixed precision can run here.
+
+    Raises:
+        ConfigError: The config wants AmpOptimWrapper, and there is no GPU.
+    """
+    if cfg.optim_wrapper.type == 'AmpOptimWrapper' and not is_cuda_available():
+        raise ConfigError('--amp (AmpOptimWrapper) needs a GPU, and none is visible here: train '
+                          'without it, or check CUDA_VISIBLE_DEVICES and the installed torch')
+
+
+def check_batch_size(cfg: Config, world_size: int) -> None:
+    """Compare the images per step with those that the learning rate was chosen for, and warn."""
+    base = (cfg.get('auto_scale_lr') or {}).get('base_batch_size')
+    per_gpu = cfg.train_dataloader.batch_size
+    total = per_gpu * world_size
+    if not base or total == base:
+        return
+    if cfg.auto_scale_lr.get('enable'):
+        _warn(f'{world_size} x {per_gpu} = {total} images per step instead of {base}: the '
+              f'learning rate is scaled by {total / base:g}')
+        return
+    exact = (f', or keep the recipe with --cfg-options train_dataloader.batch_size='
+             f'{base // world_size}' if base % world_size == 0 else '')
+    _warn(f'{world_size} x {per_gpu} = {total} images per step, but the learning rate of this '
+          f'config is for {base}: pass --auto-scale-lr to scale it by {total / base:g}{exact}')
+
+
+def check_start(cfg: Config) -> None:
+    """See where the weights of a training come from.
+
+    Raises:
+        CheckpointError: ``load_from`` names a file that is not there.
+    """
+    source = cfg.get('load_from')
+    if source and '://' not in source and not Path(source).is_file():
+        raise CheckpointError(f'load_from={source} does not exist: give the trained checkpoint '
+                              'with --load-from FILE')
+    if not source and not cfg.get('resume') and cfg.model.backbone.get('init_cfg') is None \
+            and cfg.model.backbone.get('type') == 'EFT':
+        _warn('The encoder starts from random weights. The paper\'s mIoU needs one pretrained on '
+              'ImageNet: --cfg-options model.backbone.init_cfg.type=Pretrained '
+              'model.backbone.init_cfg.checkpoint=FILE')
+
+
+def check_data(cfg: Config, *splits: str) -> None:
+    """See that the data of the splits is there and has the classes that the model predicts.
+
+    Args:
+        cfg: The config of the run.
+        splits: Of 'train', 'val', 'test'.
+
+    Raises:
+        DataError: A folder or file is missing, or an image has no mask or the other way round.
+        ConfigError: The data set and the model differ in their number of classes.
+    """
+    model = cfg.model.get('module', cfg.model)  # test-time augmentation wraps it
+    num_classes = model.decode_head.num_classes if 'decode_head' in model else None
+    init_default_scope(cfg.get('default_scope') or 'mmseg')
+    for split in splits:
+        loader = cfg.get(f'{split}_dataloader')
+        if not loader:
+            continue
+        for dataset_cfg in _datasets(loader.dataset):
+            if not os.path.isdir(dataset_cfg.get('data_root') or '.'):
+                raise DataError(_missing(split, dataset_cfg.data_root))
+            dataset = DATASETS.build({**dataset_cfg, 'lazy_init': True})
+            if isinstance(dataset, BaseSegDataset):
+                _check_classes(split, dataset, num_classes)
+                if os.environ.get('RANK', '0') == '0':
+                    _check_files(split, dataset)
+
+
+def _datasets(cfg: Any) -> Iterator[Any]:
+    """The data sets within wrappers such as ConcatDataset and RepeatDataset."""
+    inner = cfg.get('datasets') or ([cfg.dataset] if 'dataset' in cfg else None)
+    if inner is None:
+        yield cfg
+    else:
+        for each in inner:
+            yield from _datasets(each)
+
+
+def _check_classes(split: str, dataset: BaseSegDataset, num_classes: int | None) -> None:
+    classes = dataset.metainfo.get('classes')
+    if classes is None or num_classes is None or len(classes) == num_classes:
+        return
+    raise ConfigError(f'the {split} set {type(dataset).__name__} has {len(classes)} classes, the '
+                      f'model {num_classes}: set model.decode_head.num_classes={len(classes)}, or '
+                      'the data set\'s metainfo.classes')
+
+
+def _check_files(split: str, dataset: BaseSegDataset) -> None:
+    """See that the images and the masks are the same ones by name."""
+    prefix = dataset.data_prefix
+    if any('://' in (path or '') for path in prefix.values()):
+        return
+    images, masks = prefix.get('img_path') or '', prefix.get('seg_map_path')
+    for folder in filter(None, (images, masks)):
+        if not os.path.isdir(folder):
+            raise DataError(_missing(split, folder))
+    if dataset.ann_file:
+        if not os.path.isfile(dataset.ann_file):
+            raise DataError(_missing(split, dataset.ann_file))
+        return
+    stems = _stems(images, dataset.img_suffix)
+    if not stems:
+        raise DataError(f'the {split} set has no image that ends in {dataset.img_suffix} '
+                        f'under {images}')
+    if masks is None:
+        return
+    labelled = _stems(masks, dataset.seg_map_suffix)
+    for kind, alone, folder, suffix in (('image', stems - labelled, masks, dataset.seg_map_suffix),
+                                        ('mask', labelled - stems, images, dataset.img_suffix)):
+        if alone:
+            wanted = ', '.join(os.path.join(folder, stem + suffix) for stem in sorted(alone)[:3])
+            raise DataError(f'{len(alone)} {kind}{"s" if len(alone) > 1 else ""} of the {split} '
+                            f'set {"have" if len(alone) > 1 else "has"} no partner. Missing: '
+                            f'{wanted}{", ..." if len(alone) > 3 else ""}')
+
+
+def _stems(folder: str, suffix: str) -> set[str]:
+    """Names of the files below a folder that end in a suffix, without it."""
+    return {os.path.relpath(os.path.join(where, name), folder).removesuffix(suffix)
+            for where, _, names in os.walk(folder) for name in names if name.endswith(suffix)}
+
+
+def _missing(split: str, path: str) -> str:
+    return (f'the {split} set is not where the config says: {path} does not exist (from '
+            f'{os.getcwd()}). Set {split}_dataloader.dataset.data_root with --cfg-options, or '
+            'link your data there; tools/prepare_data.py says what belongs where')
+
+
+def _warn(message: str) -> None:
+    print_log(message, logger='current', level=30)

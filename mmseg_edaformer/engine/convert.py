@@ -1,0 +1,206 @@
+"""The authors' checkpoints, under the names of this package."""
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..models import EFT, EDAFormerHead
+from ..models.eft import ARCHITECTURES
+from .checkpoint import load_from_file
+
+_RENAMED = [
+    (r'^patch_embed(\d)\.', lambda m: f'stages.{int(m[1]) - 1}.patch_embed.'),
+    (r'^block(\d)\.', lambda m: f'stages.{int(m[1]) - 1}.blocks.'),
+    (r'^norm(\d)\.', lambda m: f'stages.{int(m[1]) - 1}.norm.'),
+    (r'^decode_head\.attn((\d)\2*)\.',
+     lambda m: f'decode_head.levels.{int(m[2]) - 2}.{len(m[1]) - 1}.'),
+    (r'\.attn\.sr\.', '.attn.kv.'),
+    (r'\.attn\.norm\.', '.attn.kv_norm.'),
+    (r'\.mlp\.dwconv\.dwconv\.', '.ffn.dwconv.'),
+    (r'\.mlp\.', '.ffn.'),
+    (r'^decode_head\.linear_fuse\.conv\.', 'decode_head.fuse.'),
+    (r'^decode_head\.linear_fuse\.bn\.', 'decode_head.fuse_norm.'),
+    (r'^decode_head\.linear_pred\.', 'decode_head.conv_seg.'),
+]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Converted weights and what became of every key of the source.
+
+    ``renamed`` maps each used key to its new name; ``dropped`` gives the reason for the others.
+    ``backbone_only`` tells an ImageNet encoder from a segmentor.
+    """
+    state_dict: dict[str, Tensor]
+    renamed: dict[str, str]
+    dropped: dict[str, str]
+    backbone_only: bool
+    sizes: dict[str, Any]
+
+    @property
+    def advice(self) -> str:
+        """The model's sizes and the config to use."""
+        sizes = self.sizes
+        letter = {'tiny': 't', 'base': 'b'}.get(sizes['arch'])
+        if self.backbone_only:
+            use = ('--cfg-options model.backbone.init_cfg.type=Pretrained '
+                   'model.backbone.init_cfg.checkpoint=FILE')
+            return f'EFT {sizes["arch"]}, an encoder: train edaformer_{letter or "t"}_*.py with {use}'
+        data = {150: 'ade', 19: 'cityscapes', 171: 'cocostuff'}.get(sizes['num_classes'])
+        known = letter and data
+        config = (f'configs/edaformer_{letter}_{data}.py' if known else
+                  f'a config with model.backbone.arch={sizes["arch"]} and '
+                  f'model.decode_head.num_classes={sizes["num_classes"]}')
+        return f'EDAFormer {sizes["arch"]}, {sizes["num_classes"]} classes: use {config}'
+
+
+def convert_state_dict(source: Mapping[str, Tensor]) -> Conversion:
+    """Rename the weights of a released segmentor or encoder, and check each against the model.
+
+    Raises:
+        CheckpointError: A key is unknown, missing or of a shape that no model of its sizes has.
+    """
+    source = {name.removeprefix('module.'): tensor for name, tensor in source.items()}
+    segmentor = any(name.startswith('decode_head.') for name in source)
+    weights: dict[str, Tensor] = {}
+    renamed: dict[str, str] = {}
+    dropped: dict[str, str] = {}
+    for name, tensor in source.items():
+        if name.startswith('decode_head.conv_seg.'):
+            dropped[name] = 'unused in the release: its classifier is linear_pred'
+        elif name.startswith(('head.', 'backbone.head.')):
+            dropped[name] = 'the ImageNet classifier'
+        else:
+            renamed[name] = new = rename_key(name)
+            weights[new] = tensor
+    sizes = infer_sizes(weights)
+    prefix = 'backbone.' if segmentor else ''
+    wanted = {f'{prefix}{name}': tensor.shape for name, tensor in _on_meta(EFT, sizes['eft'])}
+    if segmentor:
+        wanted.update({f'decode_head.{name}': tensor.shape
+                       for name, tensor in _on_meta(EDAFormerHead, sizes['head'])})
+    problems = [f'{name} is missing' for name in wanted if name not in weights]
+    problems += [f'{old} is not known' for old, new in renamed.items()
+                 if new not in wanted and not new.endswith('num_batches_tracked')]
+    problems += [f'{name} is {tuple(weights[name].shape)}, not {tuple(shape)}'
+                 for name, shape in wanted.items()
+                 if name in weights and weights[name].shape != shape]
+    if problems:
+        raise CheckpointError('the weights are not those of an EDAFormer: ' +
+                              '; '.join(problems[:8]) +
+                              (f' and {len(problems) - 8} more' if len(problems) > 8 else ''))
+    return Conversion(weights, renamed, dropped, not segmentor, sizes)
+
+
+def rename_key(name: str) -> str:
+    """The name here of a released weight; a name of ours stays what it is."""
+    prefix = 'backbone.' if name.startswith('backbone.') else ''
+    name = name.removeprefix('backbone.')
+    for pattern, replacement in _RENAMED:
+        name = re.sub(pattern, replacement, name)
+    return prefix + name
+
+
+def infer_sizes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Arguments for EFT and EDAFormerHead, read off converted weights.
+
+    Heads and pools leave no trace in weights; they are taken as doubling from stage to stage, as
+    in every released model.
+
+    Raises:
+        CheckpointError: There is no patch embedding to start from.
+    """
+    encoder = {name.removeprefix('backbone.'): tensor for name, tensor in weights.items()
+               if not name.startswith('decode_head.')}
+    try:
+        dims, depths, ffn_ratios = [], [], []
+        while f'stages.{len(dims)}.patch_embed.proj.weight' in encoder:
+            stage = f'stages.{len(dims)}.'
+            dim = encoder[f'{stage}patch_embed.proj.weight'].shape[0]
+            hidden = encoder[f'{stage}blocks.0.ffn.fc1.weight'].shape[0]
+            dims.append(dim)
+            depths.append(len({name.split('.')[3] for name in encoder
+                               if name.startswith(f'{stage}blocks.')}))
+            ffn_ratios.append(_ffn_ratio(dim, hidden))
+        if not dims:
+            raise KeyError('patch_embed1.proj.weight')
+        eft = dict(arch=dict(embed_dims=dims, depths=depths, ffn_ratios=ffn_ratios,
+                             num_heads=[2 ** i for i in range(len(dims))],
+                             pool_ratios=[2 ** i for i in range(len(dims) - 1, -1, -1)]))
+        sizes: dict[str, Any] = dict(arch=_name_arch(dims, depths), eft=eft)
+        if 'decode_head.fuse.weight' in weights:
+            levels = sorted({int(name.split('.')[2]) for name in weights
+                             if name.startswith('decode_head.levels.')})
+            head = [f'decode_head.levels.{level}.' for level in levels]
+            sizes['num_classes'] = weights['decode_head.conv_seg.weight'].shape[0]
+            in_channels = [weights[f'{level}0.attn.kv.weight'].shape[0] for level in head]
+            sizes['head'] = dict(
+                in_channels=in_channels, in_index=[level + 1 for level in levels],
+                channels=weights['decode_head.fuse.weight'].shape[0],
+                num_classes=sizes['num_classes'],
+                depths=[len({name.split('.')[3] for name in weights if name.startswith(level)})
+                        for level in head],
+                num_heads=[2 ** (level + 1) for level in levels],
+                pool_ratios=[2 ** (levels[-1] - level) for level in levels],
+                ffn_ratios=[_ffn_ratio(dim, weights[f'{level}0.ffn.fc1.weight'].shape[0])
+                            for level, dim in zip(head, in_channels)])
+    except KeyError as error:
+        raise CheckpointError(f'the weights are not those of an EDAFormer: {error.args[0]} '
+                              'is missing') from error
+    return sizes
+
+
+def convert_file(source: str | Path, target: str | Path) -> Conversion:
+    """Convert a released checkpoint, .pth or .safetensors, to a file of either kind.
+
+    The target appears only when all went well. Class names and palette of the source go along.
+
+    Raises:
+        CheckpointError: The source is not a whole checkpoint of EDAFormer or EFT, or the target
+            has another suffix.
+    """
+    target = Path(target)
+    if target.suffix not in ('.pth', '.safetensors'):
+        raise CheckpointError(f'{target}: write to a .pth or a .safetensors file')
+    content = load_from_file(source, map_location='cpu')
+    conversion = convert_state_dict(content['state_dict'])
+    meta = content.get('meta') or {}
+    classes = meta.get('CLASSES') or (meta.get('dataset_meta') or {}).get('classes')
+    palette = meta.get('PALETTE') or (meta.get('dataset_meta') or {}).get('palette')
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f'.{target.name}.partial')
+    try:
+        if target.suffix == '.safetensors':
+            save_file({name: tensor.contiguous()
+                       for name, tensor in conversion.state_dict.items()}, partial)
+        else:
+            new_meta = dict(dataset_meta=dict(classes=classes, palette=palette)) if classes else {}
+            torch.save(dict(state_dict=conversion.state_dict, meta=new_meta), partial)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return conversion
+
+
+def _ffn_ratio(dim: int, hidden: int) -> float:
+    """The ratio of one decimal that gives a width, such as 3.8 for int(32 * 3.8) = 121."""
+    return next((tenths / 10 for tenths in range(1, 200) if int(dim * tenths / 10) == hidden),
+                hidden / dim)
+
+
+def _name_arch(dims: list[int], depths: list[int]) -> str:
+    return next((name for name, sizes in ARCHITECTURES.items()
+                 if (list(sizes['embed_dims']), list(sizes['depths'])) == (dims, depths)),
+                f'dict(embed_dims={dims}, depths={depths})')
+
+
+def _on_meta(build: type, arguments: dict[str, Any]) -> list[tuple[str, Tensor]]:
+    with torch.device('meta'):
+        return [(name, tensor) for name, tensor in build(**arguments).state_dict().items()
+                if not name.endswith('num_batches_tracked')]

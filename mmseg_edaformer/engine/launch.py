@@ -1,0 +1,160 @@
+"""From a command line to a runner: what tools/train.py and tools/test.py stand on."""
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.dist import is_main_process
+from mmengine.runner import Runner
+from mmseg.registry import RUNNERS
+
+from .. import __version__, compat
+from ..errors import CheckpointError, ConfigError
+from ..isr import ISRRatio
+from . import checks
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that training and test share, as mmseg has them."""
+    parser.add_argument('--work-dir', help='where logs and results go '
+                        '(default: work_dirs/ and the name of the config)')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+                        help='replace settings of the config, such as '
+                        'train_dataloader.batch_size=8 or crop_size="(256,256)"')
+    parser.add_argument('--launcher', choices=('none', 'pytorch', 'slurm', 'mpi'), default='none',
+                        help='what started the processes of a distributed run')
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0,
+                        help=argparse.SUPPRESS)
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Read the config that the arguments name, with the common flags applied.
+
+    Raises:
+        ConfigError: There is no such file, it cannot be read, or an option does not fit it.
+    """
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    if not Path(args.config).is_file():
+        raise ConfigError(f'config not found: {args.config}')
+    try:
+        cfg = Config.fromfile(args.config)
+    except (SyntaxError, NameError, FileNotFoundError, KeyError) as error:
+        raise ConfigError(f'{args.config} cannot be read: {error}') from error
+    try:
+        cfg.merge_from_dict(args.cfg_options or {})
+    except (KeyError, TypeError, AssertionError) as error:
+        raise ConfigError(f'--cfg-options does not fit {args.config}: {error}') from error
+    cfg.launcher = args.launcher
+    cfg.work_dir = args.work_dir or cfg.get('work_dir') or os.path.join(
+        'work_dirs', Path(args.config).stem)
+    imports = cfg.get('custom_imports') or dict(imports=[])
+    # First: the plugin is what lets mmseg be imported with mmcv-lite.
+    cfg.custom_imports = dict(imports=['mmseg_edaformer', *(
+        name for name in imports['imports'] if name != 'mmseg_edaformer')])
+    add_hook(cfg, dict(type='CheckWeightsHook'))
+    return cfg
+
+
+def add_hook(cfg: Config, hook: dict[str, Any]) -> None:
+    """Give a config a custom hook in place of those of the same type."""
+    cfg.custom_hooks = [other for other in cfg.get('custom_hooks') or []
+                        if other['type'] != hook['type']] + [hook]
+
+
+def build_runner(cfg: Config) -> Runner:
+    """Start the process group where there is one, and build the runner that the config names."""
+    if cfg.launcher == 'pytorch':
+        compat.init_cpu_distributed(cfg)
+    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+
+
+def prepare_train(cfg: Config, *, resume: bool = False, load_from: str | None = None,
+                  amp: bool = False, auto_scale_lr: bool = False) -> None:
+    """Apply the flags of a training to its config and check what can be checked beforehand.
+
+    Raises:
+        UserError: What the checks find.
+    """
+    cfg.resume = resume
+    if load_from is not None:
+        cfg.load_from = load_from
+    if amp:
+        cfg.optim_wrapper.update(type='AmpOptimWrapper', loss_scale='dynamic')
+    if auto_scale_lr:
+        if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
+            raise ConfigError('--auto-scale-lr needs auto_scale_lr.base_batch_size in the config')
+        cfg.auto_scale_lr.enable = True
+    checks.check_amp(cfg)
+    checks.check_start(cfg)
+    checks.check_data(cfg, 'train', 'val')
+
+
+def train(cfg: Config) -> None:
+    """Train; warns first when the images per step are not those of the recipe."""
+    runner = build_runner(cfg)
+    checks.check_batch_size(cfg, runner.world_size)
+    runner.train()
+
+
+def prepare_test(cfg: Config, checkpoint: str, *, isr_ratio: str | None = None, tta: bool = False,
+                 out: str | None = None, show: bool = False, show_dir: str | None = None,
+                 wait_time: float = 2.) -> None:
+    """Apply the flags of a test to its config.
+
+    Raises:
+        UserError: The checkpoint or the data is not there, the ratio means nothing, or the config
+            lacks what a flag needs.
+    """
+    if '://' not in checkpoint and not Path(checkpoint).is_file():
+        raise CheckpointError(f'checkpoint not found: {checkpoint}')
+    cfg.load_from = checkpoint
+    if isr_ratio is not None:
+        add_hook(cfg, dict(type='ISRHook', ratio=str(ISRRatio.parse(isr_ratio))))
+    if show or show_dir:
+        if 'visualization' not in cfg.default_hooks:
+            raise ConfigError('--show and --show-dir need default_hooks.visualization='
+                              "dict(type='SegVisualizationHook') in the config")
+        cfg.default_hooks.visualization.update(draw=True, show=show, wait_time=wait_time)
+        if show_dir:
+            cfg.visualizer.save_dir = show_dir
+    if tta:
+        if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
+            raise ConfigError('--tta needs tta_model and tta_pipeline in the config')
+        cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+        cfg.model = dict(cfg.tta_model, module=cfg.model)
+    if out is not None:
+        cfg.test_evaluator.update(output_dir=out, keep_results=True)
+    checks.check_data(cfg, 'test')
+
+
+def test(cfg: Config, json_file: str | None = None) -> dict[str, float]:
+    """Test, and write the figures to a file if one is named.
+
+    The file holds the metrics, the ISR ratio, how many images took how long, and where it ran.
+    """
+    runner = build_runner(cfg)
+    start = time.perf_counter()
+    metrics = runner.test()
+    seconds = time.perf_counter() - start
+    if json_file is not None and is_main_process():
+        path = Path(json_file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f'.{path.name}.partial')
+        partial.write_text(json.dumps(_figures(cfg, runner, metrics, seconds), indent=2) + '\n')
+        partial.replace(path)
+    return metrics
+
+
+def _figures(cfg: Config, runner: Runner, metrics: dict[str, float],
+             seconds: float) -> dict[str, Any]:
+    ratio = next((hook['ratio'] for hook in cfg.custom_hooks if hook['type'] == 'ISRHook'), 'none')
+    return dict(
+        config=str(cfg.filename), checkpoint=cfg.load_from, metrics=metrics, isr_ratio=ratio,
+        images=len(runner.test_dataloader.dataset), seconds=round(seconds, 3),
+        device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu',
+        threads=torch.get_num_threads(), processes=runner.world_size,
+        versions=dict(mmseg_edaformer=__version__, torch=torch.__version__))

@@ -1,0 +1,140 @@
+"""A live bar for people who watch."""
+import atexit
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from mmseg.evaluation import IoUMetric
+from rich.progress import (BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn,
+                           TimeElapsedColumn, TimeRemainingColumn)
+
+
+@HOOKS.register_module()
+class ProgressHook(Hook):
+    """On a terminal, a bar with the loss, the mIoU so far, images per second and time left.
+
+    The log lines scroll above it. Where the output is not a terminal there is no bar, and the log
+    is all there is.
+
+    Args:
+        interval: Iterations between two readings of the loss, each of which waits for the GPU.
+    """
+
+    priority = 'VERY_LOW'
+
+    def __init__(self, interval: int = 10) -> None:
+        self.interval = interval
+        self.progress: Progress | None = None
+        self.task: TaskID | None = None
+        self.figures: dict[str, str] = {}
+
+    def before_train(self, runner: Runner) -> None:
+        """Show the bar of the training."""
+        self._start(runner, 'train', runner.max_iters, runner.iter)
+        self.train_task, self.tick = self.task, time.perf_counter()
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None,
+                         outputs: dict[str, torch.Tensor] | None = None) -> None:
+        """Advance it."""
+        if self.progress is None:
+            return
+        if self.every_n_train_iters(runner, self.interval):
+            now = time.perf_counter()
+            images = self.interval * len(data_batch['inputs']) * runner.world_size
+            self.figures['images/s'] = f'{images / (now - self.tick):.1f}'
+            self.figures['loss'] = f'{outputs["loss"].item():.3f}'
+            self.tick = now
+        self.progress.update(self.train_task, advance=1, figures=self._figures())
+
+    def after_train(self, runner: Runner) -> None:
+        """Take it away."""
+        self._stop(runner)
+
+    def before_val(self, runner: Runner) -> None:
+        """Show a bar of the validation below that of the training, if there is one."""
+        self._start(runner, 'validate', len(runner.val_dataloader))
+
+    def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None,
+                       outputs: Sequence[Any] | None = None) -> None:
+        """Advance it."""
+        self._advance_evaluation(runner.val_loop.evaluator.metrics, data_batch, runner.world_size)
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        """Take it away."""
+        if self.progress is None:
+            return
+        self.progress.remove_task(self.task)
+        if len(self.progress.tasks):
+            self.task, self.tick = self.train_task, time.perf_counter()
+        else:
+            self._stop(runner)
+
+    def before_test(self, runner: Runner) -> None:
+        """Show the bar of the test."""
+        self._start(runner, 'test', len(runner.test_dataloader))
+
+    def after_test_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None,
+                        outputs: Sequence[Any] | None = None) -> None:
+        """Advance it."""
+        self._advance_evaluation(runner.test_loop.evaluator.metrics, data_batch, runner.world_size)
+
+    def after_test(self, runner: Runner) -> None:
+        """Take it away."""
+        self._stop(runner)
+
+    def _start(self, runner: Runner, title: str, total: int, completed: int = 0) -> None:
+        if not is_main_process() or not sys.stdout.isatty():
+            return
+        if self.progress is None:
+            self.progress = Progress(
+                TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(),
+                TextColumn('{task.fields[figures]}'), TimeElapsedColumn(), TextColumn('left'),
+                TimeRemainingColumn())
+            self.progress.start()
+            atexit.register(self.progress.stop)  # gives the cursor back after an error
+            self._redirect_log(runner, sys.stdout)
+        self.task = self.progress.add_task(title, total=total, completed=completed, figures='')
+        self.areas: torch.Tensor | None = None
+        self.seen = self.images = 0
+        self.started = time.perf_counter()
+
+    def _stop(self, runner: Runner) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+            self._redirect_log(runner, sys.stdout)
+            self.progress = None
+
+    @staticmethod
+    def _redirect_log(runner: Runner, stream: Any) -> None:
+        """Send the log through the bar's stand-in for stdout, so that they do not mix."""
+        for handler in runner.logger.handlers:
+            if type(handler) is logging.StreamHandler:
+                handler.setStream(stream)
+
+    def _advance_evaluation(self, metrics: Sequence[Any], data_batch: Any,
+                            world_size: int) -> None:
+        if self.progress is None:
+            return
+        for metric in metrics:
+            if isinstance(metric, IoUMetric) and len(metric.results) > self.seen:
+                for areas in metric.results[self.seen:]:
+                    areas = torch.stack([area.double().cpu() for area in areas[:2]])
+                    self.areas = areas if self.areas is None else self.areas + areas
+                self.seen = len(metric.results)
+        self.images += len(data_batch['inputs']) * world_size
+        self.figures['images/s'] = f'{self.images / (time.perf_counter() - self.started):.1f}'
+        if self.areas is not None:
+            # Classes that have not occurred are nan and left out, as in the final figure.
+            iou = self.areas[0] / self.areas[1]
+            self.figures['mIoU'] = f'{100 * iou.nanmean():.2f}'
+        self.progress.update(self.task, advance=1, figures=self._figures())
+
+    def _figures(self) -> str:
+        return '  '.join(f'{name} {value}' for name, value in self.figures.items())

@@ -1,0 +1,71 @@
+"""Errors that a user can mend, and how the command lines show them."""
+import difflib
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UserError(ValueError):
+    """Something that the user can mend: the message says what is wrong, where, and what to do."""
+
+    def __init__(self, message: str) -> None:
+        # A DataLoader worker's error arrives as "Caught X in DataLoader worker ... X: message",
+        # built by calling the class with that text: keep the message alone.
+        super().__init__(message.rpartition(f'{type(self).__name__}: ')[2].strip())
+
+
+class ConfigError(UserError):
+    """A config or a command line that cannot work."""
+
+
+class DataError(UserError):
+    """A data set, an image or a mask that is missing or damaged."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged or made for another model."""
+
+
+class RatioError(UserError):
+    """An ISR ratio that makes no sense, or not for this model."""
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """End a command line with one clear message and exit code 1 for what the user can mend.
+
+    Everything else keeps its traceback: it is a defect, and the traceback is what a report needs.
+    """
+    try:
+        yield
+    except UserError as error:
+        sys.exit(f'error: {error}')
+    except KeyboardInterrupt:
+        sys.exit('interrupted')
+    except TypeError as error:
+        if 'unexpected keyword argument' not in str(error):
+            raise
+        sys.exit(f'error: {_explain_misspelling(error)}')
+    except KeyError as error:
+        if 'is not in the' not in str(error):  # what mmengine's registries say
+            raise
+        sys.exit(f'error: the config names a class that does not exist: {error.args[0]}')
+
+
+def _explain_misspelling(error: TypeError) -> str:
+    """Name the class of the config whose argument is unknown, and the nearest that it has."""
+    argument = str(error).rpartition('argument ')[2].split("'")[1]
+    frame, built = error.__traceback__, None
+    while frame is not None:  # mmengine's registry holds the class in a local name
+        built = frame.tb_frame.f_locals.get('obj_cls', built)
+        frame = frame.tb_next
+    if not inspect.isclass(built):
+        return str(error)
+    known = {name for cls in built.__mro__ if '__init__' in vars(cls)
+             for name, parameter in inspect.signature(cls.__init__).parameters.items()
+             if name != 'self' and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD,
+                                                      parameter.KEYWORD_ONLY)}
+    near = difflib.get_close_matches(argument, known, 1)
+    hint = f"did you mean '{near[0]}'?" if near else f'it takes {", ".join(sorted(known))}'
+    return f"the config gives {built.__name__} an argument '{argument}' that it does not have: {hint}"

@@ -1,0 +1,56 @@
+"""ISR in mmengine's runner."""
+import functools
+
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import BaseLoop, Runner
+from torch import nn
+
+from .apply import isr, report_isr
+from .ratio import ISRRatio
+
+
+@HOOKS.register_module()
+class ISRHook(Hook):
+    """Reduce the keys of the model during validation and test, never during training.
+
+    The trained pools are back after each of them, also when it ends in an error: the loops' runs
+    are wrapped, because mmengine calls no hook then. The log says what is reduced.
+
+    Args:
+        ratio: What `ISRRatio.parse` reads.
+
+    Raises:
+        RatioError: The ratio makes no sense, or not for this model.
+    """
+
+    def __init__(self, ratio: int | str) -> None:
+        self.ratio = ISRRatio.parse(ratio)
+
+    def before_run(self, runner: Runner) -> None:
+        """Wrap the loops that are there; logs the report."""
+        size = _input_size(runner.model)
+        runner.logger.info(str(report_isr(runner.model, self.ratio, size)))
+        for loop in (runner._val_loop, runner._test_loop):
+            # before_run comes again when a runner that has trained is asked to test.
+            if isinstance(loop, BaseLoop) and not hasattr(loop.run, '__wrapped__'):
+                loop.run = self._reduced(runner, loop)
+
+    def _reduced(self, runner: Runner, loop: BaseLoop):
+        run = loop.run
+
+        @functools.wraps(run)
+        def reduced_run():
+            with isr(runner.model, self.ratio):
+                return run()
+        return reduced_run
+
+
+def _input_size(model: nn.Module) -> tuple[int, int]:
+    """The size that a segmentor sees: its sliding window, else its training crop."""
+    while hasattr(model, 'module'):
+        model = model.module
+    test_cfg = getattr(model, 'test_cfg', None) or {}
+    crop = test_cfg.get('crop_size') or getattr(
+        getattr(model, 'data_preprocessor', None), 'size', None) or (512, 512)
+    return tuple(crop)

@@ -1,0 +1,81 @@
+"""How much further the keys are pooled at inference, stage by stage."""
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..errors import RatioError
+
+NAMES = {'none': '1', 'optimal': '2211-222'}
+"""Ratios by name; `optimal` is the paper's choice (table 1)."""
+
+_VALID = ('Use one integer from 1 up for every stage (2), a multiplier for each encoder stage and '
+          'then for each decoder stage, shallow to deep (2211-222, or 2,2,1,1-2,2,2 for numbers '
+          f'above 9), or a name ({", ".join(NAMES)})')
+
+
+@dataclass(frozen=True)
+class ISRRatio:
+    """Multipliers of the training pools, from the shallowest stage to the deepest.
+
+    A part with one multiplier has it for all of its stages. 1 everywhere is the trained model.
+
+    This is the order of the released command line. The paper prints absolute pools, and the
+    decoder from deep to shallow: its [16,8,2,1]-[2,4,8] is 2211-222 here.
+    """
+    encoder: tuple[int, ...]
+    decoder: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for multiplier in (*self.encoder, *self.decoder):
+            if isinstance(multiplier, bool) or not isinstance(multiplier, int) or multiplier < 1:
+                raise RatioError(f'isr_ratio {multiplier!r} is not an integer from 1 up. {_VALID}')
+        if not self.encoder or not self.decoder:
+            raise RatioError(f'isr_ratio {self} lacks a part. {_VALID}')
+
+    @classmethod
+    def parse(cls, value: 'ISRRatio | int | str') -> 'ISRRatio':
+        """Read a ratio from what a config or a command line holds.
+
+        Raises:
+            RatioError: It means nothing; the message lists what is valid.
+        """
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, int):
+            return cls((value,), (value,))
+        if not isinstance(value, str):
+            raise RatioError(f'isr_ratio {value!r} is a {type(value).__name__}. {_VALID}')
+        text = NAMES.get(value.strip().lower(), value.strip())
+        parts = text.split('-')
+        # A long number is a list of multipliers that lacks its other part, not one for all.
+        if len(parts) == 1 and text.isdecimal() and len(text) < 3:
+            return cls.parse(int(text))
+        if len(parts) != 2:
+            raise RatioError(f'isr_ratio {value!r} means nothing. {_VALID}')
+        return cls(*(_multipliers(part, value) for part in parts))
+
+    def for_stages(self, part: str, count: int) -> tuple[int, ...]:
+        """The multipliers of 'encoder' or 'decoder', one for each of its ``count`` stages.
+
+        Raises:
+            RatioError: The part has another number of multipliers.
+        """
+        multipliers: tuple[int, ...] = getattr(self, part)
+        if len(multipliers) == 1:
+            return multipliers * count
+        if len(multipliers) != count:
+            raise RatioError(f'isr_ratio {self} has {len(multipliers)} multipliers for the {part}, '
+                             f'which has {count} stages in this model. {_VALID}')
+        return multipliers
+
+    def __str__(self) -> str:
+        if len(self.encoder) == len(self.decoder) == 1 and self.encoder == self.decoder:
+            return str(self.encoder[0])
+        separator = '' if max(*self.encoder, *self.decoder) < 10 else ','
+        return '-'.join(separator.join(map(str, part)) for part in (self.encoder, self.decoder))
+
+
+def _multipliers(part: str, value: str) -> tuple[int, ...]:
+    numbers: Sequence[str] = part.split(',') if ',' in part else part
+    if not numbers or not all(number.strip().isdecimal() for number in numbers):
+        raise RatioError(f'isr_ratio {value!r} means nothing. {_VALID}')
+    return tuple(int(number) for number in numbers)

@@ -1,0 +1,95 @@
+"""The all-attention decoder of EDAFormer (arXiv 2407.17261, section 3.3)."""
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from mmcv.cnn import build_activation_layer, build_norm_layer
+from mmseg.models.decode_heads.decode_head import BaseDecodeHead
+from mmseg.models.utils import resize
+from mmseg.registry import MODELS
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from .blocks import TransformerBlock
+from .layers import channels_last, init_weights, pixel_linear
+
+
+@MODELS.register_module()
+class EDAFormerHead(BaseDecodeHead):
+    """Decoder of embedding-free attention on each level, then one fuse layer.
+
+    Each level passes through its own transformer blocks, more of them where it is deeper. All
+    levels are then projected to ``channels``, resized to the shallowest and added, which equals
+    concatenating the resized levels before one 1x1 convolution: that convolution commutes with
+    bilinear resizing. Its weight is kept as one tensor, deepest level first.
+
+    The lists run from the shallowest level to the deepest and have one entry per level, so other
+    structures, and two or four levels, are configs.
+
+    Args:
+        in_channels: Channels of the levels.
+        channels: Channels E of the fuse layer (T 128, B 768).
+        in_index: Which of the backbone's maps are the levels.
+        depths: Transformer blocks per level.
+        num_heads: Attention heads per level.
+        pool_ratios: Pool of the keys during training, per level.
+        ffn_ratios: Expansion of the feed-forward networks: per level, or one for all (T 2, B 1).
+        drop_rate: Dropout in the feed-forward networks.
+        drop_path_rate: Stochastic depth in every block.
+        norm_cfg: Norm after the fuse layer.
+        kwargs: mmseg's ``BaseDecodeHead``: ``num_classes``, ``dropout_ratio``, ``loss_decode``,
+            ``align_corners`` and the rest.
+
+    Raises:
+        ConfigError: The lists differ in length.
+    """
+
+    def __init__(self, in_channels: Sequence[int], channels: int, *,
+                 in_index: Sequence[int] = (1, 2, 3), depths: Sequence[int] = (1, 2, 3),
+                 num_heads: Sequence[int] = (2, 4, 8), pool_ratios: Sequence[int] = (4, 2, 1),
+                 ffn_ratios: float | Sequence[float] = 2, drop_rate: float = 0.,
+                 drop_path_rate: float = 0.1, norm_cfg: dict[str, Any] | None = None,
+                 **kwargs: Any) -> None:
+        if isinstance(ffn_ratios, (int, float)):
+            ffn_ratios = [ffn_ratios] * len(in_channels)
+        sizes = dict(in_channels=in_channels, in_index=in_index, depths=depths,
+                     num_heads=num_heads, pool_ratios=pool_ratios, ffn_ratios=ffn_ratios)
+        if len({len(values) for values in sizes.values()}) > 1:
+            raise ConfigError('EDAFormerHead needs one entry per level in every list, found ' +
+                              ', '.join(f'{len(values)} {name}' for name, values in sizes.items()))
+        super().__init__(list(in_channels), channels, in_index=list(in_index),
+                         input_transform='multiple_select', norm_cfg=norm_cfg or dict(type='BN'),
+                         **kwargs)
+        self.levels = nn.ModuleList(
+            nn.Sequential(*(TransformerBlock(dim, heads, pool_ratio, ffn_ratio, decoder=True,
+                                             drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+                            for _ in range(depth)))
+            for dim, depth, heads, pool_ratio, ffn_ratio in zip(
+                in_channels, depths, num_heads, pool_ratios, ffn_ratios))
+        self.fuse = nn.Conv2d(sum(in_channels), channels, 1, bias=False)
+        self.fuse_norm = build_norm_layer(self.norm_cfg, channels)[1]
+        self.fuse_act = build_activation_layer(self.act_cfg)
+        self.to(memory_format=torch.channels_last)
+
+    def init_weights(self) -> None:
+        """Initialise as released; the classifier, and what ``init_cfg`` names, as mmseg does."""
+        init_weights(self)
+        super().init_weights()
+
+    def forward(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Decode the backbone's maps.
+
+        Args:
+            inputs: The backbone's maps, from which ``in_index`` selects the levels.
+
+        Returns:
+            Logits, N x num_classes x H x W, at the size of the shallowest level.
+        """
+        maps = [level(channels_last(x))
+                for level, x in zip(self.levels, self._transform_inputs(inputs))]
+        weights = self.fuse.weight.flatten(1).split(self.in_channels[::-1], dim=1)[::-1]
+        fused = pixel_linear(maps[0], weights[0])
+        for x, weight in zip(maps[1:], weights[1:]):
+            fused = fused + resize(pixel_linear(x, weight), size=fused.shape[2:], mode='bilinear',
+                                   align_corners=self.align_corners)
+        return self.cls_seg(self.fuse_act(self.fuse_norm(fused)))

@@ -1,0 +1,87 @@
+"""Per-pixel layers on channels-last maps.
+
+Shapes: N batch, C channels, H x W the map. A map N x C x H x W in ``torch.channels_last`` and its
+tokens N x H x W x C are the same memory, so nothing here transposes by copying.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from mmengine.model import BaseModule
+from mmengine.model.weight_init import update_init_info
+from torch import Tensor, nn
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """View a map as tokens: N C H W -> N H W C."""
+    return x.permute(0, 2, 3, 1)
+
+
+def to_map(x: Tensor) -> Tensor:
+    """View tokens as a map: N H W C -> N C H W."""
+    return x.permute(0, 3, 1, 2)
+
+
+def pixel_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Apply one linear map to every pixel, by the fastest kernel of the device.
+
+    On CPUs a 1x1 convolution on channels-last memory runs in oneDNN, 2 to 6 times as fast as
+    ``F.linear`` for these shapes; on GPUs ``F.linear`` is a plain matrix product.
+
+    Args:
+        x: Map, N x C_in x H x W.
+        weight: C_out x C_in.
+        bias: C_out.
+
+    Returns:
+        Map, N x C_out x H x W.
+    """
+    if x.device.type == 'cpu':
+        return F.conv2d(x, weight[:, :, None, None], bias)
+    return to_map(F.linear(to_tokens(x), weight, bias))
+
+
+class PixelLinear(nn.Linear):
+    """``nn.Linear`` over the channels of a map: N x C_in x H x W -> N x C_out x H x W."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return pixel_linear(x, self.weight, self.bias)
+
+
+class PixelNorm(nn.LayerNorm):
+    """``nn.LayerNorm`` over the channels of a map."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return to_map(super().forward(to_tokens(x)))
+
+
+def init_weights(model: BaseModule) -> None:
+    """Initialise all layers of a model, as the released implementation does.
+
+    Linear layers: truncated normal with std 0.02. Convolutions: normal with std sqrt(2 / fan_out). Biases 0,
+    norms 1 and 0.
+    """
+    for module in model.modules():
+        _init_layer(module)
+    if hasattr(model, '_params_init_info'):  # mmengine's log of what initialised which weight
+        update_init_info(model, 'as released, see mmseg_edaformer.models.layers.init_weights')
+
+
+def _init_layer(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        fan_out = module.out_channels * math.prod(module.kernel_size) // module.groups
+        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+    elif isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+    elif isinstance(module, (nn.LayerNorm, nn.modules.batchnorm._BatchNorm)):
+        if module.weight is not None:
+            nn.init.ones_(module.weight)
+    else:
+        return
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """The map in channels-last memory; no copy where it already is."""
+    return x.contiguous(memory_format=torch.channels_last)

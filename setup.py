@@ -1,0 +1,29 @@
+"""Packaging of mmseg_edaformer."""
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r"^__version__ = '(.+)'$",
+                    (ROOT / 'mmseg_edaformer' / '__init__.py').read_text(encoding='utf-8'),
+                    re.M).group(1)
+
+setup(
+    name='mmseg_edaformer',
+    version=VERSION,
+    description='EDAFormer for mmsegmentation: efficient segmentation whose cost is a dial',
+    long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    python_requires='>=3.10',
+    packages=find_packages(include=['mmseg_edaformer', 'mmseg_edaformer.*']),
+    install_requires=['torch>=2.4', 'numpy', 'safetensors', 'rich', 'prettytable', 'packaging'],
+    extras_require={
+        'openmmlab': ['mmengine>=0.10.3', 'mmsegmentation>=1.2.2', 'mmcv-lite>=2.0.1,<2.2.0',
+                      'ftfy', 'regex'],
+        'fork': ['onedl-mmengine>=0.10.8', 'onedl-mmsegmentation>=1.4.0', 'onedl-mmcv>=2.3.0'],
+        'cityscapes': ['cityscapesscripts'],
+        'dev': ['pytest', 'pytest-xdist', 'ruff', 'mypy'],
+    },
+)

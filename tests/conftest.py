@@ -1,0 +1,66 @@
+"""What the tests share: small models, drawn data, quiet registries."""
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.registry import init_default_scope
+from mmseg.registry import MODELS
+
+import mmseg_edaformer
+from mmseg_edaformer.data import synthetic
+
+ROOT = Path(mmseg_edaformer.__file__).parents[1]
+
+MINI = dict(embed_dims=(16, 32, 64, 128), depths=(1, 1, 2, 1))
+"""Sizes of the small encoder that most tests use."""
+
+
+@pytest.fixture(autouse=True)
+def _scope_and_seed():
+    init_default_scope('mmseg')
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope='session')
+def scenes(tmp_path_factory):
+    """A small drawn data set in ADE20K's layout; read-only."""
+    root = tmp_path_factory.mktemp('scenes')
+    synthetic.draw_dataset(root / 'data', train=12, val=4, size=(64, 96))
+    return root / 'data'
+
+
+def segmentor_config(num_classes=8, **head):
+    """An EncoderDecoder of the small encoder and its decoder."""
+    return dict(
+        type='EncoderDecoder',
+        data_preprocessor=dict(type='SegDataPreProcessor', size=(64, 64), pad_val=0,
+                               seg_pad_val=255),
+        backbone=dict(type='EFT', arch=MINI),
+        decode_head=dict(type='EDAFormerHead', in_channels=(32, 64, 128), channels=32,
+                         num_classes=num_classes, **head),
+        train_cfg=dict(), test_cfg=dict(mode='whole'))
+
+
+@pytest.fixture
+def segmentor():
+    """A small EDAFormer in eval mode with initialised weights."""
+    model = MODELS.build(segmentor_config())
+    model.init_weights()
+    # Norms that do something, so that a lost one shows.
+    for module in model.modules():
+        if isinstance(module, (torch.nn.LayerNorm, torch.nn.BatchNorm2d)):
+            torch.nn.init.normal_(module.weight, 1, 0.2)
+            torch.nn.init.normal_(module.bias, 0, 0.2)
+    return model.eval()
+
+
+def run(*command, cwd=ROOT, check=True, **kwargs):
+    """Run a command line of the project as a user does; returns the finished process."""
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, text=True,
+                          capture_output=True, timeout=600, **kwargs)
+    if check and done.returncode:
+        raise AssertionError(f'{command} ended with {done.returncode}:\n{done.stdout[-3000:]}\n'
+                             f'{done.stderr[-3000:]}')
+    return done

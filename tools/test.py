@@ -1,0 +1,36 @@
+"""Test a segmentor, with the flags of mmsegmentation's own tools/test.py and the ISR ratio."""
+import argparse
+
+from mmseg_edaformer.engine import launch
+from mmseg_edaformer.errors import clear_errors
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='the config that the checkpoint was trained with')
+    parser.add_argument('checkpoint', help='.pth or .safetensors')
+    parser.add_argument('--isr-ratio', metavar='RATIO',
+                        help='pool the keys further: one integer for all stages (2), multipliers '
+                        'of encoder and decoder stages, shallow to deep (2211-222), or optimal')
+    parser.add_argument('--tta', action='store_true', help='test-time augmentation')
+    parser.add_argument('--out', metavar='DIR', help='write the predicted labels there as PNG')
+    parser.add_argument('--json', metavar='FILE', help='write the figures there')
+    parser.add_argument('--show', action='store_true', help='show each prediction in a window')
+    parser.add_argument('--show-dir', metavar='DIR', help='paint the predictions there')
+    parser.add_argument('--wait-time', type=float, default=2., metavar='SECONDS',
+                        help='how long --show shows each')
+    launch.add_common_arguments(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    cfg = launch.load_config(args)
+    launch.prepare_test(cfg, args.checkpoint, isr_ratio=args.isr_ratio, tta=args.tta, out=args.out,
+                        show=args.show, show_dir=args.show_dir, wait_time=args.wait_time)
+    launch.test(cfg, args.json)
+
+
+if __name__ == '__main__':
+    with clear_errors():
+        main()

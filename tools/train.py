@@ -1,0 +1,32 @@
+"""Train a segmentor, with the flags of mmsegmentation's own tools/train.py and a few more."""
+import argparse
+
+from mmseg_edaformer.engine import launch
+from mmseg_edaformer.errors import clear_errors
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='such as configs/edaformer_t_ade.py')
+    parser.add_argument('--resume', action='store_true',
+                        help='go on from the latest checkpoint in the work dir')
+    parser.add_argument('--load-from', metavar='CHECKPOINT',
+                        help='start from these weights; those that do not fit are initialised')
+    parser.add_argument('--amp', action='store_true', help='mixed precision, on GPUs')
+    parser.add_argument('--auto-scale-lr', action='store_true',
+                        help='scale the learning rate with the images per step')
+    launch.add_common_arguments(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    cfg = launch.load_config(args)
+    launch.prepare_train(cfg, resume=args.resume, load_from=args.load_from, amp=args.amp,
+                         auto_scale_lr=args.auto_scale_lr)
+    launch.train(cfg)
+
+
+if __name__ == '__main__':
+    with clear_errors():
+        main()
