@@ -46,8 +46,10 @@ def on_meta(model: nn.Module) -> Iterator[nn.Module]:
         if isinstance(tensor, nn.Parameter) else torch.empty_like(tensor, device='meta')
         for tensor in (*model.parameters(), *model.buffers())}
     shadow = copy.deepcopy(getattr(model, '_orig_mod', model), memo)
-    for module in list(shadow.modules()):
+    for module in list(shadow.modules()):  # count what the compiled parts were compiled from
+        if hasattr(vars(module).get('forward'), '_torchdynamo_orig_callable'):
+            del module.forward
         for name, child in module.named_children():
-            if hasattr(child, '_orig_mod'):  # compiled: count what it was compiled from
+            if hasattr(child, '_orig_mod'):
                 setattr(module, name, child._orig_mod)
     yield shadow.eval()

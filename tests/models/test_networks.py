@@ -1,0 +1,217 @@
+"""EFT and EDAFormerHead in everything a user does with a network."""
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from mmseg.registry import MODELS
+from torch import nn
+
+from mmseg_edaformer import EFT, EDAFormerHead, apply_isr
+from mmseg_edaformer.errors import ConfigError
+from mmseg_edaformer.models import EmbeddingFreeAttention
+from tests.conftest import MINI, segmentor_config
+
+
+@pytest.fixture
+def image():
+    return torch.randn(2, 3, 64, 96)
+
+
+@pytest.mark.parametrize('size', [(32, 32), (33, 47), (64, 64), (101, 35), (16, 200)])
+@pytest.mark.parametrize('batch', [1, 3])
+def test_any_size(segmentor, size, batch):
+    logits = segmentor(torch.randn(batch, 3, *size))
+    stride8 = tuple(-(-side // 8) for side in size)
+    assert logits.shape == (batch, 8, *stride8)
+    assert logits.isfinite().all()
+
+
+def test_every_parameter_gets_a_gradient(segmentor, image):
+    segmentor.train()
+    segmentor(image).square().mean().backward()
+    lacking = [name for name, parameter in segmentor.named_parameters()
+               if parameter.grad is None or not parameter.grad.abs().sum() > 0]
+    # A bias that a norm over batch and space, or a softmax, takes away again has gradient 0.
+    assert lacking == []
+
+
+def test_one_memory_layout(segmentor, image):
+    """Every map of the network is channels-last, and none is a copy made to get there."""
+    strays = []
+
+    def check(module, args, output):
+        for x in (*args, *(output if isinstance(output, tuple) else (output,))):
+            if isinstance(x, torch.Tensor) and x.dim() == 4 and not x.is_contiguous(
+                    memory_format=torch.channels_last):
+                strays.append(module)
+
+    for module in segmentor.backbone.modules():
+        if module is not segmentor.backbone:
+            module.register_forward_hook(check)
+    segmentor.decode_head.register_forward_hook(check)
+    image = image.contiguous(memory_format=torch.channels_last)
+    with torch.profiler.profile(record_shapes=True) as profile, torch.no_grad():
+        segmentor(image)
+    assert strays == []
+    copies = [event.input_shapes[0] for event in profile.events()
+              if event.name in ('aten::clone', 'aten::copy_')]
+    # The columns of the fuse weight are gathered; no map is.
+    assert {shape[0] for shape in copies} == {segmentor.decode_head.channels}
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_autocast(segmentor, image, dtype):
+    with torch.no_grad():
+        expected = segmentor(image)
+        with torch.autocast('cpu', dtype=dtype):
+            found = segmentor(image)
+    assert found.dtype == dtype
+    assert (found.float() - expected).abs().max() < 0.1 * expected.std()
+
+
+def test_autocast_trains(segmentor, image):
+    segmentor.train()
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        loss = segmentor(image).float().square().mean()
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in segmentor.parameters())
+
+
+def test_deepcopy_and_pickle_keep_the_ratio(segmentor, image):
+    apply_isr(segmentor, 'optimal')
+    with torch.no_grad():
+        expected = segmentor(image)
+        for clone in (copy.deepcopy(segmentor), pickle.loads(pickle.dumps(segmentor))):
+            assert torch.equal(clone(image), expected)
+
+
+def test_state_dict_fits_any_memory_layout(segmentor, image):
+    other = MODELS.build(segmentor_config()).eval()
+    other.load_state_dict({name: tensor.contiguous()
+                           for name, tensor in segmentor.state_dict().items()})
+    with torch.no_grad():
+        assert torch.equal(other(image), segmentor(image))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_compile(segmentor, image):
+    expected = segmentor(image)
+    segmentor.backbone = torch.compile(segmentor.backbone)
+    torch.testing.assert_close(segmentor(image), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_export(segmentor):
+    class Network(nn.Module):
+
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.decode_head = segmentor.backbone, segmentor.decode_head
+
+        def forward(self, x):
+            return self.decode_head(self.backbone(x))
+
+    x = torch.randn(2, 3, 64, 96)
+    program = torch.export.export(Network().eval(), (x,))
+    with torch.no_grad():
+        assert torch.allclose(program.module()(x), segmentor(x), atol=1e-5)
+
+
+@pytest.mark.parametrize('depths, index', [
+    ((2, 2, 2), (1, 2, 3)), ((1, 2, 3), (1, 2, 3)), ((1, 4, 1), (1, 2, 3)),
+    ((1, 2), (2, 3)), ((1, 1, 2, 3), (0, 1, 2, 3))])
+def test_decoder_structures_are_configs(depths, index):
+    dims = MINI['embed_dims']
+    levels = len(index)
+    head = EDAFormerHead([dims[i] for i in index], 24, in_index=index, depths=depths,
+                         num_heads=[2 ** i for i in index], num_classes=5,
+                         pool_ratios=[2 ** (levels - 1 - i) for i in range(levels)],
+                         ffn_ratios=[1.5] * levels)
+    logits = head(EFT(MINI)(torch.randn(2, 3, 64, 64)))
+    assert logits.shape == (2, 5, 64 >> (index[0] + 2), 64 >> (index[0] + 2))
+    assert [len(level) for level in head.levels] == list(depths)
+
+
+def test_decoder_on_another_backbone():
+    config = segmentor_config()
+    config['backbone'] = dict(type='ResNetV1c', depth=18, num_stages=4, out_indices=(0, 1, 2, 3),
+                              strides=(1, 2, 2, 2), norm_cfg=dict(type='BN'))
+    config['decode_head'].update(in_channels=(128, 256, 512))
+    model = MODELS.build(config)
+    assert model(torch.randn(2, 3, 64, 64)).shape == (2, 8, 8, 8)
+
+
+def test_encoder_under_another_decoder():
+    config = segmentor_config()
+    config['decode_head'] = dict(type='SegformerHead', in_channels=[16, 32, 64, 128],
+                                 in_index=[0, 1, 2, 3], channels=32, num_classes=8)
+    assert MODELS.build(config)(torch.randn(2, 3, 64, 64)).shape == (2, 8, 16, 16)
+
+
+def test_initialisation():
+    model = MODELS.build(dict(segmentor_config(), backbone=dict(type='EFT', arch='tiny'),
+                              decode_head=dict(type='EDAFormerHead', in_channels=(64, 128, 256),
+                                               channels=128, num_classes=150)))
+    model.init_weights()
+    model.requires_grad_(False)
+    block = model.backbone.stages[2].blocks[0]
+    assert block.ffn.fc1.weight.std() == pytest.approx(0.02, rel=0.05)
+    assert block.attn.kv.weight.std() == pytest.approx((2 / 128) ** 0.5, rel=0.05)
+    assert block.ffn.dwconv.weight.std() == pytest.approx((2 / 9) ** 0.5, rel=0.05)
+    assert model.decode_head.fuse.weight.std() == pytest.approx((2 / 128) ** 0.5, rel=0.05)
+    assert model.decode_head.conv_seg.weight.std() == pytest.approx(0.01, rel=0.05)
+    for name, parameter in model.named_parameters():
+        if name.endswith('bias'):
+            assert not parameter.any(), name
+        elif 'norm' in name:
+            assert (parameter == 1).all(), name
+
+
+def test_drop_path_grows_linearly():
+    rates = [getattr(block.drop_path, 'drop_prob', 0.) for stage in EFT('tiny').stages
+             for block in stage.blocks]
+    assert rates == pytest.approx([0.2 * i / 15 for i in range(16)])
+
+
+def test_sizes_by_name_replace_those_of_the_architecture():
+    model = EFT('tiny', pool_ratios=(16, 8, 4, 2), depths=(1, 1, 1, 1))
+    assert [stage.blocks[0].attn.pool_ratio for stage in model.stages] == [16, 8, 4, 2]
+    assert [len(stage.blocks) for stage in model.stages] == [1] * 4
+
+
+@pytest.mark.parametrize('build, message', [
+    (lambda: EFT('huge'), "no arch 'huge': use one of tiny, base"),
+    (lambda: EFT(dict(embed_dim=(8, 16))), 'no size embed_dim: the sizes are embed_dims'),
+    (lambda: EFT('tiny', depths=(1, 1)), '2 depths'),
+    (lambda: EFT('tiny', num_heads=(3, 3, 3, 3)), 'num_heads=3 does not divide dim=32'),
+    (lambda: EFT('tiny', pool_ratios=(0, 1, 1, 1)), 'pool_ratio=0'),
+    (lambda: EFT('tiny', out_indices=(0, 4)), 'must lie within 0 to 3'),
+    (lambda: EDAFormerHead((8, 16), 8, num_classes=3), '3 in_index'),
+])
+def test_wrong_sizes_are_named(build, message):
+    with pytest.raises(ConfigError, match=message):
+        build()
+
+
+def test_a_misspelt_argument_is_refused():
+    with pytest.raises(TypeError, match='chanels'):
+        EDAFormerHead((32, 64, 128), 32, num_classes=3, chanels=3)
+    with pytest.raises(TypeError, match='depth'):
+        EFT('tiny', depth=3)
+
+
+def test_pool_shrinks_to_a_small_map_with_one_warning():
+    layer = EmbeddingFreeAttention(8, 2, pool_ratio=4)
+    assert layer.num_keys(8, 12) == 6
+    assert layer.num_keys(9, 15) == 6  # ragged borders are dropped
+    assert layer.num_keys(2, 12) == 3
+    with pytest.warns(UserWarning, match='smaller than the pool'):
+        assert layer(torch.randn(1, 8, 2, 12)).shape == (1, 8, 2, 12)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('default')
+        for size in ((2, 12), (3, 3), (1, 9)):
+            layer(torch.randn(1, 8, *size))
+    assert len(caught) == 1
