@@ -64,3 +64,27 @@ def run(*command, cwd=ROOT, check=True, **kwargs):
         raise AssertionError(f'{command} ended with {done.returncode}:\n{done.stdout[-3000:]}\n'
                              f'{done.stderr[-3000:]}')
     return done
+
+
+def write_config(folder, scenes, iterations=4, **model):
+    """A config of the small model on the drawn scenes; returns its path."""
+    config = folder / 'mini.py'
+    config.write_text(f'''
+_base_ = ['{ROOT}/configs/edaformer_t_synthetic.py']
+model = dict(
+    data_preprocessor=dict(size=(64, 64)), backbone={MINI},
+    decode_head=dict(in_channels=(32, 64, 128), channels=32))
+crop_size = (64, 64)
+data_root = '{scenes}'
+train_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False, dataset=dict(
+    data_root=data_root, pipeline=[
+        dict(type='LoadSegImage'), dict(type='LoadSegLabels', num_classes=8),
+        dict(type='RandomCrop', crop_size=crop_size), dict(type='PackSegInputs')]))
+val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(data_root=data_root))
+test_dataloader = val_dataloader
+param_scheduler = [dict(type='ConstantLR', factor=1., by_epoch=False)]
+train_cfg = dict(max_iters={iterations}, val_interval={iterations})
+default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval={iterations}))
+auto_scale_lr = dict(base_batch_size=2)
+''')
+    return config

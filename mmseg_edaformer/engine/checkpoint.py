@@ -9,7 +9,7 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
-from mmengine.runner import CheckpointLoader, Runner
+from mmengine.runner import BaseLoop, CheckpointLoader, Runner
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -100,7 +100,7 @@ class CheckWeightsHook(Hook):
             return
         shapes = [f'{name} is {_shape(found[name])} in the checkpoint and {_shape(wanted[name])} '
                   'in the model' for name in other]
-        if runner._train_loop is not None and not runner._resume:
+        if isinstance(runner._train_loop, BaseLoop) and not runner._resume:  # fine-tuning
             for name in other:
                 state.pop(name, state.pop(f'module.{name}', None))
             runner.logger.warning('Left as initialised, since the checkpoint has other weights: ' +

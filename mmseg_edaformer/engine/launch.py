@@ -42,7 +42,7 @@ def load_config(args: argparse.Namespace) -> Config:
         raise ConfigError(f'config not found: {args.config}')
     try:
         cfg = Config.fromfile(args.config)
-    except (SyntaxError, NameError, FileNotFoundError, KeyError) as error:
+    except (SyntaxError, NameError, TypeError, FileNotFoundError, KeyError) as error:
         raise ConfigError(f'{args.config} cannot be read: {error}') from error
     try:
         cfg.merge_from_dict(args.cfg_options or {})
@@ -153,7 +153,8 @@ def _figures(cfg: Config, runner: Runner, metrics: dict[str, float],
              seconds: float) -> dict[str, Any]:
     ratio = next((hook['ratio'] for hook in cfg.custom_hooks if hook['type'] == 'ISRHook'), 'none')
     return dict(
-        config=str(cfg.filename), checkpoint=cfg.load_from, metrics=metrics, isr_ratio=ratio,
+        config=str(cfg.filename), checkpoint=cfg.load_from, isr_ratio=ratio,
+        metrics={name: float(value) for name, value in metrics.items()},
         images=len(runner.test_dataloader.dataset), seconds=round(seconds, 3),
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu',
         threads=torch.get_num_threads(), processes=runner.world_size,

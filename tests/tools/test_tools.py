@@ -1,0 +1,250 @@
+"""The command lines, run as a user runs them."""
+import json
+import os
+import pty
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.conftest import ROOT, run, write_config
+
+
+@pytest.fixture(scope='module')
+def trained(scenes, tmp_path_factory):
+    """A work dir of four iterations of training, and the config."""
+    folder = tmp_path_factory.mktemp('trained')
+    config = write_config(folder, scenes)
+    done = run('tools/train.py', config, '--work-dir', folder / 'work')
+    return config, folder / 'work', done
+
+
+def test(config, checkpoint, folder, *flags):
+    """Run tools/test.py; returns its figures."""
+    run('tools/test.py', config, checkpoint, '--work-dir', folder / 'test', '--json',
+        folder / 'figures.json', *flags)
+    return json.loads((folder / 'figures.json').read_text())
+
+
+test.__test__ = False
+
+
+def test_train_logs_and_saves(trained):
+    _, work, done = trained
+    assert re.search(r'Iter\(train\) \[4/4\].*loss: ', done.stdout)
+    assert re.search(r'mIoU: [\d.]+', done.stdout)
+    assert 'The encoder starts from random weights' in done.stdout
+    assert (work / 'iter_4.pth').is_file()
+    assert list(work.glob('best_mIoU*.pth'))
+
+
+@pytest.mark.slow
+def test_resume_goes_on(trained, tmp_path):
+    config, work, _ = trained
+    shutil.copytree(work, tmp_path / 'work')
+    (tmp_path / 'work' / 'last_checkpoint').write_text(str(tmp_path / 'work' / 'iter_4.pth'))
+    done = run('tools/train.py', config, '--work-dir', tmp_path / 'work', '--resume',
+               '--cfg-options', 'train_cfg.max_iters=6')
+    assert 'resumed epoch: 0, iter: 4' in done.stdout
+    iterations = re.findall(r'Iter\(train\) \[(\d)/6\]', done.stdout)
+    assert iterations == ['5', '6']
+
+
+@pytest.mark.slow
+def test_isr_flag_is_the_hook_in_the_config(trained, tmp_path):
+    config, work, _ = trained
+    plain = test(config, work / 'iter_4.pth', tmp_path)
+    flag = test(config, work / 'iter_4.pth', tmp_path, '--isr-ratio', '2')
+    hooked = tmp_path / 'hooked.py'
+    hooked.write_text(f"_base_ = ['{config}']\ncustom_hooks = [dict(type='ISRHook', ratio=2)]\n")
+    hook = test(hooked, work / 'iter_4.pth', tmp_path)
+    assert plain['isr_ratio'] == 'none'
+    assert flag['isr_ratio'] == '2'
+    assert flag['metrics'].keys() >= {'mIoU', 'aAcc', 'mAcc'}
+    assert flag['metrics'] == hook['metrics']
+    assert flag['metrics']['aAcc'] != plain['metrics']['aAcc']
+    assert plain['images'] == 4
+
+
+@pytest.mark.slow
+def test_outputs(trained, tmp_path):
+    config, work, _ = trained
+    test(config, work / 'iter_4.pth', tmp_path, '--out', tmp_path / 'labels', '--show-dir',
+         tmp_path / 'shown', '--cfg-options', 'default_hooks.visualization.interval=1')
+    labels = sorted((tmp_path / 'labels').glob('*.png'))
+    assert [path.name for path in labels] == [f'0000{i}.png' for i in range(4)]
+    for path in labels:
+        array = np.array(Image.open(path))
+        assert array.shape == (64, 96)
+        assert array.max() < 8
+    shown = list((tmp_path / 'shown').rglob('*.png'))
+    assert len(shown) == 4
+    assert np.array(Image.open(shown[0])).shape == (64, 192, 3)  # truth beside prediction
+
+
+@pytest.mark.slow
+def test_tta_with_isr(trained, tmp_path):
+    config, work, _ = trained
+    figures = test(config, work / 'iter_4.pth', tmp_path, '--tta', '--isr-ratio', 'optimal')
+    assert 0 <= figures['metrics']['mIoU'] <= 100
+
+
+@pytest.mark.slow
+def test_mmsegs_own_tool_trains_our_config(trained, tmp_path):
+    """The plugin comes first among the imports, so the stock tool works with mmcv-lite too."""
+    import mmseg
+    config, _, _ = trained
+    tool = os.path.join(os.path.dirname(mmseg.__file__), '.mim', 'tools', 'train.py')
+    done = run(tool, config, '--work-dir', tmp_path)
+    assert 'Iter(train) [4/4]' in done.stdout
+
+
+def test_a_terminal_gets_a_live_bar(trained, tmp_path):
+    config, work, _ = trained
+    main, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, 'tools/test.py', config, work / 'iter_4.pth', '--work-dir', tmp_path],
+        cwd=ROOT, stdout=terminal, stderr=subprocess.STDOUT, env={**os.environ, 'COLUMNS': '120',
+                                                                  'TERM': 'xterm'})
+    os.close(terminal)
+    shown = b''
+    try:
+        while chunk := os.read(main, 4096):
+            shown += chunk
+    except OSError:  # the other end of the terminal is closed
+        pass
+    assert process.wait() == 0
+    text = re.sub(r'\x1b\[[\d;?]*[A-Za-z]', '', shown.decode())
+    assert re.search(r'test .*4/4.*images/s [\d.]+ +mIoU [\d.]+', text)
+    final = re.search(r'mIoU: ([\d.]+)', text)[1]
+    assert float(re.findall(r'mIoU ([\d.]+)', text)[-1]) == pytest.approx(float(final), abs=0.01)
+    assert 'per class results' in text
+
+
+# Bad input: one clear message, exit code 1, nothing half-written.
+
+def refused(*command):
+    done = run(*command, check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
+    assert len(errors) == 1, done.stderr
+    assert 'Traceback' not in done.stderr
+    return errors[0]
+
+
+@pytest.fixture
+def damaged(scenes, tmp_path):
+    """A copy of the scenes to damage, and a config for it."""
+    shutil.copytree(scenes, tmp_path / 'data')
+    return tmp_path / 'data', write_config(tmp_path, tmp_path / 'data')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('break_it, says', [
+    (lambda root: shutil.rmtree(root), r'the train set is not where the config says: .*data '
+     r'does not exist .*prepare_data.py'),
+    (lambda root: shutil.rmtree(root / 'annotations' / 'training'),
+     r'annotations/training does not exist'),
+    (lambda root: (root / 'images' / 'training' / '00003.png').unlink(),
+     r'1 mask of the train set has no partner. Missing: .*images/training/00003.png'),
+    (lambda root: (root / 'annotations' / 'validation' / '00001.png').unlink(),
+     r'1 image of the val set has no partner. Missing: .*annotations/validation/00001.png'),
+])
+def test_missing_files_stop_before_training(damaged, tmp_path, break_it, says):
+    root, config = damaged
+    break_it(root)
+    assert re.search(says, refused('tools/train.py', config, '--work-dir', tmp_path / 'work'))
+    assert not (tmp_path / 'work').exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_label_out_of_range_is_named(damaged, tmp_path, workers):
+    root, config = damaged
+    for path in (root / 'annotations' / 'training').glob('*.png'):
+        labels = np.array(Image.open(path))
+        labels[:2, :3] = 77
+        Image.fromarray(labels).save(path)
+    message = refused('tools/train.py', config, '--work-dir', tmp_path / 'work', '--cfg-options',
+                      f'train_dataloader.num_workers={workers}')
+    assert re.search(r'annotations/training/000\d\d.png holds the label 77 \(6 pixels\): its 8 '
+                     r'classes are 0 to 7', message)
+    assert not list(tmp_path.rglob('*.pth'))
+
+
+@pytest.mark.slow
+def test_an_image_that_cannot_be_decoded_is_named(damaged, trained, tmp_path):
+    root, config = damaged
+    path = root / 'images' / 'validation' / '00002.png'
+    path.write_bytes(path.read_bytes()[:100])
+    message = refused('tools/test.py', config, trained[1] / 'iter_4.pth', '--work-dir',
+                      tmp_path / 'work', '--json', tmp_path / 'figures.json')
+    assert f'image cannot be decoded: {path} (100 bytes)' in message
+    assert not (tmp_path / 'figures.json').exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('options, says', [
+    (['model.decode_head.chanels=3'],
+     "the config gives EDAFormerHead an argument 'chanels' that it does not have: "
+     "did you mean 'channels'?"),
+    (['model.backbone.depth=3'],
+     "the config gives EFT an argument 'depth' that it does not have: did you mean 'depths'?"),
+    (['model.backbone.arch=huge'], "EFT has no arch 'huge'"),
+    (['model.decode_head.num_classes=19'], 'SyntheticDataset has 8 classes, the model 19'),
+    (['model.backbone.type=ETF'], 'ETF is not in the'),
+])
+def test_a_config_that_cannot_work(trained, tmp_path, options, says):
+    assert says in refused('tools/train.py', trained[0], '--work-dir', tmp_path / 'work',
+                           '--cfg-options', *options)
+
+
+@pytest.mark.slow
+def test_amp_without_a_gpu(trained, tmp_path):
+    if torch.cuda.is_available():
+        run('tools/train.py', trained[0], '--work-dir', tmp_path / 'work', '--amp')
+    else:
+        assert 'needs a GPU' in refused('tools/train.py', trained[0], '--amp')
+
+
+@pytest.mark.slow
+def test_a_checkpoint_for_other_classes(trained, tmp_path):
+    config, work, _ = trained
+    other = torch.load(work / 'iter_4.pth', weights_only=True)['state_dict']
+    for name in ('weight', 'bias'):
+        other[f'decode_head.conv_seg.{name}'] = torch.zeros_like(
+            other[f'decode_head.conv_seg.{name}'])[:5]
+    torch.save(dict(state_dict=other), tmp_path / 'other.pth')
+    message = refused('tools/test.py', config, tmp_path / 'other.pth', '--work-dir', tmp_path)
+    assert ('decode_head.conv_seg.weight is 5x32x1x1 in the checkpoint and 8x32x1x1 in the model'
+            in message)
+    assert '--load-from' in message
+    done = run('tools/train.py', config, '--work-dir', tmp_path / 'work', '--load-from',
+               tmp_path / 'other.pth')
+    assert re.search('Left as initialised, .*decode_head.conv_seg.weight is 5x32x1x1',
+                     done.stdout)
+    new = torch.load(tmp_path / 'work' / 'iter_4.pth', weights_only=True)['state_dict']
+    assert new['decode_head.conv_seg.weight'].shape[0] == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('command, says', [
+    (['tools/train.py', 'configs/none.py'], 'config not found: configs/none.py'),
+    (['tools/train.py', '{config}', '--load-from', 'none.pth'], 'none.pth does not exist'),
+    (['tools/test.py', '{config}', 'none.pth'], 'checkpoint not found: none.pth'),
+    (['tools/test.py', '{config}', '{checkpoint}', '--isr-ratio', '0'],
+     'isr_ratio 0 is not an integer from 1 up'),
+    (['tools/test.py', '{config}', '{checkpoint}', '--isr-ratio', '2211-2222'],
+     '4 multipliers for the decoder, which has 3 stages'),
+    (['tools/test.py', '{config}', '{checkpoint}', '--isr-ratio', 'fast'],
+     "isr_ratio 'fast' means nothing"),
+])
+def test_wrong_command_lines(trained, tmp_path, command, says):
+    config, work, _ = trained
+    filled = [word.format(config=config, checkpoint=work / 'iter_4.pth') for word in command]
+    assert says in refused(*filled, '--work-dir', tmp_path)
