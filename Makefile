@@ -1,0 +1,48 @@
+# `make demo` and `make test` are all that a newcomer needs; both set up .venv first.
+PYTHON ?= python3
+DEMO := work_dirs/demo
+CONFIG := configs/edaformer_t_synthetic.py
+
+.PHONY: demo test test-fork lint env clean
+
+demo: .venv/ready
+	.venv/bin/python tools/prepare_data.py synthetic
+	.venv/bin/python tools/train.py $(CONFIG) --work-dir $(DEMO)
+	.venv/bin/python tools/test.py $(CONFIG) $(DEMO)/iter_800.pth --work-dir $(DEMO)/test \
+		--json $(DEMO)/none.json
+	.venv/bin/python tools/test.py $(CONFIG) $(DEMO)/iter_800.pth --work-dir $(DEMO)/test \
+		--json $(DEMO)/optimal.json --isr-ratio optimal
+	.venv/bin/python tools/test.py $(CONFIG) $(DEMO)/iter_800.pth --work-dir $(DEMO)/test \
+		--json $(DEMO)/2.json --isr-ratio 2
+	.venv/bin/python tools/compare_isr.py $(DEMO)/none.json $(DEMO)/optimal.json $(DEMO)/2.json \
+		--picture $(DEMO)/demo.png
+
+test: .venv/ready
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2
+
+test-fork: .venv-fork/ready
+	OMP_NUM_THREADS=1 .venv-fork/bin/python -m pytest -q -n 2
+
+lint: .venv/ready
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+env: .venv/ready
+
+# torch first: nothing that comes after it may pull another build.
+.venv/ready: requirements/lock.txt setup.py
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install -q $$(grep ^torch== $<)
+	.venv/bin/python -m pip install -q -r $<
+	.venv/bin/python -m pip install -q --no-deps -e .
+	touch $@
+
+.venv-fork/ready: requirements/lock-fork.txt setup.py
+	$(PYTHON) -m venv .venv-fork
+	.venv-fork/bin/python -m pip install -q $$(grep ^torch== $<)
+	.venv-fork/bin/python -m pip install -q -r $<
+	.venv-fork/bin/python -m pip install -q --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf .venv .venv-fork work_dirs
