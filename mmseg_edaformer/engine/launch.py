@@ -42,7 +42,7 @@ def load_config(args: argparse.Namespace) -> Config:
         raise ConfigError(f'config not found: {args.config}')
     try:
         cfg = Config.fromfile(args.config)
-    except (SyntaxError, NameError, TypeError, FileNotFoundError, KeyError) as error:
+    except (SyntaxError, NameError, TypeError, KeyError, ImportError, OSError) as error:
         raise ConfigError(f'{args.config} cannot be read: {error}') from error
     try:
         cfg.merge_from_dict(args.cfg_options or {})

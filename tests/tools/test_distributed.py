@@ -1,0 +1,130 @@
+"""Two processes and two nodes with torchrun on the CPU, over gloo."""
+import os
+import re
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.conftest import ROOT, run, write_config
+
+pytestmark = pytest.mark.slow
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(('127.0.0.1', 0))
+        return str(server.getsockname()[1])
+
+
+def script(name, *arguments, **env):
+    """Run one of the shell scripts; returns its output."""
+    done = subprocess.run(
+        ['bash', f'tools/{name}', *map(str, arguments)], cwd=ROOT, text=True, timeout=600,
+        capture_output=True, env={**os.environ, 'PYTHON': sys.executable, 'PORT': free_port(),
+                                  'OMP_NUM_THREADS': '1', **env})
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(autouse=True)
+def _import_tests(monkeypatch):
+    monkeypatch.setenv('PYTHONPATH', str(ROOT))  # for tests.frozen_norm
+
+
+@pytest.fixture(scope='module')
+def config(scenes, tmp_path_factory):
+    """Nothing random within a step and no batch statistics, so that only the averaging counts."""
+    folder = tmp_path_factory.mktemp('distributed')
+    write_config(folder, scenes)
+    path = folder / 'fixed.py'
+    path.write_text('''
+_base_ = ['./mini.py']
+custom_imports = dict(imports=['mmseg_edaformer', 'tests.frozen_norm'])
+custom_hooks = [dict(type='CheckWeightsHook'), dict(type='FreezeNormHook')]
+model = dict(backbone=dict(drop_path_rate=0.),
+             decode_head=dict(drop_path_rate=0., dropout_ratio=0.))
+train_dataloader = dict(batch_size=4, dataset=dict(pipeline=[
+    dict(type='LoadSegImage'), dict(type='LoadSegLabels', num_classes=8),
+    dict(type='Resize', scale=(64, 64), keep_ratio=False), dict(type='PackSegInputs')]))
+auto_scale_lr = dict(base_batch_size=4)
+optim_wrapper = dict(
+    optimizer=dict(_delete_=True, type='SGD', lr=0.02, momentum=0.9, weight_decay=0.),
+    clip_grad=None)
+''')
+    return path
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)['state_dict']
+
+
+def assert_close(found, expected):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=2e-6, rtol=1e-4, msg=name)
+
+
+def test_two_processes_train_like_one_and_resume_and_test(config, tmp_path):
+    run('tools/train.py', config, '--work-dir', tmp_path / 'one')
+    half = ('--cfg-options', 'train_dataloader.batch_size=2')
+    log = script('dist_train.sh', config, 2, '--work-dir', tmp_path / 'two', *half)
+    assert 'learning rate of this config' not in log  # 2 x 2 images are the recipe's 4
+    one = weights(tmp_path / 'one' / 'iter_4.pth')
+    assert_close(weights(tmp_path / 'two' / 'iter_4.pth'), one)
+
+    # Trained for two iterations, then resumed for two more: the same weights again.
+    short = (*half, 'train_cfg.max_iters=2', 'default_hooks.checkpoint.interval=2',
+             'train_cfg.val_interval=2')
+    script('dist_train.sh', config, 2, '--work-dir', tmp_path / 'three', *short)
+    log = script('dist_train.sh', config, 2, '--work-dir', tmp_path / 'three', '--resume', *half)
+    assert 'resumed epoch: 0, iter: 2' in log
+    assert_close(weights(tmp_path / 'three' / 'iter_4.pth'), one)
+
+    # The test of two processes sees every image once.
+    single = run('tools/test.py', config, tmp_path / 'one' / 'iter_4.pth', '--work-dir', tmp_path,
+                 '--isr-ratio', '2').stdout
+    double = script('dist_test.sh', config, tmp_path / 'one' / 'iter_4.pth', 2, '--work-dir',
+                    tmp_path, '--isr-ratio', '2')
+    figures = re.compile(r'aAcc: ([\d.]+)  mIoU: ([\d.]+)  mAcc: ([\d.]+)')
+    assert figures.search(double).groups() == figures.search(single).groups()
+    assert double.count('GMACs') == 1  # only one process reports
+
+
+def test_two_nodes(config, tmp_path):
+    """Two launchers on loopback, as two machines would run them."""
+    port = free_port()
+    nodes = [subprocess.Popen(
+        ['bash', 'tools/dist_train.sh', str(config), '1', '--work-dir', str(tmp_path / 'nodes'),
+         '--cfg-options', 'train_dataloader.batch_size=2'], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**os.environ, 'PYTHON': sys.executable, 'NNODES': '2', 'NODE_RANK': str(rank),
+             'MASTER_ADDR': '127.0.0.1', 'PORT': port, 'OMP_NUM_THREADS': '1'})
+        for rank in range(2)]
+    outputs = [node.communicate(timeout=600)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    run('tools/train.py', config, '--work-dir', tmp_path / 'one')
+    assert_close(weights(tmp_path / 'nodes' / 'iter_4.pth'),
+                 weights(tmp_path / 'one' / 'iter_4.pth'))
+
+
+def test_another_number_of_gpus_warns_and_scales(config, tmp_path):
+    log = script('dist_train.sh', config, 2, '--work-dir', tmp_path / 'more')
+    assert ('2 x 4 = 8 images per step, but the learning rate of this config is for 4: pass '
+            '--auto-scale-lr to scale it by 2, or keep the recipe with --cfg-options '
+            'train_dataloader.batch_size=2') in log
+    log = script('dist_train.sh', config, 2, '--work-dir', tmp_path / 'scaled', '--auto-scale-lr')
+    assert re.search(r'Iter\(train\) \[4/4\].* lr: 4.0000e-02', log)
+
+
+def test_an_error_on_a_rank_ends_all(config, tmp_path):
+    done = subprocess.run(
+        ['bash', 'tools/dist_train.sh', str(config), '2', '--work-dir', str(tmp_path / 'x'),
+         '--cfg-options', 'model.decode_head.chanels=2'], cwd=ROOT, text=True,
+        capture_output=True, timeout=300, env={**os.environ, 'PYTHON': sys.executable,
+                                               'PORT': free_port(), 'OMP_NUM_THREADS': '1'})
+    assert done.returncode != 0
+    assert "an argument 'chanels' that it does not have" in done.stderr
+    assert not (tmp_path / 'x' / 'iter_4.pth').exists()
