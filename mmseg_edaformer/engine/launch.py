@@ -1,6 +1,7 @@
 """From a command line to a runner: what tools/train.py and tools/test.py stand on."""
 import argparse
 import json
+import logging
 import os
 import time
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.dist import is_main_process
-from mmengine.runner import Runner
+from mmengine.logging import print_log
+from mmengine.runner import Runner, find_latest_checkpoint
 from mmseg.registry import RUNNERS
 
 from .. import __version__, compat
@@ -82,6 +84,12 @@ def prepare_train(cfg: Config, *, resume: bool = False, load_from: str | None = 
     cfg.resume = resume
     if load_from is not None:
         cfg.load_from = load_from
+    if resume and find_latest_checkpoint(cfg.work_dir) is not None:
+        cfg.load_from = None  # mmengine would resume from that file instead of the latest one
+    elif resume:
+        print_log(f'Nothing to resume in {cfg.work_dir}: training starts from the beginning',
+                  logger='current', level=logging.WARNING)
+        cfg.resume = False
     if amp:
         cfg.optim_wrapper.update(type='AmpOptimWrapper', loss_scale='dynamic')
     if auto_scale_lr:
@@ -98,6 +106,7 @@ def train(cfg: Config) -> None:
     runner = build_runner(cfg)
     checks.check_batch_size(cfg, runner.world_size)
     runner.train()
+    _leave_together()
 
 
 def prepare_test(cfg: Config, checkpoint: str, *, isr_ratio: str | None = None, tta: bool = False,
@@ -146,7 +155,15 @@ def test(cfg: Config, json_file: str | None = None) -> dict[str, float]:
         partial = path.with_name(f'.{path.name}.partial')
         partial.write_text(json.dumps(_figures(cfg, runner, metrics, seconds), indent=2) + '\n')
         partial.replace(path)
+    _leave_together()
     return metrics
+
+
+def _leave_together() -> None:
+    """End the process group when all are done: a rank that outlives the first one is aborted."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def _figures(cfg: Config, runner: Runner, metrics: dict[str, float],

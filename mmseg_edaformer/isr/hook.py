@@ -1,5 +1,7 @@
 """ISR in mmengine's runner."""
 import functools
+from collections.abc import Callable
+from typing import Any
 
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
@@ -26,6 +28,7 @@ class ISRHook(Hook):
 
     def __init__(self, ratio: int | str) -> None:
         self.ratio = ISRRatio.parse(ratio)
+        self.wrapped: list[BaseLoop] = []
 
     def before_run(self, runner: Runner) -> None:
         """Wrap the loops that are there; logs the report."""
@@ -33,17 +36,13 @@ class ISRHook(Hook):
         runner.logger.info(str(report_isr(runner.model, self.ratio, size)))
         for loop in (runner._val_loop, runner._test_loop):
             # before_run comes again when a runner that has trained is asked to test.
-            if isinstance(loop, BaseLoop) and not hasattr(loop.run, '__wrapped__'):
-                loop.run = self._reduced(runner, loop)
+            if isinstance(loop, BaseLoop) and loop not in self.wrapped:
+                self.wrapped.append(loop)
+                loop.run = functools.partial(self._run_reduced, runner, loop.run)
 
-    def _reduced(self, runner: Runner, loop: BaseLoop):
-        run = loop.run
-
-        @functools.wraps(run)
-        def reduced_run():
-            with isr(runner.model, self.ratio):
-                return run()
-        return reduced_run
+    def _run_reduced(self, runner: Runner, run: Callable[[], Any]) -> Any:
+        with isr(runner.model, self.ratio):
+            return run()
 
 
 def _input_size(model: nn.Module) -> tuple[int, int]:

@@ -71,11 +71,13 @@ class ISRRatio:
         if len(self.encoder) == len(self.decoder) == 1 and self.encoder == self.decoder:
             return str(self.encoder[0])
         separator = '' if max(*self.encoder, *self.decoder) < 10 else ','
-        return '-'.join(separator.join(map(str, part)) for part in (self.encoder, self.decoder))
+        # A comma after a lone number tells 12 from 1 and 2.
+        return '-'.join(separator.join(map(str, part)) + separator * (len(part) == 1)
+                        for part in (self.encoder, self.decoder))
 
 
 def _multipliers(part: str, value: str) -> tuple[int, ...]:
-    numbers: Sequence[str] = part.split(',') if ',' in part else part
+    numbers: Sequence[str] = part.removesuffix(',').split(',') if ',' in part else part
     if not numbers or not all(number.strip().isdecimal() for number in numbers):
         raise RatioError(f'isr_ratio {value!r} means nothing. {_VALID}')
     return tuple(int(number) for number in numbers)

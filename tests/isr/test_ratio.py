@@ -32,7 +32,7 @@ def test_a_wrong_count_is_told_once_the_model_is_known(value, part, count):
         ISRRatio.parse(value).for_stages(part, count)
 
 
-@pytest.mark.parametrize('value', ['2', '2211-222', '16,8,1,1-2,2,2', '1-2'])
+@pytest.mark.parametrize('value', ['2', '2211-222', '16,8,1,1-2,2,2', '1-2', '12,-3,'])
 def test_print_and_read_again(value):
     assert str(ISRRatio.parse(value)) == value
     assert ISRRatio.parse(str(ISRRatio.parse(value))) == ISRRatio.parse(value)

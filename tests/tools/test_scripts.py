@@ -37,7 +37,7 @@ def test_dist_test(shell):
                           '--isr-ratio', '2']
 
 
-@pytest.mark.parametrize('script, more', [('slurm_train.sh', []), ('slurm_test.sh', ['w.pth'])])
+@pytest.mark.parametrize(('script', 'more'), [('slurm_train.sh', []), ('slurm_test.sh', ['w.pth'])])
 def test_slurm(shell, script, more):
     words = shell(script, 'gpu', 'job', 'c.py', *more, '--tta', GPUS='16', GPUS_PER_NODE='8',
                   SRUN_ARGS='--time 1 --quiet').stdout.splitlines()
