@@ -8,11 +8,11 @@ CONFIG := configs/edaformer_t_synthetic.py
 demo: .venv/ready
 	.venv/bin/python tools/prepare_data.py synthetic
 	.venv/bin/python tools/train.py $(CONFIG) --work-dir $(DEMO)
-	.venv/bin/python tools/test.py $(CONFIG) $(DEMO)/iter_800.pth --work-dir $(DEMO)/test \
+	.venv/bin/python tools/test.py $(CONFIG) $(DEMO)/iter_1200.pth --work-dir $(DEMO)/test \
 		--json $(DEMO)/none.json
-	.venv/bin/python tools/test.py $(CONFIG) $(DEMO)/iter_800.pth --work-dir $(DEMO)/test \
+	.venv/bin/python tools/test.py $(CONFIG) $(DEMO)/iter_1200.pth --work-dir $(DEMO)/test \
 		--json $(DEMO)/optimal.json --isr-ratio optimal
-	.venv/bin/python tools/test.py $(CONFIG) $(DEMO)/iter_800.pth --work-dir $(DEMO)/test \
+	.venv/bin/python tools/test.py $(CONFIG) $(DEMO)/iter_1200.pth --work-dir $(DEMO)/test \
 		--json $(DEMO)/2.json --isr-ratio 2
 	.venv/bin/python tools/compare_isr.py $(DEMO)/none.json $(DEMO)/optimal.json $(DEMO)/2.json \
 		--picture $(DEMO)/demo.png

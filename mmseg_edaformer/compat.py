@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
 
-STACKS = {
+STACKS: dict[str, dict[str, tuple[str, str | None]]] = {
     'openmmlab': {'mmengine': ('0.10.3', None), 'mmsegmentation': ('1.2.2', None),
                   'mmcv-lite': ('2.0.1', '2.2.0')},
     'fork': {'onedl-mmengine': ('0.10.8', None), 'onedl-mmsegmentation': ('1.4.0', None),
@@ -30,7 +30,7 @@ def check_environment() -> None:
     """
     fork = _version('onedl-mmengine') is not None and _version('mmengine') is None
     stack = 'fork' if fork else 'openmmlab'
-    wanted = {'torch': ('2.4', None), **STACKS[stack]}
+    wanted: dict[str, tuple[str, str | None]] = {'torch': ('2.4', None), **STACKS[stack]}
     if not fork and _version('mmcv') is not None:
         wanted['mmcv'] = wanted.pop('mmcv-lite')
     wrong = []
@@ -119,7 +119,7 @@ def allow_mmengine_checkpoints() -> None:
     try:
         from numpy._core.multiarray import _reconstruct, scalar
     except ImportError:  # numpy < 2
-        from numpy.core.multiarray import _reconstruct, scalar
+        from numpy.core.multiarray import _reconstruct, scalar  # type: ignore[no-redef]
 
     def history_buffer_method(owner: type, name: str) -> Any:
         if owner is HistoryBuffer and name in ('min', 'max', 'mean', 'current'):

@@ -63,9 +63,10 @@ def _explain_misspelling(error: TypeError) -> str:
     if not inspect.isclass(built):
         return str(error)
     known = {name for cls in built.__mro__ if '__init__' in vars(cls)
-             for name, parameter in inspect.signature(cls.__init__).parameters.items()
+             for name, parameter in inspect.signature(vars(cls)['__init__']).parameters.items()
              if name != 'self' and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD,
                                                       parameter.KEYWORD_ONLY)}
     near = difflib.get_close_matches(argument, known, 1)
     hint = f"did you mean '{near[0]}'?" if near else f'it takes {", ".join(sorted(known))}'
-    return f"the config gives {built.__name__} an argument '{argument}' that it does not have: {hint}"
+    return (f"the config gives {built.__name__} an argument '{argument}' that it does not have: "
+            f'{hint}')

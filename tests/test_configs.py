@@ -1,4 +1,5 @@
 """Every config builds, and trains with the paper's recipe."""
+import itertools
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,8 @@ def test_it_builds_and_agrees_with_itself(path):
         # An absent folder is met when the data is read, not before.
         dataset = DATASETS.build(dict(loader.dataset, lazy_init=True))
         assert len(dataset.metainfo['classes']) == cfg.model.decode_head.num_classes
-        for pipeline in (loader.dataset.pipeline, sum(cfg.tta_pipeline[1].transforms, [])):
+        tta = list(itertools.chain(*cfg.tta_pipeline[1].transforms))
+        for pipeline in (loader.dataset.pipeline, tta):
             labels = [step for step in pipeline if step.type == 'LoadSegLabels']
             assert [step.num_classes for step in labels] == [cfg.model.decode_head.num_classes]
     for step in cfg.tta_pipeline:

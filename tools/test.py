@@ -28,7 +28,7 @@ def main() -> None:
     cfg = launch.load_config(args)
     launch.prepare_test(cfg, args.checkpoint, isr_ratio=args.isr_ratio, tta=args.tta, out=args.out,
                         show=args.show, show_dir=args.show_dir, wait_time=args.wait_time)
-    launch.test(cfg, args.json)
+    launch.evaluate(cfg, args.json)
 
 
 if __name__ == '__main__':

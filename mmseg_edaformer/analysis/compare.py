@@ -5,25 +5,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import matplotlib
+import mmcv
 import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset, pseudo_collate
+from mmengine.model import BaseModel
 from mmengine.registry import init_default_scope
 from mmengine.runner import load_checkpoint
 from mmseg.registry import DATASETS, MODELS
 from prettytable import PrettyTable
-from torch import nn
 
 from ..data.transforms import IGNORED
 from ..isr import ISRRatio, isr
 from .cost import count_macs
 
 matplotlib.use('Agg')
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.patches import Patch  # noqa: E402
+from matplotlib import pyplot as plt
+from matplotlib.patches import Patch
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class RatioFigures:
     relative: float
 
 
-def load_model(cfg: Config, checkpoint: str) -> tuple[nn.Module, BaseDataset]:
+def load_model(cfg: Config, checkpoint: str) -> tuple[BaseModel, BaseDataset]:
     """The model of a config with the weights of a checkpoint, in eval mode, and its test set."""
     init_default_scope(cfg.get('default_scope') or 'mmseg')
     model = MODELS.build(cfg.model)
@@ -44,7 +44,7 @@ def load_model(cfg: Config, checkpoint: str) -> tuple[nn.Module, BaseDataset]:
 
 
 @torch.no_grad()
-def measure_ratios(model: nn.Module, dataset: BaseDataset, ratios: Sequence[ISRRatio],
+def measure_ratios(model: BaseModel, dataset: BaseDataset, ratios: Sequence[ISRRatio],
                    rounds: int = 30) -> list[RatioFigures]:
     """Time whole predictions, from the decoded image to its label map, one image at a time.
 
@@ -77,7 +77,7 @@ def table(figures: Sequence[RatioFigures], miou: Sequence[float]) -> str:
     """The figures as a short table for a terminal."""
     rows = PrettyTable(['isr_ratio', 'mIoU', 'GMACs', 'ms per image', 'time'], align='r')
     for row, value in zip(figures, miou):
-        rows.add_row([row.ratio, f'{value:.1f}', f'{row.gmacs:.2f}', f'{row.milliseconds:.1f}',
+        rows.add_row(['none' if str(row.ratio) == '1' else row.ratio, f'{value:.1f}', f'{row.gmacs:.2f}', f'{row.milliseconds:.1f}',
                       f'x {row.relative:.2f}'])
     return str(rows)
 
@@ -93,8 +93,8 @@ def chance(dataset: BaseDataset) -> tuple[str, float]:
 
 
 @torch.no_grad()
-def draw(model: nn.Module, dataset: BaseDataset, ratios: Sequence[ISRRatio], path: str | Path,
-         indices: Sequence[int] = (0, 1, 2, 3)) -> None:
+def draw(model: BaseModel, dataset: BaseDataset, ratios: Sequence[ISRRatio], path: str | Path,
+         indices: Sequence[int] = (0, 2, 7, 11)) -> None:
     """Draw image, truth and the prediction at each ratio, a row for each image, as a PNG."""
     classes, palette = dataset.metainfo['classes'], np.array(dataset.metainfo['palette'], np.uint8)
     colours = np.vstack([palette, np.zeros((256 - len(palette), 3), np.uint8)])
@@ -107,7 +107,7 @@ def draw(model: nn.Module, dataset: BaseDataset, ratios: Sequence[ISRRatio], pat
     for row, index in zip(axes, indices):
         data = pseudo_collate([dataset[index]])
         sample = data['data_samples'][0]
-        panels = [cv2.imread(sample.img_path)[..., ::-1],
+        panels = [mmcv.imread(sample.img_path, channel_order='rgb'),
                   colours[sample.gt_sem_seg.data.squeeze(0).numpy()]]
         for ratio in ratios:
             with isr(model, ratio):

@@ -2,6 +2,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from mmengine.model import BaseTTAModel, is_model_wrapper
@@ -32,14 +33,20 @@ def trace_macs(shadow: nn.Module, input_size: tuple[int, int]) -> int:
     return counter.get_total_flops() // 2
 
 
+def unwrap(model: Any) -> nn.Module:
+    """The model within DDP and test-time augmentation."""
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    return model
+
+
 @contextmanager
 def on_meta(model: nn.Module) -> Iterator[nn.Module]:
     """A copy of the model without wrappers, in eval mode, whose weights take no memory.
 
     torch's counter takes attention on the CPU for 0, so costs are counted on the meta device.
     """
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
+    model = unwrap(model)
     # deepcopy takes what the memo holds in place of the weights.
     memo: dict[int, object] = {
         id(tensor): nn.Parameter(torch.empty_like(tensor, device='meta'), requires_grad=False)

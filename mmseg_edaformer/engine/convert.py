@@ -1,6 +1,6 @@
 """The authors' checkpoints, under the names of this package."""
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from ..models import EFT, EDAFormerHead
 from ..models.eft import ARCHITECTURES
 from .checkpoint import load_from_file
 
-_RENAMED = [
+_RENAMED: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r'^patch_embed(\d)\.', lambda m: f'stages.{int(m[1]) - 1}.patch_embed.'),
     (r'^block(\d)\.', lambda m: f'stages.{int(m[1]) - 1}.blocks.'),
     (r'^norm(\d)\.', lambda m: f'stages.{int(m[1]) - 1}.norm.'),
@@ -51,7 +51,8 @@ class Conversion:
         if self.backbone_only:
             use = ('--cfg-options model.backbone.init_cfg.type=Pretrained '
                    'model.backbone.init_cfg.checkpoint=FILE')
-            return f'EFT {sizes["arch"]}, an encoder: train edaformer_{letter or "t"}_*.py with {use}'
+            return (f'EFT {sizes["arch"]}, an encoder: train edaformer_{letter or "t"}_*.py '
+                    f'with {use}')
         data = {150: 'ade', 19: 'cityscapes', 171: 'cocostuff'}.get(sizes['num_classes'])
         known = letter and data
         config = (f'configs/edaformer_{letter}_{data}.py' if known else
@@ -119,7 +120,9 @@ def infer_sizes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     encoder = {name.removeprefix('backbone.'): tensor for name, tensor in weights.items()
                if not name.startswith('decode_head.')}
     try:
-        dims, depths, ffn_ratios = [], [], []
+        dims: list[int] = []
+        depths: list[int] = []
+        ffn_ratios: list[float] = []
         while f'stages.{len(dims)}.patch_embed.proj.weight' in encoder:
             stage = f'stages.{len(dims)}.'
             dim = encoder[f'{stage}patch_embed.proj.weight'].shape[0]

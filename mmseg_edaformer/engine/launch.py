@@ -140,7 +140,7 @@ def prepare_test(cfg: Config, checkpoint: str, *, isr_ratio: str | None = None, 
     checks.check_data(cfg, 'test')
 
 
-def test(cfg: Config, json_file: str | None = None) -> dict[str, float]:
+def evaluate(cfg: Config, json_file: str | None = None) -> dict[str, float]:
     """Test, and write the figures to a file if one is named.
 
     The file holds the metrics, the ISR ratio, how many images took how long, and where it ran.

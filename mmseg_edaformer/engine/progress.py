@@ -12,8 +12,15 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from mmseg.evaluation import IoUMetric
-from rich.progress import (BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn,
-                           TimeElapsedColumn, TimeRemainingColumn)
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 
 @HOOKS.register_module()
@@ -32,18 +39,19 @@ class ProgressHook(Hook):
     def __init__(self, interval: int = 10) -> None:
         self.interval = interval
         self.progress: Progress | None = None
-        self.task: TaskID | None = None
+        self.task = self.train_task = TaskID(0)
         self.figures: dict[str, str] = {}
 
     def before_train(self, runner: Runner) -> None:
         """Show the bar of the training."""
         self._start(runner, 'train', runner.max_iters, runner.iter)
-        self.train_task, self.tick = self.task, time.perf_counter()
+        self.train_task = self.task
+        self.tick = time.perf_counter()
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None,
                          outputs: dict[str, torch.Tensor] | None = None) -> None:
         """Advance it."""
-        if self.progress is None:
+        if self.progress is None or outputs is None:
             return
         if self.every_n_train_iters(runner, self.interval):
             now = time.perf_counter()
@@ -72,7 +80,8 @@ class ProgressHook(Hook):
             return
         self.progress.remove_task(self.task)
         if len(self.progress.tasks):
-            self.task, self.tick = self.train_task, time.perf_counter()
+            self.task = self.train_task
+            self.tick = time.perf_counter()
         else:
             self._stop(runner)
 

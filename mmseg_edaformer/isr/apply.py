@@ -128,7 +128,8 @@ def _trace(shadow: nn.Module,
               for number, layers in part.stages.items() if layers}
 
     def note_size(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        sizes[layer] = tuple(args[0].shape[2:])
+        height, width = args[0].shape[2:]
+        sizes[layer] = (height, width)
 
     handles = [layer.register_forward_pre_hook(note_size)
                for layers in stages.values() for layer in layers]

@@ -8,6 +8,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, Runner
 from torch import nn
 
+from ..analysis.cost import unwrap
 from .apply import isr, report_isr
 from .ratio import ISRRatio
 
@@ -47,8 +48,7 @@ class ISRHook(Hook):
 
 def _input_size(model: nn.Module) -> tuple[int, int]:
     """The size that a segmentor sees: its sliding window, else its training crop."""
-    while hasattr(model, 'module'):
-        model = model.module
+    model = unwrap(model)
     test_cfg = getattr(model, 'test_cfg', None) or {}
     crop = test_cfg.get('crop_size') or getattr(
         getattr(model, 'data_preprocessor', None), 'size', None) or (512, 512)

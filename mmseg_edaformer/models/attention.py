@@ -67,8 +67,8 @@ class EmbeddingFreeAttention(nn.Module):
         kernel = self.pool_size(height, width)
         if not torch.compiler.is_compiling() and min(kernel) < self.pool_ratio * self.isr_ratio:
             # One text for every size, so that Python's own filter shows it once.
-            warnings.warn('a feature map is smaller than the pool of its keys, which shrinks to the '
-                          'map: lower isr_ratio or enlarge the input', stacklevel=2)
+            warnings.warn('a feature map is smaller than the pool of its keys, which shrinks to '
+                          'the map: lower isr_ratio or enlarge the input', stacklevel=2)
         kv = self.kv(x if kernel == (1, 1) else F.avg_pool2d(x, kernel))
         if self.kv_norm is not None:
             kv = F.gelu(self.kv_norm(kv))

@@ -58,8 +58,8 @@ class PixelNorm(nn.LayerNorm):
 def init_weights(model: BaseModule) -> None:
     """Initialise all layers of a model, as the released implementation does.
 
-    Linear layers: truncated normal with std 0.02. Convolutions: normal with std sqrt(2 / fan_out). Biases 0,
-    norms 1 and 0.
+    Linear layers: truncated normal with std 0.02. Convolutions: normal with std
+    sqrt(2 / fan_out). Biases 0, norms 1 and 0.
     """
     for module in model.modules():
         _init_layer(module)

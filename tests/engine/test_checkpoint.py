@@ -44,7 +44,7 @@ def test_safetensors(tmp_path):
     assert torch.equal(loaded['state_dict']['w'], torch.ones(2))
 
 
-@pytest.mark.parametrize('attack, named', [(Attack(), 'system'), (GetAttr(), '__subclasses__')])
+@pytest.mark.parametrize(('attack', 'named'), [(Attack(), 'system'), (GetAttr(), '__subclasses__')])
 def test_code_is_refused(tmp_path, monkeypatch, attack, named):
     monkeypatch.chdir(tmp_path)
     torch.save(dict(state_dict={'w': torch.ones(2)}, meta=attack), 'evil.pth')
@@ -55,7 +55,7 @@ def test_code_is_refused(tmp_path, monkeypatch, attack, named):
     assert not os.path.exists('pwned')
 
 
-@pytest.mark.parametrize('name, content, message', [
+@pytest.mark.parametrize(('name', 'content', 'message'), [
     ('none.pth', None, 'checkpoint not found'),
     ('empty.pth', b'', 'damaged'),
     ('text.pth', b'<html>404</html>', 'not a checkpoint, or it is damaged'),

@@ -56,7 +56,7 @@ def test_an_imagenet_encoder(tmp_path, wrap, size):
     EFT(size).load_state_dict(load_file(tmp_path / 'eft.safetensors'))
 
 
-@pytest.mark.parametrize('change, message', [
+@pytest.mark.parametrize(('change', 'message'), [
     (lambda s: s.pop('backbone.block3.4.attn.sr.weight'),
      'backbone.stages.2.blocks.4.attn.kv.weight is missing'),
     (lambda s: s.update({'backbone.block1.0.extra': torch.zeros(1)}),

@@ -5,7 +5,7 @@ from mmseg_edaformer.errors import RatioError
 from mmseg_edaformer.isr import ISRRatio
 
 
-@pytest.mark.parametrize('value, encoder, decoder', [
+@pytest.mark.parametrize(('value', 'encoder', 'decoder'), [
     (2, (2, 2, 2, 2), (2, 2, 2)), ('2', (2, 2, 2, 2), (2, 2, 2)), ('12', (12,) * 4, (12,) * 3),
     ('2211-222', (2, 2, 1, 1), (2, 2, 2)), ('2,2,1,1-2,2,2', (2, 2, 1, 1), (2, 2, 2)),
     ('16,8,1,1-2, 2, 2', (16, 8, 1, 1), (2, 2, 2)), ('optimal', (2, 2, 1, 1), (2, 2, 2)),
@@ -25,8 +25,8 @@ def test_what_is_refused_lists_what_is_valid(value):
         ISRRatio.parse(value)
 
 
-@pytest.mark.parametrize('value, part, count', [('221-222', 'encoder', 4), ('2211-22', 'decoder', 3),
-                                                ('2211-222', 'decoder', 2)])
+@pytest.mark.parametrize(('value', 'part', 'count'), [
+    ('221-222', 'encoder', 4), ('2211-22', 'decoder', 3), ('2211-222', 'decoder', 2)])
 def test_a_wrong_count_is_told_once_the_model_is_known(value, part, count):
     with pytest.raises(RatioError, match=f'{value} has .* {part}, which has {count} stages'):
         ISRRatio.parse(value).for_stages(part, count)

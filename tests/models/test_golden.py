@@ -84,12 +84,12 @@ def test_fast_equals_plain(size, ratio):
     assert (found - expected).abs().max() < 1e-4 * expected.std()
 
 
-@pytest.mark.parametrize('size, parameters', [('tiny', 4_929_914), ('base', 29_438_166)])
+@pytest.mark.parametrize(('size', 'parameters'), [('tiny', 4_929_914), ('base', 29_438_166)])
 def test_parameters_are_the_released_ones(size, parameters):
     assert sum(p.numel() for p in build(size).parameters()) == parameters
 
 
-@pytest.mark.parametrize('size, published', [('tiny', (5.65, 4.72, 4.11)),
+@pytest.mark.parametrize(('size', 'published'), [('tiny', (5.65, 4.72, 4.11)),
                                              ('base', (31.98, 29.43, 26.63))])
 def test_cost_is_the_published_one(size, published):
     """The plain network costs what the release does; fusing before resizing saves a known part."""

@@ -120,7 +120,7 @@ def test_export(segmentor):
         assert torch.allclose(program.module()(x), segmentor(x), atol=1e-5)
 
 
-@pytest.mark.parametrize('depths, index', [
+@pytest.mark.parametrize(('depths', 'index'), [
     ((2, 2, 2), (1, 2, 3)), ((1, 2, 3), (1, 2, 3)), ((1, 4, 1), (1, 2, 3)),
     ((1, 2), (2, 3)), ((1, 1, 2, 3), (0, 1, 2, 3))])
 def test_decoder_structures_are_configs(depths, index):
@@ -182,7 +182,7 @@ def test_sizes_by_name_replace_those_of_the_architecture():
     assert [len(stage.blocks) for stage in model.stages] == [1] * 4
 
 
-@pytest.mark.parametrize('build, message', [
+@pytest.mark.parametrize(('build', 'message'), [
     (lambda: EFT('huge'), "no arch 'huge': use one of tiny, base"),
     (lambda: EFT(dict(embed_dim=(8, 16))), 'no size embed_dim: the sizes are embed_dims'),
     (lambda: EFT('tiny', depths=(1, 1)), '2 depths'),

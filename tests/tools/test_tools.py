@@ -56,6 +56,18 @@ def test_resume_goes_on(trained, tmp_path):
 
 
 @pytest.mark.slow
+def test_resume_goes_on_in_the_work_dir_even_of_a_fine_tuning(trained, tmp_path):
+    config, work, _ = trained
+    shutil.copytree(work, tmp_path / 'work')
+    (tmp_path / 'work' / 'last_checkpoint').write_text(str(tmp_path / 'work' / 'iter_4.pth'))
+    done = run('tools/train.py', config, '--work-dir', tmp_path / 'work', '--resume',
+               '--cfg-options', 'train_cfg.max_iters=5', 'load_from=gone.pth')
+    assert 'resumed epoch: 0, iter: 4' in done.stdout
+    done = run('tools/train.py', config, '--work-dir', tmp_path / 'new', '--resume')
+    assert f'Nothing to resume in {tmp_path}/new: training starts' in done.stdout
+
+
+@pytest.mark.slow
 def test_isr_flag_is_the_hook_in_the_config(trained, tmp_path):
     config, work, _ = trained
     plain = test(config, work / 'iter_4.pth', tmp_path)
@@ -145,7 +157,7 @@ def damaged(scenes, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('break_it, says', [
+@pytest.mark.parametrize(('break_it', 'says'), [
     (lambda root: shutil.rmtree(root), r'the train set is not where the config says: .*data '
      r'does not exist .*prepare_data.py'),
     (lambda root: shutil.rmtree(root / 'annotations' / 'training'),
@@ -189,7 +201,7 @@ def test_an_image_that_cannot_be_decoded_is_named(damaged, trained, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('options, says', [
+@pytest.mark.parametrize(('options', 'says'), [
     (['model.decode_head.chanels=3'],
      "the config gives EDAFormerHead an argument 'chanels' that it does not have: "
      "did you mean 'channels'?"),
@@ -233,7 +245,7 @@ def test_a_checkpoint_for_other_classes(trained, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('command, says', [
+@pytest.mark.parametrize(('command', 'says'), [
     (['tools/train.py', 'configs/none.py'], 'config not found: configs/none.py'),
     (['tools/train.py', '{config}', '--load-from', 'none.pth'], 'none.pth does not exist'),
     (['tools/test.py', '{config}', 'none.pth'], 'checkpoint not found: none.pth'),

@@ -1,0 +1,80 @@
+"""Reading images and labels: equal to mmseg's where they are good, named where they are bad."""
+import numpy as np
+import pytest
+from mmseg.datasets.transforms import LoadAnnotations
+from PIL import Image
+
+from mmseg_edaformer.data import LoadSegImage, LoadSegLabels
+from mmseg_edaformer.errors import DataError
+
+
+@pytest.fixture
+def mask(tmp_path):
+    def write(array, mode=None):
+        path = tmp_path / 'mask.png'
+        Image.fromarray(array, mode).save(path)
+        return dict(seg_map_path=str(path), img_path='image.jpg', seg_fields=[],
+                    reduce_zero_label=False, ori_shape=array.shape[:2])
+    return write
+
+
+@pytest.mark.parametrize('reduce_zero_label', [False, True])
+@pytest.mark.parametrize('label_map', [None, {0: 1, 1: 255, 2: 0, 3: 2}])
+def test_equal_to_mmseg(mask, reduce_zero_label, label_map):
+    labels = np.random.default_rng(0).choice([0, 1, 2, 3, 255], (20, 30)).astype(np.uint8)
+    labels = labels + (reduce_zero_label & (labels < 255)).astype(np.uint8)
+    labels[0, 0] = 0
+    results = dict(mask(labels), reduce_zero_label=reduce_zero_label, label_map=label_map)
+    expected = LoadAnnotations().transform(dict(results, seg_fields=[]))
+    found = LoadSegLabels(num_classes=4).transform(dict(results, seg_fields=[]))
+    assert found['seg_fields'] == ['gt_seg_map']
+    assert found['gt_seg_map'].dtype == expected['gt_seg_map'].dtype
+    assert np.array_equal(found['gt_seg_map'], expected['gt_seg_map'])
+
+
+@pytest.mark.parametrize(('array', 'message'), [
+    (np.full((4, 4), 9, np.uint8), r'holds the label 9 \(16 pixels\): its 4 classes are 0 to 3'),
+    (np.full((4, 4), 300, np.uint16), r'holds the label 300 \(16 pixels\)'),
+    (np.zeros((4, 4, 3), np.uint8), 'has 3 channels'),
+])
+def test_what_is_wrong_is_named(mask, array, message):
+    with pytest.raises(DataError, match=message) as caught:
+        LoadSegLabels(num_classes=4).transform(mask(array))
+    assert 'mask.png' in str(caught.value)
+
+
+def test_a_binary_mask_holds_0_and_1(mask):
+    results = mask(np.eye(4, dtype=bool))
+    assert np.array_equal(LoadSegLabels(2).transform(results)['gt_seg_map'], np.eye(4))
+
+
+def test_zero_and_the_classes_when_zero_is_no_label(mask):
+    results = dict(mask(np.full((4, 4), 5, np.uint8)), reduce_zero_label=True)
+    assert (LoadSegLabels(5).transform(results)['gt_seg_map'] == 4).all()
+    with pytest.raises(DataError, match='its 4 classes are 1 to 4, and 0 and 255 mean no label'):
+        LoadSegLabels(4).transform(dict(results, seg_fields=[]))
+
+
+def test_another_size_than_the_image(mask):
+    results = dict(mask(np.zeros((4, 6), np.uint8)), ori_shape=(5, 6))
+    with pytest.raises(DataError, match=r'mask.png is 6x4 pixels, its image 6x5'):
+        LoadSegLabels(4).transform(results)
+
+
+@pytest.mark.parametrize('content', [None, b'', b'not a picture'])
+def test_files_that_cannot_be_read(tmp_path, content):
+    path = tmp_path / 'file.png'
+    if content is not None:
+        path.write_bytes(content)
+    word = 'not found' if content is None else 'cannot be decoded'
+    with pytest.raises(DataError, match=f'image {word}: .*file.png'):
+        LoadSegImage().transform(dict(img_path=str(path)))
+    with pytest.raises(DataError, match=f'mask {word}: .*file.png'):
+        LoadSegLabels(4).transform(dict(seg_map_path=str(path), img_path='image.jpg',
+                                        reduce_zero_label=False, seg_fields=[]))
+
+
+def test_the_message_survives_a_worker_process():
+    error = DataError('Caught DataError in DataLoader worker process 0.\nOriginal Traceback:\n'
+                      '  File "x.py"\nmmseg_edaformer.errors.DataError: mask a.png holds 7\n')
+    assert str(error) == 'mask a.png holds 7'
