@@ -77,8 +77,8 @@ def table(figures: Sequence[RatioFigures], miou: Sequence[float]) -> str:
     """The figures as a short table for a terminal."""
     rows = PrettyTable(['isr_ratio', 'mIoU', 'GMACs', 'ms per image', 'time'], align='r')
     for row, value in zip(figures, miou):
-        rows.add_row(['none' if str(row.ratio) == '1' else row.ratio, f'{value:.1f}', f'{row.gmacs:.2f}', f'{row.milliseconds:.1f}',
-                      f'x {row.relative:.2f}'])
+        rows.add_row(['none' if str(row.ratio) == '1' else row.ratio, f'{value:.1f}',
+                      f'{row.gmacs:.2f}', f'{row.milliseconds:.1f}', f'x {row.relative:.2f}'])
     return str(rows)
 
 

@@ -2,6 +2,7 @@
 from pathlib import Path
 from typing import Any
 
+import cv2
 import mmcv
 import numpy as np
 from mmcv.transforms import LoadImageFromFile
@@ -28,7 +29,7 @@ class LoadSegImage(LoadImageFromFile):
             return super().transform(results)
         except FileNotFoundError as error:
             raise DataError(f'image not found: {path}') from error
-        except (AssertionError, OSError, ValueError) as error:
+        except (AssertionError, OSError, ValueError, cv2.error) as error:
             raise DataError(f'image cannot be decoded: {path} '
                             f'({_size(path)} bytes): replace it or remove it') from error
 
@@ -63,7 +64,7 @@ class LoadSegLabels(LoadAnnotations):
         except FileNotFoundError as error:
             raise DataError(f'mask not found: {path} for image {results.get("img_path")}'
                             ) from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, cv2.error) as error:
             raise DataError(f'mask cannot be decoded: {path} ({_size(path)} bytes)') from error
         if mask is None:
             raise DataError(f'mask cannot be decoded: {path} ({_size(path)} bytes)')
