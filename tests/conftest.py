@@ -78,7 +78,7 @@ crop_size = (64, 64)
 data_root = '{scenes}'
 train_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False, dataset=dict(
     data_root=data_root, pipeline=[
-        dict(type='LoadSegImage'), dict(type='LoadSegLabels', num_classes=8),
+        dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', num_classes=8),
         dict(type='RandomCrop', crop_size=crop_size), dict(type='PackSegInputs')]))
 val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(data_root=data_root))
 test_dataloader = val_dataloader

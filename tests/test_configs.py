@@ -41,7 +41,7 @@ def test_it_builds_and_agrees_with_itself(path):
         assert len(dataset.metainfo['classes']) == cfg.model.decode_head.num_classes
         tta = list(itertools.chain(*cfg.tta_pipeline[1].transforms))
         for pipeline in (loader.dataset.pipeline, tta):
-            labels = [step for step in pipeline if step.type == 'LoadSegLabels']
+            labels = [step for step in pipeline if step.type == 'LoadAnnotations']
             assert [step.num_classes for step in labels] == [cfg.model.decode_head.num_classes]
     for step in cfg.tta_pipeline:
         TRANSFORMS.build(step)

@@ -1,4 +1,8 @@
-"""Reading images and labels so that a bad file is named, before it reaches the GPU."""
+"""Reading images and labels so that a bad file is named, before it reaches the GPU.
+
+Both stand in for mmseg's transforms under the same names in its registry: MMSegInferencer and
+inference_model look for these names in a pipeline, and every config gains the checks.
+"""
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,7 @@ from ..errors import DataError
 IGNORED = 255
 
 
-@TRANSFORMS.register_module()
+@TRANSFORMS.register_module(name='LoadImageFromFile', force=True)
 class LoadSegImage(LoadImageFromFile):
     """mmcv's LoadImageFromFile that names the file which it cannot read.
 
@@ -34,7 +38,7 @@ class LoadSegImage(LoadImageFromFile):
                             f'({_size(path)} bytes): replace it or remove it') from error
 
 
-@TRANSFORMS.register_module()
+@TRANSFORMS.register_module(name='LoadAnnotations', force=True)
 class LoadSegLabels(LoadAnnotations):
     """mmseg's LoadAnnotations that checks what it reads.
 
@@ -42,18 +46,21 @@ class LoadSegLabels(LoadAnnotations):
     silently, and a coloured mask fails far from its cause.
 
     Args:
-        num_classes: Labels after ``reduce_zero_label`` and ``label_map`` lie below it or are 255.
-        imdecode_backend: Decoder of the mask.
+        reduce_zero_label: Whether 0 means no label; by default what the data set says.
         backend_args: Where files come from, see mmengine's fileio.
+        imdecode_backend: Decoder of the mask.
+        num_classes: Labels after ``reduce_zero_label`` and ``label_map`` lie below it or are 255;
+            without it their range is not checked.
 
     Raises:
         DataError: The mask is missing, cannot be decoded, is of another size than the image, has
             several channels, or a label is out of range; the message names the file.
     """
 
-    def __init__(self, num_classes: int, imdecode_backend: str = 'pillow',
-                 backend_args: dict[str, Any] | None = None) -> None:
-        super().__init__(imdecode_backend=imdecode_backend, backend_args=backend_args)
+    def __init__(self, reduce_zero_label: bool | None = None,
+                 backend_args: dict[str, Any] | None = None, imdecode_backend: str = 'pillow',
+                 num_classes: int | None = None) -> None:
+        super().__init__(reduce_zero_label, backend_args, imdecode_backend)
         self.num_classes = num_classes
 
     def _load_seg_map(self, results: dict[str, Any]) -> None:
@@ -78,7 +85,7 @@ class LoadSegLabels(LoadAnnotations):
         table = self._table(results)
         inside = (mask >= 0) & (mask <= 255)
         labels = table[np.where(inside, mask, 0).astype(np.uint8)]
-        wrong = ~inside | ((labels >= self.num_classes) & (labels != IGNORED))
+        wrong = ~inside | ((labels >= (self.num_classes or IGNORED)) & (labels != IGNORED))
         if wrong.any():
             raise DataError(self._describe(mask, wrong, results))
         results['gt_seg_map'] = labels
@@ -86,16 +93,22 @@ class LoadSegLabels(LoadAnnotations):
 
     def _describe(self, mask: np.ndarray, wrong: np.ndarray, results: dict[str, Any]) -> str:
         values = np.unique(mask[wrong])
-        zero = bool(results.get('reduce_zero_label'))
+        zero = self._zero_is_no_label(results)
+        valid = (f'its {self.num_classes} classes are {int(zero)} to {self.num_classes - 1 + zero}'
+                 if self.num_classes else 'labels lie below 255')
         return (f'mask {results["seg_map_path"]} holds the label '
                 f'{", ".join(map(str, values[:5]))}{" and more" if len(values) > 5 else ""} '
-                f'({int(wrong.sum())} pixels): its {self.num_classes} classes are {int(zero)} to '
-                f'{self.num_classes - 1 + zero}, and {"0 and " if zero else ""}255 mean no label')
+                f'({int(wrong.sum())} pixels): {valid}, and {"0 and " if zero else ""}255 mean no '
+                'label')
+
+    def _zero_is_no_label(self, results: dict[str, Any]) -> bool:
+        return bool(results.get('reduce_zero_label') if self.reduce_zero_label is None
+                    else self.reduce_zero_label)
 
     def _table(self, results: dict[str, Any]) -> np.ndarray:
         """What each of the 256 values of a mask becomes."""
         table = np.arange(256)
-        if results.get('reduce_zero_label'):
+        if self._zero_is_no_label(results):
             table = np.where((table == 0) | (table == IGNORED), IGNORED, table - 1)
         if results.get('label_map') is not None:
             mapped = table.copy()

@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 from mmseg.datasets.transforms import LoadAnnotations
+from mmseg.registry import TRANSFORMS
 from PIL import Image
 
 from mmseg_edaformer.data import LoadSegImage, LoadSegLabels
@@ -45,20 +46,20 @@ def test_what_is_wrong_is_named(mask, array, message):
 
 def test_a_binary_mask_holds_0_and_1(mask):
     results = mask(np.eye(4, dtype=bool))
-    assert np.array_equal(LoadSegLabels(2).transform(results)['gt_seg_map'], np.eye(4))
+    assert np.array_equal(LoadSegLabels(num_classes=2).transform(results)['gt_seg_map'], np.eye(4))
 
 
 def test_zero_and_the_classes_when_zero_is_no_label(mask):
     results = dict(mask(np.full((4, 4), 5, np.uint8)), reduce_zero_label=True)
-    assert (LoadSegLabels(5).transform(results)['gt_seg_map'] == 4).all()
+    assert (LoadSegLabels(num_classes=5).transform(results)['gt_seg_map'] == 4).all()
     with pytest.raises(DataError, match='its 4 classes are 1 to 4, and 0 and 255 mean no label'):
-        LoadSegLabels(4).transform(dict(results, seg_fields=[]))
+        LoadSegLabels(num_classes=4).transform(dict(results, seg_fields=[]))
 
 
 def test_another_size_than_the_image(mask):
     results = dict(mask(np.zeros((4, 6), np.uint8)), ori_shape=(5, 6))
     with pytest.raises(DataError, match=r'mask.png is 6x4 pixels, its image 6x5'):
-        LoadSegLabels(4).transform(results)
+        LoadSegLabels(num_classes=4).transform(results)
 
 
 @pytest.mark.parametrize('content', [None, b'', b'not a picture'])
@@ -70,8 +71,21 @@ def test_files_that_cannot_be_read(tmp_path, content):
     with pytest.raises(DataError, match=f'image {word}: .*file.png'):
         LoadSegImage().transform(dict(img_path=str(path)))
     with pytest.raises(DataError, match=f'mask {word}: .*file.png'):
-        LoadSegLabels(4).transform(dict(seg_map_path=str(path), img_path='image.jpg',
+        LoadSegLabels(num_classes=4).transform(dict(seg_map_path=str(path), img_path='image.jpg',
                                         reduce_zero_label=False, seg_fields=[]))
+
+
+def test_without_a_number_of_classes_any_label_passes(mask):
+    results = mask(np.full((4, 4), 200, np.uint8))
+    assert (LoadSegLabels().transform(results)['gt_seg_map'] == 200).all()
+    with pytest.raises(DataError, match='labels lie below 255'):
+        LoadSegLabels().transform(mask(np.full((4, 4), 300, np.uint16)))
+
+
+def test_they_are_what_a_config_gets():
+    assert isinstance(TRANSFORMS.build(dict(type='LoadImageFromFile')), LoadSegImage)
+    loader = TRANSFORMS.build(dict(type='LoadAnnotations', reduce_zero_label=True))
+    assert isinstance(loader, LoadSegLabels)
 
 
 def test_the_message_survives_a_worker_process():

@@ -107,6 +107,18 @@ def test_tta_with_isr(trained, tmp_path):
 
 
 @pytest.mark.slow
+def test_mmsegs_inferencers_take_our_configs(trained, scenes):
+    from mmseg.apis import MMSegInferencer, inference_model, init_model
+    config, work, _ = trained
+    image = str(scenes / 'images' / 'validation' / '00000.png')
+    model = init_model(str(config), str(work / 'iter_4.pth'), device='cpu')
+    labels = inference_model(model, image).pred_sem_seg.data[0].numpy()
+    assert labels.shape == (64, 96)
+    inferencer = MMSegInferencer(str(config), str(work / 'iter_4.pth'), device='cpu')
+    assert np.array_equal(inferencer(image)['predictions'], labels)
+
+
+@pytest.mark.slow
 def test_mmsegs_own_tool_trains_our_config(trained, tmp_path):
     """The plugin comes first among the imports, so the stock tool works with mmcv-lite too."""
     import mmseg
