@@ -98,15 +98,16 @@ def test_two_processes_train_like_one_and_resume_and_test(config, tmp_path):
 def test_two_nodes(config, tmp_path):
     """Two launchers on loopback, as two machines would run them."""
     port = free_port()
+    logs = [tmp_path / f'node{rank}.log' for rank in range(2)]
     nodes = [subprocess.Popen(
         ['bash', 'tools/dist_train.sh', str(config), '1', '--work-dir', str(tmp_path / 'nodes'),
-         '--cfg-options', 'train_dataloader.batch_size=2'], cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+         '--cfg-options', 'train_dataloader.batch_size=2'], cwd=ROOT,
+        stdout=logs[rank].open('w'), stderr=subprocess.STDOUT,
         env={**os.environ, 'PYTHON': sys.executable, 'NNODES': '2', 'NODE_RANK': str(rank),
              'MASTER_ADDR': '127.0.0.1', 'PORT': port, 'OMP_NUM_THREADS': '1'})
         for rank in range(2)]
-    outputs = [node.communicate(timeout=600)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], outputs
+    codes = [node.wait(timeout=400) for node in nodes]
+    assert codes == [0, 0], [log.read_text()[-2000:] for log in logs]
     run('tools/train.py', config, '--work-dir', tmp_path / 'one')
     assert_close(weights(tmp_path / 'nodes' / 'iter_4.pth'),
                  weights(tmp_path / 'one' / 'iter_4.pth'))
