@@ -159,6 +159,31 @@ def init_cpu_distributed(cfg: Any) -> None:
     cfg.model_wrapper_cfg = dict(type='CPUDistributedDataParallel')
 
 
+def leave_distributed() -> None:
+    """End the process group of a run that is done, if there is one.
+
+    mmengine never ends it, and gloo now and then aborts a process whose peer goes away while it is
+    still busy. So all meet, over the store and not over gloo, before the first one leaves, and
+    rank 0 leaves last. Can go when mmengine destroys its process group.
+    """
+    import torch.distributed as dist
+    if not dist.is_initialized():
+        return
+    if dist.get_backend() == 'gloo':
+        rank, others = dist.get_rank(), range(1, dist.get_world_size())
+        store = dist.distributed_c10d._get_default_store()
+        dist.barrier()
+        store.set(f'done{rank}', '')
+        store.wait([f'done{other}' for other in (0, *others)])
+        if rank:
+            dist.destroy_process_group()
+            store.set(f'left{rank}', '')
+            return
+        if others:
+            store.wait([f'left{other}' for other in others])
+    dist.destroy_process_group()
+
+
 def register_cpu_wrapper() -> None:
     """Register the DDP wrapper that `init_cpu_distributed` names."""
     from mmengine.model import MMDistributedDataParallel

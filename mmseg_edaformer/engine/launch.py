@@ -106,7 +106,7 @@ def train(cfg: Config) -> None:
     runner = build_runner(cfg)
     checks.check_batch_size(cfg, runner.world_size)
     runner.train()
-    _leave_together()
+    compat.leave_distributed()
 
 
 def prepare_test(cfg: Config, checkpoint: str, *, isr_ratio: str | None = None, tta: bool = False,
@@ -155,15 +155,8 @@ def evaluate(cfg: Config, json_file: str | None = None) -> dict[str, float]:
         partial = path.with_name(f'.{path.name}.partial')
         partial.write_text(json.dumps(_figures(cfg, runner, metrics, seconds), indent=2) + '\n')
         partial.replace(path)
-    _leave_together()
+    compat.leave_distributed()
     return metrics
-
-
-def _leave_together() -> None:
-    """End the process group when all are done: a rank that outlives the first one is aborted."""
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
 
 
 def _figures(cfg: Config, runner: Runner, metrics: dict[str, float],
