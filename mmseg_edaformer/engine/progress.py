@@ -18,7 +18,6 @@ from rich.progress import (
     Progress,
     TaskID,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
@@ -103,9 +102,8 @@ class ProgressHook(Hook):
             return
         if self.progress is None:
             self.progress = Progress(
-                TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(),
-                TextColumn('{task.fields[figures]}'), TimeElapsedColumn(), TextColumn('left'),
-                TimeRemainingColumn())
+                TextColumn('{task.description}'), BarColumn(bar_width=12), MofNCompleteColumn(),
+                TextColumn('{task.fields[figures]}'), TextColumn('left'), TimeRemainingColumn())
             self.progress.start()
             atexit.register(self.progress.stop)  # gives the cursor back after an error
             self._redirect_log(runner, sys.stdout)
