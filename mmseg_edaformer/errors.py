@@ -1,5 +1,6 @@
 """Errors that a user can mend, and how the command lines show them."""
 import difflib
+import errno
 import inspect
 import sys
 from collections.abc import Iterator
@@ -43,6 +44,12 @@ def clear_errors() -> Iterator[None]:
         sys.exit(f'error: {error}')
     except KeyboardInterrupt:
         sys.exit('interrupted')
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            sys.exit(f'error: {error}: free some space, or write elsewhere')
+        if error.errno in (errno.ENOENT, errno.EACCES, errno.EROFS):
+            sys.exit(f'error: {error}')
+        raise
     except TypeError as error:
         if 'unexpected keyword argument' not in str(error):
             raise

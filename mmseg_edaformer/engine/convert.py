@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -186,6 +187,9 @@ def convert_file(source: str | Path, target: str | Path) -> Conversion:
             new_meta = dict(dataset_meta=dict(classes=classes, palette=palette)) if classes else {}
             torch.save(dict(state_dict=conversion.state_dict, meta=new_meta), partial)
         partial.replace(target)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f'{target} cannot be written, nothing is left of it '
+                              f'({str(error).splitlines()[0]}): is the disk full?') from error
     finally:
         partial.unlink(missing_ok=True)
     return conversion

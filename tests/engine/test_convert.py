@@ -87,6 +87,14 @@ def test_a_truncated_file_writes_nothing(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ['cut.pth', 'whole.pth']
 
 
+def test_a_full_disk_leaves_nothing(tmp_path):
+    torch.save(released(), tmp_path / 'theirs.pth')
+    (tmp_path / '.new.pth.partial').symlink_to('/dev/full')
+    with pytest.raises(CheckpointError, match=r'new\.pth cannot be written'):
+        convert_file(tmp_path / 'theirs.pth', tmp_path / 'new.pth')
+    assert [path.name for path in tmp_path.iterdir()] == ['theirs.pth']
+
+
 def test_command_line(tmp_path):
     save_file(released('base', 171), tmp_path / 'theirs.safetensors')
     done = run('tools/convert_checkpoint.py', tmp_path / 'theirs.safetensors',
