@@ -17,7 +17,8 @@ from .adapters import find_parts
 from .ratio import ISRRatio
 
 
-def apply_isr(model: nn.Module, ratio: ISRRatio | int | str) -> None:
+def apply_isr(model: nn.Module, ratio: ISRRatio | int | str, *,
+              crop_size: tuple[int, int] | None = None) -> None:
     """Pool the keys of a model further, from now on.
 
     The ratio counts from the training pools, so applying twice is applying once. A compiled model
@@ -27,12 +28,14 @@ def apply_isr(model: nn.Module, ratio: ISRRatio | int | str) -> None:
         model: Any model that holds an EFT or an EDAFormerHead; wrapped by DDP or test-time
             augmentation, or compiled, just as well.
         ratio: What `ISRRatio.parse` reads. A part that the model lacks is passed over.
+        crop_size: Height and width in pixels of the training images, which the ratio ``auto``
+            counts from; by default what `training_size` finds.
 
     Raises:
         RatioError: The ratio does not fit, or the model has nothing to reduce; it is unchanged.
     """
-    for layer, multiplier in _plan(model, ratio):
-        layer.isr_ratio = multiplier
+    for layer, setting in _plan(model, ratio, crop_size):
+        layer.isr_ratio, layer.isr_keys = setting
 
 
 def remove_isr(model: nn.Module) -> None:
@@ -41,30 +44,48 @@ def remove_isr(model: nn.Module) -> None:
 
 
 @contextmanager
-def isr(model: nn.Module, ratio: ISRRatio | int | str) -> Iterator[None]:
+def isr(model: nn.Module, ratio: ISRRatio | int | str, *,
+        crop_size: tuple[int, int] | None = None) -> Iterator[None]:
     """Pool the keys of a model further within a ``with`` block, also if that ends in an error.
+
+    Arguments are those of `apply_isr`.
 
     Raises:
         RatioError: As `apply_isr` does.
     """
-    plan = _plan(model, ratio)
-    before = [layer.isr_ratio for layer, _ in plan]
+    plan = _plan(model, ratio, crop_size)
+    before = [(layer.isr_ratio, layer.isr_keys) for layer, _ in plan]
     try:
-        for layer, multiplier in plan:
-            layer.isr_ratio = multiplier
+        for layer, setting in plan:
+            layer.isr_ratio, layer.isr_keys = setting
         yield
     finally:
-        for (layer, _), multiplier in zip(plan, before):
-            layer.isr_ratio = multiplier
+        for (layer, _), setting in zip(plan, before):
+            layer.isr_ratio, layer.isr_keys = setting
 
 
-def _plan(model: nn.Module,
-          ratio: ISRRatio | int | str) -> list[tuple[EmbeddingFreeAttention, int]]:
-    """Each attention layer with the multiplier that the ratio gives it."""
+def training_size(model: nn.Module) -> tuple[int, int]:
+    """Height and width of the images that a model was trained on.
+
+    The ``data_preprocessor.size`` of the segmentor within the model, or else 512x512.
+    """
+    for module in model.modules():
+        size = getattr(getattr(module, 'data_preprocessor', None), 'size', None)
+        if size is not None:
+            return tuple(size)
+    return 512, 512
+
+
+def _plan(model: nn.Module, ratio: ISRRatio | int | str, crop_size: tuple[int, int] | None
+          ) -> list[tuple[EmbeddingFreeAttention, tuple[int, int | None]]]:
+    """Each attention layer with the ``isr_ratio`` and ``isr_keys`` that the ratio gives it."""
     ratio = ISRRatio.parse(ratio)
-    plan = [(layer, multiplier) for part in find_parts(model)
-            for layers, multiplier in zip(part.stages.values(),
-                                          ratio.for_stages(part.kind, len(part.stages)))
+    crop_size = crop_size or training_size(model)
+    plan = [(layer, (multiplier, layer.num_keys(*part.map_size(number, crop_size), multiplier=1)
+                     if ratio.auto else None))
+            for part in find_parts(model)
+            for (number, layers), multiplier in zip(part.stages.items(),
+                                                    ratio.for_stages(part.kind, len(part.stages)))
             for layer in layers]
     if not plan:
         raise RatioError(f'isr_ratio {ratio}: {type(model).__name__} holds no attention that ISR '
@@ -99,13 +120,15 @@ class ISRReport:
 
 
 def report_isr(model: nn.Module, ratio: ISRRatio | int | str,
-               input_size: tuple[int, int] = (512, 512)) -> ISRReport:
+               input_size: tuple[int, int] = (512, 512), *,
+               crop_size: tuple[int, int] | None = None) -> ISRReport:
     """Find out what a ratio would change, without touching the model or computing anything.
 
     Args:
         model: As for `apply_isr`.
         ratio: As for `apply_isr`.
         input_size: Height and width in pixels.
+        crop_size: As for `apply_isr`.
 
     Raises:
         RatioError: As `apply_isr` does.
@@ -113,7 +136,7 @@ def report_isr(model: nn.Module, ratio: ISRRatio | int | str,
     with on_meta(model) as shadow:
         remove_isr(shadow)
         macs, before = _trace(shadow, input_size)
-        apply_isr(shadow, ratio)
+        apply_isr(shadow, ratio, crop_size=crop_size)
         macs_after, after = _trace(shadow, input_size)
     stages = tuple(StageReport(name, blocks, (pool, after[name][1]), (keys, after[name][2]))
                    for name, (blocks, pool, keys) in before.items())

@@ -9,7 +9,7 @@ from mmengine.runner import BaseLoop, Runner
 from torch import nn
 
 from ..analysis.cost import unwrap
-from .apply import isr, report_isr
+from .apply import isr, report_isr, training_size
 from .ratio import ISRRatio
 
 
@@ -22,19 +22,22 @@ class ISRHook(Hook):
 
     Args:
         ratio: What `ISRRatio.parse` reads.
+        crop_size: As for `apply_isr`.
 
     Raises:
         RatioError: The ratio makes no sense, or not for this model.
     """
 
-    def __init__(self, ratio: int | str) -> None:
+    def __init__(self, ratio: int | str, crop_size: tuple[int, int] | None = None) -> None:
         self.ratio = ISRRatio.parse(ratio)
+        self.crop_size = crop_size
         self.wrapped: list[BaseLoop] = []
 
     def before_run(self, runner: Runner) -> None:
         """Wrap the loops that are there; logs the report."""
-        size = _input_size(runner.model)
-        runner.logger.info(str(report_isr(runner.model, self.ratio, size)))
+        size = self._input_size(runner.model)
+        runner.logger.info(str(report_isr(runner.model, self.ratio, size,
+                                          crop_size=self.crop_size)))
         for loop in (runner._val_loop, runner._test_loop):
             # before_run comes again when a runner that has trained is asked to test.
             if isinstance(loop, BaseLoop) and loop not in self.wrapped:
@@ -42,14 +45,16 @@ class ISRHook(Hook):
                 loop.run = functools.partial(self._run_reduced, runner, loop.run)
 
     def _run_reduced(self, runner: Runner, run: Callable[[], Any]) -> Any:
-        with isr(runner.model, self.ratio):
+        with isr(runner.model, self.ratio, crop_size=self.crop_size):
             return run()
 
+    def _input_size(self, model: nn.Module) -> tuple[int, int]:
+        """The size that a segmentor sees: its sliding window, else its training crop.
 
-def _input_size(model: nn.Module) -> tuple[int, int]:
-    """The size that a segmentor sees: its sliding window, else its training crop."""
-    model = unwrap(model)
-    test_cfg = getattr(model, 'test_cfg', None) or {}
-    crop = test_cfg.get('crop_size') or getattr(
-        getattr(model, 'data_preprocessor', None), 'size', None) or (512, 512)
-    return tuple(crop)
+        For whole images auto is shown at twice the crop: at the crop it changes nothing.
+        """
+        test_cfg = getattr(unwrap(model), 'test_cfg', None) or {}
+        if test_cfg.get('crop_size'):
+            return tuple(test_cfg['crop_size'])
+        height, width = self.crop_size or training_size(model)
+        return (2 * height, 2 * width) if self.ratio.auto else (height, width)

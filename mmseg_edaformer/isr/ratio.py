@@ -7,9 +7,12 @@ from ..errors import RatioError
 NAMES = {'none': '1', 'optimal': '2211-222'}
 """Ratios by name; `optimal` is the paper's choice (table 1)."""
 
+AUTO = 'auto'
+"""The name of the ratio that follows the size of the image."""
+
 _VALID = ('Use one integer from 1 up for every stage (2), a multiplier for each encoder stage and '
           'then for each decoder stage, shallow to deep (2211-222, or 2,2,1,1-2,2,2 for numbers '
-          f'above 9), or a name ({", ".join(NAMES)})')
+          f'above 9), or a name ({", ".join((*NAMES, AUTO))})')
 
 
 @dataclass(frozen=True)
@@ -20,9 +23,14 @@ class ISRRatio:
 
     This is the order of the released command line. The paper prints absolute pools, and the
     decoder from deep to shallow: its [16,8,2,1]-[2,4,8] is 2211-222 here.
+
+    With ``auto`` the multipliers are those at the size of the training images, 1, and each layer
+    chooses its own on larger ones, so that the number of its keys stays near that of training:
+    `EmbeddingFreeAttention.multiplier` is the rule.
     """
     encoder: tuple[int, ...]
     decoder: tuple[int, ...]
+    auto: bool = False
 
     def __post_init__(self) -> None:
         for multiplier in (*self.encoder, *self.decoder):
@@ -30,6 +38,8 @@ class ISRRatio:
                 raise RatioError(f'isr_ratio {multiplier!r} is not an integer from 1 up. {_VALID}')
         if not self.encoder or not self.decoder:
             raise RatioError(f'isr_ratio {self} lacks a part. {_VALID}')
+        if self.auto and {*self.encoder, *self.decoder} != {1}:
+            raise RatioError(f'isr_ratio {AUTO} takes no multipliers. {_VALID}')
 
     @classmethod
     def parse(cls, value: 'ISRRatio | int | str') -> 'ISRRatio':
@@ -44,6 +54,8 @@ class ISRRatio:
             return cls((value,), (value,))
         if not isinstance(value, str):
             raise RatioError(f'isr_ratio {value!r} is a {type(value).__name__}. {_VALID}')
+        if value.strip().lower() == AUTO:
+            return cls((1,), (1,), auto=True)
         text = NAMES.get(value.strip().lower(), value.strip())
         parts = text.split('-')
         # A long number is a list of multipliers that lacks its other part, not one for all.
@@ -51,7 +63,7 @@ class ISRRatio:
             return cls.parse(int(text))
         if len(parts) != 2:
             raise RatioError(f'isr_ratio {value!r} means nothing. {_VALID}')
-        return cls(*(_multipliers(part, value) for part in parts))
+        return cls(_multipliers(parts[0], value), _multipliers(parts[1], value))
 
     def for_stages(self, part: str, count: int) -> tuple[int, ...]:
         """The multipliers of 'encoder' or 'decoder', one for each of its ``count`` stages.
@@ -68,6 +80,8 @@ class ISRRatio:
         return multipliers
 
     def __str__(self) -> str:
+        if self.auto:
+            return AUTO
         if len(self.encoder) == len(self.decoder) == 1 and self.encoder == self.decoder:
             return str(self.encoder[0])
         separator = '' if max(*self.encoder, *self.decoder) < 10 else ','

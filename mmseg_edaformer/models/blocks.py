@@ -2,12 +2,19 @@
 
 Shapes: N batch, C channels, H x W the map; everything takes and returns one channels-last map.
 """
+import torch
 import torch.nn.functional as F
 from mmcv.cnn.bricks.drop import DropPath
 from torch import Tensor, nn
 
 from .attention import EmbeddingFreeAttention
-from .layers import PixelLinear, PixelNorm
+from .layers import PixelLinear, PixelNorm, pixel_linear
+
+ALIGNMENT = 8
+"""Channels are padded to a multiple of this on GPUs: bfloat16 matrix units load 16 bytes."""
+
+ALIGN_FROM = 1 << 21
+"""Elements of a map from which that is done: below, preparing the weights costs more."""
 
 
 class PatchEmbed(nn.Module):
@@ -43,14 +50,30 @@ class MixFFN(nn.Module):
         super().__init__()
         hidden = int(dim * ffn_ratio)
         self.fc1 = PixelLinear(dim, hidden)
-        self.act = nn.ReLU() if relu else nn.Identity()
+        self.act = nn.ReLU(inplace=True) if relu else nn.Identity()
         self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
         self.fc2 = PixelLinear(hidden, dim)
         self.drop = nn.Dropout(drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.gelu(self.dwconv(self.act(self.fc1(x))))
-        return self.drop(self.fc2(self.drop(x)))
+        w1, b1, w3, b3, w2 = (self.fc1.weight, self.fc1.bias, self.dwconv.weight, self.dwconv.bias,
+                              self.fc2.weight)
+        if padding := _padding(x, len(w1)):
+            # Zero channels stay zero up to fc2, which ignores them.
+            w1, w3 = F.pad(w1, (0, 0, 0, padding)), F.pad(w3, (0, 0, 0, 0, 0, 0, 0, padding))
+            b1, b3, w2 = (F.pad(t, (0, padding)) for t in (b1, b3, w2))
+        x = pixel_linear(x, w1, b1)
+        x = F.gelu(F.conv2d(self.act(x), w3, b3, padding=1, groups=len(w3)))
+        return self.drop(pixel_linear(self.drop(x), w2, self.fc2.bias))
+
+
+def _padding(x: Tensor, hidden: int) -> int:
+    """Channels to add to a feed-forward network's on a GPU, where the map is worth it."""
+    if not x.is_cuda or x.numel() < ALIGN_FROM:
+        return 0
+    # Eager training waits for the CPU, which the padding would keep busy too.
+    eager_training = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return 0 if eager_training else -hidden % ALIGNMENT
 
 
 class TransformerBlock(nn.Module):

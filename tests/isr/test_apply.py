@@ -82,18 +82,19 @@ def test_an_encoder_alone(image):
     assert ratios(model) == [2, 2, 1, 1, 1]
 
 
+@pytest.mark.parametrize('ratio', [2, 'auto'])
 @torch.no_grad()
-def test_wrapped_models(segmentor, image, tmp_path):
-    with isr(segmentor, 2):
+def test_wrapped_models(segmentor, image, tmp_path, ratio):
+    with isr(segmentor, ratio):
         expected = segmentor(image)
     torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0,
                                          world_size=1)
     try:
         for wrapper in (MMDistributedDataParallel(segmentor), SegTTAModel(module=segmentor)):
-            with isr(wrapper, 2):
+            with isr(wrapper, ratio):
                 assert torch.equal(segmentor(image), expected)
             assert set(ratios(segmentor)) == {1}
-            assert report_isr(wrapper, 2).macs == report_isr(segmentor, 2).macs
+            assert report_isr(wrapper, ratio).macs == report_isr(segmentor, ratio).macs
     finally:
         torch.distributed.destroy_process_group()
 

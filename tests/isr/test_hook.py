@@ -44,7 +44,7 @@ class Fail(Hook):
     after_test_iter = after_val_iter
 
 
-def build(tmp_path, ratio, *hooks):
+def build(tmp_path, ratio, *hooks, **options):
     data = [(torch.randn(3, 64, 64), 0) for _ in range(2)]
     loader = dict(batch_size=1, num_workers=0, dataset=data, collate_fn=default_collate,
                   sampler=dict(type='DefaultSampler', shuffle=False))
@@ -53,8 +53,8 @@ def build(tmp_path, ratio, *hooks):
         test_dataloader=loader, val_evaluator=[Count()], test_evaluator=[Count()],
         train_cfg=dict(by_epoch=True, max_epochs=2, val_interval=1), val_cfg=dict(),
         test_cfg=dict(), optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.)),
-        custom_hooks=[dict(type='ISRHook', ratio=ratio), *hooks], default_scope='mmengine',
-        experiment_name=f'isr{tmp_path.name}', cfg=Config())
+        custom_hooks=[dict(type='ISRHook', ratio=ratio, **options), *hooks],
+        default_scope='mmengine', experiment_name=f'isr{tmp_path.name}', cfg=Config())
 
 
 def test_training_is_untouched_and_evaluation_reduced(tmp_path):
@@ -76,6 +76,18 @@ def test_the_trained_pools_are_back_after_an_exception(tmp_path, stage):
         getattr(runner, stage)()
     assert runner.model.seen == [('predict', 2)]
     assert {stage.blocks[0].attn.isr_ratio for stage in runner.model.backbone.stages} == {1}
+
+
+def test_auto_counts_from_the_crop_size(tmp_path):
+    runner = build(tmp_path, 'auto', crop_size=(32, 32))
+    layer = runner.model.backbone.stages[0].blocks[0].attn
+    pools = []
+    layer.register_forward_pre_hook(
+        lambda layer, args: pools.append(layer.pool_size(*args[0].shape[2:])))
+    runner.test()
+    assert pools[2:] == [(16, 16)] * 2  # the first two are of the report
+    assert layer.isr_keys is None
+    assert 'ISR auto on 64x64' in next(tmp_path.rglob('*.log')).read_text()
 
 
 def test_nonsense_is_told_before_the_run():

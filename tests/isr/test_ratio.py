@@ -19,9 +19,9 @@ def test_what_is_read(value, encoder, decoder):
 
 @pytest.mark.parametrize('value', [0, -1, '0', '-1', '0011-222', '2211', '222', '', '-', '2211-',
                                    'fast', '2.5', 2.5, True, None, [2, 2], '2a11-222',
-                                   '2211-222-2', '2,,1-2'])
+                                   '2211-222-2', '2,,1-2', 'auto-222', 'auto2'])
 def test_what_is_refused_lists_what_is_valid(value):
-    with pytest.raises(RatioError, match=r'2211-222.*none, optimal'):
+    with pytest.raises(RatioError, match=r'2211-222.*none, optimal, auto'):
         ISRRatio.parse(value)
 
 
@@ -32,7 +32,15 @@ def test_a_wrong_count_is_told_once_the_model_is_known(value, part, count):
         ISRRatio.parse(value).for_stages(part, count)
 
 
-@pytest.mark.parametrize('value', ['2', '2211-222', '16,8,1,1-2,2,2', '1-2', '12,-3,'])
+@pytest.mark.parametrize('value', ['2', '2211-222', '16,8,1,1-2,2,2', '1-2', '12,-3,', 'auto'])
 def test_print_and_read_again(value):
     assert str(ISRRatio.parse(value)) == value
     assert ISRRatio.parse(str(ISRRatio.parse(value))) == ISRRatio.parse(value)
+
+
+def test_auto_is_not_one_but_has_its_multipliers():
+    ratio = ISRRatio.parse(' Auto ')
+    assert ratio != ISRRatio.parse(1)
+    assert ratio.for_stages('encoder', 4) == (1,) * 4
+    with pytest.raises(RatioError, match='auto takes no multipliers'):
+        ISRRatio((2,), (1,), auto=True)

@@ -65,9 +65,16 @@ def test_one_memory_layout(segmentor, image, two_threads):
         segmentor(image)
     assert strays == []
     copies = [event.input_shapes[0] for event in profile.events()
-              if event.name in ('aten::clone', 'aten::copy_')]
-    # The columns of the fuse weight are gathered; no map is.
-    assert {shape[0] for shape in copies} == {segmentor.decode_head.channels}, copies
+              if event.name in ('aten::clone', 'aten::copy_') and not within(
+                  event, 'mmseg_edaformer::attend_by_rows')]
+    # The columns of the fuse weight are gathered, and keys within the attention; no map is.
+    assert {shape[0] for shape in copies if shape} == {segmentor.decode_head.channels}, copies
+
+
+def within(event, name):
+    while event is not None and event.name != name:
+        event = event.cpu_parent
+    return event is not None
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
@@ -107,6 +114,7 @@ def test_state_dict_fits_any_memory_layout(segmentor, image):
 @pytest.mark.slow
 @torch.no_grad()
 def test_compile(segmentor, image):
+    torch.compiler.reset()  # or the sizes that other tests compiled would make these dynamic
     expected = segmentor(image)
     segmentor.backbone = torch.compile(segmentor.backbone)
     torch.testing.assert_close(segmentor(image), expected, atol=1e-4, rtol=1e-4)

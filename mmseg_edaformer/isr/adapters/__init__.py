@@ -17,6 +17,16 @@ class Part:
     kind: str
     stages: dict[int, list[EmbeddingFreeAttention]]
 
+    @staticmethod
+    def map_size(stage: int, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of a stage's map: a quarter of the image at stage 1, then halves.
+
+        Strided convolutions round up.
+        """
+        height, width = image_size
+        stride = 2 ** (stage + 1)
+        return -(-height // stride), -(-width // stride)
+
 
 def find_parts(model: nn.Module) -> Iterator[Part]:
     """All encoders and decoders within a model that ISR can act on, wrapped ones too."""

@@ -1,0 +1,71 @@
+"""Attention on a CPU by rows, and the padding that GPUs want, against their plain versions."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mmseg_edaformer.models import MixFFN, attention, blocks
+
+
+def sdpa(x, kv, num_heads):
+    n, c, height, width = x.shape
+    q, k = (t.flatten(2).unflatten(1, (num_heads, -1)).transpose(2, 3) for t in (x, kv))
+    out = F.scaled_dot_product_attention(q, k, k)
+    return out.transpose(2, 3).reshape(n, c, height, width)
+
+
+@pytest.mark.parametrize('rows', [1, 3, 100])
+@pytest.mark.parametrize(('heads', 'dim', 'size', 'keys'), [
+    (1, 32, (16, 12), (4, 3)), (4, 32, (7, 9), (7, 9)), (8, 8, (5, 5), (1, 1)),
+    (2, 16, (1, 1), (1, 1))])
+@pytest.mark.parametrize('threads', [1, 2])
+def test_by_rows(heads, dim, size, keys, rows, threads, monkeypatch):
+    monkeypatch.setattr(attention, 'SCORE_BYTES',
+                        rows * size[1] * heads * keys[0] * keys[1] * 4)
+    torch.manual_seed(0)
+    x, kv = (torch.randn(2, heads * dim, *shape).to(memory_format=torch.channels_last)
+             for shape in (size, keys))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            found = attention.attend_by_rows(x, kv, heads)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(found, sdpa(x, kv, heads), rtol=1e-5, atol=1e-5)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_by_rows_in_bfloat16():
+    torch.manual_seed(0)
+    x, kv = torch.randn(1, 64, 12, 12), torch.randn(1, 64, 6, 6)
+    with torch.no_grad():
+        found = attention.attend_by_rows(x.bfloat16(), kv.bfloat16(), 2)
+    error = (found.float() - sdpa(x, kv, 2)).abs().max()
+    assert error < 0.03
+
+
+def test_gradients_take_the_differentiable_way():
+    layer = attention.EmbeddingFreeAttention(32, 2, 2)
+    x = torch.randn(1, 32, 8, 8)
+    trained = layer(x)
+    trained.sum().backward()
+    assert layer.kv.weight.grad is not None
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), trained, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('relu', [True, False])
+def test_padding_changes_nothing(relu, monkeypatch):
+    torch.manual_seed(0)
+    ffn = MixFFN(16, 3.8, relu=relu)
+    x = torch.randn(2, 16, 6, 5).to(memory_format=torch.channels_last)
+    expected = ffn(x)
+    expected.square().sum().backward()
+    grads = [p.grad.clone() for p in ffn.parameters()]
+    ffn.zero_grad()
+    monkeypatch.setattr(blocks, '_padding', lambda x, hidden: -hidden % 8)
+    found = ffn(x)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    found.square().sum().backward()
+    for p, grad in zip(ffn.parameters(), grads):
+        torch.testing.assert_close(p.grad, grad, rtol=1e-4, atol=1e-4)
