@@ -1,5 +1,7 @@
 """Data sets, and reading them."""
 from .datasets import CamVidDataset, SyntheticDataset
-from .transforms import LoadSegImage, LoadSegLabels
+from .preprocessor import BatchPreProcessor, stack_collate
+from .transforms import LoadSegImage, LoadSegLabels, RandomSegCrop
 
-__all__ = ['CamVidDataset', 'LoadSegImage', 'LoadSegLabels', 'SyntheticDataset']
+__all__ = ['BatchPreProcessor', 'CamVidDataset', 'LoadSegImage', 'LoadSegLabels', 'RandomSegCrop',
+           'SyntheticDataset', 'stack_collate']

@@ -1,6 +1,6 @@
-"""Reading images and labels so that a bad file is named, before it reaches the GPU.
+"""Reading images and labels so that a bad file is named, before it reaches the GPU, and cropping.
 
-Both stand in for mmseg's transforms under the same names in its registry: MMSegInferencer and
+All stand in for mmseg's transforms under the same names in its registry: MMSegInferencer and
 inference_model look for these names in a pipeline, and every config gains the checks.
 """
 from pathlib import Path
@@ -10,8 +10,9 @@ import cv2
 import mmcv
 import numpy as np
 from mmcv.transforms import LoadImageFromFile
+from mmcv.transforms.utils import cache_randomness
 from mmengine import fileio
-from mmseg.datasets.transforms import LoadAnnotations
+from mmseg.datasets.transforms import LoadAnnotations, RandomCrop
 from mmseg.registry import TRANSFORMS
 
 from ..errors import DataError
@@ -83,12 +84,15 @@ class LoadSegLabels(LoadAnnotations):
             raise DataError(f'mask {path} is {mask.shape[1]}x{mask.shape[0]} pixels, its image '
                             f'{results["ori_shape"][1]}x{results["ori_shape"][0]}')
         table = self._table(results)
-        inside = (mask >= 0) & (mask <= 255)
-        labels = table[np.where(inside, mask, 0).astype(np.uint8)]
-        wrong = ~inside | ((labels >= (self.num_classes or IGNORED)) & (labels != IGNORED))
+        bad = (table >= (self.num_classes or IGNORED)) & (table != IGNORED)
+        # OpenCV looks uint8 up four times as fast as numpy.
+        small = mask.astype(np.uint8, copy=False)
+        wrong = cv2.LUT(small, bad.astype(np.uint8))
+        if mask.dtype not in (np.uint8, bool):
+            wrong |= mask != small
         if wrong.any():
-            raise DataError(self._describe(mask, wrong, results))
-        results['gt_seg_map'] = labels
+            raise DataError(self._describe(mask, wrong > 0, results))
+        results['gt_seg_map'] = cv2.LUT(small, table)
         results['seg_fields'].append('gt_seg_map')
 
     def _describe(self, mask: np.ndarray, wrong: np.ndarray, results: dict[str, Any]) -> str:
@@ -116,6 +120,41 @@ class LoadSegLabels(LoadAnnotations):
                 mapped[table == old] = new
             table = mapped
         return table.astype(np.uint8)
+
+
+@TRANSFORMS.register_module(name='RandomCrop', force=True)
+class RandomSegCrop(RandomCrop):
+    """mmseg's RandomCrop, which draws the same crops and counts their labels without sorting.
+
+    With ``cat_max_ratio`` it counts the labels of up to ten crops per image.
+    """
+
+    @cache_randomness
+    def crop_bbox(self, results: dict[str, Any]) -> tuple[int, int, int, int]:
+        """Top, bottom, left and right of a crop that no class but ``ignore_index`` dominates."""
+        box = self._draw(results['img'].shape)
+        for _ in range(10 if self.cat_max_ratio < 1 else 0):
+            labels, counts = count_labels(self.crop(results['gt_seg_map'], box))
+            counts = counts[labels != self.ignore_index]
+            if len(counts) > 1 and counts.max() / counts.sum() < self.cat_max_ratio:
+                break
+            box = self._draw(results['img'].shape)
+        return box
+
+    def _draw(self, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+        top, left = (np.random.randint(0, max(whole - part, 0) + 1)
+                     for whole, part in zip(shape, self.crop_size))
+        return top, top + self.crop_size[0], left, left + self.crop_size[1]
+
+
+def count_labels(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The labels of a map in ascending order, and the number of pixels of each."""
+    if labels.dtype != np.uint8:
+        return np.unique(labels, return_counts=True)
+    # OpenCV counts in float32, which is exact up to 16 million pixels.
+    counts = cv2.calcHist([labels], [0], None, [256], [0, 256]).ravel().astype(int)
+    present = np.flatnonzero(counts)
+    return present, counts[present]
 
 
 def _size(path: str) -> int | str:

@@ -68,7 +68,8 @@ def check_data(cfg: Config, *splits: str) -> None:
 
     Raises:
         DataError: A folder or file is missing, or an image has no mask or the other way round.
-        ConfigError: The data set and the model differ in their number of classes.
+        ConfigError: The data set and the model differ in their number of classes, or colours are
+            distorted twice.
     """
     model = cfg.model.get('module', cfg.model)  # test-time augmentation wraps it
     num_classes = model.decode_head.num_classes if 'decode_head' in model else None
@@ -78,6 +79,7 @@ def check_data(cfg: Config, *splits: str) -> None:
         if not loader:
             continue
         for dataset_cfg in _datasets(loader.dataset):
+            _check_colours(split, loader, dataset_cfg)
             if not os.path.isdir(dataset_cfg.get('data_root') or '.'):
                 raise DataError(_missing(split, dataset_cfg.data_root))
             dataset = DATASETS.build({**dataset_cfg, 'lazy_init': True})
@@ -104,6 +106,14 @@ def _check_classes(split: str, dataset: BaseSegDataset, num_classes: int | None)
     raise ConfigError(f'the {split} set {type(dataset).__name__} has {len(classes)} classes, the '
                       f'model {num_classes}: set model.decode_head.num_classes={len(classes)}, or '
                       'the data set\'s metainfo.classes')
+
+
+def _check_colours(split: str, loader: Any, dataset_cfg: Any) -> None:
+    if (loader.get('collate_fn') or {}).get('photometric') is not None and any(
+            step['type'] == 'PhotoMetricDistortion' for step in dataset_cfg.get('pipeline') or ()):
+        raise ConfigError(f'the {split} images would be distorted twice: remove '
+                          'PhotoMetricDistortion from the pipeline, or set '
+                          f'{split}_dataloader.collate_fn.photometric=None')
 
 
 def _check_files(split: str, dataset: BaseSegDataset) -> None:

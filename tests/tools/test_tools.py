@@ -75,6 +75,11 @@ def test_isr_flag_is_the_hook_in_the_config(trained, tmp_path):
     hooked = tmp_path / 'hooked.py'
     hooked.write_text(f"_base_ = ['{config}']\ncustom_hooks = [dict(type='ISRHook', ratio=2)]\n")
     hook = test(hooked, work / 'iter_4.pth', tmp_path)
+    # On 64x96 pixels auto comes to 2 for a model trained at 32x32.
+    auto = test(config, work / 'iter_4.pth', tmp_path, '--isr-ratio', 'auto', '--cfg-options',
+                'model.data_preprocessor.size=(32,32)')
+    assert auto['isr_ratio'] == 'auto'
+    assert auto['metrics'] == flag['metrics']
     assert plain['isr_ratio'] == 'none'
     assert flag['isr_ratio'] == '2'
     assert flag['metrics'].keys() >= {'mIoU', 'aAcc', 'mAcc'}

@@ -8,7 +8,6 @@ train_pipeline = [
     dict(type='RandomResize', scale=(2048, 1024), ratio_range=(0.5, 2.0), keep_ratio=True),
     dict(type='RandomCrop', crop_size=crop_size, cat_max_ratio=0.75),
     dict(type='RandomFlip', prob=0.5),
-    dict(type='PhotoMetricDistortion'),
     dict(type='PackSegInputs'),
 ]
 test_pipeline = [
@@ -33,6 +32,8 @@ train_dataloader = dict(
     num_workers=4,
     persistent_workers=True,
     sampler=dict(type='InfiniteSampler', shuffle=True),
+    # PhotoMetricDistortion, on the device.
+    collate_fn=dict(type='stack_collate', photometric=dict()),
     dataset=dict(
         type=dataset_type,
         data_root=data_root,

@@ -1,0 +1,253 @@
+"""Distorting on the device: the images that mmseg's own pipeline and preprocessor would give."""
+import copy
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmengine.registry import FUNCTIONS
+from mmseg.datasets.transforms import PackSegInputs, PhotoMetricDistortion, RandomCrop
+from mmseg.models import SegDataPreProcessor
+from mmseg.registry import MODELS, TRANSFORMS
+from scipy.stats import ks_2samp
+
+from mmseg_edaformer.data import RandomSegCrop, stack_collate
+from mmseg_edaformer.data.photometric import Distortion, distort, distort_batch, draw_distortions
+from mmseg_edaformer.engine.checks import check_data
+from mmseg_edaformer.errors import ConfigError
+from tests.conftest import ROOT
+
+DRAWS = 2000
+SETTINGS = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], bgr_to_rgb=True,
+                pad_val=7, seg_pad_val=255, size=(64, 96))
+ONE_BY_ONE = [
+    Distortion(), Distortion(brightness=-20.7), Distortion(brightness=31.3),
+    Distortion(contrast=0.61), Distortion(contrast=1.43, contrast_first=True),
+    Distortion(saturation=0.52), Distortion(saturation=1.47), Distortion(hue=-18),
+    Distortion(hue=0), Distortion(hue=17), Distortion(12.5, 1.3, True, 0.7, -9),
+    Distortion(-12.5, 1.3, False, 1.4, 11),
+]
+
+
+def picture(seed=0, size=(64, 96)):
+    """Colours of every kind: grey, dark, bright and saturated; the width is a multiple of what
+    OpenCV treats at once, since it rounds the rest in another way."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (8, 8, 3)).astype(np.uint8)
+    coarse[0], coarse[1] = 0, coarse[1, :, :1]
+    image = np.kron(coarse, np.ones((-(-size[0] // 8), -(-size[1] // 8), 1)))[:size[0], :size[1]]
+    return np.clip(image + rng.normal(0, 9, image.shape), 0, 255).astype(np.uint8)
+
+
+def as_batch(*images):
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
+class Forced:
+    """numpy's random for PhotoMetricDistortion, with the outcome decided."""
+
+    def __init__(self, drawn):
+        contrast = [drawn.contrast is not None, drawn.contrast]
+        self.values = [drawn.brightness is not None, drawn.brightness, drawn.contrast_first,
+                       *(contrast if drawn.contrast_first else ()),
+                       drawn.saturation is not None, drawn.saturation,
+                       drawn.hue is not None, drawn.hue,
+                       *(() if drawn.contrast_first else contrast)]
+        self.values = [value for value in self.values if value is not None]
+
+    def randint(self, *args):
+        return self.values.pop(0)
+
+    uniform = randint
+
+
+@pytest.fixture
+def mmseg_distort(monkeypatch):
+    def distorted(image, drawn):
+        with monkeypatch.context() as patch:
+            patch.setattr('mmseg.datasets.transforms.transforms.random', Forced(drawn))
+            return PhotoMetricDistortion().transform(dict(img=image.copy()))['img']
+    return distorted
+
+
+@pytest.mark.parametrize('drawn', ONE_BY_ONE, ids=str)
+def test_equal_to_mmseg_when_the_draws_are(mmseg_distort, drawn):
+    image = picture()
+    expected = as_batch(mmseg_distort(image, drawn)).float()
+    found = distort(as_batch(image), [drawn])
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+    difference = (distort_batch(as_batch(image).float(), [drawn]) - expected).abs()
+    assert difference.max() <= (1 if sum(step is not None for step in drawn) < 3 else 2)
+    assert (difference > 0).float().mean() < 1e-3
+
+
+def test_each_image_of_a_batch_is_distorted_in_its_own_way(mmseg_distort):
+    images = [picture(seed) for seed in range(len(ONE_BY_ONE))]
+    expected = as_batch(*map(mmseg_distort, images, ONE_BY_ONE)).float()
+    assert torch.equal(distort(as_batch(*images), ONE_BY_ONE), expected)
+    difference = (distort_batch(as_batch(*images).float(), ONE_BY_ONE) - expected).abs()
+    assert difference.max() <= 2
+    assert (difference > 0).float().mean() < 1e-3
+
+
+def test_hsv_is_that_of_opencv_for_every_colour(mmseg_distort):
+    """An eighth of them."""
+    levels = np.arange(256, dtype=np.uint8)
+    colours = np.stack(np.meshgrid(levels[::2], levels[::2], levels[1::2], indexing='ij'), -1)
+    colours = colours.reshape(-1, 2048, 3)
+    drawn = Distortion(saturation=1.21)
+    expected = as_batch(mmseg_distort(colours, drawn)).float()
+    difference = (distort_batch(as_batch(colours).float(), [drawn]) - expected).abs()
+    assert difference.max() <= 1
+    assert (difference > 0).float().mean() < 1e-4
+
+
+def statistics(images):
+    """Of each image of N x H x W x 3: mean and deviation of the channels, mean saturation."""
+    images = images.astype(float)
+    high, low = images.max(-1), images.min(-1)
+    saturation = ((high - low) / np.maximum(high, 1)).mean((1, 2))
+    # Rounded: undistorted images are equal, also when their sums are made in another order.
+    return np.concatenate([images.mean((1, 2)), images.std((1, 2)), saturation[:, None]],
+                          1).round(6)
+
+
+@pytest.mark.parametrize('function', [
+    distort, lambda images, drawn: distort_batch(images.float(), drawn)], ids=['cpu', 'batch'])
+def test_the_distribution_is_that_of_mmseg(function):
+    image = picture(size=(32, 32))
+    np.random.seed(0)
+    transform = PhotoMetricDistortion()
+    images = np.stack([transform.transform(dict(img=image))['img'] for _ in range(DRAWS)])
+    expected = statistics(images)
+    levels = function(as_batch(image).expand(DRAWS, -1, -1, -1), draw_distortions(DRAWS))
+    found = statistics(levels.permute(0, 2, 3, 1).numpy())
+    for mine, theirs in zip(found.T, expected.T):
+        assert ks_2samp(mine, theirs).pvalue > 0.001
+        error = theirs.std() * (2 / DRAWS) ** 0.5
+        assert abs(mine.mean() - theirs.mean()) < 3 * error
+        assert mine.std() == pytest.approx(theirs.std(), rel=0.06)
+    shares = [np.bincount(whole.astype(np.uint8).ravel(), minlength=256).reshape(32, 8).sum(1)
+              / whole.size for whole in (levels.numpy(), images)]
+    assert np.abs(shares[0] - shares[1]).max() < 0.004
+
+
+def test_draws():
+    drawn = draw_distortions(4000)
+    for name, low, high in (('brightness', -32, 32), ('contrast', 0.5, 1.5),
+                            ('saturation', 0.5, 1.5), ('hue', -18, 17)):
+        values = [value for each in drawn if (value := getattr(each, name)) is not None]
+        assert 0.47 < len(values) / len(drawn) < 0.53
+        assert low <= min(values) < low + 0.1
+        assert high - 0.1 < max(values) <= high
+    assert {each.hue for each in drawn} == {None, *range(-18, 18)}
+    assert 0.47 < sum(each.contrast_first for each in drawn) / len(drawn) < 0.53
+    torch.manual_seed(3)
+    first = draw_distortions(5, brightness_delta=1, contrast_range=(1, 1), hue_delta=1)
+    torch.manual_seed(3)
+    assert draw_distortions(5, brightness_delta=1, contrast_range=(1, 1), hue_delta=1) == first
+    assert {each.hue for each in draw_distortions(99, hue_delta=1)} == {None, -1, 0}
+
+
+def packed(*sizes):
+    """Samples as PackSegInputs gives them."""
+    rng = np.random.default_rng(0)
+    return [PackSegInputs().transform(dict(
+        img=picture(seed, size), gt_seg_map=rng.integers(0, 5, size).astype(np.uint8),
+        img_shape=size, ori_shape=size)) for seed, size in enumerate(sizes)]
+
+
+SIZES = (64, 96), (40, 96), (64, 32), (33, 64)
+
+
+@pytest.mark.parametrize('change', [
+    {}, dict(size=None, size_divisor=16), dict(size=None, size_divisor=1, bgr_to_rgb=False),
+    dict(mean=None, std=None, pad_val=0), dict(size=(96, 128), seg_pad_val=9)], ids=str)
+def test_training_batches_are_those_of_mmseg(mmseg_distort, change):
+    samples = packed(*SIZES)
+    batch = stack_collate(copy.deepcopy(samples), photometric=dict(hue_delta=9))
+    assert batch['inputs'].dtype == batch['labels'].dtype == torch.uint8
+    assert batch['inputs'].shape == (4, 3, 64, 96)
+    for sample, drawn in zip(samples, batch['distortions']):
+        image = sample['inputs'].permute(1, 2, 0).contiguous().numpy()
+        sample['inputs'] = as_batch(mmseg_distort(image, drawn))[0]
+    settings = {**SETTINGS, **change}
+    expected = SegDataPreProcessor(**settings)(pseudo_collate(samples), training=True)
+    found = MODELS.build(dict(settings, type='BatchPreProcessor'))(batch, training=True)
+    assert torch.equal(found['inputs'], expected['inputs'])
+    for mine, theirs in zip(found['data_samples'], expected['data_samples']):
+        assert torch.equal(mine.gt_sem_seg.data, theirs.gt_sem_seg.data)
+        assert mine.gt_sem_seg.data.dtype == torch.int64
+        for key in ('img_shape', 'padding_size', 'ori_shape'):
+            assert tuple(getattr(mine, key)) == tuple(getattr(theirs, key))
+        assert mine.pad_shape == tuple(theirs.pad_shape)
+
+
+def test_deterministic_under_a_seed():
+    preprocessor = MODELS.build(dict(SETTINGS, type='BatchPreProcessor'))
+    runs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        batch = stack_collate(packed(*SIZES), photometric={})
+        runs.append(preprocessor(batch, training=True)['inputs'])
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+
+
+def test_colours_stay_without_photometric_and_outside_training():
+    preprocessor = MODELS.build(dict(SETTINGS, type='BatchPreProcessor'))
+    original = SegDataPreProcessor(**SETTINGS)
+    batch = stack_collate(packed(*SIZES))
+    assert 'distortions' not in batch
+    expected = original(pseudo_collate(packed(*SIZES)), training=True)['inputs']
+    assert torch.equal(preprocessor(batch, training=True)['inputs'], expected)
+    for training in (False, True):
+        samples = packed(*SIZES[:1])
+        found = preprocessor(pseudo_collate(samples), training=training)
+        expected = original(pseudo_collate(packed(*SIZES[:1])), training=training)
+        assert torch.equal(found['inputs'], expected['inputs'])
+
+
+def test_labels_that_uint8_cannot_hold_stay_as_they_are():
+    samples = packed((8, 8), (8, 8))
+    samples[0]['data_samples'].gt_sem_seg.data[:] = 300
+    assert stack_collate(samples)['labels'].tolist()[0] == [[300] * 8] * 8
+
+
+@pytest.mark.parametrize('ratio', [0.3, 0.75, 1.])
+@pytest.mark.parametrize('dtype', [np.uint8, np.int64])
+def test_crops_are_those_of_mmseg(ratio, dtype):
+    rng = np.random.default_rng(0)
+    labels = np.kron(rng.choice([0, 1, 2, 255], (8, 8), p=[0.6, 0.1, 0.1, 0.2]), np.ones((9, 9)))
+    for seed in range(20):
+        boxes = []
+        for kind in (RandomCrop, RandomSegCrop):
+            np.random.seed(seed)
+            crop = kind(crop_size=(20, 90), cat_max_ratio=ratio)
+            boxes.append(crop.crop_bbox(dict(img=labels, gt_seg_map=labels.astype(dtype))))
+        assert boxes[0] == boxes[1]
+    assert isinstance(TRANSFORMS.build(dict(type='RandomCrop', crop_size=4)), RandomSegCrop)
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'configs').glob('*.py')), ids=lambda p: p.stem)
+def test_no_config_distorts_twice(path):
+    loader = Config.fromfile(path).train_dataloader
+    in_pipeline = any(step.type == 'PhotoMetricDistortion' for step in loader.dataset.pipeline)
+    collate = loader.get('collate_fn') or {}
+    on_device = collate.get('photometric') is not None
+    assert in_pipeline + on_device == ('synthetic' not in path.stem)
+    assert not on_device or FUNCTIONS.get(collate.type) is stack_collate
+
+
+def test_distorting_twice_is_refused(scenes):
+    cfg = Config.fromfile(ROOT / 'configs' / 'edaformer_t_synthetic.py')
+    cfg.train_dataloader.dataset.data_root = str(scenes)
+    cfg.train_dataloader.collate_fn = dict(type='stack_collate', photometric=dict())
+    check_data(cfg, 'train')
+    cfg.train_dataloader.dataset.pipeline.insert(-1, dict(type='PhotoMetricDistortion'))
+    with pytest.raises(ConfigError, match='distorted twice'):
+        check_data(cfg, 'train')
+    cfg.train_dataloader.collate_fn.photometric = None
+    check_data(cfg, 'train')
