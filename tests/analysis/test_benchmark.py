@@ -1,0 +1,333 @@
+"""tools/benchmark.py and what it stands on. No time is asserted, only what is timed and how."""
+import csv
+import dataclasses
+import re
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmseg.registry import MODELS
+from PIL import Image
+from torch import nn
+
+from mmseg_edaformer.analysis import benchmark, benchmark_report as report
+from mmseg_edaformer.analysis.cost import count_macs
+from mmseg_edaformer.analysis.memory import LiveBytes, count_activations, peak_bytes
+from mmseg_edaformer.errors import CheckpointError, ConfigError, RatioError
+from mmseg_edaformer.isr import apply_isr
+from tests import plain
+from tests.conftest import MINI, ROOT, run
+
+CPU = torch.device('cpu')
+HEAD = "_base_ = ['{root}/configs/edaformer_t_synthetic.py']\n"
+SEGFORMER = '''_base_ = ['{root}/configs/segformer_b0_camvid.py']
+model = dict(backbone=dict(embed_dims=8, num_layers=(1, 1, 1, 1)),
+             decode_head=dict(in_channels=[8, 16, 40, 64], channels=16))
+'''
+
+
+@pytest.fixture(scope='module')
+def configs(tmp_path_factory):
+    """Small configs: ours, mmseg's SegFormer, ours with a sliding window."""
+    folder = tmp_path_factory.mktemp('configs')
+    mini = HEAD + (f'model = dict(backbone={MINI}, decode_head=dict(in_channels=(32, 64, 128), '
+                   'channels=32))\n')
+    slide = "model['test_cfg'] = dict(mode='slide', crop_size=(64, 64), stride=(48, 48))\n"
+    for name, text in dict(mini=mini, slide=mini + slide, segformer=SEGFORMER).items():
+        (folder / f'{name}.py').write_text(text.replace('{root}', str(ROOT)))
+    return folder
+
+
+def load(configs, *names, **kwargs):
+    first, *others = (str(configs / f'{name}.py') for name in names)
+    return benchmark.load_contenders(first, compare=others, **kwargs)
+
+
+def measure(contenders, **plan):
+    plan = dict(sizes=[(64, 64)], repeats=1, **plan)
+    return list(benchmark.run(contenders, benchmark.Plan(**plan)))
+
+
+def test_the_tool_writes_tables_and_a_chart(configs, tmp_path):
+    done = run('tools/benchmark.py', configs / 'mini.py', '--compare', configs / 'segformer.py',
+               'tests/configs/plain_t_ade.py', '--isr-ratio', 'none', 'optimal', '--size', '64',
+               '64x96', '--mode', 'eval', 'train', '--device', 'cpu', '--threads', '1',
+               '--repeats', '1', '--out', tmp_path / 'out')
+    assert 'segformer holds no attention that ISR can reduce' in done.stdout
+    files = sorted(path.name for path in (tmp_path / 'out').iterdir())
+    assert files == ['benchmark.csv', 'benchmark.md', 'benchmark.png']
+    rows = list(csv.DictReader((tmp_path / 'out' / 'benchmark.csv').open()))
+    ours, plains = [('mini', 'none'), ('mini', '2211-222')], [
+        ('plain_t_ade', 'none'), ('plain_t_ade', '2211-222')]
+    cell = [*ours, ('segformer', 'none'), *plains]
+    assert [(row['config'], row['isr_ratio']) for row in rows if row['mode'] == 'eval'] == 2 * cell
+    trained = [row for row in rows if row['mode'] == 'train']
+    assert [row['config'] for row in trained] == 2 * ['mini', 'segformer', 'plain_t_ade']
+    assert {row['isr_ratio'] for row in trained} == {'none'}
+    for row in rows:
+        assert row['status'] == 'ok'
+        assert float(row['time_vs_first']) == 1 or row['config'] != 'mini' or row[
+            'isr_ratio'] != 'none'
+        assert row['threads'] == '1'
+        assert row['freed_memory'] == 'kept'
+        assert row['torch'] == torch.__version__
+        assert row['commit']
+        for name in ('pipeline_ms', 'total_ms', 'images_per_s', 'peak_mib', 'gmacs'):
+            assert float(row[name]) > 0, name
+        if row['mode'] == 'eval':
+            assert float(row['post_ms']) == pytest.approx(
+                float(row['total_ms']) - float(row['network_ms']), rel=0.01, abs=0.01)
+    page = (tmp_path / 'out' / 'benchmark.md').read_text()
+    assert '## eval, float32, 64x96, batch 1' in page
+    assert re.search(r'\| mini \| 2211-222 \| .* \| \d\.\d\dx as (fast|slow) \|', page)
+    assert 'threads 1' in page
+    assert page.count('\n## ') == done.stdout.count(', batch 1\n') == 4
+    with Image.open(tmp_path / 'out' / 'benchmark.png') as image:
+        assert min(image.size) > 300
+
+
+def test_costs_alone_are_those_of_cost_py(configs):
+    ratios = ['none', 'optimal']
+    (first, second) = benchmark.run(
+        load(configs, 'mini', 'segformer', ratios=ratios),
+        benchmark.Plan(sizes=[(64, 64), (64, 128)], device='meta'))
+    model = MODELS.build(Config.fromfile(configs / 'mini.py').model)
+    params = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    for rows, size in ((first, (64, 64)), (second, (64, 128))):
+        assert [row.config for row in rows] == ['mini', 'mini', 'segformer']
+        for row, ratio in zip(rows, ratios):
+            apply_isr(model, ratio)
+            assert row.gmacs == count_macs(model, size) / 1e9
+            assert row.params_m == params
+            assert row.total_ms is None
+    assert first[1].gmacs < first[0].gmacs
+    assert 'x 1.00' in report.table(first)
+    assert '# Benchmark' in report.markdown([first], benchmark.environment(
+        benchmark.Plan(device='meta')))
+
+
+def test_windows_are_mmsegs(configs):
+    model = load(configs, 'slide')[0].model
+    seen = []
+    model.backbone.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    for size in ((64, 64), (64, 160), (150, 64), (40, 200)):
+        image = torch.arange(size[0] * size[1]).reshape(1, 1, *size).expand(1, 3, *size).float()
+        with torch.no_grad():
+            model(image, benchmark.data_samples(size, 1), mode='predict')
+        views = benchmark.windows(model, size)
+        assert len(views) == len(seen)
+        assert all(torch.equal(image[:, :, rows, columns], window)
+                   for (rows, columns), window in zip(views, seen))
+        seen.clear()
+
+
+def test_a_sliding_config_counts_all_its_windows(configs):
+    slid, whole = measure(load(configs, 'slide', 'mini'), device='meta')[0]
+    assert slid.gmacs == whole.gmacs
+    plan = benchmark.Plan(sizes=[(64, 160)], device='meta')
+    [[row]] = benchmark.run(load(configs, 'slide'), plan)
+    assert row.windows == 3
+    assert row.gmacs == pytest.approx(3 * slid.gmacs)
+    assert 'slides its window: 3 windows on 64x160' in '\n'.join(report.notes([row]))
+
+
+def test_variants_take_turns():
+    log, clock = [], dict(a=3, b=3)
+
+    def prepare(name):
+        log.append(f'ready {name}')
+        return lambda: log.append(name)
+
+    times = benchmark.take_turns({name: lambda name=name: prepare(name) for name in clock}, CPU,
+                                 repeats=3, warm_up=1)
+    assert log == 4 * ['ready a', 'a', 'ready b', 'b']
+    assert {name: len(seconds) for name, seconds in times.items()} == clock
+
+
+def test_five_rounds_at_least_then_the_seconds_count():
+    calls = dict(a=lambda: lambda: None)
+    assert len(benchmark.take_turns(calls, CPU, repeats=50, seconds=0.)['a']) == 5
+    assert len(benchmark.take_turns(calls, CPU, repeats=3, seconds=0.)['a']) == 3
+    assert len(benchmark.take_turns(calls, CPU, repeats=8, seconds=60.)['a']) == 8
+
+
+def test_ratios_are_set_for_every_call(configs):
+    contenders = load(configs, 'mini', ratios=['none', '3'])
+    seen = []
+    forward = type(contenders[0].model.backbone).forward
+
+    def spy(backbone, x):
+        seen.append(backbone.stages[0].blocks[0].attn.isr_ratio)
+        return forward(backbone, x)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(contenders[0].model.backbone), 'forward', spy)
+        measure(contenders)
+    timed = seen[-14:-2]  # after counting costs; before the two measurements of memory
+    assert timed == 3 * [1, 1, 3, 3]
+
+
+def test_out_of_memory_is_one_cell_only(configs, monkeypatch):
+    contenders = load(configs, 'mini', 'segformer')
+    predict = type(contenders[0].model).predict
+
+    def fail(model, inputs, data_samples=None):
+        if len(inputs) == 2 and type(model.backbone).__name__ == 'EFT':
+            raise torch.cuda.OutOfMemoryError('CUDA out of memory')
+        return predict(model, inputs, data_samples)
+
+    monkeypatch.setattr(type(contenders[0].model), 'predict', fail)
+    one, two = measure(contenders, batch_sizes=[1, 2])
+    assert [row.status for row in one] == ['ok', 'ok']
+    assert [row.status for row in two] == ['OOM', 'ok']
+    assert two[0].total_ms is None
+    assert two[0].network_ms > 0
+    assert two[1].time_vs_first is None
+    assert 'OOM' in report.table(two)
+    assert report.draw([one, two], benchmark.environment(benchmark.Plan())).startswith(b'\x89PNG')
+
+
+def test_other_errors_are_not_swallowed():
+    def broken():
+        raise RuntimeError('shapes differ')
+    with pytest.raises(RuntimeError, match='shapes differ'):
+        benchmark.take_turns(dict(a=lambda: broken), CPU)
+
+
+def test_bfloat16_and_limits(configs):
+    rows = [rows[0] for rows in measure(load(configs, 'mini'), dtypes=['bfloat16'],
+                                        modes=['eval', 'train'], limits=True)]
+    for row in rows:
+        assert row.dtype == 'bfloat16'
+        assert row.total_share == pytest.approx(row.compute_limit_ms / row.total_ms)
+    assert rows[1].compute_limit_ms == pytest.approx(3 * rows[0].compute_limit_ms)
+    assert rows[0].memory_limit_ms > 0
+    assert 'multiply-adds' in report.table(rows[:1])
+
+
+def test_training_steps_change_the_weights_of_a_copy(configs):
+    contenders = load(configs, 'mini')
+    before = {name: value.clone() for name, value in contenders[0].model.state_dict().items()}
+    subject = benchmark._Subject(contenders[0], 'train', 'float32', benchmark.Plan())
+    call = subject.calls('train', benchmark.NONE, torch.randn(2, 3, 64, 64))['total']
+    call()()
+    after = subject.model.state_dict()
+    assert any(not torch.equal(after[name], value) for name, value in before.items())
+    assert all(torch.equal(contenders[0].model.state_dict()[name], value)
+               for name, value in before.items())
+
+
+def test_peak_of_live_tensors():
+    weight, x = torch.ones(1000), torch.ones(1000)
+
+    def call():
+        y = x * weight      # 4000 bytes
+        z = (y + 1).relu_()  # 4000 more, then in place
+        del y
+        return (z.view(10, 100) * 2).sum()  # 4000 more in place of y, then 4
+
+    assert peak_bytes(call, [weight, weight, x], CPU) == 8000 + 8004
+    with LiveBytes() as live:
+        out = torch.zeros(500)
+        del out
+    assert (live.live, live.peak) == (0, 2000)
+
+
+def test_peak_holds_what_backward_needs():
+    layer = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
+    x = torch.ones(256, 64)
+    map_bytes = 256 * 64 * 4
+    with torch.no_grad():
+        eval_peak = peak_bytes(lambda: layer(x), [x, *layer.parameters()], CPU)
+    resident = sum(tensor.nbytes for tensor in [x, *layer.parameters()])
+    assert eval_peak == resident + 2 * map_bytes
+    train_peak = peak_bytes(lambda: layer(x).sum().backward(), [x, *layer.parameters()], CPU)
+    assert train_peak >= resident + 4 * map_bytes
+
+
+def test_activations_of_the_innermost_modules():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Identity(), nn.ReLU(inplace=True),
+                          nn.Sequential(nn.Conv2d(4, 2, 2, 2), nn.ReLU()))
+    assert count_activations(model, (8, 8)) == 4 * 64 + 2 * 16 + 2 * 16
+
+
+@pytest.mark.parametrize(('options', 'error', 'says'), [
+    (dict(ratios=['2211-2222']), RatioError, '4 multipliers for the decoder'),
+    (dict(ratios=['fast']), RatioError, 'means nothing'),
+    (dict(checkpoint='none.pth'), CheckpointError, 'checkpoint not found'),
+])
+def test_what_does_not_fit_is_said_before_anything_runs(configs, options, error, says):
+    with pytest.raises(error, match=says):
+        load(configs, 'mini', **options)
+
+
+def test_first_config_without_isr_and_missing_config(configs):
+    with pytest.raises(RatioError, match='holds no attention'):
+        load(configs, 'segformer', ratios=['2'])
+    with pytest.raises(ConfigError, match='config not found'):
+        load(configs, 'mini', 'gone')
+    [row] = measure(load(configs, 'segformer'), device='meta')[0]
+    assert row.isr_ratio == 'none'
+
+
+def test_a_checkpoint_of_another_model(configs, tmp_path):
+    torch.save(load(configs, 'segformer')[0].model.state_dict(), tmp_path / 'other.pth')
+    with pytest.raises(CheckpointError, match='does not fit'):
+        load(configs, 'mini', checkpoint=str(tmp_path / 'other.pth'))
+    torch.save(load(configs, 'mini')[0].model.state_dict(), tmp_path / 'own.pth')
+    load(configs, 'mini', checkpoint=str(tmp_path / 'own.pth'))
+
+
+def test_plans_and_sizes_that_make_no_sense(monkeypatch):
+    assert benchmark.parse_size('512') == (512, 512)
+    assert benchmark.parse_size('512x1024') == (512, 1024)
+    for text in ('8', '512x', 'big', '1x2x3'):
+        with pytest.raises(ConfigError, match='--size'):
+            benchmark.parse_size(text)
+    with pytest.raises(ConfigError, match='1 or more'):
+        benchmark.Plan(batch_sizes=[0])
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    with pytest.raises(ConfigError, match='no GPU is visible'):
+        benchmark.Plan(device='cuda')
+
+
+def test_the_same_config_twice_has_two_names(configs):
+    contenders = load(configs, 'mini', 'mini', 'mini',
+                      cfg_options={'model.decode_head.channels': 64})
+    assert [contender.name for contender in contenders] == ['mini', 'mini #2', 'mini #3']
+    first, second, _ = measure(contenders, device='meta')[0]
+    assert first.gmacs > second.gmacs
+
+
+def test_the_direction_of_speeds():
+    row = benchmark.Row('a', 'none', 'eval', 'float32', 64, 64, 1, 1, 1., 1., 'ok',
+                        time_vs_first=0.5)
+    assert report.speed(row, first=False) == '2.00x as fast'
+    assert report.speed(dataclasses.replace(row, time_vs_first=1.5), False) == '1.50x as slow'
+
+
+@torch.no_grad()
+def test_the_plain_segmentor_is_the_plain_network():
+    cfg = Config.fromfile(ROOT / 'tests' / 'configs' / 'plain_t_cityscapes.py')
+    model = MODELS.build(cfg.model).eval()
+    oracle = plain.build('tiny', 19).eval()
+    oracle.load_state_dict(model.state_dict())
+    image = torch.randn(1, 3, 64, 64)
+    for ratio, levels in ((benchmark.NONE, [(1,) * 4, (1,) * 3]),
+                          (benchmark.ISRRatio.parse('optimal'), [(2, 2, 1, 1), (2, 2, 2)])):
+        benchmark.set_ratio(model, ratio)
+        oracle.set_isr(*levels)
+        assert torch.equal(model(image), oracle(image))
+    [sample] = model(image, benchmark.data_samples((64, 64), 1), mode='predict')
+    assert sample.pred_sem_seg.data.shape == (1, 64, 64)
+
+
+def test_the_plain_configs_say_what_ours_say():
+    for size in 'tb':
+        own = Config.fromfile(ROOT / 'tests' / 'configs' / f'plain_{size}_ade.py')
+        ours = Config.fromfile(ROOT / 'configs' / f'edaformer_{size}_ade.py')
+        assert own.optim_wrapper == ours.optim_wrapper
+        assert own.test_dataloader == ours.test_dataloader
+        count = {name: sum(parameter.numel() for parameter in MODELS.build(model).parameters())
+                 for name, model in (('own', own.model), ('ours', ours.model))}
+        assert count['own'] == count['ours']
