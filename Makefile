@@ -3,7 +3,7 @@ PYTHON ?= python3
 DEMO := work_dirs/demo
 CONFIG := configs/edaformer_t_synthetic.py
 
-.PHONY: demo test test-fork lint env clean
+.PHONY: demo test test-fork test-kernels lint env clean
 
 demo: .venv/ready
 	.venv/bin/python tools/prepare_data.py synthetic
@@ -23,6 +23,11 @@ test: .venv/ready
 test-fork: .venv-fork/ready
 	OMP_NUM_THREADS=1 .venv-fork/bin/python -m pytest -q -n 2
 
+# The GPU kernels without a GPU: Triton interprets them.
+test-kernels: .venv/ready .venv-triton/ready
+	PYTHONPATH=.venv-triton TRITON_INTERPRET=1 OMP_NUM_THREADS=1 \
+		.venv/bin/python -m pytest -q -n 2 tests/models/test_kernels.py
+
 lint: .venv/ready
 	.venv/bin/ruff check .
 	.venv/bin/mypy
@@ -35,6 +40,10 @@ env: .venv/ready
 	.venv/bin/python -m pip install -q $$(grep ^torch== $<)
 	.venv/bin/python -m pip install -q -r $<
 	.venv/bin/python -m pip install -q --no-deps -e .
+	touch $@
+
+.venv-triton/ready: .venv/ready
+	.venv/bin/python -m pip install -q --no-deps --target .venv-triton triton==3.6.0
 	touch $@
 
 .venv-fork/ready: requirements/lock-fork.txt setup.py

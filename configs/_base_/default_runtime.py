@@ -11,5 +11,5 @@ log_processor = dict(by_epoch=False)
 log_level = 'INFO'
 load_from = None
 resume = False
-tta_model = dict(type='SegTTAModel')
+tta_model = dict(type='StreamedTTAModel')
 custom_hooks = [dict(type='CheckWeightsHook'), dict(type='ProgressHook')]

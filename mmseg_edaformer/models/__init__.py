@@ -1,8 +1,9 @@
-"""The networks: EFT, the encoder, and EDAFormerHead, the decoder."""
+"""The networks: EFT, the encoder, EDAFormerHead, the decoder, and the segmentor around them."""
 from .attention import EmbeddingFreeAttention
 from .blocks import MixFFN, PatchEmbed, TransformerBlock
 from .edaformer_head import EDAFormerHead
 from .eft import EFT
+from .segmentor import StreamedEncoderDecoder, StreamedTTAModel
 
 __all__ = ['EFT', 'EDAFormerHead', 'EmbeddingFreeAttention', 'MixFFN', 'PatchEmbed',
-           'TransformerBlock']
+           'StreamedEncoderDecoder', 'StreamedTTAModel', 'TransformerBlock']

@@ -3,7 +3,11 @@
 Shapes: N batch, C channels, H x W the map. A map N x C x H x W in ``torch.channels_last`` and its
 tokens N x H x W x C are the same memory, so nothing here transposes by copying.
 """
+import functools
+import importlib.util
 import math
+import warnings
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -85,3 +89,23 @@ def _init_layer(module: nn.Module) -> None:
 def channels_last(x: Tensor) -> Tensor:
     """The map in channels-last memory; no copy where it already is."""
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def gpu_kernels(x: Tensor) -> ModuleType | None:
+    """The Triton kernels, if this tensor is on a GPU where they work."""
+    return _kernels(x.device) if x.is_cuda else None
+
+
+@functools.cache
+def _kernels(device: torch.device) -> ModuleType | None:
+    # Builds of torch for Windows and for CPUs have no Triton.
+    if importlib.util.find_spec('triton') is None:
+        return None
+    try:
+        kernels = importlib.import_module('.kernels', __package__)
+        kernels.check(device)
+    except Exception as error:  # whatever a compiler and a driver of another age may raise
+        warnings.warn(f'the Triton kernels do not work on {torch.cuda.get_device_name(device)}, '
+                      f'slower code is used: {type(error).__name__}: {error}', stacklevel=2)
+        return None
+    return kernels

@@ -1,7 +1,7 @@
 model = dict(
-    type='EncoderDecoder',
+    type='StreamedEncoderDecoder',
     data_preprocessor=dict(
-        type='SegDataPreProcessor',
+        type='BatchPreProcessor',
         mean=[123.675, 116.28, 103.53],
         std=[58.395, 57.12, 57.375],
         bgr_to_rgb=True,

@@ -1,7 +1,7 @@
 # 4 GPUs; the images per step are auto_scale_lr.base_batch_size.
 optim_wrapper = dict(
     type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01),
+    optimizer=dict(type='AdamW', fused=True, lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01),
     # The longest matching key wins, and 'head' before 'norm': a head's norm keeps its decay.
     paramwise_cfg=dict(custom_keys=dict(
         pos_block=dict(decay_mult=0.), norm=dict(decay_mult=0.), head=dict(lr_mult=10.))))

@@ -1,7 +1,7 @@
 # Small data sets without pretrained weights: one GPU, or a CPU; one learning rate for all.
 optim_wrapper = dict(
     type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=1e-3, betas=(0.9, 0.999), weight_decay=0.05),
+    optimizer=dict(type='AdamW', fused=True, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.05),
     paramwise_cfg=dict(custom_keys=dict(norm=dict(decay_mult=0.))),
     clip_grad=dict(max_norm=1.))
 param_scheduler = [

@@ -1,0 +1,255 @@
+"""Triton kernels for GPUs. Import only where Triton is: `layers.gpu_kernels` does.
+
+Each gives what a plain counterpart gives; that one is named in its docstring, and the tests compare
+the two.
+
+The kernels on logits work on *cells*: the pixels that lie between the same neighbouring logits. A
+program loads the few logits of a cell once, all classes along the memory, and makes the cell's
+pixels from them in registers. Logits at full resolution never exist.
+"""
+import functools
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .resize import axis_taps
+
+MAX_CELL = 8
+"""Pixels of a cell along one axis; longer runs are split."""
+
+CLASS_BLOCK = 32
+"""Classes that a program holds at once."""
+
+
+class Axis:
+    """One axis of a resize as a kernel reads it: which inputs make each output, in runs.
+
+    Args:
+        indices: Inputs of each output, out x taps, integers; equal ones follow each other.
+        weights: Their weights, out x taps.
+        device: Where the kernels run.
+    """
+
+    def __init__(self, indices: Tensor, weights: Tensor, device: torch.device) -> None:
+        indices = indices.cpu()
+        new = torch.ones(len(indices), dtype=torch.bool)
+        new[1:] = (indices[1:] != indices[:-1]).any(1)
+        begins = [*new.nonzero().flatten().tolist(), len(indices)]
+        starts = torch.tensor([begin for a, b in pairwise(begins)
+                               for begin in range(a, b, MAX_CELL)], dtype=torch.int32)
+        ends = torch.cat([starts[1:], starts.new_tensor([len(indices)])])
+        self.cells = len(starts)
+        self.taps = indices.shape[1]
+        self.block = triton.next_power_of_2(int((ends - starts).max()))
+        self.starts = starts.to(device)
+        self.lengths = (ends - starts).to(device)
+        self.indices = indices[starts.long()].to(device, torch.int32).contiguous()
+        self.weights = weights.to(device, torch.float32).contiguous()
+
+    @classmethod
+    @functools.lru_cache(maxsize=256)
+    def of(cls, device: torch.device, *size: Any) -> 'Axis':
+        """The axis that `labels.axis_taps` describes."""
+        return cls(*axis_taps(*size), device)
+
+    @property
+    def tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.starts, self.lengths, self.indices, self.weights
+
+
+@triton.jit
+def _pixels(run, starts, lengths, inside, size: tl.constexpr):
+    """Places of a run's pixels on the axis, and which of them exist."""
+    return tl.load(starts + run) + inside, inside < tl.load(lengths + run)
+
+
+@triton.jit
+def _cell_logits(logits, stride_c, stride_y, stride_x, classes: tl.constexpr, c, y, x, exists,
+                 cell_y, cell_x, y_index, y_weight, x_index, x_weight, TY: tl.constexpr,
+                 TX: tl.constexpr, P: tl.constexpr, BC: tl.constexpr):
+    """Logits of the pixels of a cell, P x BC, for the classes c."""
+    values = tl.zeros([P, BC], tl.float32)
+    for i in range(TY):
+        row = tl.load(y_index + cell_y * TY + i)
+        row_weight = tl.load(y_weight + y * TY + i, mask=exists, other=0.)
+        for j in range(TX):
+            column = tl.load(x_index + cell_x * TX + j)
+            weight = row_weight * tl.load(x_weight + x * TX + j, mask=exists, other=0.)
+            corner = tl.load(logits + row * stride_y + column * stride_x + c * stride_c,
+                             mask=c < classes, other=0.).to(tl.float32)
+            values += weight[:, None] * corner[None, :]
+    return tl.where((c < classes)[None, :], values, float('-inf'))
+
+
+@triton.jit
+def _resize_argmax(logits, stride_n, stride_c, stride_y, stride_x, labels, contested,
+                   height, width, tolerance, y_start, y_length, y_index, y_weight, x_start,
+                   x_length, x_index, x_weight, classes: tl.constexpr, TY: tl.constexpr,
+                   TX: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr, BC: tl.constexpr):
+    cell_x, cell_y, image = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    inside = tl.arange(0, BY * BX)
+    y, y_is = _pixels(cell_y, y_start, y_length, inside // BX, BY)
+    x, x_is = _pixels(cell_x, x_start, x_length, inside % BX, BX)
+    exists = y_is & x_is
+    best = tl.full([BY * BX], float('-inf'), tl.float32)
+    second = tl.full([BY * BX], float('-inf'), tl.float32)
+    label = tl.zeros([BY * BX], tl.int32)
+    logits += image * stride_n
+    for first in range(0, classes, BC):
+        c = first + tl.arange(0, BC)
+        values = _cell_logits(logits, stride_c, stride_y, stride_x, classes, c, y, x, exists,
+                              cell_y, cell_x, y_index, y_weight, x_index, x_weight, TY, TX,
+                              BY * BX, BC)
+        top, index = tl.max(values, axis=1, return_indices=True)
+        others = tl.where(tl.arange(0, BC)[None, :] == index[:, None], float('-inf'), values)
+        second = tl.maximum(tl.maximum(second, tl.max(others, axis=1)), tl.minimum(best, top))
+        label = tl.where(top > best, first + index, label)
+        best = tl.maximum(best, top)
+    # Not `best - second <= ...`: where a logit is NaN the pixel must count as contested.
+    clear = best - second > tl.load(tolerance + image)
+    place = image * height * width + y * width + x
+    tl.store(labels + place, label.to(labels.dtype.element_ty), mask=exists)
+    tl.store(contested + place, ~clear, mask=exists)
+
+
+def resize_argmax(logits: Tensor, rows: Axis, columns: Axis, dtype: torch.dtype,
+                  tolerance: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels at full size from logits at low size, in one pass; plain: `labels.resize_argmax`.
+
+    Args:
+        logits: N x C x h x w, best channels-last.
+        rows: Vertical resize to H rows.
+        columns: Horizontal resize to W columns.
+        dtype: Integer type of the labels.
+        tolerance: N. A pixel is contested where its two best values are no further apart, so that
+            rounding could decide.
+
+    Returns:
+        Labels N x H x W; and a mask N x H x W of those that are contested.
+    """
+    n, classes = logits.shape[:2]
+    height, width = len(rows.weights), len(columns.weights)
+    labels = torch.empty((n, height, width), dtype=dtype, device=logits.device)
+    contested = torch.empty((n, height, width), dtype=torch.bool, device=logits.device)
+    _resize_argmax[columns.cells, rows.cells, n](
+        logits, *logits.stride(), labels, contested, height, width, tolerance, *rows.tables,
+        *columns.tables, classes=classes, TY=rows.taps, TX=columns.taps, BY=rows.block,
+        BX=columns.block, BC=CLASS_BLOCK)
+    return labels, contested
+
+
+@triton.jit
+def _resize_cross_entropy(logits, stride_n, stride_c, stride_y, stride_x, labels, ignore,
+                          height, width, loss, correct, grad, low_height, low_width,
+                          y_start, y_length, y_index, y_weight, x_start, x_length, x_index,
+                          x_weight, classes: tl.constexpr, GRAD: tl.constexpr, TY: tl.constexpr,
+                          TX: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr,
+                          BC: tl.constexpr):
+    cell_x, cell_y, image = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    inside = tl.arange(0, BY * BX)
+    y, y_is = _pixels(cell_y, y_start, y_length, inside // BX, BY)
+    x, x_is = _pixels(cell_x, x_start, x_length, inside % BX, BX)
+    exists = y_is & x_is
+    label = tl.load(labels + image * height * width + y * width + x, mask=exists, other=ignore)
+    counts = label != ignore
+    logits += image * stride_n
+    best = tl.full([BY * BX], float('-inf'), tl.float32)
+    total = tl.zeros([BY * BX], tl.float32)
+    wanted = tl.full([BY * BX], float('nan'), tl.float32)  # stays NaN for a label out of range
+    predicted = tl.zeros([BY * BX], tl.int32)
+    for first in range(0, classes, BC):
+        c = first + tl.arange(0, BC)
+        values = _cell_logits(logits, stride_c, stride_y, stride_x, classes, c, y, x, exists,
+                              cell_y, cell_x, y_index, y_weight, x_index, x_weight, TY, TX,
+                              BY * BX, BC)
+        top, index = tl.max(values, axis=1, return_indices=True)
+        new = tl.maximum(best, top)
+        total = total * tl.exp(best - new) + tl.sum(tl.exp(values - new[:, None]), axis=1)
+        predicted = tl.where(top > best, first + index, predicted)
+        best = new
+        hit = c[None, :] == label[:, None]
+        here = (label >= first) & (label < tl.minimum(first + BC, classes))
+        wanted = tl.where(here, tl.sum(tl.where(hit, values, 0.), axis=1), wanted)
+    log_total = best + tl.log(total)
+    program = (image * tl.num_programs(1) + cell_y) * tl.num_programs(0) + cell_x
+    tl.store(loss + program, tl.sum(tl.where(counts, log_total - wanted, 0.), axis=0))
+    tl.store(correct + program, tl.sum((counts & (predicted == label)).to(tl.int32), axis=0))
+    if GRAD:
+        grad += image * low_height * low_width * classes
+        for first in range(0, classes, BC):
+            c = first + tl.arange(0, BC)
+            values = _cell_logits(logits, stride_c, stride_y, stride_x, classes, c, y, x, exists,
+                                  cell_y, cell_x, y_index, y_weight, x_index, x_weight, TY, TX,
+                                  BY * BX, BC)
+            share = tl.exp(values - log_total[:, None])
+            share = tl.where(c[None, :] == label[:, None], share - 1, share)
+            share = tl.where(counts[:, None], share, 0.)
+            for i in range(TY):
+                row = tl.load(y_index + cell_y * TY + i)
+                row_weight = tl.load(y_weight + y * TY + i, mask=exists, other=0.)
+                for j in range(TX):
+                    column = tl.load(x_index + cell_x * TX + j)
+                    weight = row_weight * tl.load(x_weight + x * TX + j, mask=exists, other=0.)
+                    tl.atomic_add(grad + (row * low_width + column) * classes + c,
+                                  tl.sum(weight[:, None] * share, axis=0), mask=c < classes)
+
+
+def resize_cross_entropy(logits: Tensor, labels: Tensor, rows: Axis, columns: Axis, ignore: int,
+                         with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross entropy of resized logits with its gradient; plain: `loss.plain_cross_entropy`.
+
+    Args:
+        logits: N x C x h x w, best channels-last.
+        labels: N x H x W, integers.
+        rows: Vertical resize to H rows.
+        columns: Horizontal resize to W columns.
+        ignore: Label that does not count.
+        with_grad: Compute the gradient too.
+
+    Returns:
+        Sum of the losses; number of right predictions; gradient of the sum, N x C x h x w float32
+        (zeros without ``with_grad``). The sum is NaN where a label is out of range.
+    """
+    n, classes, low_height, low_width = logits.shape
+    height, width = labels.shape[1:]
+    options: dict[str, Any] = dict(device=logits.device, dtype=torch.float32)
+    loss = torch.empty((n, rows.cells, columns.cells), **options)
+    correct = torch.empty(loss.shape, device=logits.device, dtype=torch.int32)
+    grad = torch.zeros((n, low_height, low_width, classes) if with_grad else (1,), **options)
+    _resize_cross_entropy[columns.cells, rows.cells, n](
+        logits, *logits.stride(), labels.contiguous(), ignore, height, width, loss, correct, grad,
+        low_height, low_width, *rows.tables, *columns.tables, classes=classes, GRAD=with_grad,
+        TY=rows.taps, TX=columns.taps, BY=rows.block, BX=columns.block, BC=CLASS_BLOCK)
+    return loss.sum(), correct.sum(), grad.permute(0, 3, 1, 2) if with_grad else grad
+
+
+def check(device: torch.device) -> None:
+    """Run every kernel on a small case of this device.
+
+    Raises:
+        RuntimeError: A result is not that of plain PyTorch.
+    """
+    with torch.random.fork_rng(devices=[]):
+        logits = torch.randn(2, 40, 5, 7, device='cpu').to(device)
+        labels = torch.randint(40, (2, 19, 50), device='cpu').to(device)
+    with torch.enable_grad():
+        plain = logits.clone().requires_grad_()
+        full = F.interpolate(plain, labels.shape[1:], mode='bilinear')
+        wanted = F.cross_entropy(full, labels, reduction='sum')
+        wanted_grad, = torch.autograd.grad(wanted, plain)
+    rows, columns = (Axis.of(device, low, size, (0, 0), False, None, False)
+                     for low, size in zip(logits.shape[2:], labels.shape[1:]))
+    found, contested = resize_argmax(logits, rows, columns, torch.uint8,
+                                     logits.new_full((2,), 1e-5))
+    loss, correct, grad = resize_cross_entropy(logits, labels, rows, columns, 255, True)
+    right = full.argmax(1)
+    if not ((found == right) | contested).all() or contested.float().mean() > 0.1 or not (
+            torch.allclose(loss, wanted, rtol=1e-4) and
+            torch.allclose(grad, wanted_grad, rtol=1e-3, atol=1e-3) and
+            abs(correct - (right == labels).sum()) <= contested.sum()):
+        raise RuntimeError('the results differ from those of plain PyTorch')

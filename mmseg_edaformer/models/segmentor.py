@@ -1,0 +1,201 @@
+"""mmseg's EncoderDecoder, with label maps straight from the head's logits."""
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from mmengine.config import ConfigDict
+from mmengine.structures import PixelData
+from mmseg.models.decode_heads.decode_head import BaseDecodeHead
+from mmseg.models.segmentors import EncoderDecoder, SegTTAModel
+from mmseg.registry import MODELS
+from mmseg.structures import SegDataSample
+from torch import Tensor
+
+from ..errors import ConfigError
+from .labels import label_maps
+from .resize import Chain
+
+
+@MODELS.register_module()
+class StreamedEncoderDecoder(EncoderDecoder):
+    """EncoderDecoder that predicts labels without logits at full resolution.
+
+    mmseg resizes the logits of all classes twice and keeps them: 14 GB for a picture of 24
+    megapixels and 150 classes. Here the same labels come from the head's own logits, see
+    `labels.label_maps`; the results have no ``seg_logits`` unless asked for. Images are cast to the
+    type of the weights, so a model in bfloat16 works.
+
+    Heads with one channel, and heads that override how mmseg predicts, take mmseg's own path.
+
+    Args:
+        args: mmseg's EncoderDecoder.
+        kwargs: As well. ``test_cfg`` knows in addition: ``seg_logits=True`` also returns what mmseg
+            does; ``memory_mib=256`` bounds the temporary tensors of the label maps, and with
+            ``mode='slide'`` the images and logits of the windows that run at once, unless
+            ``window_batch`` says how many do.
+
+    Raises:
+        ConfigError: A ``mode`` that is neither whole nor slide, or a size that is not positive.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.test_cfg: Any = ConfigDict({'mode': 'whole', **(self.test_cfg or {})})
+        if self.test_cfg.mode not in ('whole', 'slide'):
+            raise ConfigError(f"test_cfg.mode='{self.test_cfg.mode}': it must be whole or slide")
+        for name in ('memory_mib', 'window_batch'):
+            if self.test_cfg.get(name, 1) <= 0:
+                raise ConfigError(f'test_cfg.{name}={self.test_cfg[name]}: it must be positive')
+
+    @property
+    def streamable(self) -> bool:
+        """Whether the head predicts as mmseg's heads do, so that its logits are but resized."""
+        head = type(self.decode_head)
+        return (self.out_channels > 1 and
+                getattr(head, 'predict', None) is BaseDecodeHead.predict and
+                head.predict_by_feat is BaseDecodeHead.predict_by_feat)
+
+    @property
+    def _memory(self) -> int:
+        return int(self.test_cfg.get('memory_mib', 256) * 2**20)
+
+    def extract_feat(self, inputs: Tensor) -> list[Tensor]:
+        """Features of images N x 3 x H x W, which are cast to the type of the weights."""
+        weight = next(self.backbone.parameters(), inputs)
+        return super().extract_feat(inputs.to(weight.dtype))
+
+    def encode_decode(self, inputs: Tensor, batch_img_metas: list[dict[str, Any]]) -> Tensor:
+        """Logits at the size of the input, in float32."""
+        if not self.streamable:
+            return super().encode_decode(inputs, batch_img_metas)
+        return self.decode_head.predict_by_feat(self._forward(inputs).float(), batch_img_metas)
+
+    def predict(self, inputs: Tensor,
+                data_samples: list[SegDataSample] | None = None) -> list[SegDataSample]:
+        """Predict as mmseg does.
+
+        Args:
+            inputs: Normalised images, N x 3 x H x W.
+            data_samples: Their metadata; without them labels have the size of the input.
+
+        Returns:
+            The data samples with ``pred_sem_seg``, int64, 1 x H x W at the original size, and with
+            ``seg_logits`` if ``test_cfg.seg_logits`` is set.
+        """
+        if self.test_cfg.get('seg_logits', False):
+            return super().predict(inputs, data_samples)
+        if not self.streamable:
+            data_samples = super().predict(inputs, data_samples)
+            for sample in data_samples:
+                del sample.seg_logits
+            return data_samples
+        labels = self.predict_labels(inputs, data_samples)
+        if data_samples is None:
+            data_samples = [SegDataSample() for _ in labels]
+        for sample, label in zip(data_samples, labels):
+            sample.pred_sem_seg = PixelData(data=label[None].long())
+        return data_samples
+
+    def predict_labels(self, inputs: Tensor,
+                       data_samples: list[SegDataSample] | None = None) -> list[Tensor]:
+        """Label maps alone, uint8 for up to 256 classes, else int16, each H x W.
+
+        Args:
+            inputs: Normalised images, N x 3 x H x W.
+            data_samples: Their metadata, which stays as it is; without them labels have the size
+                of the input.
+        """
+        if not self.streamable:
+            copies = [SegDataSample(metainfo=sample.metainfo) for sample in data_samples or []]
+            dtype = torch.uint8 if self.out_channels <= 256 else torch.int16
+            return [sample.pred_sem_seg.data[0].to(dtype)
+                    for sample in super().predict(inputs, copies or None)]
+        metas = [sample.metainfo for sample in data_samples or []]
+        slide = self.test_cfg.get('mode') == 'slide'
+        if slide:
+            logits = self.slide_inference(inputs, metas)
+            size = _pair(logits.shape[2:])
+        else:
+            logits = self._forward(inputs)
+            size = _input_size(metas[0]) if metas else _pair(inputs.shape[2:])
+        plain = Chain(size, align_corners=self.align_corners, first=not slide)
+        chains = [_follow(plain, meta) for meta in metas] or [plain] * len(inputs)
+        return label_maps(logits, chains, self._memory)
+
+    def slide_inference(self, inputs: Tensor, batch_img_metas: list[dict[str, Any]]) -> Tensor:
+        """Mean logits of overlapping windows, as mmseg's but several windows at once.
+
+        Args:
+            inputs: Images, N x 3 x H x W. Where they are smaller than ``test_cfg.crop_size``, the
+                windows are.
+            batch_img_metas: Their metadata; only heads that are not streamable look at them.
+
+        Returns:
+            Logits, N x C x H x W, float32.
+        """
+        if not self.streamable:
+            return super().slide_inference(inputs, batch_img_metas)
+        crop = [min(length, full) for length, full in zip(self.test_cfg.crop_size,
+                                                          inputs.shape[2:])]
+        begins = [[min(i * stride, full - length)
+                   for i in range(-(-(full - length) // stride) + 1)]
+                  for length, full, stride in zip(crop, inputs.shape[2:], self.test_cfg.stride)]
+        windows = [(i, slice(y, y + crop[0]), slice(x, x + crop[1]))
+                   for y in begins[0] for x in begins[1] for i in range(len(inputs))]
+        logits = inputs.new_zeros(len(inputs), self.out_channels, *inputs.shape[2:],
+                                  dtype=torch.float32)
+        window = 4 * (inputs.shape[1] + self.out_channels) * crop[0] * crop[1]
+        batch = self.test_cfg.get('window_batch') or max(1, self._memory // window)
+        for start in range(0, len(windows), batch):
+            part = windows[start:start + batch]
+            low = self._forward(torch.stack([inputs[i, :, y, x] for i, y, x in part]))
+            for j, (i, y, x) in enumerate(part):
+                logits[i, :, y, x] += F.interpolate(low[j:j + 1], crop, None, 'bilinear',
+                                                    self.align_corners)[0]
+        counts = [logits.new_zeros(full) for full in inputs.shape[2:]]
+        for count, length, starts in zip(counts, crop, begins):
+            for begin in starts:
+                count[begin:begin + length] += 1
+        return logits.div_(counts[0][:, None] * counts[1])
+
+
+def _pair(shape: Any) -> tuple[int, int]:
+    return int(shape[0]), int(shape[1])
+
+
+def _input_size(meta: dict[str, Any]) -> tuple[int, int]:
+    """The size to which mmseg's heads resize a batch, by the first image's metadata."""
+    padded = not isinstance(meta['img_shape'], torch.Size) and 'pad_shape' in meta
+    return _pair(meta['pad_shape' if padded else 'img_shape'])
+
+
+def _follow(chain: Chain, meta: dict[str, Any]) -> Chain:
+    """The chain, followed by what mmseg's postprocess_result does with this metadata."""
+    padding = meta.get('img_padding_size', meta.get('padding_size', (0, 0, 0, 0)))
+    flip = meta.get('flip_direction') if meta.get('flip') else None
+    if meta.get('flip') and flip not in ('horizontal', 'vertical'):
+        raise ConfigError(f"flip_direction='{flip}': images tested must be flipped horizontal or "
+                          'vertical')
+    left, right, top, bottom = (int(length) for length in padding)
+    return replace(chain, padding=(left, right, top, bottom), flip=flip,
+                   ori_shape=_pair(meta['ori_shape']))
+
+
+@MODELS.register_module(name=['StreamedTTAModel', 'SegTTAModel'], force=True)
+class StreamedTTAModel(SegTTAModel):
+    """mmseg's test-time augmentation, which averages ``seg_logits``: it has the model return them.
+
+    It stands in for mmseg's under that name as well, so that configs of either name work. Other
+    segmentors run as with mmseg's.
+
+    Args:
+        module: The segmentor, or its config.
+        args: mmseg's SegTTAModel.
+        kwargs: As well.
+    """
+
+    def __init__(self, module: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(module, *args, **kwargs)
+        if isinstance(self.module, StreamedEncoderDecoder):
+            self.module.test_cfg.seg_logits = True
