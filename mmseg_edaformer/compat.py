@@ -10,7 +10,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 STACKS: dict[str, dict[str, tuple[str, str | None]]] = {
     'openmmlab': {'mmengine': ('0.10.3', None), 'mmsegmentation': ('1.2.2', None),
@@ -195,3 +198,32 @@ def register_cpu_wrapper() -> None:
             super().__init__(module, device_ids=None, **kwargs)
 
     MODEL_WRAPPERS.register_module(module=CPUDistributedDataParallel)
+
+
+def compiled_resize(x: 'Tensor', size: tuple[int, int], align_corners: bool) -> 'Tensor':
+    """Bilinear resize as two matrix products, for training in compiled code.
+
+    Upstream: with torch 2.13 on CPUs, inductor's own gradient of ``F.interpolate`` came out zero
+    for maps computed in the same graph (seen on EDAFormerHead; tests/engine/test_compile.py fails
+    without this). Can go once that test passes with ``F.interpolate``.
+
+    Args:
+        x: Map, N x C x h x w.
+        size: H and W.
+        align_corners: As in ``F.interpolate``.
+
+    Returns:
+        Map, N x C x H x W, channels-last.
+    """
+    import torch
+    n, c, height, width = x.shape
+
+    def weights(low: int, full: int) -> 'Tensor':
+        place = torch.arange(full, dtype=torch.float32, device=x.device)
+        place = place * ((low - 1) / max(full - 1, 1)) if align_corners else (
+            (place + 0.5) * (low / full) - 0.5).clamp(0, low - 1)
+        distance = (place[:, None] - torch.arange(low, device=x.device)).abs()
+        return (1 - distance).clamp(min=0).to(x.dtype)
+
+    rows = weights(height, size[0]) @ x.permute(0, 2, 3, 1).reshape(n, height, width * c)
+    return (weights(width, size[1]) @ rows.view(n, size[0], width, c)).permute(0, 3, 1, 2)

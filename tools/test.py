@@ -11,8 +11,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('checkpoint', help='.pth or .safetensors')
     parser.add_argument('--isr-ratio', metavar='RATIO',
                         help='pool the keys further: one integer for all stages (2), multipliers '
-                        'of encoder and decoder stages, shallow to deep (2211-222), or optimal')
+                        'of encoder and decoder stages, shallow to deep (2211-222), optimal, or '
+                        'auto, which keeps the keys per query near those of training')
     parser.add_argument('--tta', action='store_true', help='test-time augmentation')
+    parser.add_argument('--bf16', action='store_true', help='compute in bfloat16')
     parser.add_argument('--out', metavar='DIR', help='write the predicted labels there as PNG')
     parser.add_argument('--json', metavar='FILE', help='write the figures there')
     parser.add_argument('--show', action='store_true', help='show each prediction in a window')
@@ -27,8 +29,9 @@ def main() -> None:
     args = parse_args()
     cfg = launch.load_config(args)
     launch.prepare_test(cfg, args.checkpoint, isr_ratio=args.isr_ratio, tta=args.tta, out=args.out,
-                        show=args.show, show_dir=args.show_dir, wait_time=args.wait_time)
-    launch.evaluate(cfg, args.json)
+                        show=args.show, show_dir=args.show_dir, wait_time=args.wait_time,
+                        bf16=args.bf16)
+    launch.evaluate(cfg, args.json, bf16=args.bf16)
 
 
 if __name__ == '__main__':

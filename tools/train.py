@@ -12,7 +12,8 @@ def parse_args() -> argparse.Namespace:
                         help='go on from the latest checkpoint in the work dir')
     parser.add_argument('--load-from', metavar='CHECKPOINT',
                         help='start from these weights; those that do not fit are initialised')
-    parser.add_argument('--amp', action='store_true', help='mixed precision, on GPUs')
+    parser.add_argument('--amp', action='store_true', help='mixed precision, on GPUs: '
+                        'bfloat16 where the card has it')
     parser.add_argument('--auto-scale-lr', action='store_true',
                         help='scale the learning rate with the images per step')
     launch.add_common_arguments(parser)

@@ -15,9 +15,12 @@ from mmengine.runner import Runner, find_latest_checkpoint
 from mmseg.registry import RUNNERS
 
 from .. import __version__, compat
+from ..analysis.cost import unwrap
 from ..errors import CheckpointError, ConfigError
 from ..isr import ISRRatio
 from . import checks
+from .allocator import keep_freed_memory
+from .compile import compile_model
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +30,9 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
                         help='replace settings of the config, such as '
                         'train_dataloader.batch_size=8 or crop_size="(256,256)"')
+    parser.add_argument('--compile', action='store_true',
+                        help='compile the network, which pays for itself on long runs; needs a '
+                        'C++ compiler on CPUs and Triton on GPUs')
     parser.add_argument('--launcher', choices=('none', 'pytorch', 'slurm', 'mpi'), default='none',
                         help='what started the processes of a distributed run')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0,
@@ -51,6 +57,8 @@ def load_config(args: argparse.Namespace) -> Config:
     except (KeyError, TypeError, AssertionError) as error:
         raise ConfigError(f'--cfg-options does not fit {args.config}: {error}') from error
     cfg.launcher = args.launcher
+    if args.compile:
+        cfg.compile = cfg.get('compile') or True
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or os.path.join(
         'work_dirs', Path(args.config).stem)
     imports = cfg.get('custom_imports') or dict(imports=[])
@@ -68,10 +76,19 @@ def add_hook(cfg: Config, hook: dict[str, Any]) -> None:
 
 
 def build_runner(cfg: Config) -> Runner:
-    """Start the process group where there is one, and build the runner that the config names."""
+    """Start the process group where there is one, and build the runner that the config names.
+
+    The config's ``compile`` is True or the arguments of `compile_model`.
+    """
     if cfg.launcher == 'pytorch':
         compat.init_cpu_distributed(cfg)
-    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    if not torch.cuda.is_available():
+        keep_freed_memory()
+    compiling = cfg.pop('compile', None)  # the runner would compile more than can be compiled
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    if compiling:
+        compile_model(runner.model, **({} if compiling is True else compiling))
+    return runner
 
 
 def prepare_train(cfg: Config, *, resume: bool = False, load_from: str | None = None,
@@ -91,7 +108,10 @@ def prepare_train(cfg: Config, *, resume: bool = False, load_from: str | None = 
                   logger='current', level=logging.WARNING)
         cfg.resume = False
     if amp:
-        cfg.optim_wrapper.update(type='AmpOptimWrapper', loss_scale='dynamic')
+        # bfloat16 has the range of float32 and needs no loss scale; older cards lack it.
+        half = dict(loss_scale='dynamic') if torch.cuda.is_available() and (
+            torch.cuda.get_device_capability() < (8, 0)) else dict(dtype='bfloat16', loss_scale=1.)
+        cfg.optim_wrapper.update(type='AmpOptimWrapper', **half)
     if auto_scale_lr:
         if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
             raise ConfigError('--auto-scale-lr needs auto_scale_lr.base_batch_size in the config')
@@ -111,7 +131,7 @@ def train(cfg: Config) -> None:
 
 def prepare_test(cfg: Config, checkpoint: str, *, isr_ratio: str | None = None, tta: bool = False,
                  out: str | None = None, show: bool = False, show_dir: str | None = None,
-                 wait_time: float = 2.) -> None:
+                 wait_time: float = 2., bf16: bool = False) -> None:
     """Apply the flags of a test to its config.
 
     Raises:
@@ -130,6 +150,9 @@ def prepare_test(cfg: Config, checkpoint: str, *, isr_ratio: str | None = None, 
         cfg.default_hooks.visualization.update(draw=True, show=show, wait_time=wait_time)
         if show_dir:
             cfg.visualizer.save_dir = show_dir
+    if bf16 and cfg.model.type != 'StreamedEncoderDecoder':
+        raise ConfigError('--bf16 needs model.type=StreamedEncoderDecoder, which casts images and '
+                          f'logits, not {cfg.model.type}')
     if tta:
         if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
             raise ConfigError('--tta needs tta_model and tta_pipeline in the config')
@@ -137,15 +160,23 @@ def prepare_test(cfg: Config, checkpoint: str, *, isr_ratio: str | None = None, 
         cfg.model = dict(cfg.tta_model, module=cfg.model)
     if out is not None:
         cfg.test_evaluator.update(output_dir=out, keep_results=True)
+    if cfg.get('compile') is True:
+        cfg.compile = dict(frozen=True)
     checks.check_data(cfg, 'test')
 
 
-def evaluate(cfg: Config, json_file: str | None = None) -> dict[str, float]:
+def evaluate(cfg: Config, json_file: str | None = None, *, bf16: bool = False) -> dict[str, float]:
     """Test, and write the figures to a file if one is named.
 
     The file holds the metrics, the ISR ratio, how many images took how long, and where it ran.
+    ``bf16`` keeps and computes all but the normalisation of the images in bfloat16.
     """
     runner = build_runner(cfg)
+    if bf16:
+        model: Any = unwrap(runner.model)
+        for name, part in model.named_children():
+            if name != 'data_preprocessor':
+                part.bfloat16()
     start = time.perf_counter()
     metrics = runner.test()
     seconds = time.perf_counter() - start

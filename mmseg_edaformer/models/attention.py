@@ -131,14 +131,14 @@ def attend_by_rows(x: Tensor, kv: Tensor, num_heads: int) -> Tensor:
     Returns:
         Map, N x C x H x W, channels-last.
     """
-    n, c, height, width = x.shape
-    dim, num_keys = c // num_heads, kv.shape[2] * kv.shape[3]
+    channels, width = x.shape[1], x.shape[3]
+    dim, num_keys = channels // num_heads, kv.shape[2] * kv.shape[3]
     rows = max(1, SCORE_BYTES // (width * num_heads * num_keys * x.element_size()))
     out = torch.empty_like(x, memory_format=torch.channels_last)
     for image, keys, result in zip(x.split(1), to_tokens(kv), out.split(1)):
         keys = keys.reshape(num_keys, num_heads, dim)
         k = (keys / math.sqrt(dim)).transpose(0, 1).reshape(num_heads * num_keys, dim, 1, 1)
-        v = keys.permute(1, 2, 0).reshape(c, num_keys, 1, 1)
+        v = keys.permute(1, 2, 0).reshape(channels, num_keys, 1, 1)
         for queries, part in zip(image.split(rows, dim=2), result.split(rows, dim=2)):
             scores = F.conv2d(queries, k, groups=num_heads)
             by_head = to_tokens(scores).unflatten(3, (num_heads, num_keys))

@@ -2,6 +2,8 @@
 
 Shapes: N batch, C channels, H x W the map; everything takes and returns one channels-last map.
 """
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from mmcv.cnn.bricks.drop import DropPath
@@ -56,8 +58,9 @@ class MixFFN(nn.Module):
         self.drop = nn.Dropout(drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
-        w1, b1, w3, b3, w2 = (self.fc1.weight, self.fc1.bias, self.dwconv.weight, self.dwconv.bias,
-                              self.fc2.weight)
+        weights: list[Tensor] = [self.fc1.weight, self.fc1.bias, self.dwconv.weight,
+                                 cast(Tensor, self.dwconv.bias), self.fc2.weight]
+        w1, b1, w3, b3, w2 = weights
         if padding := _padding(x, len(w1)):
             # Zero channels stay zero up to fc2, which ignores them.
             w1, w3 = F.pad(w1, (0, 0, 0, padding)), F.pad(w3, (0, 0, 0, 0, 0, 0, 0, padding))

@@ -1,0 +1,35 @@
+"""Compiled networks, for one size or for many."""
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def compile_model(model: nn.Module, *, fixed_size: bool = False, frozen: bool = False) -> None:
+    """Compile the backbone and the decode head of a segmentor, in place.
+
+    The segmentor itself stays as it is: its losses and data samples are not worth compiling, and
+    mmengine's own ``compile`` of the whole fails in the optimiser's step. Weights, their names and
+    ``apply_isr`` work as before; a new ratio compiles anew.
+
+    Args:
+        model: A segmentor, or a wrapper such as test-time augmentation around one.
+        fixed_size: Images all have one size: compile for each that comes, and on GPUs replay a
+            CUDA graph, which spares launching kernels one by one. Without it, the second size
+            compiles code for every size.
+        frozen: The weights stay what they are when the first image comes: build them into the
+            code. For tests on CPUs, where they are then packed for the kernels; not for training.
+    """
+    segmentor: Any = model
+    while not hasattr(segmentor, 'backbone'):
+        segmentor = segmentor.module
+    on_gpu = next(segmentor.parameters()).is_cuda
+    options: dict[str, Any] = {}
+    if frozen and not on_gpu:
+        options['freezing'] = True
+    if fixed_size and on_gpu:
+        options['triton.cudagraphs'] = True
+    for part in (segmentor.backbone, segmentor.decode_head):
+        # Not part.compile(): mmseg's heads call self.forward, which that leaves as it is.
+        part.forward = torch.compile(part.forward, dynamic=False if fixed_size else None,
+                                     options=options or None)
