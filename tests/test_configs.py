@@ -24,7 +24,8 @@ def load(name):
 
 def test_all_named_configs_are_there():
     assert {path.stem for path in CONFIGS} == {
-        *PAPER, 'edaformer_t_synthetic', 'edaformer_t_camvid', 'segformer_b0_camvid',
+        *PAPER, 'edaformer_t_synthetic', 'edaformer_t_camvid', 'segformer_b0_ade',
+        'segformer_b0_camvid',
         'custom_dataset'}
 
 
