@@ -338,7 +338,7 @@ class _Subject:
             self.model.bfloat16()
             self.autocast, self.input_dtype = False, torch.bfloat16
         if plan.compile:
-            _compile(self.model, len(self.ratios))
+            _compile(self.model, len(self.ratios), frozen=mode == 'eval')
 
     def calls(self, mode: str, ratio: ISRRatio, inputs: Tensor) -> dict[str, Prepare]:
         """What to time: the network and the whole, in training the whole alone."""
@@ -406,12 +406,12 @@ def _optim_cfg(contender: Contender) -> dict[str, Any]:
                 type='OptimWrapper')
 
 
-def _compile(model: nn.Module, variants: int) -> None:
+def _compile(model: nn.Module, variants: int, *, frozen: bool) -> None:
     """Compile backbone and decoder, and keep a compiled version for each ratio."""
     settings = torch._dynamo.config
     limit = 'recompile_limit' if hasattr(settings, 'recompile_limit') else 'cache_size_limit'
     setattr(settings, limit, max(getattr(settings, limit), 4 * variants))
-    compile_model(model, fixed_size=True)
+    compile_model(model, fixed_size=True, frozen=frozen)
 
 
 def data_samples(size: tuple[int, ...], count: int,

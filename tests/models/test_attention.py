@@ -1,4 +1,7 @@
 """Attention on a CPU by rows, and the padding that GPUs want, against their plain versions."""
+import functools
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,14 +16,16 @@ def sdpa(x, kv, num_heads):
     return out.transpose(2, 3).reshape(n, c, height, width)
 
 
-@pytest.mark.parametrize('rows', [1, 3, 100])
+@pytest.mark.parametrize('rows', [1, 3, 100, 'native'])
 @pytest.mark.parametrize(('heads', 'dim', 'size', 'keys'), [
     (1, 32, (16, 12), (4, 3)), (4, 32, (7, 9), (7, 9)), (8, 8, (5, 5), (1, 1)),
-    (2, 16, (1, 1), (1, 1))])
+    (2, 16, (1, 1), (1, 1)), (3, 12, (13, 31), (9, 15))])
 @pytest.mark.parametrize('threads', [1, 2])
 def test_by_rows(heads, dim, size, keys, rows, threads, monkeypatch):
-    monkeypatch.setattr(attention, 'SCORE_BYTES',
-                        rows * size[1] * heads * keys[0] * keys[1] * 4)
+    if rows != 'native':
+        monkeypatch.setattr(attention.native, '_library', lambda: None)
+        monkeypatch.setattr(attention, 'SCORE_BYTES',
+                            rows * size[1] * heads * keys[0] * keys[1] * 4)
     torch.manual_seed(0)
     x, kv = (torch.randn(2, heads * dim, *shape).to(memory_format=torch.channels_last)
              for shape in (size, keys))
@@ -35,7 +40,10 @@ def test_by_rows(heads, dim, size, keys, rows, threads, monkeypatch):
     assert found.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_by_rows_in_bfloat16():
+@pytest.mark.parametrize('compiled', [True, False])
+def test_by_rows_in_bfloat16(compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(attention.native, '_library', lambda: None)
     torch.manual_seed(0)
     x, kv = torch.randn(1, 64, 12, 12), torch.randn(1, 64, 6, 6)
     with torch.no_grad():
@@ -69,3 +77,35 @@ def test_padding_changes_nothing(relu, monkeypatch):
     found.square().sum().backward()
     for p, grad in zip(ffn.parameters(), grads):
         torch.testing.assert_close(p.grad, grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(shutil.which('g++') is None, reason='needs g++')
+def test_native_is_built_once_and_used(tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    monkeypatch.setattr(attention.native, '_library',
+                        functools.cache(attention.native._library.__wrapped__))
+    x = torch.randn(1, 32, 4, 4)
+    found = attention.native.attend(x, x, 1)
+    torch.testing.assert_close(found, sdpa(x, x, 1), rtol=1e-5, atol=1e-5)
+    library, = (tmp_path / 'mmseg_edaformer').iterdir()
+    built = library.stat().st_mtime_ns
+    attention.native._library.cache_clear()
+    attention.native.attend(x, x, 1)
+    assert library.stat().st_mtime_ns == built
+
+
+def test_large_scores_do_not_overflow():
+    x = torch.randn(1, 32, 6, 6) * 300
+    with torch.no_grad():
+        torch.testing.assert_close(attention.attend_by_rows(x, x, 1), sdpa(x, x, 1), rtol=1e-5,
+                                   atol=1e-3)
+
+
+def test_a_broken_compiler_is_named_and_done_without(tmp_path, monkeypatch):
+    compiler = tmp_path / 'broken'
+    compiler.write_text('#!/bin/sh\necho no such option >&2\nexit 1\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv('CXX', str(compiler))
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    with pytest.warns(UserWarning, match='no such option'):
+        assert attention.native._library.__wrapped__() is None

@@ -1,0 +1,87 @@
+"""Attention compiled for the CPU at hand: attention.cpp, if there is a C++ compiler.
+
+Built once, in a few seconds, when a network first predicts on a CPU, and kept in the user's cache.
+Without a compiler, or with ``EDAFORMER_NATIVE=0`` in the environment, PyTorch's own operators do
+the same, see `attention.attend_by_rows`.
+"""
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name('attention.cpp')
+FUNCTIONS = {torch.float32: 'attend_float', torch.bfloat16: 'attend_bfloat16'}
+
+
+def attend(x: Tensor, kv: Tensor, num_heads: int) -> Tensor | None:
+    """`attention.attend_by_rows` in compiled code; None where that does not do.
+
+    Args:
+        x: Queries, N x C x H x W.
+        kv: Keys and values, N x C x rows x columns.
+        num_heads: Heads h.
+
+    Returns:
+        Map, N x C x H x W, channels-last.
+    """
+    dim = x.shape[1] // num_heads
+    library = _library() if x.dtype == kv.dtype and x.dtype in FUNCTIONS and not dim % 4 else None
+    if library is None:
+        return None
+    x, kv = (t.contiguous(memory_format=torch.channels_last) for t in (x, kv))
+    out = torch.empty_like(x)
+    getattr(library, FUNCTIONS[x.dtype])(
+        *(ctypes.c_void_p(t.data_ptr()) for t in (x, kv, out)),
+        *map(ctypes.c_int64, (len(x), x.shape[2] * x.shape[3], kv.shape[2] * kv.shape[3],
+                              num_heads, dim)))
+    return out
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    compiler = shutil.which(os.environ.get('CXX', 'g++'))
+    if compiler is None or os.environ.get('EDAFORMER_NATIVE') == '0':
+        return None
+    try:
+        return ctypes.CDLL(str(_build(compiler)))
+    except (OSError, subprocess.CalledProcessError) as error:
+        detail = (getattr(error, 'stderr', None) or str(error)).strip().splitlines()[-1:]
+        warnings.warn(f'{SOURCE.name} could not be compiled or loaded, so attention is slower '
+                      f"({' '.join(detail)}). EDAFORMER_NATIVE=0 silences this", stacklevel=2)
+        return None
+
+
+def _build(compiler: str) -> Path:
+    """Compile for this machine, unless that was done before; returns the library's path."""
+    root = Path(torch.__file__).parent
+    cpuinfo = Path('/proc/cpuinfo')
+    flags = [line for line in (cpuinfo.read_text().splitlines() if cpuinfo.exists() else [])
+             if line.startswith(('flags', 'Features'))][:1]
+    key = hashlib.sha256('\n'.join([SOURCE.read_text(), torch.__version__, compiler,
+                                    platform.machine(), *flags]).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'mmseg_edaformer'
+    library = cache / f'attention-{key}.so'
+    if not library.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            unit, partial = Path(folder) / 'attention.o', Path(folder) / library.name
+            subprocess.run([compiler, '-O3', '-march=native', '-ffp-contract=fast', '-std=c++20',
+                            '-fPIC', '-fopenmp', '-DAT_PARALLEL_OPENMP=1', f'-I{root}/include',
+                            '-c', SOURCE, '-o', unit], check=True, capture_output=True, text=True)
+            # The OpenMP that torch brought, if it did: two would each have their own threads.
+            openmp = [*(root / 'lib').glob('libgomp*'),
+                      *(root.parent / 'torch.libs').glob('libgomp*')][:1]
+            subprocess.run([compiler, '-shared', unit, '-o', partial, f'-L{root}/lib',
+                            '-ltorch_cpu', '-lc10', *(openmp or ['-fopenmp'])],
+                           check=True, capture_output=True, text=True)
+            partial.replace(library)
+    return library
