@@ -1,8 +1,8 @@
-"""Attention compiled for the CPU at hand: attention.cpp, if there is a C++ compiler.
+"""Code compiled for the CPU at hand: native.cpp, if there is a C++ compiler.
 
 Built once, in a few seconds, when a network first predicts on a CPU, and kept in the user's cache.
 Without a compiler, or with ``EDAFORMER_NATIVE=0`` in the environment, PyTorch's own operators do
-the same, see `attention.attend_by_rows`.
+the same: the functions here return None where they cannot.
 """
 import ctypes
 import functools
@@ -18,12 +18,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name('attention.cpp')
-FUNCTIONS = {torch.float32: 'attend_float', torch.bfloat16: 'attend_bfloat16'}
+SOURCE = Path(__file__).with_name('native.cpp')
+TYPES = {torch.float32: 'float', torch.bfloat16: 'bfloat16'}
+LANES = 16
+"""Channels that `dwconv_gelu` needs at least."""
 
 
 def attend(x: Tensor, kv: Tensor, num_heads: int) -> Tensor | None:
-    """`attention.attend_by_rows` in compiled code; None where that does not do.
+    """Attention whose values are its keys; plain: the rest of `attention.attend_by_rows`.
 
     Args:
         x: Queries, N x C x H x W.
@@ -34,15 +36,43 @@ def attend(x: Tensor, kv: Tensor, num_heads: int) -> Tensor | None:
         Map, N x C x H x W, channels-last.
     """
     dim = x.shape[1] // num_heads
-    library = _library() if x.dtype == kv.dtype and x.dtype in FUNCTIONS and not dim % 4 else None
+    if x.dtype != kv.dtype or dim % 4:
+        return None
+    return _call('attend', x, [_map(kv)], len(x), x.shape[2] * x.shape[3],
+                 kv.shape[2] * kv.shape[3], num_heads, dim)
+
+
+def dwconv_gelu(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor | None:
+    """Depth-wise 3x3 convolution and GELU; plain: the rest of `blocks.dwconv_gelu`.
+
+    Args:
+        x: Map, N x C x H x W.
+        weight: C x 1 x 3 x 3.
+        bias: C.
+        relu: ReLU first.
+
+    Returns:
+        Map, N x C x H x W, channels-last.
+    """
+    if x.shape[1] < LANES:
+        return None
+    return _call('dwconv_gelu', x, [weight.float().contiguous(), bias.float()], len(x),
+                 x.shape[2], x.shape[3], x.shape[1], relu)
+
+
+def _map(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _call(name: str, x: Tensor, tensors: list[Tensor], *sizes: int) -> Tensor | None:
+    library = _library() if x.dtype in TYPES else None
     if library is None:
         return None
-    x, kv = (t.contiguous(memory_format=torch.channels_last) for t in (x, kv))
+    x = _map(x)
     out = torch.empty_like(x)
-    getattr(library, FUNCTIONS[x.dtype])(
-        *(ctypes.c_void_p(t.data_ptr()) for t in (x, kv, out)),
-        *map(ctypes.c_int64, (len(x), x.shape[2] * x.shape[3], kv.shape[2] * kv.shape[3],
-                              num_heads, dim)))
+    getattr(library, f'{name}_{TYPES[x.dtype]}')(
+        *(ctypes.c_void_p(t.data_ptr()) for t in (x, *tensors, out)),
+        *map(ctypes.c_int64, sizes))
     return out
 
 
@@ -55,7 +85,7 @@ def _library() -> ctypes.CDLL | None:
         return ctypes.CDLL(str(_build(compiler)))
     except (OSError, subprocess.CalledProcessError) as error:
         detail = (getattr(error, 'stderr', None) or str(error)).strip().splitlines()[-1:]
-        warnings.warn(f'{SOURCE.name} could not be compiled or loaded, so attention is slower '
+        warnings.warn(f'{SOURCE.name} could not be compiled or loaded, so prediction is slower '
                       f"({' '.join(detail)}). EDAFORMER_NATIVE=0 silences this", stacklevel=2)
         return None
 
@@ -69,17 +99,17 @@ def _build(compiler: str) -> Path:
     key = hashlib.sha256('\n'.join([SOURCE.read_text(), torch.__version__, compiler,
                                     platform.machine(), *flags]).encode()).hexdigest()[:16]
     cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'mmseg_edaformer'
-    library = cache / f'attention-{key}.so'
+    library = cache / f'native-{key}.so'
     if not library.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
-            unit, partial = Path(folder) / 'attention.o', Path(folder) / library.name
+            unit, partial = Path(folder) / 'native.o', Path(folder) / library.name
             subprocess.run([compiler, '-O3', '-march=native', '-ffp-contract=fast', '-std=c++20',
                             '-fPIC', '-fopenmp', '-DAT_PARALLEL_OPENMP=1', f'-I{root}/include',
                             '-c', SOURCE, '-o', unit], check=True, capture_output=True, text=True)
             # The OpenMP that torch brought, if it did: two would each have their own threads.
-            openmp = [*(root / 'lib').glob('libgomp*'),
-                      *(root.parent / 'torch.libs').glob('libgomp*')][:1]
+            openmp = [str(path) for folder in (root / 'lib', root.parent / 'torch.libs')
+                      for path in folder.glob('libgomp*')][:1]
             subprocess.run([compiler, '-shared', unit, '-o', partial, f'-L{root}/lib',
                             '-ltorch_cpu', '-lc10', *(openmp or ['-fopenmp'])],
                            check=True, capture_output=True, text=True)

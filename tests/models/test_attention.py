@@ -109,3 +109,24 @@ def test_a_broken_compiler_is_named_and_done_without(tmp_path, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     with pytest.warns(UserWarning, match='no such option'):
         assert attention.native._library.__wrapped__() is None
+
+
+@pytest.mark.parametrize('compiled', [True, False])
+@pytest.mark.parametrize('relu', [True, False])
+@pytest.mark.parametrize(('channels', 'size'), [(16, (1, 1)), (121, (9, 35)), (70, (4, 16)),
+                                                (5, (6, 7)), (130, (17, 3))])
+def test_dwconv_gelu(channels, size, relu, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(attention.native, '_library', lambda: None)
+    torch.manual_seed(0)
+    x = torch.randn(2, channels, *size).to(memory_format=torch.channels_last)
+    weight, bias = torch.randn(channels, 1, 3, 3), torch.randn(channels)
+    kept = x.clone()
+    expected = F.gelu(F.conv2d(x.relu() if relu else x, weight, bias, padding=1, groups=channels))
+    found = blocks.dwconv_gelu(x, weight, bias, relu)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(x, kept)
+    half = blocks.dwconv_gelu(x.bfloat16(), weight.bfloat16(), bias.bfloat16(), relu)
+    assert half.dtype == torch.bfloat16
+    assert (half - expected).abs().max() < 0.02 * expected.abs().max()

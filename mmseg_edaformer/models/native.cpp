@@ -1,9 +1,7 @@
-// Attention with short heads on a CPU, where the values are the keys: what `native.py` compiles, and
-// the counterpart of `attention.attend_by_rows`.
-//
-// A task is a block of queries of one head, laid across the lanes of vectors, so that the largest
-// score, the sum and the output of a query stay in its lane and the keys come in as scalars. Keys
-// are taken in blocks; scores, weights and outputs of a block stay in the first-level cache.
+// What a CPU's generic kernels do slowly, in one pass each: attention with short heads whose values
+// are its keys, and the depth-wise convolution of the feed-forward network with the activations
+// around it. Compiled by native.py; maps are channels-last, arithmetic is float32 throughout but for
+// the products of bfloat16 pairs.
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -12,7 +10,7 @@
 #include <cstring>
 #include <vector>
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -60,6 +58,12 @@ inline void store(uint16_t* x, float value) {
   std::memcpy(&bits, &value, 4);
   *x = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
+
+// Attention.
+//
+// A task is a block of queries of one head, laid across the lanes of vectors, so that the largest
+// score, the sum and the output of a query stay in its lane and the keys come in as scalars. Keys
+// are taken in blocks; scores, weights and outputs of a block stay in the first-level cache.
 
 // The products of a block of keys, in float32: scores[key][query] and out[dimension][query].
 struct Single {
@@ -231,7 +235,130 @@ void attend(const T* x, const T* kv, T* out, int64_t images, int64_t queries, in
   });
 }
 
+// Depth-wise convolution and GELU.
+
+typedef uint16_t Short __attribute__((vector_size(kLanes * 2)));
+
+inline Vec load_lanes(const float* x) {
+  Vec value;
+  std::memcpy(&value, x, sizeof(value));
+  return value;
+}
+inline Vec load_lanes(const uint16_t* x) {
+  Short bits;
+  std::memcpy(&bits, x, sizeof(bits));
+  return (Vec)(__builtin_convertvector(bits, IVec) << 16);
+}
+inline void store_lanes(float* x, Vec value) { std::memcpy(x, &value, sizeof(value)); }
+inline void store_lanes(uint16_t* x, Vec value) {
+  IVec bits = (IVec)value;
+  bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Short narrow = __builtin_convertvector(bits, Short);
+  std::memcpy(x, &narrow, sizeof(narrow));
+}
+
+inline Vec inverse(Vec x) {
+#if defined(__AVX512F__)
+  const Vec guess = (Vec)_mm512_rcp14_ps((__m512)x);
+  return guess * (2.f - x * guess);
+#else
+  return 1.f / x;
+#endif
+}
+
+// x times the normal distribution's share below x, by Abramowitz and Stegun, 7.1.26 (error 1e-7).
+inline Vec gelu(Vec x) {
+  const Vec z = larger(x, -x) * 0.70710678f;
+  const Vec t = inverse(z * 0.3275911f + 1.f);
+  Vec p = t * 1.061405429f - 1.453152027f;
+  p = p * t + 1.421413741f;
+  p = p * t - 0.284496736f;
+  p = p * t + 0.254829592f;
+  const Vec tail = p * t * exponential(-z * z) * 0.5f;
+  return x * (x < 0.f ? tail : 1.f - tail);
+}
+
+// A tile of the output and the channels taken at once, so that its input stays in the first-level
+// cache, as floats, with zeros around the map.
+constexpr int kRows = 4, kColumns = 16, kChannels = 64;
+constexpr int kWide = kColumns + 2;
+
+template <typename T, bool kRelu>
+void take(const T* x, int64_t top, int64_t left, int64_t height, int64_t width, int64_t channels,
+          int64_t first, int size, float* tile) {
+  for (int i = 0; i < kRows + 2; ++i)
+    for (int j = 0; j < kWide; ++j, tile += kChannels) {
+      const int64_t y = top + i - 1, column = left + j - 1;
+      if (y < 0 || y >= height || column < 0 || column >= width) {
+        std::memset(tile, 0, size * sizeof(float));
+        continue;
+      }
+      const T* source = x + (y * width + column) * channels + first;
+      for (int next = 0; next < size; next += kLanes) {
+        const int c = std::min(next, size - kLanes);  // the last lanes may overlap those before
+        const Vec value = load_lanes(source + c);
+        store_lanes(tile + c, kRelu ? larger(value, Vec{}) : value);
+      }
+    }
+}
+
+template <typename T, bool kRelu>
+void convolve(const T* x, const float* weight, const float* bias, T* out, int64_t images,
+              int64_t height, int64_t width, int64_t channels) {
+  std::vector<float> taps(9 * channels);
+  for (int64_t c = 0; c < channels; ++c)
+    for (int k = 0; k < 9; ++k) taps[k * channels + c] = weight[c * 9 + k];
+  const int64_t strips = (height + kRows - 1) / kRows;
+  const int size = int(std::min<int64_t>(kChannels, channels));
+  at::parallel_for(0, images * strips, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> tile((kRows + 2) * kWide * kChannels);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t top = task % strips * kRows, image = task / strips * height * width * channels;
+      const int rows = int(std::min<int64_t>(kRows, height - top));
+      for (int64_t left = 0; left < width; left += kColumns) {
+        const int columns = int(std::min<int64_t>(kColumns, width - left));
+        for (int64_t chunk = 0; chunk < channels; chunk += kChannels) {
+          const int64_t first = std::min(chunk, channels - size);
+          take<T, kRelu>(x + image, top, left, height, width, channels, first, size, tile.data());
+          for (int next = 0; next < size; next += kLanes) {
+            const int c = std::min(next, size - kLanes);
+            Vec w[9];
+#pragma GCC unroll 9
+            for (int k = 0; k < 9; ++k) w[k] = load_lanes(&taps[k * channels + first + c]);
+            const Vec shift = load_lanes(bias + first + c);
+            for (int i = 0; i < rows; ++i) {
+              const float* source = tile.data() + i * kWide * kChannels + c;
+              T* result = out + image + ((top + i) * width + left) * channels + first + c;
+              for (int j = 0; j < columns; ++j, source += kChannels, result += channels) {
+                Vec sum = shift;
+#pragma GCC unroll 9
+                for (int k = 0; k < 9; ++k)
+                  sum += load_lanes(source + (k / 3 * kWide + k % 3) * kChannels) * w[k];
+                store_lanes(result, gelu(sum));
+              }
+            }
+          }
+        }
+      }
+    }
+  });
+}
+
 }  // namespace
+
+extern "C" void dwconv_gelu_float(const float* x, const float* weight, const float* bias,
+                                  float* out, int64_t images, int64_t height, int64_t width,
+                                  int64_t channels, int64_t relu) {
+  (relu ? convolve<float, true> : convolve<float, false>)(x, weight, bias, out, images, height,
+                                                          width, channels);
+}
+
+extern "C" void dwconv_gelu_bfloat16(const uint16_t* x, const float* weight, const float* bias,
+                                     uint16_t* out, int64_t images, int64_t height, int64_t width,
+                                     int64_t channels, int64_t relu) {
+  (relu ? convolve<uint16_t, true> : convolve<uint16_t, false>)(x, weight, bias, out, images,
+                                                                height, width, channels);
+}
 
 extern "C" void attend_float(const float* x, const float* kv, float* out, int64_t images,
                              int64_t queries, int64_t keys, int64_t heads, int64_t dim) {
