@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmseg_edaformer.models import MixFFN, attention, blocks
 
@@ -130,3 +131,12 @@ def test_dwconv_gelu(channels, size, relu, compiled, monkeypatch):
     half = blocks.dwconv_gelu(x.bfloat16(), weight.bfloat16(), bias.bfloat16(), relu)
     assert half.dtype == torch.bfloat16
     assert (half - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_gpus_use_a_fused_kernel():
+    """PyTorch raises where none of the allowed kernels takes these shapes and types."""
+    layer = attention.EmbeddingFreeAttention(64, 2, 4).cuda().bfloat16()
+    x = torch.randn(2, 64, 32, 32, device='cuda', dtype=torch.bfloat16)
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]):
+        layer(x.to(memory_format=torch.channels_last)).sum().backward()

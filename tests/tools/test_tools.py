@@ -104,6 +104,34 @@ def test_outputs(trained, tmp_path):
     assert np.array(Image.open(shown[0])).shape == (64, 192, 3)  # truth beside prediction
 
 
+def predicted(config, checkpoint, folder, *flags):
+    """The label maps of a test."""
+    test(config, checkpoint, folder, '--out', folder / 'labels', *flags)
+    return np.stack([np.array(Image.open(path))
+                     for path in sorted((folder / 'labels').iterdir())])
+
+
+@pytest.mark.slow
+def test_bfloat16(trained, tmp_path):
+    config, work, _ = trained
+    labels = [predicted(config, work / 'iter_4.pth', tmp_path / str(len(flags)), *flags)
+              for flags in ([], ['--bf16'])]
+    assert 0.9 < (labels[0] == labels[1]).mean() < 1  # it did compute otherwise
+
+
+@pytest.mark.slow
+def test_compiled(trained, tmp_path):
+    config = trained[0]
+    shallow = ['--cfg-options', 'model.backbone.depths=(1,1,1,1)',
+               'model.decode_head.depths=(1,1,1)']
+    work = tmp_path / 'work'
+    run('tools/train.py', config, '--work-dir', work, '--compile', *shallow,
+        'train_cfg.max_iters=2', 'train_cfg.val_interval=9', 'default_hooks.checkpoint.interval=2')
+    labels = [predicted(config, work / 'iter_2.pth', tmp_path / str(len(flags)), *flags, *shallow)
+              for flags in ([], ['--compile'])]
+    assert (labels[0] == labels[1]).mean() > 0.999
+
+
 @pytest.mark.slow
 def test_tta_with_isr(trained, tmp_path):
     config, work, _ = trained
