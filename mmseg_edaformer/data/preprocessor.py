@@ -73,6 +73,7 @@ class BatchPreProcessor(SegDataPreProcessor):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._non_blocking = True  # matters where the dataloader pins memory
+        self._swap = kwargs.get('bgr_to_rgb', False) or kwargs.get('rgb_to_bgr', False)
 
     def forward(self, data: dict[str, Any], training: bool = False) -> dict[str, Any]:
         """Move a batch to the device, distort, normalise and pad it.
@@ -86,7 +87,7 @@ class BatchPreProcessor(SegDataPreProcessor):
         data = self.cast_data(data)
         images, samples, drawn = data['inputs'], data['data_samples'], data.get('distortions')
         images = distort(images, drawn) if drawn else images.float()
-        if self.channel_conversion:
+        if self._swap:
             images = images.flip(1)
         if self._enable_normalize:
             images = images.sub_(self.mean).div_(self.std)

@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from mmcv.cnn.bricks.drop import DropPath
 from torch import Tensor, nn
 
-from . import native
 from .attention import EmbeddingFreeAttention
-from .layers import PixelLinear, PixelNorm, pixel_linear
+from .layers import PixelLinear, PixelNorm, gelu, pixel_linear
 
 ALIGNMENT = 8
 """Channels are padded to a multiple of this on GPUs: bfloat16 matrix units load 16 bytes."""
@@ -67,40 +66,8 @@ class MixFFN(nn.Module):
             w1, w3 = F.pad(w1, (0, 0, 0, padding)), F.pad(w3, (0, 0, 0, 0, 0, 0, 0, padding))
             b1, b3, w2 = (F.pad(t, (0, padding)) for t in (b1, b3, w2))
         x = pixel_linear(x, w1, b1)
-        if x.device.type == 'cpu' and not torch.is_grad_enabled():
-            x = dwconv_gelu(x, w3, b3, isinstance(self.act, nn.ReLU))
-        else:
-            x = F.gelu(F.conv2d(self.act(x), w3, b3, padding=1, groups=len(w3)))
+        x = gelu(F.conv2d(self.act(x), w3, b3, padding=1, groups=len(w3)))
         return self.drop(pixel_linear(self.drop(x), w2, self.fc2.bias))
-
-
-@torch.library.custom_op('mmseg_edaformer::dwconv_gelu', mutates_args=())
-def dwconv_gelu(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
-    """Depth-wise 3x3 convolution and GELU on a CPU, without gradients.
-
-    One pass over the map, where PyTorch makes one for each of the two or three operators, and takes
-    long for those of numbers of channels that fill no vector, such as the 121 of EFT-T.
-
-    Args:
-        x: Map, N x C x H x W.
-        weight: C x 1 x 3 x 3.
-        bias: C.
-        relu: ReLU first.
-
-    Returns:
-        Map, N x C x H x W, channels-last.
-    """
-    found = native.dwconv_gelu(x, weight, bias, relu)
-    if found is None:
-        x = F.relu(x) if relu else x
-        found = F.gelu(F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), padding=1,
-                                groups=len(weight)))
-    return found
-
-
-@dwconv_gelu.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.channels_last)
 
 
 def _padding(x: Tensor, hidden: int) -> int:

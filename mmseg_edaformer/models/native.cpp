@@ -1,7 +1,6 @@
-// What a CPU's generic kernels do slowly, in one pass each: attention with short heads whose values
-// are its keys, and the depth-wise convolution of the feed-forward network with the activations
-// around it. Compiled by native.py; maps are channels-last, arithmetic is float32 throughout but for
-// the products of bfloat16 pairs.
+// What a CPU's generic kernels do slowly: attention with short heads whose values are its keys, and
+// GELU. Compiled by native.py; maps are channels-last, arithmetic is float32 throughout but for the
+// products of bfloat16 pairs.
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -235,7 +234,7 @@ void attend(const T* x, const T* kv, T* out, int64_t images, int64_t queries, in
   });
 }
 
-// Depth-wise convolution and GELU.
+// GELU.
 
 typedef uint16_t Short __attribute__((vector_size(kLanes * 2)));
 
@@ -278,87 +277,27 @@ inline Vec gelu(Vec x) {
   return x * (x < 0.f ? tail : 1.f - tail);
 }
 
-// A tile of the output and the channels taken at once, so that its input stays in the first-level
-// cache, as floats, with zeros around the map.
-constexpr int kRows = 4, kColumns = 16, kChannels = 64;
-constexpr int kWide = kColumns + 2;
-
-template <typename T, bool kRelu>
-void take(const T* x, int64_t top, int64_t left, int64_t height, int64_t width, int64_t channels,
-          int64_t first, int size, float* tile) {
-  for (int i = 0; i < kRows + 2; ++i)
-    for (int j = 0; j < kWide; ++j, tile += kChannels) {
-      const int64_t y = top + i - 1, column = left + j - 1;
-      if (y < 0 || y >= height || column < 0 || column >= width) {
-        std::memset(tile, 0, size * sizeof(float));
-        continue;
-      }
-      const T* source = x + (y * width + column) * channels + first;
-      for (int next = 0; next < size; next += kLanes) {
-        const int c = std::min(next, size - kLanes);  // the last lanes may overlap those before
-        const Vec value = load_lanes(source + c);
-        store_lanes(tile + c, kRelu ? larger(value, Vec{}) : value);
-      }
-    }
-}
-
-template <typename T, bool kRelu>
-void convolve(const T* x, const float* weight, const float* bias, T* out, int64_t images,
-              int64_t height, int64_t width, int64_t channels) {
-  std::vector<float> taps(9 * channels);
-  for (int64_t c = 0; c < channels; ++c)
-    for (int k = 0; k < 9; ++k) taps[k * channels + c] = weight[c * 9 + k];
-  const int64_t strips = (height + kRows - 1) / kRows;
-  const int size = int(std::min<int64_t>(kChannels, channels));
-  at::parallel_for(0, images * strips, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> tile((kRows + 2) * kWide * kChannels);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t top = task % strips * kRows, image = task / strips * height * width * channels;
-      const int rows = int(std::min<int64_t>(kRows, height - top));
-      for (int64_t left = 0; left < width; left += kColumns) {
-        const int columns = int(std::min<int64_t>(kColumns, width - left));
-        for (int64_t chunk = 0; chunk < channels; chunk += kChannels) {
-          const int64_t first = std::min(chunk, channels - size);
-          take<T, kRelu>(x + image, top, left, height, width, channels, first, size, tile.data());
-          for (int next = 0; next < size; next += kLanes) {
-            const int c = std::min(next, size - kLanes);
-            Vec w[9];
-#pragma GCC unroll 9
-            for (int k = 0; k < 9; ++k) w[k] = load_lanes(&taps[k * channels + first + c]);
-            const Vec shift = load_lanes(bias + first + c);
-            for (int i = 0; i < rows; ++i) {
-              const float* source = tile.data() + i * kWide * kChannels + c;
-              T* result = out + image + ((top + i) * width + left) * channels + first + c;
-              for (int j = 0; j < columns; ++j, source += kChannels, result += channels) {
-                Vec sum = shift;
-#pragma GCC unroll 9
-                for (int k = 0; k < 9; ++k)
-                  sum += load_lanes(source + (k / 3 * kWide + k % 3) * kChannels) * w[k];
-                store_lanes(result, gelu(sum));
-              }
-            }
-          }
-        }
-      }
+template <typename T>
+void gelu(T* x, int64_t count) {
+  constexpr int64_t kGrain = 1 << 14;
+  at::parallel_for(0, (count + kGrain - 1) / kGrain, 1, [&](int64_t begin, int64_t end) {
+    const int64_t last = std::min(count, end * kGrain);
+    int64_t i = begin * kGrain;
+    for (; i + kLanes <= last; i += kLanes) store_lanes(x + i, gelu(load_lanes(x + i)));
+    if (i < last) {
+      T rest[kLanes] = {};
+      std::copy(x + i, x + last, rest);
+      store_lanes(rest, gelu(load_lanes(rest)));
+      std::copy(rest, rest + (last - i), x + i);
     }
   });
 }
 
 }  // namespace
 
-extern "C" void dwconv_gelu_float(const float* x, const float* weight, const float* bias,
-                                  float* out, int64_t images, int64_t height, int64_t width,
-                                  int64_t channels, int64_t relu) {
-  (relu ? convolve<float, true> : convolve<float, false>)(x, weight, bias, out, images, height,
-                                                          width, channels);
-}
+extern "C" void gelu_float(float* x, int64_t count) { gelu(x, count); }
 
-extern "C" void dwconv_gelu_bfloat16(const uint16_t* x, const float* weight, const float* bias,
-                                     uint16_t* out, int64_t images, int64_t height, int64_t width,
-                                     int64_t channels, int64_t relu) {
-  (relu ? convolve<uint16_t, true> : convolve<uint16_t, false>)(x, weight, bias, out, images,
-                                                                height, width, channels);
-}
+extern "C" void gelu_bfloat16(uint16_t* x, int64_t count) { gelu(x, count); }
 
 extern "C" void attend_float(const float* x, const float* kv, float* out, int64_t images,
                              int64_t queries, int64_t keys, int64_t heads, int64_t dim) {

@@ -20,8 +20,6 @@ from torch import Tensor
 
 SOURCE = Path(__file__).with_name('native.cpp')
 TYPES = {torch.float32: 'float', torch.bfloat16: 'bfloat16'}
-LANES = 16
-"""Channels that `dwconv_gelu` needs at least."""
 
 
 def attend(x: Tensor, kv: Tensor, num_heads: int) -> Tensor | None:
@@ -38,42 +36,29 @@ def attend(x: Tensor, kv: Tensor, num_heads: int) -> Tensor | None:
     dim = x.shape[1] // num_heads
     if x.dtype != kv.dtype or dim % 4:
         return None
-    return _call('attend', x, [_map(kv)], len(x), x.shape[2] * x.shape[3],
-                 kv.shape[2] * kv.shape[3], num_heads, dim)
+    x = _map(x)
+    out = torch.empty_like(x)
+    return out if _call('attend', [x, _map(kv), out], len(x), x.shape[2] * x.shape[3],
+                        kv.shape[2] * kv.shape[3], num_heads, dim) else None
 
 
-def dwconv_gelu(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor | None:
-    """Depth-wise 3x3 convolution and GELU; plain: the rest of `blocks.dwconv_gelu`.
-
-    Args:
-        x: Map, N x C x H x W.
-        weight: C x 1 x 3 x 3.
-        bias: C.
-        relu: ReLU first.
-
-    Returns:
-        Map, N x C x H x W, channels-last.
-    """
-    if x.shape[1] < LANES:
-        return None
-    return _call('dwconv_gelu', x, [weight.float().contiguous(), bias.float()], len(x),
-                 x.shape[2], x.shape[3], x.shape[1], relu)
+def gelu_(x: Tensor) -> Tensor | None:
+    """``F.gelu``, in place; x must fill its memory without gaps."""
+    return x if _call('gelu', [x], x.numel()) else None
 
 
 def _map(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _call(name: str, x: Tensor, tensors: list[Tensor], *sizes: int) -> Tensor | None:
-    library = _library() if x.dtype in TYPES else None
+def _call(name: str, tensors: list[Tensor], *sizes: int) -> bool:
+    """Call the library's function for the type of the tensors; False where there is none."""
+    library = _library() if tensors[0].dtype in TYPES else None
     if library is None:
-        return None
-    x = _map(x)
-    out = torch.empty_like(x)
-    getattr(library, f'{name}_{TYPES[x.dtype]}')(
-        *(ctypes.c_void_p(t.data_ptr()) for t in (x, *tensors, out)),
-        *map(ctypes.c_int64, sizes))
-    return out
+        return False
+    getattr(library, f'{name}_{TYPES[tensors[0].dtype]}')(
+        *(ctypes.c_void_p(t.data_ptr()) for t in tensors), *map(ctypes.c_int64, sizes))
+    return True
 
 
 @functools.cache
@@ -83,7 +68,7 @@ def _library() -> ctypes.CDLL | None:
         return None
     try:
         return ctypes.CDLL(str(_build(compiler)))
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         detail = (getattr(error, 'stderr', None) or str(error)).strip().splitlines()[-1:]
         warnings.warn(f'{SOURCE.name} could not be compiled or loaded, so prediction is slower '
                       f"({' '.join(detail)}). EDAFORMER_NATIVE=0 silences this", stacklevel=2)
