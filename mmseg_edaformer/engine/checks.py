@@ -1,5 +1,7 @@
 """What is cheaper to find before a run than days into it."""
+import importlib.util
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,23 @@ def check_amp(cfg: Config) -> None:
     if cfg.optim_wrapper.type == 'AmpOptimWrapper' and not is_cuda_available():
         raise ConfigError('--amp (AmpOptimWrapper) needs a GPU, and none is visible here: train '
                           'without it, or check CUDA_VISIBLE_DEVICES and the installed torch')
+
+
+def check_compile(cfg: Config) -> None:
+    """See that what compiles networks is there.
+
+    Raises:
+        ConfigError: The config wants it, and there is no C++ compiler, or for a GPU no Triton.
+    """
+    if not cfg.get('compile'):
+        return
+    if is_cuda_available():
+        if importlib.util.find_spec('triton') is None:
+            raise ConfigError('--compile needs Triton on a GPU: python -m pip install triton, or '
+                              'run without it')
+    elif shutil.which(os.environ.get('CXX', 'g++')) is None:
+        raise ConfigError(f"--compile needs a C++ compiler, and {os.environ.get('CXX', 'g++')} is "
+                          'not on the PATH: install it, name another in CXX, or run without it')
 
 
 def check_batch_size(cfg: Config, world_size: int) -> None:

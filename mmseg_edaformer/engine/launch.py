@@ -117,6 +117,7 @@ def prepare_train(cfg: Config, *, resume: bool = False, load_from: str | None = 
             raise ConfigError('--auto-scale-lr needs auto_scale_lr.base_batch_size in the config')
         cfg.auto_scale_lr.enable = True
     checks.check_amp(cfg)
+    checks.check_compile(cfg)
     checks.check_start(cfg)
     checks.check_data(cfg, 'train', 'val')
 
@@ -160,6 +161,7 @@ def prepare_test(cfg: Config, checkpoint: str, *, isr_ratio: str | None = None, 
         cfg.model = dict(cfg.tta_model, module=cfg.model)
     if out is not None:
         cfg.test_evaluator.update(output_dir=out, keep_results=True)
+    checks.check_compile(cfg)
     if cfg.get('compile') is True:
         cfg.compile = dict(frozen=True)
     checks.check_data(cfg, 'test')

@@ -63,7 +63,7 @@ class Axis:
 
 
 @triton.jit
-def _pixels(run, starts, lengths, inside, size: tl.constexpr):
+def _pixels(run, starts, lengths, inside):
     """Places of a run's pixels on the axis, and which of them exist."""
     return tl.load(starts + run) + inside, inside < tl.load(lengths + run)
 
@@ -93,8 +93,8 @@ def _resize_argmax(logits, stride_n, stride_c, stride_y, stride_x, labels, conte
                    TX: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr, BC: tl.constexpr):
     cell_x, cell_y, image = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     inside = tl.arange(0, BY * BX)
-    y, y_is = _pixels(cell_y, y_start, y_length, inside // BX, BY)
-    x, x_is = _pixels(cell_x, x_start, x_length, inside % BX, BX)
+    y, y_is = _pixels(cell_y, y_start, y_length, inside // BX)
+    x, x_is = _pixels(cell_x, x_start, x_length, inside % BX)
     exists = y_is & x_is
     best = tl.full([BY * BX], float('-inf'), tl.float32)
     second = tl.full([BY * BX], float('-inf'), tl.float32)
@@ -152,8 +152,8 @@ def _resize_cross_entropy(logits, stride_n, stride_c, stride_y, stride_x, labels
                           BC: tl.constexpr):
     cell_x, cell_y, image = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     inside = tl.arange(0, BY * BX)
-    y, y_is = _pixels(cell_y, y_start, y_length, inside // BX, BY)
-    x, x_is = _pixels(cell_x, x_start, x_length, inside % BX, BX)
+    y, y_is = _pixels(cell_y, y_start, y_length, inside // BX)
+    x, x_is = _pixels(cell_x, x_start, x_length, inside % BX)
     exists = y_is & x_is
     label = tl.load(labels + image * height * width + y * width + x, mask=exists, other=ignore)
     counts = label != ignore

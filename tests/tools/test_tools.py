@@ -261,6 +261,16 @@ def test_a_config_that_cannot_work(trained, tmp_path, options, says):
                            '--cfg-options', *options)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason='GPUs need no C++ compiler')
+@pytest.mark.slow
+def test_compiling_without_a_compiler(trained, tmp_path, monkeypatch):
+    config, work, _ = trained
+    monkeypatch.setenv('CXX', 'no-such-compiler')
+    says = refused('tools/test.py', config, work / 'iter_4.pth', '--work-dir', tmp_path,
+                   '--compile')
+    assert 'no-such-compiler is not on the PATH' in says
+
+
 @pytest.mark.slow
 def test_amp_without_a_gpu(trained, tmp_path):
     if torch.cuda.is_available():
