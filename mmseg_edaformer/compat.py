@@ -24,6 +24,8 @@ STACKS: dict[str, dict[str, tuple[str, str | None]]] = {
 """Minimum and first unsupported versions of the two sets of packages; a full mmcv serves as well
 as mmcv-lite."""
 
+_torchvision: Any = None  # keeps the declarations alive
+
 
 def check_environment() -> None:
     """See that what this package stands on is there and new enough.
@@ -49,6 +51,24 @@ def check_environment() -> None:
                        for name, (minimum, below) in wanted.items())
         raise ImportError(f'mmseg_edaformer cannot start: {"; ".join(wrong)}. '
                           f'Run: {sys.executable} -m pip install {fix} ftfy regex')
+
+
+def declare_torchvision_ops() -> None:
+    """Let torchvision be imported where its build does not match torch's, as timm does.
+
+    torchvision's CUDA build does not load its operators on a CPU torch, and then fails at import
+    because they are not declared; there is no CPU build for every torch on every package index.
+    timm and mmpretrain call none of them. Can go when both builds can be installed alike.
+    """
+    global _torchvision
+    import torch
+    found = _version('torchvision')
+    if (found is None or 'torchvision' in sys.modules or not torch.__version__.endswith('+cpu') or
+            found.endswith('+cpu')):
+        return
+    _torchvision = torch.library.Library('torchvision', 'FRAGMENT')
+    for name in ('nms', 'qnms'):
+        _torchvision.define(f'{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
 
 
 def _version(name: str) -> str | None:

@@ -13,6 +13,8 @@ def parse_args() -> argparse.Namespace:
                         help='pool the keys further: one integer for all stages (2), multipliers '
                         'of encoder and decoder stages, shallow to deep (2211-222), optimal, or '
                         'auto, which keeps the keys per query near those of training')
+    parser.add_argument('--isr-method', default='average', metavar='METHOD',
+                        help='how keys are reduced: average (default), max, overlap or bipartite')
     parser.add_argument('--tta', action='store_true', help='test-time augmentation')
     parser.add_argument('--bf16', action='store_true', help='compute in bfloat16')
     parser.add_argument('--out', metavar='DIR', help='write the predicted labels there as PNG')
@@ -28,9 +30,9 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     cfg = launch.load_config(args)
-    launch.prepare_test(cfg, args.checkpoint, isr_ratio=args.isr_ratio, tta=args.tta, out=args.out,
-                        show=args.show, show_dir=args.show_dir, wait_time=args.wait_time,
-                        bf16=args.bf16)
+    launch.prepare_test(cfg, args.checkpoint, isr_ratio=args.isr_ratio,
+                        isr_method=args.isr_method, tta=args.tta, out=args.out, show=args.show,
+                        show_dir=args.show_dir, wait_time=args.wait_time, bf16=args.bf16)
     launch.evaluate(cfg, args.json, bf16=args.bf16)
 
 

@@ -59,4 +59,5 @@ def on_meta(model: nn.Module) -> Iterator[nn.Module]:
         for name, child in module.named_children():
             if hasattr(child, '_orig_mod'):
                 setattr(module, name, child._orig_mod)
-    yield shadow.eval()
+    shadow.eval()  # mmseg's SwinTransformer returns None from it
+    yield shadow

@@ -91,7 +91,9 @@ def check_data(cfg: Config, *splits: str) -> None:
             distorted twice.
     """
     model = cfg.model.get('module', cfg.model)  # test-time augmentation wraps it
-    num_classes = model.decode_head.num_classes if 'decode_head' in model else None
+    head = model.get('decode_head')
+    # A list for cascades.
+    num_classes = head.get('num_classes') if isinstance(head, dict) else None
     init_default_scope(cfg.get('default_scope') or 'mmseg')
     for split in splits:
         loader = cfg.get(f'{split}_dataloader')

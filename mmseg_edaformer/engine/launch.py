@@ -18,6 +18,7 @@ from .. import __version__, compat
 from ..analysis.cost import unwrap
 from ..errors import CheckpointError, ConfigError
 from ..isr import ISRRatio
+from ..isr.pooling import check_method
 from . import checks
 from .allocator import keep_freed_memory
 from .compile import compile_model
@@ -130,9 +131,10 @@ def train(cfg: Config) -> None:
     compat.leave_distributed()
 
 
-def prepare_test(cfg: Config, checkpoint: str, *, isr_ratio: str | None = None, tta: bool = False,
-                 out: str | None = None, show: bool = False, show_dir: str | None = None,
-                 wait_time: float = 2., bf16: bool = False) -> None:
+def prepare_test(cfg: Config, checkpoint: str, *, isr_ratio: str | None = None,
+                 isr_method: str = 'average', tta: bool = False, out: str | None = None,
+                 show: bool = False, show_dir: str | None = None, wait_time: float = 2.,
+                 bf16: bool = False) -> None:
     """Apply the flags of a test to its config.
 
     Raises:
@@ -143,7 +145,8 @@ def prepare_test(cfg: Config, checkpoint: str, *, isr_ratio: str | None = None, 
         raise CheckpointError(f'checkpoint not found: {checkpoint}')
     cfg.load_from = checkpoint
     if isr_ratio is not None:
-        add_hook(cfg, dict(type='ISRHook', ratio=str(ISRRatio.parse(isr_ratio))))
+        add_hook(cfg, dict(type='ISRHook', ratio=str(ISRRatio.parse(isr_ratio)),
+                           method=check_method(isr_method)))
     if show or show_dir:
         if 'visualization' not in cfg.default_hooks:
             raise ConfigError('--show and --show-dir need default_hooks.visualization='
@@ -194,9 +197,10 @@ def evaluate(cfg: Config, json_file: str | None = None, *, bf16: bool = False) -
 
 def _figures(cfg: Config, runner: Runner, metrics: dict[str, float],
              seconds: float) -> dict[str, Any]:
-    ratio = next((hook['ratio'] for hook in cfg.custom_hooks if hook['type'] == 'ISRHook'), 'none')
+    hook = next((hook for hook in cfg.custom_hooks if hook['type'] == 'ISRHook'), {})
     return dict(
-        config=str(cfg.filename), checkpoint=cfg.load_from, isr_ratio=ratio,
+        config=str(cfg.filename), checkpoint=cfg.load_from, isr_ratio=hook.get('ratio', 'none'),
+        isr_method=hook.get('method', 'average'),
         metrics={name: float(value) for name, value in metrics.items()},
         images=len(runner.test_dataloader.dataset), seconds=round(seconds, 3),
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu',

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..analysis.cost import unwrap
 from .apply import isr, report_isr, training_size
+from .pooling import check_method
 from .ratio import ISRRatio
 
 
@@ -23,20 +24,23 @@ class ISRHook(Hook):
     Args:
         ratio: What `ISRRatio.parse` reads.
         crop_size: As for `apply_isr`.
+        method: As for `apply_isr`.
 
     Raises:
         RatioError: The ratio makes no sense, or not for this model.
     """
 
-    def __init__(self, ratio: int | str, crop_size: tuple[int, int] | None = None) -> None:
+    def __init__(self, ratio: int | str, crop_size: tuple[int, int] | None = None,
+                 method: str = 'average') -> None:
         self.ratio = ISRRatio.parse(ratio)
         self.crop_size = crop_size
+        self.method = check_method(method)
         self.wrapped: list[BaseLoop] = []
 
     def before_run(self, runner: Runner) -> None:
         """Wrap the loops that are there; logs the report."""
         size = self._input_size(runner.model)
-        runner.logger.info(str(report_isr(runner.model, self.ratio, size,
+        runner.logger.info(str(report_isr(runner.model, self.ratio, size, method=self.method,
                                           crop_size=self.crop_size)))
         for loop in (runner._val_loop, runner._test_loop):
             # before_run comes again when a runner that has trained is asked to test.
@@ -45,7 +49,7 @@ class ISRHook(Hook):
                 loop.run = functools.partial(self._run_reduced, runner, loop.run)
 
     def _run_reduced(self, runner: Runner, run: Callable[[], Any]) -> Any:
-        with isr(runner.model, self.ratio, crop_size=self.crop_size):
+        with isr(runner.model, self.ratio, method=self.method, crop_size=self.crop_size):
             return run()
 
     def _input_size(self, model: nn.Module) -> tuple[int, int]:

@@ -1,11 +1,89 @@
-"""Where each library keeps the attention whose keys ISR reduces: one file per library."""
+"""Where each library keeps the attention whose keys ISR reduces: one file per library.
+
+A file is a table of attention classes, by name, so that no library is imported that the model does
+not come from.
+"""
+import itertools
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import nn
 
-from ...models.attention import EmbeddingFreeAttention
-from . import edaformer
+from ...errors import RatioError
+from ..grids import Arguments, GridSource, InputMap, OwnMaps, Patches, Window
+from ..intercept import Reduction, Setting, install, uninstall
+from . import edaformer, mmpretrain, mmseg, research, timm, transformers
+from .rules import AttentionRule, Irreducible, Rule
+
+__all__ = ['Arguments', 'AttentionRule', 'Attentions', 'InputMap', 'Irreducible', 'Layer',
+           'OwnMaps', 'Part', 'Patches', 'Window', 'find_attention', 'register_isr']
+
+_registered: dict[str, Rule] = {}
+
+
+def register_isr(attention_class: type[nn.Module] | str, *,
+                 grid: GridSource | str | tuple[str, str] | None = None,
+                 prefix: int | str | None = 0, irreducible: str | None = None) -> None:
+    """Tell ISR of an attention module of your own; docs/isr.md takes one from nothing to tested.
+
+    Args:
+        attention_class: The class whose forward computes the attention; subclasses are meant too.
+            Or its full name, ``package.module.Class``, or its bare name.
+        grid: Where its keys lie: the name of the argument of its forward that holds (h, w), the
+            names of two arguments, or one of `Arguments`, `InputMap`, `OwnMaps`, `Patches` and
+            `Window`. Maps that its own convolutions make are found in any case but the last two.
+        prefix: Tokens in front of the grid that must stay, such as a class token: a number, the
+            name of the module's attribute that holds it, or None for whatever there is.
+        irreducible: Why it has no keys to reduce, in place of a grid.
+
+    Raises:
+        RatioError: Neither a grid nor a reason, or both.
+    """
+    if (grid is None) == (irreducible is None):
+        raise RatioError('register_isr takes a grid, or why there is nothing to reduce; not both')
+    name = attention_class if isinstance(attention_class, str) else _names(attention_class)[0]
+    if irreducible is not None or grid is None:
+        _registered[name] = Irreducible(irreducible or '')
+        return
+    if isinstance(grid, str):
+        grid = Arguments((grid,))
+    elif isinstance(grid, tuple):
+        grid = Arguments(grid)
+    _registered[name] = AttentionRule(grid, prefix)
+
+
+class Layer(Protocol):
+    """One attention layer: its name in the model and what ISR is set to."""
+    name: str
+    module: nn.Module
+    setting: Setting
+
+
+@dataclass
+class ForeignLayer:
+    """A layer of a library, which the rule of its class reduces."""
+    name: str
+    module: nn.Module
+    rule: AttentionRule
+    owners: dict[str, nn.Module] = field(default_factory=dict)
+
+    @property
+    def setting(self) -> Setting:
+        reduction = self.module.__dict__.get('isr_reduction')
+        return reduction.setting if reduction else Setting()
+
+    @setting.setter
+    def setting(self, setting: Setting) -> None:
+        if setting.off:
+            uninstall(self.module)
+        else:
+            self.watch(setting)
+
+    def watch(self, setting: Setting) -> None:
+        """Intercept, though the setting may change nothing."""
+        install(self.module, Reduction(setting, self.rule.grid, self.rule.prefix, self.owners))
 
 
 @dataclass
@@ -15,21 +93,131 @@ class Part:
     ``stages`` maps the stage's number in the backbone, from 1, to its attention layers.
     """
     kind: str
-    stages: dict[int, list[EmbeddingFreeAttention]]
-
-    @staticmethod
-    def map_size(stage: int, image_size: tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns of a stage's map: a quarter of the image at stage 1, then halves.
-
-        Strided convolutions round up.
-        """
-        height, width = image_size
-        stride = 2 ** (stage + 1)
-        return -(-height // stride), -(-width // stride)
+    stages: dict[int, list[Layer]]
 
 
-def find_parts(model: nn.Module) -> Iterator[Part]:
-    """All encoders and decoders within a model that ISR can act on, wrapped ones too."""
-    for module in model.modules():
-        for kind, stages in edaformer.find(module):
-            yield Part(kind, stages)
+@dataclass
+class Attentions:
+    """All attention of a model: what can be reduced, what cannot and why, what is not known."""
+    parts: list[Part] = field(default_factory=list)
+    irreducible: dict[str, str] = field(default_factory=dict)
+    unknown: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f'{part.kind} stage {number}: {len(layers)} x '
+                 f'{type(layers[0].module).__name__}' if layers else
+                 f'{part.kind} stage {number}: nothing to reduce'
+                 for part in self.parts for number, layers in part.stages.items()]
+        lines += [f'{name}: {reason}' for name, reason in (*self.irreducible.items(),
+                                                           *self.unknown.items())]
+        return '; '.join(lines) or 'no attention'
+
+
+def find_attention(model: nn.Module) -> Attentions:
+    """All attention within a model, wrapped or not."""
+    found = Attentions()
+    inside: list[nn.Module] = []  # of parts and layers, whose own modules are theirs
+    layers: list[ForeignLayer] = []
+    for name, path in _walk(model):
+        module = path[-1]
+        if any(known is owner for known in inside for owner in path):
+            continue
+        own = list(edaformer.find(name, module))
+        if own:
+            found.parts += [Part(kind, {number: list(stage) for number, stage in stages.items()})
+                            for kind, stages in own]
+            inside.append(module)
+            continue
+        rule = _rule(module)
+        if isinstance(rule, AttentionRule):
+            owners = _owners(rule.grid, path)
+            if owners is None:
+                found.irreducible[name] = (f'{type(module).__name__}: no {rule.grid.owner} around '
+                                           'it to read its grid from')
+            else:
+                layers.append(ForeignLayer(name, module, rule, owners))
+            inside.append(module)
+        elif rule is not None:
+            found.irreducible[name] = f'{type(module).__name__}: {rule.reason}'
+            inside.append(module)
+        elif _looks_like_attention(module):
+            found.unknown[name] = f'{type(module).__name__} is not known to ISR'
+    for kind, group in itertools.groupby(layers, lambda layer: _kind(layer.name)):
+        found.parts.append(Part(kind, {
+            number: list(stage) for number, (_, stage) in enumerate(
+                itertools.groupby(group, lambda layer: _width(layer.module)), 1)}))
+    return found
+
+
+def _walk(model: nn.Module) -> Iterator[tuple[str, list[nn.Module]]]:
+    """Every module once, with its name and the modules around it, from the outermost to itself."""
+    seen: set[nn.Module] = set()
+
+    def visit(name: str, path: list[nn.Module]) -> Iterator[tuple[str, list[nn.Module]]]:
+        if path[-1] in seen:
+            return
+        seen.add(path[-1])
+        yield name, path
+        for key, child in path[-1].named_children():
+            yield from visit(f'{name}.{key}' if name else key, [*path, child])
+
+    yield from visit('', [model])
+
+
+def _rule(module: nn.Module) -> Rule | None:
+    tables = (_registered, mmseg.RULES, timm.RULES, transformers.RULES, mmpretrain.RULES)
+    names = _names(type(module))
+    for name in names:
+        for table in tables:
+            if name in table:
+                return table[name]
+        short = name.rpartition('.')[2]
+        if short in _registered:
+            return _registered[short]
+    return research.find(module)
+
+
+def _names(cls: type) -> list[str]:
+    """Full names of a class and those that it inherits from; not of reduced subclasses."""
+    return [f'{c.__module__}.{c.__qualname__}' for c in cls.__mro__
+            if 'isr_original' not in vars(c)]
+
+
+def _owners(grid: GridSource, path: list[nn.Module]) -> dict[str, nn.Module] | None:
+    """The modules that a grid is read from; None if they are not there."""
+    owner = grid.owner
+    if owner is None:
+        return {}
+    for module in reversed(path):
+        if owner.startswith('@'):
+            if hasattr(module, owner[1:]):
+                return {owner: module}
+            continue
+        target: object = module
+        for key in owner.split('.'):
+            target = getattr(target, key, None)
+        if isinstance(target, nn.Module):
+            return {owner: target}
+    return None
+
+
+def _looks_like_attention(module: nn.Module) -> bool:
+    """Whether a module is called attention and holds no other that is."""
+    def called(m: nn.Module) -> bool:
+        return re.search(r'attention|attn|msa$', type(m).__name__.lower()) is not None
+
+    return called(module) and any(True for _ in module.parameters()) and not any(
+        called(child) for child in module.modules() if child is not module)
+
+
+def _kind(name: str) -> str:
+    """Whether a module belongs to the encoder or to the decoder, by its path."""
+    decoder = any('decode' in key or key in ('transformer_module', 'panoptic_head')
+                  for key in name.split('.'))
+    return 'decoder' if decoder else 'encoder'
+
+
+def _width(module: nn.Module) -> int:
+    """Channels that an attention layer gives: they tell the stages of a backbone apart."""
+    return max((getattr(m, 'out_features', getattr(m, 'out_channels', 0))
+                for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv2d))), default=0)

@@ -1,21 +1,43 @@
-"""EFT and EDAFormerHead, whose attention has an ``isr_ratio`` of its own."""
+"""EFT and EDAFormerHead, whose attention has an ``isr_ratio`` of its own: the paper's pooling."""
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-from ...models import EFT, EDAFormerHead, EmbeddingFreeAttention
+from ..intercept import Setting
 
 
-def find(module: nn.Module) -> Iterator[tuple[str, dict[int, list[EmbeddingFreeAttention]]]]:
+@dataclass
+class EmbeddingFreeLayer:
+    """An attention layer of this package."""
+    name: str
+    module: Any
+
+    @property
+    def setting(self) -> Setting:
+        return Setting(self.module.isr_ratio, self.module.isr_method, self.module.isr_keys)
+
+    @setting.setter
+    def setting(self, setting: Setting) -> None:
+        self.module.isr_ratio, self.module.isr_method = setting.ratio, setting.method
+        self.module.isr_keys = setting.keys
+
+
+def find(name: str, module: Any) -> Iterator[tuple[str, dict[int, list[EmbeddingFreeLayer]]]]:
     """The kind of part that this module is, if any, and its attention layers by stage."""
-    if isinstance(module, EFT):
-        yield 'encoder', _by_stage(range(1, len(module.stages) + 1), module.stages)
-    elif isinstance(module, EDAFormerHead):
-        yield 'decoder', _by_stage((index + 1 for index in module.in_index), module.levels)
+    classes = {f'{cls.__module__}.{cls.__qualname__}' for cls in type(module).__mro__}
+    prefix = f'{name}.' if name else ''
+    if 'mmseg_edaformer.models.eft.EFT' in classes:
+        yield 'encoder', _by_stage(f'{prefix}stages', range(1, len(module.stages) + 1),
+                                   module.stages)
+    elif 'mmseg_edaformer.models.edaformer_head.EDAFormerHead' in classes:
+        yield 'decoder', _by_stage(f'{prefix}levels', (i + 1 for i in module.in_index),
+                                   module.levels)
 
 
-def _by_stage(numbers: Iterable[int],
-              stages: nn.ModuleList) -> dict[int, list[EmbeddingFreeAttention]]:
-    return {number: [module for module in stage.modules()
-                     if isinstance(module, EmbeddingFreeAttention)]
-            for number, stage in zip(numbers, stages)}
+def _by_stage(prefix: str, numbers: Iterable[int],
+              stages: nn.ModuleList) -> dict[int, list[EmbeddingFreeLayer]]:
+    return {number: [EmbeddingFreeLayer(f'{prefix}.{index}.{name}', module)
+                     for name, module in stage.named_modules() if hasattr(module, 'isr_ratio')]
+            for index, (number, stage) in enumerate(zip(numbers, stages))}

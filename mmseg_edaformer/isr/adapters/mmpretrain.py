@@ -1,0 +1,4 @@
+"""mmpretrain."""
+from .rules import Rule
+
+RULES: dict[str, Rule] = {}

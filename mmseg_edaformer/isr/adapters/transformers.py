@@ -1,0 +1,4 @@
+"""transformers."""
+from .rules import Rule
+
+RULES: dict[str, Rule] = {}

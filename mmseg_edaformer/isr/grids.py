@@ -1,0 +1,152 @@
+"""Where the keys of an attention module lie, read from the call of its forward or the model."""
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from .pooling import Grid, Layout
+
+
+@dataclass
+class Call:
+    """One call of an attention module's forward.
+
+    ``maps`` are the sizes of what its own convolutions and pools have made so far; ``owners`` are
+    the modules elsewhere in the model that its grid is read from.
+    """
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    owners: dict[str, nn.Module]
+    maps: list[Grid] = field(default_factory=list)
+
+    def argument(self, name: str) -> Any:
+        """An argument by name, or None where the caller left it out."""
+        if name in self.kwargs:
+            return self.kwargs[name]
+        names: tuple[str, ...] = getattr(type(self.module), 'isr_parameters')  # noqa: B009
+        position = names.index(name)
+        return self.args[position] if position < len(self.args) else None
+
+    def grids(self, source: 'GridSource') -> list[Grid]:
+        """What a source finds in this call."""
+        return source.find(self)
+
+    def layout(self, source: 'GridSource', prefix: int | None, total: int) -> Layout | None:
+        """How ``total`` keys lie, if they do on a grid that the source finds.
+
+        Args:
+            source: The source.
+            prefix: Single tokens in front; None if that is what a map leaves over.
+            total: Number of keys.
+        """
+        grids = self.grids(source)
+        for rows, columns in reversed(grids):
+            front = total - rows * columns
+            if front >= 0 if prefix is None else front == prefix:
+                return Layout(((rows, columns),), front)
+        if len(grids) > 1 and sum(rows * columns for rows, columns in grids) + (
+                prefix or 0) == total:
+            return Layout(tuple(grids), prefix or 0)
+        return None
+
+
+class GridSource:
+    """Finds the grids that the keys of a module may lie on.
+
+    ``owner`` is the path, below some module around the attention, of a module that the source
+    needs; ``recorded`` says that it needs the size of that module's output.
+    """
+    owner: str | None = None
+    recorded = False
+
+    def find(self, call: Call) -> list[Grid]:
+        raise NotImplementedError
+
+    def fitting(self, call: Call, ratio: int, method: str) -> tuple[int, str]:
+        """The ratio that this call allows, and why if it is another one."""
+        return ratio, ''
+
+
+@dataclass(frozen=True)
+class Arguments(GridSource):
+    """Arguments of the forward: one that holds (h, w), or two; or what its convolutions made."""
+    names: tuple[str, ...]
+
+    def find(self, call: Call) -> list[Grid]:
+        values = [call.argument(name) for name in self.names]
+        if None in values:
+            return list(call.maps)
+        rows, columns = values if len(values) == 2 else values[0][-2:]
+        return [(int(rows), int(columns)), *call.maps]
+
+
+@dataclass(frozen=True)
+class OwnMaps(GridSource):
+    """What the module's own convolutions and pools make during its forward."""
+
+    def find(self, call: Call) -> list[Grid]:
+        return list(call.maps)
+
+
+@dataclass(frozen=True)
+class InputMap(GridSource):
+    """The first argument is a map, N x C x h x w, or N x h x w x C with ``channels_last``."""
+    channels_last: bool = False
+
+    def find(self, call: Call) -> list[Grid]:
+        x = call.args[0] if call.args else next(iter(call.kwargs.values()))
+        rows, columns = x.shape[1:3] if self.channels_last else x.shape[-2:]
+        return [(rows, columns), *call.maps]
+
+
+@dataclass(frozen=True)
+class Window(GridSource):
+    """Windows of ``size``, an attribute of the module.
+
+    ``shift`` is an attribute of the module around it. The borders of the regions that a shifted
+    window joins stand at size - shift, where cells must end too, or they would mix regions.
+    """
+    size: str = 'window_size'
+    shift: str | None = None
+
+    @property
+    def owner(self) -> str | None:  # type: ignore[override]
+        return self.shift and f'@{self.shift}'
+
+    def find(self, call: Call) -> list[Grid]:
+        return [_pair(getattr(call.module, self.size))]
+
+    def fitting(self, call: Call, ratio: int, method: str) -> tuple[int, str]:
+        if self.shift is None:
+            return ratio, ''
+        shift = _pair(getattr(call.owners[f'@{self.shift}'], self.shift))
+        window = self.find(call)[0]
+        if not any(shift):
+            return ratio, ''
+        if method not in ('average', 'max'):
+            return 1, f'{method} would mix the regions of a shifted window'
+        if any(step and (side - step) % ratio for side, step in zip(window, shift)):
+            return 1, (f'cells of {ratio} would mix the regions of a window of {window[0]} shifted '
+                       f'by {shift[0]}')
+        return ratio, ''
+
+
+@dataclass(frozen=True)
+class Patches(GridSource):
+    """The output of the patch embedding, a module found by its path from some module around."""
+    path: str = 'patch_embed.proj'
+    recorded = True
+
+    @property
+    def owner(self) -> str:  # type: ignore[override]
+        return self.path
+
+    def find(self, call: Call) -> list[Grid]:
+        grid = getattr(call.owners[self.path], 'isr_grid', None)
+        return [] if grid is None else [grid]
+
+
+def _pair(value: int | Sequence[int]) -> Grid:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])

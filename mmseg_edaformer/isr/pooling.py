@@ -1,0 +1,174 @@
+"""Reduction of keys, values, biases and masks: functions on tensors that know of no model.
+
+Shapes: N keys, of which some stand in front of or behind maps of h x w; M keys after reduction;
+d channels of a head. Cells are r x r, anchored at the top left of a map, ceil(h / r) x ceil(w / r)
+of them: those at the border average only the tokens that they have.
+
+Reducing keys means that each cell J stands in for its n_J tokens::
+
+    logit_iJ = s q_i . mean_J(k) + mean_J(b_i) + m_iJ + log n_J
+    out_i    = sum_J softmax(logit_i)_J mean_J(v)
+
+which is full attention in which the members of a cell have their mean key, bias and value. Source:
+arXiv 2407.17261, section 4 and table 6; log n_J is proportional attention of Token Merging
+(arXiv 2210.09461, section 3).
+"""
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import RatioError
+
+Grid = tuple[int, int]
+
+METHODS = ('average', 'max', 'overlap', 'bipartite')
+"""How keys are reduced: the paper's table 6(a). `average` is its choice; `overlap` averages windows
+of 2 r - 1 at stride r; `bipartite` merges the most similar keys, half of them at most."""
+
+MASKED = -3e4
+"""An additive mask at or below this excludes its key: less than half of float16's lowest number."""
+
+
+def check_method(method: str) -> str:
+    """The method, if there is such a one.
+
+    Raises:
+        RatioError: There is none; the message lists what is valid.
+    """
+    if method not in METHODS:
+        raise RatioError(f'isr_method {method!r} does not exist: use {", ".join(METHODS)}')
+    return method
+
+
+class Layout(NamedTuple):
+    """Where the keys of an attention lie: ``prefix`` single tokens, then maps, row by row.
+
+    What the maps leave over at the end are single tokens as well. Single tokens are never reduced.
+    """
+    grids: tuple[Grid, ...]
+    prefix: int = 0
+
+    def sizes(self, total: int) -> list[int]:
+        """Number of tokens of the prefix, of each map and of the rest."""
+        maps = [rows * columns for rows, columns in self.grids]
+        return [self.prefix, *maps, total - self.prefix - sum(maps)]
+
+
+def cells(grid: Grid, ratio: int) -> Grid:
+    """Rows and columns of cells of a map."""
+    return -(-grid[0] // ratio), -(-grid[1] // ratio)
+
+
+def num_keys(layout: Layout, total: int, ratio: int) -> int:
+    """Keys M that are left of ``total``."""
+    before, *_, after = layout.sizes(total)
+    return before + sum(math.prod(cells(grid, ratio)) for grid in layout.grids) + after
+
+
+def pool_tokens(x: Tensor, layout: Layout, ratio: int, method: str = 'average') -> Tensor:
+    """Reduce tokens: ... x N x d to ... x M x d, by any method but `bipartite`."""
+    return _by_segment(x, layout, lambda part, grid: _pool_map(part, grid, ratio, method))
+
+
+def counts(layout: Layout, total: int, ratio: int, device: torch.device | None = None) -> Tensor:
+    """Tokens n that each of the M keys stands for.
+
+    With `overlap` too: a key stands for the tokens of its own cell, whatever it averages.
+    """
+    def count(part: Tensor, grid: Grid) -> Tensor:
+        sides = []
+        for length in grid:
+            steps = torch.arange(0, length, ratio, device=device)
+            sides.append((length - steps).clamp(max=ratio))
+        return (sides[0][:, None] * sides[1]).reshape(-1, 1).float()
+
+    return _by_segment(torch.ones(total, 1, device=device), layout, count).squeeze(-1)
+
+
+def pool_bias(bias: Tensor, layout: Layout, ratio: int) -> Tensor:
+    """Reduce the keys of an additive bias: ... x N to ... x M, by the mean of each cell.
+
+    Members at or below `MASKED` do not count; a cell is masked if all its members are.
+    """
+    x = bias.unsqueeze(-1)
+    masked = x <= MASKED
+    # A graph cannot branch on values: compiled, the rule for masks is always computed.
+    if not torch.compiler.is_compiling() and bias.device.type != 'meta' and not masked.any():
+        return pool_tokens(x, layout, ratio).squeeze(-1)
+    free = pool_tokens((~masked).to(x.dtype), layout, ratio)
+    mean = pool_tokens(x.masked_fill(masked, 0), layout, ratio) / free.clamp(min=1e-6)
+    return torch.where(free > 0, mean, pool_tokens(x, layout, ratio, 'max')).squeeze(-1)
+
+
+def pool_mask(masked: Tensor, layout: Layout, ratio: int) -> Tensor:
+    """Reduce the keys of a boolean mask: ... x N to ... x M; a cell is masked if all members are.
+
+    So a query that sees any key before sees one after.
+    """
+    free = (~masked).to(torch.float32).unsqueeze(-1)
+    return pool_tokens(free, layout, ratio, 'max').squeeze(-1) == 0
+
+
+def merging(keys: Tensor, layout: Layout, ratio: int) -> Tensor:
+    """Which keys `bipartite` matching merges, as averaging weights.
+
+    Every other key of the maps is matched with the most similar of the rest; the most similar
+    pairs are merged until as many keys are left as the cells would leave, or half of them.
+
+    Args:
+        keys: ... x h x N x d for h heads; their mean decides.
+        layout: Where they lie.
+        ratio: Side r of the cells.
+
+    Returns:
+        ... x 1 x N x M, columns of which add up to 1.
+    """
+    total = keys.shape[-2]
+    before, *maps, after = layout.sizes(total)
+    tokens = sum(maps)
+    merged = min(tokens // 2, total - num_keys(layout, total, ratio))
+    metric = F.normalize(keys.mean(-3)[..., before:before + tokens, :], dim=-1)
+    odd, even = metric[..., 1::2, :], metric[..., ::2, :]
+    best, match = (odd @ even.transpose(-2, -1)).max(-1)
+    order = best.argsort(-1, descending=True)
+    chosen, kept = order[..., :merged], order[..., merged:].sort(-1).values
+    # Columns: single tokens in front, even keys, odd keys that stay, single tokens behind.
+    column = torch.empty(*metric.shape[:-1], dtype=torch.long, device=keys.device)
+    column[..., ::2] = torch.arange(even.shape[-2], device=keys.device)
+    target = torch.empty_like(match)
+    target.scatter_(-1, chosen, match.gather(-1, chosen))
+    target.scatter_(-1, kept, torch.arange(kept.shape[-1], device=keys.device).expand_as(kept) +
+                    even.shape[-2])
+    column[..., 1::2] = target
+    left = total - merged
+    lead = column.shape[:-1]
+    column = torch.cat([
+        torch.arange(before, device=keys.device).expand(*lead, before), column + before,
+        torch.arange(left - after, left, device=keys.device).expand(*lead, after)], -1)
+    weights = F.one_hot(column, left).to(keys.dtype)
+    return (weights / weights.sum(-2, keepdim=True)).unsqueeze(-3)
+
+
+def _by_segment(x: Tensor, layout: Layout, pool: Callable[[Tensor, Grid], Tensor]) -> Tensor:
+    """Apply a function to the tokens of each map and keep single tokens: ... x N x d."""
+    if layout.sizes(x.shape[-2])[::len(layout.grids) + 1] == [0, 0] and len(layout.grids) == 1:
+        return pool(x, layout.grids[0])
+    before, *maps, after = x.split(layout.sizes(x.shape[-2]), -2)
+    return torch.cat([before, *(pool(part, grid) for part, grid in zip(maps, layout.grids)),
+                      after], -2)
+
+
+def _pool_map(x: Tensor, grid: Grid, ratio: int, method: str) -> Tensor:
+    """Reduce one map of tokens: ... x (h w) x d to ... x M x d."""
+    maps = x.reshape(-1, *grid, x.shape[-1]).permute(0, 3, 1, 2)
+    if method == 'average':
+        maps = F.avg_pool2d(maps, ratio, ceil_mode=True)
+    elif method == 'max':
+        maps = F.max_pool2d(maps, ratio, ceil_mode=True)
+    else:
+        maps = F.avg_pool2d(maps, 2 * ratio - 1, ratio, ratio - 1, count_include_pad=False)
+    return maps.permute(0, 2, 3, 1).reshape(*x.shape[:-2], -1, x.shape[-1])

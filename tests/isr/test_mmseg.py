@@ -1,0 +1,66 @@
+"""ISR on mmsegmentation's own transformers."""
+import pytest
+import torch
+from mmseg.registry import MODELS
+
+from .check import check_adapter
+
+
+def sizes(height, width, reductions=(1,), strides=(4, 8, 16, 32)):
+    """Grids of the keys: the maps of each stage, reduced by strided convolutions that round down.
+
+    Patch embeddings round up.
+    """
+    return [(-(-height // stride) // reduction, -(-width // stride) // reduction)
+            for stride, reduction in zip(strides, reductions * len(strides))]
+
+
+SMALL = dict(embed_dims=8, num_heads=[1, 2, 4, 8])
+
+
+@pytest.mark.parametrize('size', [(128, 192), (136, 200)], ids=str)
+def test_mit(size):
+    model = MODELS.build(dict(type='MixVisionTransformer', num_layers=[1, 1, 2, 1],
+                              sr_ratios=[8, 4, 2, 1], **SMALL))
+    check_adapter(model, torch.randn(2, 3, *size), sizes(*size, (8, 4, 2, 1)), expected=5)
+
+
+def shifted(name, ratio):
+    """Windows of 7 that are shifted by 3 allow cells of 1, 2 and 4."""
+    odd = int(name.split('.')[3]) % 2
+    return 1 if odd and ratio == 3 else ratio
+
+
+@pytest.mark.parametrize('size', [(112, 112), (100, 120)], ids=str)
+def test_swin(size):
+    model = MODELS.build(dict(type='SwinTransformer', embed_dims=24, depths=[2, 2, 2, 1],
+                              num_heads=[1, 2, 3, 4]))
+    check_adapter(model, torch.randn(1, 3, *size), [(7, 7)], ratio_of=shifted, expected=7)
+
+
+@pytest.mark.parametrize('size', [(96, 96), (80, 112)], ids=str)
+@pytest.mark.parametrize('with_cls_token', [True, False])
+def test_vit(size, with_cls_token):
+    model = MODELS.build(dict(type='VisionTransformer', embed_dims=48, num_layers=2, num_heads=4,
+                              img_size=(64, 64), patch_size=16, with_cls_token=with_cls_token,
+                              output_cls_token=False))
+    check_adapter(model, torch.randn(2, 3, *size), [(size[0] // 16, size[1] // 16)],
+                  prefix=int(with_cls_token), expected=2)
+
+
+@pytest.mark.parametrize('size', [(96, 96), (80, 112)], ids=str)
+def test_beit(size):
+    model = MODELS.build(dict(type='BEiT', embed_dims=48, num_layers=2, num_heads=4,
+                              img_size=size))
+    check_adapter(model, torch.randn(2, 3, *size), [(size[0] // 16, size[1] // 16)], prefix=1,
+                  expected=2)
+
+
+@pytest.mark.parametrize('size', [(128, 192), (136, 200)], ids=str)
+def test_pcpvt(size):
+    model = MODELS.build(dict(type='PCPVT', in_channels=3, embed_dims=[8, 16, 32, 64],
+                              num_heads=[1, 2, 4, 8], patch_sizes=[4, 2, 2, 2],
+                              strides=[4, 2, 2, 2], mlp_ratios=[2, 2, 2, 2],
+                              depths=[1, 1, 1, 1], sr_ratios=[8, 4, 2, 1],
+                              out_indices=(0, 1, 2, 3), norm_after_stage=False))
+    check_adapter(model, torch.randn(2, 3, *size), sizes(*size, (8, 4, 2, 1)), expected=4)

@@ -1,0 +1,130 @@
+"""The pure functions: cells, counts, biases, masks, methods; against loops and by hand."""
+import math
+
+import pytest
+import torch
+
+from mmseg_edaformer.errors import RatioError
+from mmseg_edaformer.isr.pooling import (
+    Layout,
+    cells,
+    check_method,
+    counts,
+    merging,
+    num_keys,
+    pool_bias,
+    pool_mask,
+    pool_tokens,
+)
+
+GRIDS = [(4, 6), (5, 7), (1, 5), (7, 7)]
+
+
+def members(grid, ratio):
+    """The tokens of each cell, by a loop."""
+    rows, columns = cells(grid, ratio)
+    return [[y * grid[1] + x for y in range(grid[0]) for x in range(grid[1])
+             if (y // ratio, x // ratio) == (row, column)]
+            for row in range(rows) for column in range(columns)]
+
+
+@pytest.mark.parametrize('grid', GRIDS, ids=str)
+@pytest.mark.parametrize('ratio', [1, 2, 3, 9])
+@pytest.mark.parametrize('method', ['average', 'max'])
+def test_tokens_and_counts(grid, ratio, method):
+    prefix, rest = 2, 1
+    x = torch.randn(2, 3, prefix + grid[0] * grid[1] + rest, 5, dtype=torch.float64)
+    layout = Layout((grid,), prefix)
+    tokens = x[..., prefix:-rest, :]
+    pool = torch.mean if method == 'average' else torch.amax
+    expected = torch.cat([x[..., :prefix, :], *(
+        pool(tokens[..., cell, :], -2, keepdim=True) for cell in members(grid, ratio)),
+        x[..., -rest:, :]], -2)
+    torch.testing.assert_close(pool_tokens(x, layout, ratio, method), expected)
+    assert num_keys(layout, x.shape[-2], ratio) == expected.shape[-2]
+    sizes = [1] * prefix + [len(cell) for cell in members(grid, ratio)] + [1] * rest
+    assert counts(layout, x.shape[-2], ratio).tolist() == sizes
+
+
+@pytest.mark.parametrize('grid', GRIDS, ids=str)
+def test_a_ratio_of_one_keeps_every_bit(grid):
+    x = torch.randn(2, grid[0] * grid[1] + 1, 4)
+    for method in ('average', 'max', 'overlap'):
+        assert torch.equal(pool_tokens(x, Layout((grid,), 1), 1, method), x)
+
+
+@pytest.mark.parametrize('grid', GRIDS, ids=str)
+@pytest.mark.parametrize('ratio', [2, 3])
+def test_overlap_averages_a_window_around_each_anchor(grid, ratio):
+    x = torch.randn(grid[0] * grid[1], 5, dtype=torch.float64)
+    maps = x.reshape(*grid, 5)
+    rows, columns = cells(grid, ratio)
+    expected = torch.stack([
+        maps[max(0, y - ratio + 1):y + ratio, max(0, x - ratio + 1):x + ratio].flatten(0, 1).mean(0)
+        for y in range(0, rows * ratio, ratio) for x in range(0, columns * ratio, ratio)])
+    torch.testing.assert_close(pool_tokens(x, Layout((grid,)), ratio, 'overlap'), expected)
+
+
+def test_several_maps_in_a_row():
+    first, second = (3, 4), (2, 5)
+    x = torch.randn(1 + 12 + 10, 4)
+    layout = Layout((first, second), 1)
+    expected = torch.cat([x[:1], pool_tokens(x[1:13], Layout((first,)), 2),
+                          pool_tokens(x[13:], Layout((second,)), 2)])
+    assert torch.equal(pool_tokens(x, layout, 2), expected)
+    assert counts(layout, 23, 2).tolist() == [1, 4, 4, 2, 2, 4, 4, 2]
+
+
+@pytest.mark.parametrize('grid', GRIDS, ids=str)
+@pytest.mark.parametrize('lowest', [-math.inf, torch.finfo(torch.float32).min, -1e5])
+def test_bias(grid, lowest):
+    bias = torch.randn(3, 1 + grid[0] * grid[1])
+    layout = Layout((grid,), 1)
+    mean = torch.stack([bias[:, 1:][:, cell].mean(-1) for cell in members(grid, 2)], -1)
+    torch.testing.assert_close(pool_bias(bias, layout, 2), torch.cat([bias[:, :1], mean], -1))
+    masked = torch.rand_like(bias) < 0.6
+    masked[:, 1:][:, members(grid, 2)[0]] = True
+    expected = torch.cat([bias.masked_fill(masked, lowest)[:, :1], torch.stack([
+        torch.stack([row[free].mean() if free.any() else torch.tensor(lowest)
+                     for row, free in zip(bias[:, 1:][:, cell], ~masked[:, 1:][:, cell])])
+        for cell in members(grid, 2)], -1)], -1)
+    torch.testing.assert_close(pool_bias(bias.masked_fill(masked, lowest), layout, 2), expected)
+    cell_masks = [masked[:, 1:][:, cell].all(-1) for cell in members(grid, 2)]
+    assert torch.equal(pool_mask(masked, layout, 2),
+                       torch.stack([masked[:, 0], *cell_masks], -1))
+
+
+def test_merging_joins_the_most_similar():
+    """Of 3 x 3 keys the cells would leave 4, so the best 4 pairs of even and odd keys join."""
+    x = torch.nn.functional.normalize(torch.randn(9, 8), dim=-1)
+    x[1], x[5] = x[2] * 2, x[4] * 3
+    keys = torch.cat([torch.randn(1, 8), x])[None, None]  # a class token in front
+    weights = merging(keys, Layout(((3, 3),), 1), 2)[0, 0]
+    assert weights.shape == (10, 6)
+    torch.testing.assert_close(weights.sum(0), torch.ones(6))
+    owner = weights.argmax(-1)
+    assert owner[0] not in owner[1:], 'the class token stays alone'
+    assert owner[1 + 1] == owner[1 + 2]
+    assert owner[1 + 5] == owner[1 + 4]
+    torch.testing.assert_close(weights[:, owner[2]].max(), 1 / (owner == owner[2]).sum().float())
+
+
+def test_merging_stops_at_what_the_cells_would_leave():
+    """Of 1 x 5 keys at r=2 three stay, as many as there are cells: the best two pairs join."""
+    x = torch.eye(5, 8)
+    x[1], x[3] = x[0], x[4] + 0.1 * x[2]
+    weights = merging(x[None, None], Layout(((1, 5),)), 2)[0, 0]
+    assert weights.argmax(-1).tolist() == [0, 0, 1, 2, 2]
+
+
+@pytest.mark.parametrize('ratio', [2, 3, 9])
+def test_merging_removes_at_most_half(ratio):
+    keys = torch.randn(2, 3, 25, 8)
+    weights = merging(keys, Layout(((4, 6),), 1), ratio)
+    assert weights.shape == (2, 1, 25, 13)
+    assert ((weights > 0).sum(-1) == 1).all(), 'every key is in one merged key'
+
+
+def test_unknown_method():
+    with pytest.raises(RatioError, match='mean.*use average, max, overlap, bipartite'):
+        check_method('mean')
