@@ -17,7 +17,7 @@ demo: .venv/ready
 	.venv/bin/python tools/compare_isr.py $(DEMO)/none.json $(DEMO)/optimal.json $(DEMO)/2.json \
 		--picture $(DEMO)/demo.png
 
-test: .venv/ready
+test: .venv/libraries
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2
 
 test-fork: .venv-fork/ready
@@ -40,6 +40,11 @@ env: .venv/ready
 	.venv/bin/python -m pip install -q $$(grep ^torch== $<)
 	.venv/bin/python -m pip install -q -r $<
 	.venv/bin/python -m pip install -q --no-deps -e .
+	touch $@
+
+# The libraries whose models ISR reduces: for the tests alone.
+.venv/libraries: .venv/ready requirements/lock-libraries.txt
+	.venv/bin/python -m pip install -q --no-deps -r requirements/lock-libraries.txt
 	touch $@
 
 .venv-triton/ready: .venv/ready

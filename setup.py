@@ -24,7 +24,9 @@ setup(
         'openmmlab': ['mmengine>=0.10.3', 'mmsegmentation>=1.2.2', 'mmcv-lite>=2.0.1,<2.2.0',
                       'ftfy', 'regex'],
         'fork': ['onedl-mmengine>=0.10.8', 'onedl-mmsegmentation>=1.4.0', 'onedl-mmcv>=2.3.0'],
+        'backbones': ['timm', 'torchvision', 'transformers'],
         'cityscapes': ['cityscapesscripts'],
-        'dev': ['pytest', 'pytest-xdist', 'ruff', 'mypy'],
+        'dev': ['pytest', 'pytest-xdist', 'ruff', 'mypy', 'timm', 'torchvision', 'transformers',
+                'mmpretrain'],
     },
 )

@@ -9,12 +9,14 @@ __version__ = '0.1.0'
 compat.check_environment()
 compat.stub_mmcv_ops()
 compat.allow_mmengine_checkpoints()
+compat.declare_torchvision_ops()
 with compat.quiet_imports():
     from .data import CamVidDataset, SyntheticDataset
     from .engine import CheckWeightsHook, ProgressHook
-    from .isr import ISRHook, ISRRatio, apply_isr, isr, remove_isr, report_isr
+    from .isr import ISRHook, ISRRatio, apply_isr, isr, register_isr, remove_isr, report_isr
     from .models import EFT, EDAFormerHead
 compat.register_cpu_wrapper()
 
 __all__ = ['EFT', 'CamVidDataset', 'CheckWeightsHook', 'EDAFormerHead', 'ISRHook', 'ISRRatio',
-           'ProgressHook', 'SyntheticDataset', 'apply_isr', 'isr', 'remove_isr', 'report_isr']
+           'ProgressHook', 'SyntheticDataset', 'apply_isr', 'isr', 'register_isr', 'remove_isr',
+           'report_isr']

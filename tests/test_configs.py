@@ -9,31 +9,51 @@ from mmengine.optim import build_optim_wrapper
 from mmseg.registry import DATASETS, MODELS, TRANSFORMS
 
 from mmseg_edaformer.engine.convert import rename_key
-from mmseg_edaformer.models import EmbeddingFreeAttention
+from mmseg_edaformer.models import EmbeddedAttention, EmbeddingFreeAttention
 from tests import plain
 from tests.conftest import ROOT
 
-CONFIGS = sorted((ROOT / 'configs').glob('*.py'))
+CONFIGS = sorted(path for path in (ROOT / 'configs').rglob('*.py') if '_base_' not in path.parts)
+ABLATIONS = [
+    *(f'edaformer_t_ade_decoder_{name}' for name in (
+        'conv', 'depthwise_conv', 'embedded', '1_2_3', '1_4_1', '2_2_2')),
+    'edaformer_t_cityscapes_decoder_embedded',
+    *(f'edaformer_{size}_cocostuff_trained_at_optimal' for size in 'tb')]
+BACKBONES = [f'{name}_cityscapes' for name in (
+    'cvt_13', 'davit_tiny', 'feedformer_b0', 'lvt', 'mit_b0', 'mvitv2_tiny', 'pvtv2_b0',
+    'segformer_b0', 'swin_tiny')]
+LIBRARIES = {'TimmMaps': 'timm', 'TransformersMaps': 'transformers'}
 PAPER = [f'edaformer_{size}_{data}{tuned}' for size in 'tb'
          for data in ('ade', 'cityscapes', 'cocostuff') for tuned in ('', '_isr40k')]
 
 
 def load(name):
-    return Config.fromfile(ROOT / 'configs' / f'{name}.py')
+    path, = (path for path in CONFIGS if path.stem == name)
+    return Config.fromfile(path)
+
+
+def build(cfg):
+    """The model of a config; the test is skipped where its backbone's library is absent."""
+    library = LIBRARIES.get(cfg.model.backbone.type)
+    if library:
+        pytest.importorskip(library, reason=f'its backbone comes from {library}')
+    return MODELS.build(cfg.model)
 
 
 def test_all_named_configs_are_there():
     assert {path.stem for path in CONFIGS} == {
         *PAPER, 'edaformer_t_synthetic', 'edaformer_t_camvid', 'segformer_b0_ade',
         'segformer_b0_camvid',
-        'custom_dataset'}
+        'custom_dataset', *ABLATIONS, *BACKBONES}
+    for folder, names in (('ablations', ABLATIONS), ('isr_backbones', BACKBONES)):
+        assert {path.stem for path in CONFIGS if path.parent.name == folder} == set(names)
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
 def test_it_builds_and_agrees_with_itself(path):
     cfg = Config.fromfile(path)
     assert cfg.custom_imports.imports[0] == 'mmseg_edaformer'
-    MODELS.build(dict(cfg.tta_model, module=cfg.model))
+    MODELS.build(dict(cfg.tta_model, module=build(cfg)))
     crop = tuple(cfg.crop_size)
     assert tuple(cfg.model.data_preprocessor.size) == crop
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
@@ -49,10 +69,11 @@ def test_it_builds_and_agrees_with_itself(path):
     assert cfg.param_scheduler[-1].end == cfg.train_cfg.max_iters
 
 
-@pytest.mark.parametrize('name', PAPER)
+@pytest.mark.parametrize('name', PAPER + ABLATIONS + BACKBONES)
 def test_recipe(name):
     cfg = load(name)
-    data, tuned = name.split('_')[2], name.endswith('isr40k')
+    data, = (word for word in name.split('_') if word in ('ade', 'cityscapes', 'cocostuff'))
+    tuned = name.endswith('isr40k')
     assert cfg.train_cfg.max_iters == (40_000 if tuned else 160_000)
     warmup, poly = cfg.param_scheduler
     assert (warmup.type, warmup.start_factor, warmup.end) == ('LinearLR', 1e-6, 1500)
@@ -77,14 +98,54 @@ def test_recipe(name):
     else:
         assert cfg.model.test_cfg.mode == 'whole'
         assert steps[1:3] == ['Resize', 'ResizeToMultiple']
-    with torch.device('meta'):
-        model = MODELS.build(cfg.model)
-    pools = [layer.pool_ratio for layer in model.modules()
-             if isinstance(layer, EmbeddingFreeAttention)]
-    factor = 2 if tuned else 1
-    assert sorted(set(pools)) == [factor * pool for pool in (1, 2, 4, 8)]
     if tuned:
         assert Path(cfg.load_from) == Path('work_dirs') / name[:-7] / 'iter_160000.pth'
+
+
+def pools(model):
+    return [layer.pool_ratio for layer in model.modules()
+            if isinstance(layer, EmbeddingFreeAttention)]
+
+
+@pytest.mark.parametrize('name', PAPER)
+def test_pools(name):
+    with torch.device('meta'):
+        model = MODELS.build(load(name).model)
+    factor = 2 if name.endswith('isr40k') else 1
+    assert sorted(set(pools(model))) == [factor * pool for pool in (1, 2, 4, 8)]
+
+
+@pytest.mark.parametrize('name', BACKBONES)
+def test_distributed_training_finds_no_unused_parameter(name):
+    model = build(load(name))
+    model.init_weights()
+    model(torch.randn(2, 3, 64, 64)).square().mean().backward()
+    assert [key for key, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@pytest.mark.parametrize('name', ABLATIONS)
+def test_ablations_differ_in_what_they_say(name):
+    """Tables 3 and 5."""
+    model = build(load(name))
+    depths = [len(level) for level in model.decode_head.levels]
+    structure = tuple(map(int, name[-5:].split('_'))) if name[-1].isdecimal() else (3, 2, 1)
+    assert tuple(depths[::-1]) == structure  # the paper prints deep to shallow
+    mixers = {type(block.attn) for level in model.decode_head.levels for block in level}
+    if 'trained_at' in name:
+        assert set(pools(model.backbone)) == {16, 8, 2, 1}
+        assert pools(model.decode_head) == [8, 4, 4, 2, 2, 2]
+    if 'conv' in name:
+        assert mixers == {torch.nn.Conv2d}
+    else:
+        assert mixers == {EmbeddedAttention if 'embedded' in name else EmbeddingFreeAttention}
+
+
+def test_parameters_of_the_embedded_decoder():
+    """Table 5(b): 4.9 M without embedding, 5.7 M with; the latter takes a spare classifier of
+    150 classes along, as the released model does."""
+    model = build(load('edaformer_t_ade_decoder_embedded'))
+    parameters = sum(p.numel() for p in model.parameters())
+    assert round((parameters + 150 * 129) / 1e6, 1) == 5.7
 
 
 @pytest.mark.parametrize('size', ['tiny', 'base'])

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+
+from ..errors import UserError
 
 
 def count_macs(model: nn.Module, input_size: tuple[int, int] = (512, 512)) -> int:
@@ -27,10 +30,51 @@ def count_macs(model: nn.Module, input_size: tuple[int, int] = (512, 512)) -> in
 
 
 def trace_macs(shadow: nn.Module, input_size: tuple[int, int]) -> int:
-    """`count_macs` for a model that is on the meta device already."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        shadow(torch.empty(1, 3, *input_size, device='meta'))
+    """`count_macs` for a model that is on the meta device already.
+
+    A model that asks for values on the way gets its own weights back and computes.
+    """
+    try:
+        return _trace(shadow, torch.empty(1, 3, *input_size, device='meta'))
+    except UserError:
+        raise
+    except Exception as error:
+        _materialise(shadow)
+        device = next((p.device for p in shadow.parameters()), torch.device('cpu'))
+        generator = torch.Generator().manual_seed(0)
+        try:
+            return _trace(shadow, torch.randn(1, 3, *input_size, generator=generator).to(device))
+        except UserError:
+            raise
+        except Exception as second:
+            raise second from error
+
+
+def _trace(model: nn.Module, image: torch.Tensor) -> int:
+    # torch's counter does not see into the fast path of nn.MultiheadAttention, nor into a fused
+    # attention on the CPU, which it takes for 0.
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with (FlopCounterMode(display=False) as counter, torch.no_grad(),
+              sdpa_kernel(SDPBackend.MATH)):
+            model(image)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     return counter.get_total_flops() // 2
+
+
+def _materialise(shadow: nn.Module) -> None:
+    """Give a model on the meta device the weights that it stands for; buffers are copied."""
+    for module in shadow.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if hasattr(parameter, 'isr_origin'):
+                module.register_parameter(name, nn.Parameter(parameter.isr_origin.detach(),
+                                                             requires_grad=False))
+        for name, buffer in module.named_buffers(recurse=False):
+            if hasattr(buffer, 'isr_origin'):
+                module.register_buffer(name, buffer.isr_origin.clone(),
+                                       name not in module._non_persistent_buffers_set)
 
 
 def unwrap(model: Any) -> nn.Module:
@@ -44,14 +88,16 @@ def unwrap(model: Any) -> nn.Module:
 def on_meta(model: nn.Module) -> Iterator[nn.Module]:
     """A copy of the model without wrappers, in eval mode, whose weights take no memory.
 
-    torch's counter takes attention on the CPU for 0, so costs are counted on the meta device.
+    Each of them knows, as ``isr_origin``, what it stands for.
     """
     model = unwrap(model)
     # deepcopy takes what the memo holds in place of the weights.
-    memo: dict[int, object] = {
-        id(tensor): nn.Parameter(torch.empty_like(tensor, device='meta'), requires_grad=False)
-        if isinstance(tensor, nn.Parameter) else torch.empty_like(tensor, device='meta')
-        for tensor in (*model.parameters(), *model.buffers())}
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        empty = torch.empty_like(tensor, device='meta')
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(
+            tensor, nn.Parameter) else empty
+        memo[id(tensor)].isr_origin = tensor
     shadow = copy.deepcopy(getattr(model, '_orig_mod', model), memo)
     for module in list(shadow.modules()):  # count what the compiled parts were compiled from
         if hasattr(vars(module).get('forward'), '_torchdynamo_orig_callable'):

@@ -186,7 +186,7 @@ def report_isr(model: nn.Module, ratio: ISRRatio | int | str,
             untouched |= {layer.name: f'{type(layer.module).__name__}: {reason}'
                           for layer in layers if (reason := after.layers[layer.name].reason)}
             # Blocks of a stage may differ: shifted windows keep their keys at some ratios.
-            layers = [layer for layer in layers if after.layers[layer.name].keys]
+            layers = [layer for layer in layers if after.layers[layer.name].keys[0]]
             if layers:
                 names = sorted((layer.name for layer in layers),
                                key=lambda name: after.layers[name].keys[1])

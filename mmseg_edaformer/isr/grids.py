@@ -3,7 +3,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .pooling import Grid, Layout
 
@@ -33,21 +33,23 @@ class Call:
         """What a source finds in this call."""
         return source.find(self)
 
-    def layout(self, source: 'GridSource', prefix: int | None, total: int) -> Layout | None:
+    def layout(self, source: 'GridSource', prefix: int | None, total: int,
+               suffix: int = 0) -> Layout | None:
         """How ``total`` keys lie, if they do on a grid that the source finds.
 
         Args:
             source: The source.
             prefix: Single tokens in front; None if that is what a map leaves over.
             total: Number of keys.
+            suffix: Single tokens behind.
         """
         grids = self.grids(source)
         for rows, columns in reversed(grids):
-            front = total - rows * columns
+            front = total - suffix - rows * columns
             if front >= 0 if prefix is None else front == prefix:
-                return Layout(((rows, columns),), front)
+                return Layout(((rows, columns),), front, source.order(self, (rows, columns)))
         if len(grids) > 1 and sum(rows * columns for rows, columns in grids) + (
-                prefix or 0) == total:
+                prefix or 0) + suffix == total:
             return Layout(tuple(grids), prefix or 0)
         return None
 
@@ -67,6 +69,22 @@ class GridSource:
     def fitting(self, call: Call, ratio: int, method: str) -> tuple[int, str]:
         """The ratio that this call allows, and why if it is another one."""
         return ratio, ''
+
+    def spares(self, call: Call) -> str:
+        """Why this call of the module keeps its keys, or an empty string if it does not."""
+        return ''
+
+    def order(self, call: Call, grid: Grid) -> Tensor | None:
+        """Places among the keys of a map's tokens, row by row, if they lie in another order."""
+        return None
+
+    def present(self, call: Call) -> Tensor | None:
+        """Which keys are tokens, not padding that the module masks; None if all are.
+
+        Returns:
+            ... x h x N, which is 1 or 0, for keys ... x h x N x d.
+        """
+        return None
 
 
 @dataclass(frozen=True)
@@ -103,7 +121,7 @@ class InputMap(GridSource):
 
 @dataclass(frozen=True)
 class Window(GridSource):
-    """Windows of ``size``, an attribute of the module.
+    """Windows of ``size``, an attribute of the module or of the one that has the shift.
 
     ``shift`` is an attribute of the module around it. The borders of the regions that a shifted
     window joins stand at size - shift, where cells must end too, or they would mix regions.
@@ -116,7 +134,9 @@ class Window(GridSource):
         return self.shift and f'@{self.shift}'
 
     def find(self, call: Call) -> list[Grid]:
-        return [_pair(getattr(call.module, self.size))]
+        module = call.module if self.shift is None or hasattr(call.module, self.size) else (
+            call.owners[f'@{self.shift}'])
+        return [_pair(getattr(module, self.size))]
 
     def fitting(self, call: Call, ratio: int, method: str) -> tuple[int, str]:
         if self.shift is None:
@@ -135,7 +155,11 @@ class Window(GridSource):
 
 @dataclass(frozen=True)
 class Patches(GridSource):
-    """The output of the patch embedding, a module found by its path from some module around."""
+    """The maps that a module gives, found by its path from some module around.
+
+    Such as the patch embedding, or a pixel decoder, whose maps at several scales are told apart by
+    the number of keys. Of several paths, separated by ``|``, the first that exists counts.
+    """
     path: str = 'patch_embed.proj'
     recorded = True
 
@@ -144,8 +168,7 @@ class Patches(GridSource):
         return self.path
 
     def find(self, call: Call) -> list[Grid]:
-        grid = getattr(call.owners[self.path], 'isr_grid', None)
-        return [] if grid is None else [grid]
+        return list(getattr(call.owners[self.path], 'isr_grids', ()))
 
 
 def _pair(value: int | Sequence[int]) -> Grid:

@@ -48,9 +48,11 @@ class Layout(NamedTuple):
     """Where the keys of an attention lie: ``prefix`` single tokens, then maps, row by row.
 
     What the maps leave over at the end are single tokens as well. Single tokens are never reduced.
+    ``order`` holds the places among the keys of the tokens in that order, if they lie otherwise.
     """
     grids: tuple[Grid, ...]
     prefix: int = 0
+    order: Tensor | None = None
 
     def sizes(self, total: int) -> list[int]:
         """Number of tokens of the prefix, of each map and of the rest."""
@@ -71,7 +73,9 @@ def num_keys(layout: Layout, total: int, ratio: int) -> int:
 
 def pool_tokens(x: Tensor, layout: Layout, ratio: int, method: str = 'average') -> Tensor:
     """Reduce tokens: ... x N x d to ... x M x d, by any method but `bipartite`."""
-    return _by_segment(x, layout, lambda part, grid: _pool_map(part, grid, ratio, method))
+    if layout.order is not None:
+        x = x[..., layout.order, :]
+    return _by_segment(x, layout, lambda part, grid: _pool_segment(part, grid, ratio, method))
 
 
 def counts(layout: Layout, total: int, ratio: int, device: torch.device | None = None) -> Tensor:
@@ -162,13 +166,16 @@ def _by_segment(x: Tensor, layout: Layout, pool: Callable[[Tensor, Grid], Tensor
                       after], -2)
 
 
-def _pool_map(x: Tensor, grid: Grid, ratio: int, method: str) -> Tensor:
-    """Reduce one map of tokens: ... x (h w) x d to ... x M x d."""
-    maps = x.reshape(-1, *grid, x.shape[-1]).permute(0, 3, 1, 2)
+def pool_map(maps: Tensor, ratio: int, method: str) -> Tensor:
+    """Reduce maps N x C x h x w by any method but `bipartite`."""
     if method == 'average':
-        maps = F.avg_pool2d(maps, ratio, ceil_mode=True)
-    elif method == 'max':
-        maps = F.max_pool2d(maps, ratio, ceil_mode=True)
-    else:
-        maps = F.avg_pool2d(maps, 2 * ratio - 1, ratio, ratio - 1, count_include_pad=False)
+        return F.avg_pool2d(maps, ratio, ceil_mode=True)
+    if method == 'max':
+        return F.max_pool2d(maps, ratio, ceil_mode=True)
+    return F.avg_pool2d(maps, 2 * ratio - 1, ratio, ratio - 1, count_include_pad=False)
+
+
+def _pool_segment(x: Tensor, grid: Grid, ratio: int, method: str) -> Tensor:
+    """Reduce one map of tokens: ... x (h w) x d to ... x M x d."""
+    maps = pool_map(x.reshape(-1, *grid, x.shape[-1]).permute(0, 3, 1, 2), ratio, method)
     return maps.permute(0, 2, 3, 1).reshape(*x.shape[:-2], -1, x.shape[-1])

@@ -1,9 +1,17 @@
-"""The networks: EFT, the encoder, EDAFormerHead, the decoder, and the segmentor around them."""
-from .attention import EmbeddingFreeAttention
+"""The networks: EFT, the encoder, EDAFormerHead, the decoder, and the segmentor around them.
+
+Beside them what the paper compares with: LVT, FeedFormer's decoder, backbones of timm and
+transformers.
+"""
+from .attention import EmbeddedAttention, EmbeddingFreeAttention
 from .blocks import MixFFN, PatchEmbed, TransformerBlock
 from .edaformer_head import EDAFormerHead
 from .eft import EFT
+from .feedformer_head import FeedFormerHead
+from .library_backbones import TimmMaps, TransformersMaps
+from .lvt import LVT
 from .segmentor import StreamedEncoderDecoder, StreamedTTAModel
 
-__all__ = ['EFT', 'EDAFormerHead', 'EmbeddingFreeAttention', 'MixFFN', 'PatchEmbed',
-           'StreamedEncoderDecoder', 'StreamedTTAModel', 'TransformerBlock']
+__all__ = ['EFT', 'LVT', 'EDAFormerHead', 'EmbeddedAttention', 'EmbeddingFreeAttention',
+           'FeedFormerHead', 'MixFFN', 'PatchEmbed', 'StreamedEncoderDecoder', 'StreamedTTAModel',
+           'TimmMaps', 'TransformerBlock', 'TransformersMaps']

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..isr.intercept import MergedKeys
+from ..isr.pooling import Grid, Layout, cells, merging, pool_map
 from . import native
 from .layers import PixelLinear, PixelNorm, to_map, to_tokens
 
@@ -21,7 +23,8 @@ class EmbeddingFreeAttention(nn.Module):
     is no query projection. ``isr_ratio`` multiplies the pool of a trained model at inference
     (inference spatial reduction, section 4): the same weights, fewer keys, all queries kept. It is
     a plain attribute, not a weight, and 1 is bit for bit the trained model. So is ``isr_keys``: a
-    number of keys to stay near whatever the size of the map, None when off.
+    number of keys to stay near whatever the size of the map, None when off; and ``isr_method``,
+    one of `pooling.METHODS`: all but `average` reduce what the training pool leaves (table 6a).
 
     Args:
         dim: Channels C.
@@ -83,8 +86,19 @@ class EmbeddingFreeAttention(nn.Module):
 
     def num_keys(self, height: int, width: int, multiplier: int | None = None) -> int:
         """Number of keys M on a map of this size; arguments as for `pool_size`."""
+        if multiplier is None:
+            multiplier = self.multiplier(height, width)
+        if self.isr_method != 'average' and multiplier > 1:
+            grid = self._trained_grid(height, width)
+            left, total = math.prod(cells(grid, multiplier)), math.prod(grid)
+            return max(left, total - total // 2) if self.isr_method == 'bipartite' else left
         rows, columns = self.pool_size(height, width, multiplier)
         return (height // rows) * (width // columns)
+
+    def _trained_grid(self, height: int, width: int) -> Grid:
+        """Rows and columns that the training pool leaves of a map."""
+        rows, columns = self.pool_size(height, width, 1)
+        return height // rows, width // columns
 
     def split_heads(self, x: Tensor) -> Tensor:
         """View a map as heads: N C H W -> N h (H W) d."""
@@ -99,21 +113,41 @@ class EmbeddingFreeAttention(nn.Module):
             # One text for every size, so that Python's own filter shows it once.
             warnings.warn('a feature map is smaller than the pool of its keys, which shrinks to '
                           'the map: lower isr_ratio or enlarge the input', stacklevel=3)
-        kv = self.kv(x if kernel == (1, 1) else F.avg_pool2d(x, kernel))
+        if self.isr_method != 'average':
+            multiplier = self.multiplier(x.shape[2], x.shape[3])
+            kernel = self.pool_size(x.shape[2], x.shape[3], 1)
+        if kernel != (1, 1):
+            x = F.avg_pool2d(x, kernel)
+        if self.isr_method in ('max', 'overlap') and multiplier > 1:
+            x = pool_map(x, multiplier, self.isr_method)
+        kv = self.kv(x)
         return kv if self.kv_norm is None else F.gelu(self.kv_norm(kv))
 
     def forward(self, x: Tensor) -> Tensor:
-        n, c, height, width = x.shape
         kv = self.pooled(x)
-        if x.device.type == 'cpu' and not torch.is_grad_enabled():
+        if x.device.type == 'cpu' and not torch.is_grad_enabled() and (
+                self.isr_method != 'bipartite'):
             return self.proj(attend_by_rows(x, kv, self.num_heads))
-        kv = self.split_heads(kv)  # N C H/p W/p -> N h M d
-        out = F.scaled_dot_product_attention(self.split_heads(x), kv, kv)
+        keys = self.split_heads(kv)  # N C H/p W/p -> N h M d
+        return self.attend(x, keys, keys)
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attention of a map N x C x H x W to keys and values N x h x M x d, and its projection."""
+        n, c, height, width = queries.shape
+        q, mask = self.split_heads(queries), None
+        multiplier = self.multiplier(height, width)
+        if self.isr_method == 'bipartite' and multiplier > 1:
+            merged = MergedKeys(merging(keys, Layout((self._trained_grid(height, width),)),
+                                        multiplier))
+            keys, values = merged.tokens(keys), merged.tokens(values)
+            mask = merged.mask(None, q)
+        out = F.scaled_dot_product_attention(q, keys, values, mask)  # N h (H W) d
         return self.proj(to_map(out.transpose(1, 2).reshape(n, height, width, c)))
 
     def extra_repr(self) -> str:
+        method = '' if self.isr_method == 'average' else f', isr_method={self.isr_method}'
         return (f'num_heads={self.num_heads}, pool_ratio={self.pool_ratio}, '
-                f'isr_ratio={self.isr_ratio}, isr_keys={self.isr_keys}')
+                f'isr_ratio={self.isr_ratio}, isr_keys={self.isr_keys}{method}')
 
 
 class EmbeddedAttention(EmbeddingFreeAttention):
@@ -139,11 +173,8 @@ class EmbeddedAttention(EmbeddingFreeAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         pooled = self.pooled(x)
-        q, k, v = (self.split_heads(t) for t in (self.query(x), self.key(pooled),
-                                                 self.value(pooled)))
-        out = F.scaled_dot_product_attention(q, k, v)  # N h (H W) d
-        n, c, height, width = x.shape
-        return self.proj(to_map(out.transpose(1, 2).reshape(n, height, width, c)))
+        return self.attend(self.query(x), self.split_heads(self.key(pooled)),
+                           self.split_heads(self.value(pooled)))
 
 
 SCORE_BYTES = 4 << 20

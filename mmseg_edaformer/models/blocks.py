@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from mmcv.cnn.bricks.drop import DropPath
 from torch import Tensor, nn
 
-from .attention import EmbeddingFreeAttention
+from ..errors import ConfigError
+from .attention import EmbeddedAttention, EmbeddingFreeAttention
 from .layers import PixelLinear, PixelNorm, gelu, pixel_linear
 
 ALIGNMENT = 8
@@ -79,6 +80,34 @@ def _padding(x: Tensor, hidden: int) -> int:
     return 0 if eager_training else -hidden % ALIGNMENT
 
 
+TOKEN_MIXERS = ('embedding_free', 'embedded', 'depthwise_conv', 'conv')
+"""What can stand at the attention's place in a block (table 3a)."""
+
+
+def token_mixer_layer(token_mixer: str, dim: int, num_heads: int, pool_ratio: int, *,
+                      kv_norm: bool, norm_eps: float) -> nn.Module:
+    """Build one of `TOKEN_MIXERS`: attention, or a 3x3 convolution with bias and nothing after it.
+
+    The paper gives neither kernel nor surroundings of its convolutions, only what they stand for.
+    They take no heads and no pool, and having no keys they are nothing that ISR could reduce.
+
+    Args:
+        token_mixer: Which one.
+        dim: Channels C.
+        num_heads: As in `EmbeddingFreeAttention`, and so are the others.
+
+    Raises:
+        ConfigError: An unknown name.
+    """
+    if token_mixer in ('depthwise_conv', 'conv'):
+        return nn.Conv2d(dim, dim, 3, padding=1, groups=dim if token_mixer != 'conv' else 1)
+    if token_mixer not in TOKEN_MIXERS:
+        raise ConfigError(f"there is no token_mixer '{token_mixer}': use one of "
+                          f'{", ".join(TOKEN_MIXERS)}')
+    attention = EmbeddedAttention if token_mixer == 'embedded' else EmbeddingFreeAttention
+    return attention(dim, num_heads, pool_ratio, kv_norm=kv_norm, norm_eps=norm_eps)
+
+
 class TransformerBlock(nn.Module):
     """Pre-norm block of embedding-free attention and MixFFN, for the encoder and the decoder.
 
@@ -89,17 +118,19 @@ class TransformerBlock(nn.Module):
         ffn_ratio: Expansion of the feed-forward network.
         decoder: The decoder's variant: norm and GELU on the keys, no ReLU in the feed-forward
             network, LayerNorm epsilon 1e-5 instead of 1e-6.
+        token_mixer: What stands at the attention's place, one of `TOKEN_MIXERS`.
         drop_rate: Dropout in the feed-forward network.
         drop_path_rate: Probability of dropping a residual branch.
     """
 
     def __init__(self, dim: int, num_heads: int, pool_ratio: int, ffn_ratio: float, *,
-                 decoder: bool = False, drop_rate: float = 0., drop_path_rate: float = 0.) -> None:
+                 decoder: bool = False, token_mixer: str = 'embedding_free',
+                 drop_rate: float = 0., drop_path_rate: float = 0.) -> None:
         super().__init__()
         eps = 1e-5 if decoder else 1e-6
         self.norm1 = PixelNorm(dim, eps=eps)
-        self.attn = EmbeddingFreeAttention(dim, num_heads, pool_ratio, kv_norm=decoder,
-                                           norm_eps=eps)
+        self.attn = token_mixer_layer(token_mixer, dim, num_heads, pool_ratio, kv_norm=decoder,
+                                      norm_eps=eps)
         self.norm2 = PixelNorm(dim, eps=eps)
         self.ffn = MixFFN(dim, ffn_ratio, relu=not decoder, drop_rate=drop_rate)
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate else nn.Identity()

@@ -2,30 +2,21 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from mmcv.cnn import build_activation_layer, build_norm_layer
-from mmseg.models.decode_heads.decode_head import BaseDecodeHead
-from mmseg.models.losses.cross_entropy_loss import CrossEntropyLoss, cross_entropy
-from mmseg.models.utils import resize
 from mmseg.registry import MODELS
-from mmseg.utils import SampleList
 from torch import Tensor, nn
 
-from ..compat import compiled_resize
 from ..errors import ConfigError
 from .blocks import TransformerBlock
-from .layers import channels_last, init_weights, pixel_linear
-from .loss import resize_cross_entropy
+from .fused_head import FusedHead
+from .layers import channels_last
 
 
 @MODELS.register_module()
-class EDAFormerHead(BaseDecodeHead):
+class EDAFormerHead(FusedHead):
     """Decoder of embedding-free attention on each level, then one fuse layer.
 
-    Each level passes through its own transformer blocks, more of them where it is deeper. All
-    levels are then projected to ``channels``, resized to the shallowest and added, which equals
-    concatenating the resized levels before one 1x1 convolution: that convolution commutes with
-    bilinear resizing. Its weight is kept as one tensor, deepest level first.
+    Each level passes through its own transformer blocks, more of them where it is deeper, and
+    `FusedHead` joins them.
 
     The lists run from the shallowest level to the deepest and have one entry per level, so other
     structures, and two or four levels, are configs.
@@ -38,6 +29,8 @@ class EDAFormerHead(BaseDecodeHead):
         num_heads: Attention heads per level.
         pool_ratios: Pool of the keys during training, per level.
         ffn_ratios: Expansion of the feed-forward networks: per level, or one for all (T 2, B 1).
+        token_mixer: What stands at the attention's place, for the ablations of table 3(a) and 5(b):
+            'embedding_free', 'embedded' (with Q, K and V projections), 'depthwise_conv' or 'conv'.
         drop_rate: Dropout in the feed-forward networks.
         drop_path_rate: Stochastic depth in every block.
         norm_cfg: Norm after the fuse layer.
@@ -45,15 +38,15 @@ class EDAFormerHead(BaseDecodeHead):
             ``align_corners`` and the rest.
 
     Raises:
-        ConfigError: The lists differ in length.
+        ConfigError: The lists differ in length, or an unknown ``token_mixer``.
     """
 
     def __init__(self, in_channels: Sequence[int], channels: int, *,
                  in_index: Sequence[int] = (1, 2, 3), depths: Sequence[int] = (1, 2, 3),
                  num_heads: Sequence[int] = (2, 4, 8), pool_ratios: Sequence[int] = (4, 2, 1),
-                 ffn_ratios: float | Sequence[float] = 2, drop_rate: float = 0.,
-                 drop_path_rate: float = 0.1, norm_cfg: dict[str, Any] | None = None,
-                 **kwargs: Any) -> None:
+                 ffn_ratios: float | Sequence[float] = 2, token_mixer: str = 'embedding_free',
+                 drop_rate: float = 0., drop_path_rate: float = 0.1,
+                 norm_cfg: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if isinstance(ffn_ratios, (int, float)):
             ffn_ratios = [ffn_ratios] * len(in_channels)
         sizes = dict(in_channels=in_channels, in_index=in_index, depths=depths,
@@ -61,24 +54,14 @@ class EDAFormerHead(BaseDecodeHead):
         if len({len(values) for values in sizes.values()}) > 1:
             raise ConfigError('EDAFormerHead needs one entry per level in every list, found ' +
                               ', '.join(f'{len(values)} {name}' for name, values in sizes.items()))
-        super().__init__(list(in_channels), channels, in_index=list(in_index),
-                         input_transform='multiple_select', norm_cfg=norm_cfg or dict(type='BN'),
-                         **kwargs)
-        self.levels = nn.ModuleList(
-            nn.Sequential(*(TransformerBlock(dim, heads, pool_ratio, ffn_ratio, decoder=True,
-                                             drop_rate=drop_rate, drop_path_rate=drop_path_rate)
-                            for _ in range(depth)))
-            for dim, depth, heads, pool_ratio, ffn_ratio in zip(
-                in_channels, depths, num_heads, pool_ratios, ffn_ratios))
-        self.fuse = nn.Conv2d(sum(in_channels), channels, 1, bias=False)
-        self.fuse_norm = build_norm_layer(self.norm_cfg, channels)[1]
-        self.fuse_act = build_activation_layer(self.act_cfg)
-        self.to(memory_format=torch.channels_last)
-
-    def init_weights(self) -> None:
-        """Initialise as released; the classifier, and what ``init_cfg`` names, as mmseg does."""
-        init_weights(self)
-        super().init_weights()
+        super().__init__(
+            (nn.Sequential(*(TransformerBlock(dim, heads, pool_ratio, ffn_ratio, decoder=True,
+                                              token_mixer=token_mixer, drop_rate=drop_rate,
+                                              drop_path_rate=drop_path_rate)
+                             for _ in range(depth)))
+             for dim, depth, heads, pool_ratio, ffn_ratio in zip(
+                 in_channels, depths, num_heads, pool_ratios, ffn_ratios)),
+            in_channels, channels, in_index=in_index, norm_cfg=norm_cfg, **kwargs)
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
         """Decode the backbone's maps.
@@ -89,55 +72,5 @@ class EDAFormerHead(BaseDecodeHead):
         Returns:
             Logits, N x num_classes x H x W, at the size of the shallowest level.
         """
-        maps = [level(channels_last(x))
-                for level, x in zip(self.levels, self._transform_inputs(inputs))]
-        weight, shift = self._fuse_weight()
-        weights = weight.split(self.in_channels[::-1], dim=1)[::-1]
-        fused = pixel_linear(maps[0], weights[0], shift)
-        for x, weight in zip(maps[1:], weights[1:]):
-            fused += self._resize(pixel_linear(x, weight), fused)
-        if shift is None:
-            fused = self.fuse_norm(fused)
-        return self.cls_seg(self.fuse_act(fused))
-
-    def _resize(self, x: Tensor, like: Tensor) -> Tensor:
-        size = (like.shape[2], like.shape[3])
-        if torch.compiler.is_compiling() and torch.is_grad_enabled():
-            return compiled_resize(x, size, self.align_corners)
-        return resize(x, size=size, mode='bilinear', align_corners=self.align_corners)
-
-    def _fuse_weight(self) -> tuple[Tensor, Tensor | None]:
-        """The fuse layer as a matrix and, at inference, with its batch norm in it, a bias."""
-        weight, norm = self.fuse.weight.flatten(1), self.fuse_norm
-        if self.training or not isinstance(norm, nn.modules.batchnorm._BatchNorm) or (
-                norm.running_var is None or norm.running_mean is None):
-            return weight, None
-        scale = torch.rsqrt(norm.running_var.float() + norm.eps)
-        if norm.weight is not None:
-            scale = scale * norm.weight
-        shift = -norm.running_mean * scale
-        if norm.bias is not None:
-            shift = shift + norm.bias
-        return (weight * scale[:, None]).to(weight.dtype), shift.to(weight.dtype)
-
-    def loss_by_feat(self, seg_logits: Tensor,
-                     batch_data_samples: SampleList) -> dict[str, Tensor]:
-        """mmseg's losses; plain cross entropy without logits at full size.
-
-        Args:
-            seg_logits: Logits, N x num_classes x H x W.
-            batch_data_samples: The labels.
-        """
-        criterion = self.loss_decode
-        if (type(criterion) is not CrossEntropyLoss or self.sampler is not None or
-                self.out_channels == 1 or criterion.cls_criterion is not cross_entropy or
-                criterion.class_weight is not None or criterion.reduction != 'mean'):
-            return super().loss_by_feat(seg_logits, batch_data_samples)
-        labels = self._stack_batch_gt(batch_data_samples).squeeze(1)
-        loss, correct = resize_cross_entropy(seg_logits, labels, ignore_index=self.ignore_index,
-                                             align_corners=self.align_corners)
-        counted = (labels != self.ignore_index).sum()
-        averaged = counted if criterion.avg_non_ignore else labels.numel()
-        eps = torch.finfo(torch.float32).eps  # as mmseg has it, for images without a label
-        return {criterion.loss_name: criterion.loss_weight * loss / (averaged + eps),
-                'acc_seg': ((correct + eps) * 100. / (counted + eps)).reshape(1)}
+        return self.classify([level(channels_last(x)) for level, x in
+                              zip(self.levels, self._transform_inputs(inputs))])

@@ -1,7 +1,8 @@
 """Where each library keeps the attention whose keys ISR reduces: one file per library.
 
 A file is a table of attention classes, by name, so that no library is imported that the model does
-not come from.
+not come from. ``Outer:path`` stands for the module at a path below a class, with * for any index;
+it comes before the module's own class.
 """
 import itertools
 import re
@@ -25,7 +26,8 @@ _registered: dict[str, Rule] = {}
 
 def register_isr(attention_class: type[nn.Module] | str, *,
                  grid: GridSource | str | tuple[str, str] | None = None,
-                 prefix: int | str | None = 0, irreducible: str | None = None) -> None:
+                 prefix: int | str | None = 0, projections: tuple[str, ...] = (),
+                 irreducible: str | None = None) -> None:
     """Tell ISR of an attention module of your own; docs/isr.md takes one from nothing to tested.
 
     Args:
@@ -36,6 +38,10 @@ def register_isr(attention_class: type[nn.Module] | str, *,
             `Window`. Maps that its own convolutions make are found in any case but the last two.
         prefix: Tokens in front of the grid that must stay, such as a class token: a number, the
             name of the module's attribute that holds it, or None for whatever there is.
+        projections: Attributes that are Linear layers to keys and values, such as ``('kv',)`` or
+            ``('k', 'v')``; of one called ``qkv`` the first third makes queries. Then they run on
+            reduced tokens as well. Only where nothing but a reshape stands between them and the
+            product: no norm, rotation or convolution on keys or values.
         irreducible: Why it has no keys to reduce, in place of a grid.
 
     Raises:
@@ -51,7 +57,7 @@ def register_isr(attention_class: type[nn.Module] | str, *,
         grid = Arguments((grid,))
     elif isinstance(grid, tuple):
         grid = Arguments(grid)
-    _registered[name] = AttentionRule(grid, prefix)
+    _registered[name] = AttentionRule(grid, prefix, projections=projections)
 
 
 class Layer(Protocol):
@@ -83,7 +89,9 @@ class ForeignLayer:
 
     def watch(self, setting: Setting) -> None:
         """Intercept, though the setting may change nothing."""
-        install(self.module, Reduction(setting, self.rule.grid, self.rule.prefix, self.owners))
+        rule = self.rule
+        install(self.module, Reduction(setting, rule.grid, rule.prefix, suffix=rule.suffix,
+                                       owners=self.owners, projections=rule.projections))
 
 
 @dataclass
@@ -128,12 +136,12 @@ def find_attention(model: nn.Module) -> Attentions:
                             for kind, stages in own]
             inside.append(module)
             continue
-        rule = _rule(module)
+        rule = _rule_of_place(name, path) or _rule(module)
         if isinstance(rule, AttentionRule):
-            owners = _owners(rule.grid, path)
-            if owners is None:
-                found.irreducible[name] = (f'{type(module).__name__}: no {rule.grid.owner} around '
-                                           'it to read its grid from')
+            owners, missing = _owners(rule, path)
+            if missing:
+                found.irreducible[name] = (f'{type(module).__name__}: no {missing} around it to '
+                                           'read its grid from')
             else:
                 layers.append(ForeignLayer(name, module, rule, owners))
             inside.append(module)
@@ -164,11 +172,29 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, list[nn.Module]]]:
     yield from visit('', [model])
 
 
+_tables = (_registered, edaformer.RULES, mmseg.RULES, timm.RULES, transformers.RULES,
+           mmpretrain.RULES)
+_places = {place: rule for table in _tables for place, rule in table.items() if ':' in place}
+_ends = {place.rpartition(':')[2].rpartition('.')[2] for place in _places}
+
+
+def _rule_of_place(name: str, path: list[nn.Module]) -> Rule | None:
+    """The rule for what is at this place in a module around; the nearest one counts."""
+    keys = ['*' if key.isdigit() else key for key in name.split('.')]
+    if keys[-1] not in _ends:
+        return None
+    for depth in reversed(range(len(path) - 1)):
+        for outer in _names(type(path[depth])):
+            rule = _places.get(f'{outer}:{".".join(keys[depth:])}')
+            if rule is not None:
+                return rule
+    return None
+
+
 def _rule(module: nn.Module) -> Rule | None:
-    tables = (_registered, mmseg.RULES, timm.RULES, transformers.RULES, mmpretrain.RULES)
     names = _names(type(module))
     for name in names:
-        for table in tables:
+        for table in _tables:
             if name in table:
                 return table[name]
         short = name.rpartition('.')[2]
@@ -183,21 +209,27 @@ def _names(cls: type) -> list[str]:
             if 'isr_original' not in vars(c)]
 
 
-def _owners(grid: GridSource, path: list[nn.Module]) -> dict[str, nn.Module] | None:
-    """The modules that a grid is read from; None if they are not there."""
-    owner = grid.owner
-    if owner is None:
-        return {}
+def _owners(rule: AttentionRule, path: list[nn.Module]) -> tuple[dict[str, nn.Module], str]:
+    """The modules that a rule reads from, and the name of one that is not there, if any."""
+    names = [rule.grid.owner, f'@{rule.suffix}' if isinstance(rule.suffix, str) else None]
+    owners = {name: _owner(name, path) for name in names if name}
+    there = {name: owner for name, owner in owners.items() if owner is not None}
+    return there, next((name for name in owners if name not in there), '')
+
+
+def _owner(owner: str, path: list[nn.Module]) -> nn.Module | None:
+    """The module that a grid is read from, as `GridSource` names it; None if it is not there."""
     for module in reversed(path):
         if owner.startswith('@'):
             if hasattr(module, owner[1:]):
-                return {owner: module}
+                return module
             continue
-        target: object = module
-        for key in owner.split('.'):
-            target = getattr(target, key, None)
-        if isinstance(target, nn.Module):
-            return {owner: target}
+        for way in owner.split('|'):
+            target: object = module
+            for key in way.split('.'):
+                target = getattr(target, key, None)
+            if isinstance(target, nn.Module):
+                return target
     return None
 
 
@@ -219,5 +251,8 @@ def _kind(name: str) -> str:
 
 def _width(module: nn.Module) -> int:
     """Channels that an attention layer gives: they tell the stages of a backbone apart."""
+    last = getattr(module, 'proj', None)
+    if isinstance(last, nn.Linear):
+        return last.out_features
     return max((getattr(m, 'out_features', getattr(m, 'out_channels', 0))
                 for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv2d))), default=0)

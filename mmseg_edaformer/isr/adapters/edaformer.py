@@ -1,11 +1,26 @@
-"""EFT and EDAFormerHead, whose attention has an ``isr_ratio`` of its own: the paper's pooling."""
+"""The networks of this package.
+
+EFT and EDAFormerHead have an attention with an ``isr_ratio`` of its own, the paper's pooling; those
+that are here for comparison are reduced as other libraries' are.
+"""
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from ..grids import OwnMaps
 from ..intercept import Setting
+from .rules import AttentionRule, Irreducible, Rule
+
+_MODELS = 'mmseg_edaformer.models'
+
+RULES: dict[str, Rule] = {
+    f'{_MODELS}.lvt.RecursiveAtrousSelfAttention': AttentionRule(OwnMaps()),
+    f'{_MODELS}.lvt.ConvolutionalSelfAttention': Irreducible(
+        'it attends within 3x3 windows, by weights that depend on the query alone'),
+    f'{_MODELS}.feedformer_head.LowLevelCrossAttention': AttentionRule(OwnMaps()),
+}
 
 
 @dataclass

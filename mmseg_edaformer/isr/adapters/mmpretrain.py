@@ -1,4 +1,68 @@
-"""mmpretrain."""
-from .rules import Rule
+"""mmpretrain's backbones."""
+from dataclasses import dataclass
 
-RULES: dict[str, Rule] = {}
+import torch
+from torch import Tensor
+
+from ..grids import Arguments, Call, InputMap, Patches, Window
+from .rules import AttentionRule, Irreducible, Rule
+
+
+@dataclass(frozen=True)
+class MaskedWindow(Window):
+    """Windows at the border of a map that mask their padding: Twins, in mmseg as well.
+
+    Cells there average the tokens that they have. ``shape`` is the argument that holds (h, w).
+    Padding is masked only where rows and columns are both padded: with one of them, these modules
+    mask nothing, and padding is as good a key as any.
+    """
+    shape: str = 'hw_shape'
+
+    def fitting(self, call: Call, ratio: int, method: str) -> tuple[int, str]:
+        if method == 'average' or not all(self._padding(call)):
+            return ratio, ''
+        return 1, f'{method} would mix tokens and the padding of a window'
+
+    def present(self, call: Call) -> Tensor | None:
+        if not all(self._padding(call)):
+            return None
+        size = call.module.window_size
+        rows, columns = call.argument(self.shape)
+        down, right = self._padding(call)
+        x = call.argument('x')
+        y_inside = torch.arange(rows + down, device=x.device) < rows
+        x_inside = torch.arange(columns + right, device=x.device) < columns
+        inside = y_inside.view(-1, 1, size, 1) & x_inside.view(1, -1, 1, size)
+        return inside.reshape(-1, 1, size * size).to(x.dtype)
+
+    def _padding(self, call: Call) -> tuple[int, int]:
+        size = call.module.window_size
+        rows, columns = call.argument(self.shape)
+        return -rows % size, -columns % size
+
+
+_PATCHES = AttentionRule(Patches('patch_embed.projection'), None)
+_SHIFTED = AttentionRule(Window(shift='shift_size'))
+_CHANNELS = Irreducible('its keys are channels, not tokens')
+
+_BACKBONES = 'mmpretrain.models.backbones'
+_ATTENTION = 'mmpretrain.models.utils.attention'
+
+RULES: dict[str, Rule] = {
+    f'{_ATTENTION}.MultiheadAttention': _PATCHES,
+    f'{_ATTENTION}.BEiTAttention': _PATCHES,
+    f'{_ATTENTION}.WindowMSA': _SHIFTED,
+    f'{_ATTENTION}.WindowMSAV2': _SHIFTED,
+    f'{_ATTENTION}.ChannelMultiheadAttention': _CHANNELS,
+    f'{_BACKBONES}.vit_eva02.AttentionWithRoPE':
+        AttentionRule(Arguments(('patch_resolution',)), None),
+    f'{_BACKBONES}.vit_sam.Attention': AttentionRule(InputMap(channels_last=True)),
+    f'{_BACKBONES}.davit.DaViTWindowMSA': _SHIFTED,
+    f'{_BACKBONES}.davit.ChannelAttention': _CHANNELS,
+    f'{_BACKBONES}.twins.GlobalSubsampledAttention': AttentionRule(Arguments(('hw_shape',))),
+    f'{_BACKBONES}.twins.LocallyGroupedSelfAttention': AttentionRule(MaskedWindow()),
+    f'{_BACKBONES}.mvit.MultiScaleAttention': AttentionRule(Arguments(('in_size',))),
+    f'{_BACKBONES}.xcit.ClassAttntion': _PATCHES,
+    f'{_BACKBONES}.xcit.XCA': _CHANNELS,
+    f'{_BACKBONES}.van.SpatialAttention': Irreducible('it is a convolution, without keys'),
+}

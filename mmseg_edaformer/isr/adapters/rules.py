@@ -6,9 +6,15 @@ from ..grids import GridSource
 
 @dataclass(frozen=True)
 class AttentionRule:
-    """Attention whose keys lie on a grid; arguments are those of `register_isr`."""
+    """Attention whose keys lie on a grid; ``grid`` and ``prefix`` are those of `register_isr`.
+
+    ``suffix`` is the number of tokens behind the grid that must stay, or the name of the attribute
+    that holds it, of the module or of one around it. ``projections`` are those of `register_isr`.
+    """
     grid: GridSource
     prefix: int | str | None = 0
+    suffix: int | str = 0
+    projections: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

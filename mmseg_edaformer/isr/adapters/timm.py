@@ -1,12 +1,151 @@
 """timm, and mmseg's TIMMBackbone around it."""
-from ..grids import Arguments, Patches, Window
-from .rules import AttentionRule, Rule
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..grids import Arguments, Call, GridSource, InputMap, Patches, Window
+from ..pooling import Grid
+from .rules import AttentionRule, Irreducible, Rule
+
+
+@dataclass(frozen=True)
+class Blocks(GridSource):
+    """Square windows whose side is the attribute ``size`` of a module around (NesT)."""
+    size: str
+
+    @property
+    def owner(self) -> str:  # type: ignore[override]
+        return f'@{self.size}'
+
+    def find(self, call: Call) -> list[Grid]:
+        side = getattr(call.owners[self.owner], self.size)
+        return [(side, side)]
+
+
+@dataclass(frozen=True)
+class Unrolled(GridSource):
+    """Tokens sorted by Hiera: the place within the smallest blocks first, then in larger ones.
+
+    ``path`` is the path of the module that sorts, with the map's size and the sides of the blocks.
+    Windows are what one block of the largest size holds.
+    """
+    path: str = 'unroll'
+
+    @property
+    def owner(self) -> str:  # type: ignore[override]
+        return self.path
+
+    def find(self, call: Call) -> list[Grid]:
+        return [grid for grid, _ in self._levels(call)]
+
+    def order(self, call: Call, grid: Grid) -> Tensor:
+        blocks = next(blocks for level, blocks in self._levels(call) if level == grid)
+        height, width = _product(blocks)
+        sides = [side for block in blocks for side in block]
+        sides += [grid[0] // height, grid[1] // width]
+        last = len(sides) - 1
+        places = torch.arange(grid[0] * grid[1], device=call.argument('x').device).view(sides)
+        return places.permute(*range(last - 1, -1, -2), *range(last, 0, -2)).flatten()
+
+    def _levels(self, call: Call) -> list[tuple[Grid, list[Grid]]]:
+        """Possible grids of the keys: after each pooling of the model, with the blocks left."""
+        unroll = call.owners[self.path]
+        levels = []
+        for done in range(len(unroll.schedule) + 1 if len(unroll.size) == 2 else 0):
+            blocks = unroll.schedule[done:]
+            grid = _product(blocks)
+            if not call.module.use_mask_unit_attn:
+                height, width = _product(unroll.schedule[:done])
+                grid = unroll.size[0] // height, unroll.size[1] // width
+            levels.append((grid, blocks))
+        return levels
+
+
+def _product(blocks: list[Grid]) -> Grid:
+    """Sides of a block of blocks of blocks."""
+    return math.prod([block[0] for block in blocks]), math.prod([block[1] for block in blocks])
+
+
+_PATCHES = AttentionRule(Patches('patch_embed.proj'), None)
+_SHIFTED = AttentionRule(Window(shift='shift_size'))
+_RESOLUTION = AttentionRule(Window('resolution'))
+_MAP = AttentionRule(InputMap())
+_MAP_LAST = AttentionRule(InputMap(channels_last=True))
+_CHANNELS = Irreducible('its keys are channels, not tokens')
+_LINEAR = Irreducible('it sums up its keys before the queries see them, at a cost linear in them')
 
 RULES: dict[str, Rule] = {
-    'timm.layers.attention.Attention': AttentionRule(Patches('patch_embed.proj'), None),
-    'timm.models.swin_transformer.WindowAttention': AttentionRule(Window(shift='shift_size')),
-    'timm.models.swin_transformer_v2.WindowAttention': AttentionRule(Window(shift='shift_size')),
+    **dict.fromkeys((
+        'timm.layers.attention.Attention',
+        'timm.layers.attention.AttentionRope',
+        'timm.layers.attention_pool.AttentionPoolLatent',
+        'timm.layers.diff_attention.DiffAttention',
+        'timm.models.vision_transformer.ParallelScalingBlock',
+        'timm.models.vision_transformer.DiffParallelScalingBlock',
+        'timm.models.vision_transformer_relpos.RelPosAttention',
+        'timm.models.beit.Attention',
+        'timm.models.eva.EvaAttention',
+        'timm.models.cait.ClassAttn',  # XCiT's as well
+        'timm.models.cait.TalkingHeadAttn',
+        'timm.models.convit.MHSA',
+    ), _PATCHES),
+    **dict.fromkeys((
+        'timm.models.swin_transformer_v2.WindowAttention',
+        'timm.models.swin_transformer_v2_cr.WindowMultiHeadAttention',
+    ), _SHIFTED),
+    'timm.models.swin_transformer.WindowAttention':
+        AttentionRule(Window(shift='shift_size'), projections=('qkv',)),
+    'timm.models.davit.WindowAttention': AttentionRule(Window()),
+    'timm.models.gcvit.WindowAttentionGlobal': AttentionRule(Window()),
+    'timm.models.twins.LocallyGroupedAttn': AttentionRule(Window('ws')),
+    'timm.models.twins.GlobalSubSampleAttn': AttentionRule(Arguments(('size',))),
     'timm.models.pvt_v2.Attention': AttentionRule(Arguments(('feat_size',))),
     'timm.models.mvitv2.MultiScaleAttention':
         AttentionRule(Arguments(('feat_size',)), 'has_cls_token'),
+    'timm.models.hiera.MaskUnitAttention': AttentionRule(Unrolled()),
+    **dict.fromkeys((
+        'timm.models.tiny_vit.Attention',
+        'timm.models.levit.Attention',
+        'timm.models.levit.AttentionDownsample',
+    ), _RESOLUTION),
+    **dict.fromkeys((
+        'timm.layers.attention2d.Attention2d',
+        'timm.layers.attention2d.MultiQueryAttention2d',
+        'timm.layers.attention2d.MultiQueryAttentionV2',
+        'timm.models.maxxvit.Attention2d',
+        'timm.models.efficientformer_v2.Attention2d',
+        'timm.models.efficientformer_v2.Attention2dDownsample',
+        'timm.models.efficientvit_msra.CascadedGroupAttention',
+        'timm.models.fastvit.Attention',
+        'timm.models.visformer.Attention',
+    ), _MAP),
+    **dict.fromkeys((
+        'timm.models.hieradet_sam2.MultiScaleAttention',
+        'timm.models.maxxvit.AttentionCl',
+        'timm.models.vision_transformer_sam.Attention',
+        'timm.models.volo.Attention',
+    ), _MAP_LAST),
+    'timm.models.volo.ClassAttention': AttentionRule(Patches('network.1.proj'), None),
+    'timm.models.metaformer.Attention': AttentionRule(Patches('downsample.conv')),
+    'timm.models.nest.Attention': AttentionRule(Blocks('block_size')),
+    'timm.models.volo.OutlookAttention':
+        Irreducible('it has no keys: each query predicts the weights of its neighbours'),
+    **dict.fromkeys((
+        'timm.models.davit.ChannelAttention',
+        'timm.models.davit.ChannelAttentionV2',
+        'timm.models.edgenext.CrossCovarianceAttn',
+        'timm.models.xcit.XCA',
+    ), _CHANNELS),
+    **dict.fromkeys((
+        'timm.models.coat.FactorAttnConvRelPosEnc',
+        'timm.models.mobilevit.LinearSelfAttention',
+        'timm.models.swiftformer.EfficientAdditiveAttention',
+    ), _LINEAR),
+    'timm.models.nextvit.EfficientAttention':
+        Irreducible('its own pool averages runs of tokens, so that its keys lie on no grid'),
+    'timm.models.nextvit.ConvAttention': Irreducible('it is a convolution, without keys'),
+    'timm.models.convit.GPSA':
+        Irreducible('a part of its weights comes from positions alone, without keys'),
 }

@@ -1,0 +1,137 @@
+"""The costs of the paper's table 7, ISR on other backbones, beside those of this repository.
+
+Source: arXiv 2407.17261, table 7: Cityscapes, one pass of 1024x2048 pixels. It publishes neither
+the sizes of the backbones and of the decoder nor the ratios, so they are chosen to come near.
+"""
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmseg.registry import MODELS
+from prettytable import PrettyTable
+
+from ..errors import ConfigError, RatioError
+from ..isr import isr
+from .cost import on_meta, trace_macs
+
+INPUT_SIZE = (1024, 2048)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A column of table 7: its name, our config, and the paper's GFLOPs without and with ISR."""
+    name: str
+    config: str
+    gflops: float
+    gflops_isr: float
+
+
+TABLE7 = (
+    Published('CvT', 'isr_backbones/cvt_13_cityscapes', 365.5, 222.6),
+    Published('MViT', 'isr_backbones/mvitv2_tiny_cityscapes', 1435.6, 838.0),
+    Published('LVT', 'isr_backbones/lvt_cityscapes', 132.1, 86.1),
+    Published('Swin', 'isr_backbones/swin_tiny_cityscapes', 272.2, 208.0),
+    Published('DaViT', 'isr_backbones/davit_tiny_cityscapes', 304.8, 242.0),
+    Published('PVTv2', 'isr_backbones/pvtv2_b0_cityscapes', 121.8, 63.4),
+    Published('MiT', 'isr_backbones/mit_b0_cityscapes', 117.4, 59.0),
+    Published('SegFormer', 'isr_backbones/segformer_b0_cityscapes', 125.5, 82.5),
+    Published('FeedFormer', 'isr_backbones/feedformer_b0_cityscapes', 107.5, 68.8),
+    Published('EDAFormer', 'edaformer_t_cityscapes', 151.7, 94.9),
+)
+
+RATIOS = ('1-2', '1-3', '1-4', '2', '3', '4', '2211-1', '2211-222', '2221-222', '2222-333',
+          '211-222', '221-222')
+"""The ratios tried; those of another number of stages than a model has are passed over."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one model costs: parameters, GMACs without ISR, GMACs for each ratio that fits.
+
+    ``problem`` says why there is nothing to see.
+    """
+    published: Published
+    parameters: int = 0
+    gmacs: float = 0.
+    reduced: Mapping[str, float] = field(default_factory=dict)
+    problem: str = ''
+
+    @property
+    def nearest(self) -> str | None:
+        """The ratio whose cost is nearest to the paper's with ISR, of those that reduce it."""
+        return min((ratio for ratio, gmacs in self.reduced.items() if gmacs < self.gmacs),
+                   key=lambda ratio: abs(self.reduced[ratio] - self.published.gflops_isr),
+                   default=None)
+
+    @property
+    def note(self) -> str:
+        """What ISR leaves as it is, or the problem."""
+        if self.reduced and self.nearest is None:
+            return 'ISR reduces nothing'
+        if '2' in self.reduced and self.reduced['2'] == self.reduced.get('1-2'):
+            return 'the encoder is not reduced'
+        return self.problem
+
+
+def measure(published: Published, configs: Path, ratios: Sequence[str] = RATIOS,
+            input_size: tuple[int, int] = INPUT_SIZE) -> Measured:
+    """Build the model of a row and count what it costs without and with ISR.
+
+    Args:
+        published: The row.
+        configs: The folder of the configs.
+        ratios: ISR ratios to try.
+        input_size: Height and width in pixels.
+    """
+    cfg = Config.fromfile(configs / f'{published.config}.py')
+    init_default_scope(cfg.default_scope)
+    try:
+        model = MODELS.build(cfg.model)
+    except ConfigError as error:
+        return Measured(published, problem=str(error))
+    reduced, problem = {}, ''
+    with on_meta(model) as shadow:
+        gmacs = trace_macs(shadow, input_size) / 1e9
+        for ratio in ratios:
+            try:
+                with isr(shadow, ratio):
+                    reduced[ratio] = trace_macs(shadow, input_size) / 1e9
+            except RatioError as error:
+                problem = str(error)
+    return Measured(published, sum(p.numel() for p in model.parameters()), gmacs, reduced,
+                    '' if reduced else problem)
+
+
+def table(rows: Sequence[Measured]) -> str:
+    """The rows with the ratio that is nearest to the paper, as a table for a terminal."""
+    lines = PrettyTable(['model', 'M parameters', 'GMACs', 'paper', 'off by', 'isr_ratio',
+                         'GMACs with ISR', 'paper with ISR', 'off by ', 'note'], align='r')
+    lines.align['model'] = lines.align['note'] = 'l'
+    for row in rows:
+        published, ratio = row.published, row.nearest
+        own = ([f'{row.parameters / 1e6:.2f}', f'{row.gmacs:.1f}', published.gflops,
+                _off(row.gmacs, published.gflops)] if row.gmacs else
+               ['-', '-', published.gflops, '-'])
+        with_isr = ['-', '-', published.gflops_isr, '-'] if ratio is None else [
+            ratio, f'{row.reduced[ratio]:.1f}', published.gflops_isr,
+            _off(row.reduced[ratio], published.gflops_isr)]
+        lines.add_row([published.name, *own, *with_isr, row.note])
+    return str(lines)
+
+
+def tried_table(rows: Sequence[Measured]) -> str:
+    """GMACs of every model at every ratio that was tried; '-' where it does not fit."""
+    ratios = list(dict.fromkeys(ratio for row in rows for ratio in row.reduced))
+    lines = PrettyTable(['model', 'none', *ratios, 'paper with ISR'], align='r')
+    lines.align['model'] = 'l'
+    for row in rows:
+        lines.add_row([row.published.name, f'{row.gmacs:.1f}',
+                       *(f'{row.reduced[ratio]:.1f}' if ratio in row.reduced else '-'
+                         for ratio in ratios), row.published.gflops_isr])
+    return str(lines)
+
+
+def _off(own: float, paper: float) -> str:
+    return f'{own / paper - 1:+.1%}'

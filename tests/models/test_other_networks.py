@@ -1,0 +1,178 @@
+"""What the paper compares with: LVT, FeedFormer's decoder, backbones of timm and transformers."""
+import sys
+
+import pytest
+import torch
+from mmseg.registry import MODELS
+
+from mmseg_edaformer import EDAFormerHead
+from mmseg_edaformer.analysis import table7
+from mmseg_edaformer.errors import ConfigError
+from mmseg_edaformer.models import LVT, FeedFormerHead
+from mmseg_edaformer.models.lvt import RecursiveAtrousSelfAttention
+from tests.conftest import ROOT, run, segmentor_config
+
+SMALL = {
+    'lvt': dict(type='LVT', embed_dims=(16, 16, 32, 64), depths=(1, 1, 1, 1),
+                num_heads=(1, 2, 4, 8)),
+    'davit': dict(type='TimmMaps', model_name='davit_tiny', depths=(1, 1, 1, 1),
+                  embed_dims=(16, 32, 64, 128), num_heads=(1, 2, 4, 8)),
+    'mvitv2': dict(type='TimmMaps', model_name='mvitv2_tiny'),
+    'pvtv2': dict(type='TimmMaps', model_name='pvt_v2_b0', depths=(1, 1, 1, 1)),
+    'cvt': dict(type='TransformersMaps', model_type='cvt', embed_dim=(16, 48, 96),
+                depth=(1, 2, 3)),
+}
+
+
+def build(name):
+    config = dict(SMALL[name])
+    if config['type'] != 'LVT':
+        pytest.importorskip('timm' if config['type'] == 'TimmMaps' else 'transformers',
+                            reason='the backbone comes from this library')
+    return MODELS.build(config)
+
+
+@pytest.mark.parametrize('name', SMALL)
+@pytest.mark.parametrize('size', [(64, 96), (101, 75)])
+@torch.no_grad()
+def test_maps(name, size):
+    model = build(name).eval()
+    for i, x in enumerate(model(torch.randn(2, 3, *size))):
+        assert x.dim() == 4
+        # CvT's first patches have less padding, others round up.
+        assert all(abs(side - full / 2 ** (i + 2)) <= 1 for side, full in zip(x.shape[2:], size))
+        assert x.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_every_parameter_gets_a_gradient(name):
+    model = build(name).train()
+    loss = sum(x.square().mean() * (x.detach() ** 2).mean() + (x * torch.randn_like(x)).mean()
+               for x in model(torch.randn(2, 3, 128, 160)))
+    loss.backward()
+    assert [key for key, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@pytest.mark.parametrize('name', SMALL)
+@torch.no_grad()
+def test_state_dict_round_trip(name):
+    model, other, image = build(name).eval(), build(name).eval(), torch.randn(1, 3, 64, 64)
+    other.load_state_dict(model.state_dict())
+    for x, y in zip(model(image), other(image)):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_one_decoder_on_all_of_them(name):
+    maps = build(name)(torch.randn(2, 3, 64, 64))
+    index = range(len(maps) - 3, len(maps))
+    head = EDAFormerHead([maps[i].shape[1] for i in index], 16, in_index=index, num_classes=4)
+    assert head(maps).shape == (2, 4, *maps[index[0]].shape[2:])
+
+
+@torch.no_grad()
+def test_lvt_in_bfloat16():
+    model, image = MODELS.build(SMALL['lvt']).eval(), torch.randn(1, 3, 64, 96)
+    expected = model(image)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        for x, y in zip(model(image), expected):
+            assert (x.float() - y).abs().max() < 0.2 * y.std()
+
+
+@pytest.mark.parametrize('size', [(64, 96), (65, 47)])
+def test_feedformer(size):
+    config = segmentor_config()
+    config['decode_head'] = dict(type='FeedFormerHead', in_channels=(16, 32, 64, 128), channels=32,
+                                 num_heads=(2, 4, 8), num_classes=8)
+    model = MODELS.build(config)
+    model.init_weights()
+    logits = model(torch.randn(2, 3, *size))
+    assert logits.shape == (2, 8, -(-size[0] // 4), -(-size[1] // 4))
+    logits.square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_parameters_of_the_papers():
+    """LVT's encoder has 3.4 M, FeedFormer-B0 4.5 M."""
+    assert sum(p.numel() for p in LVT().parameters()) == pytest.approx(3.4e6, rel=0.015)
+    head = FeedFormerHead((32, 64, 160, 256), 256, num_classes=150)
+    mit = MODELS.build(dict(type='MixVisionTransformer', embed_dims=32, num_layers=(2, 2, 2, 2),
+                            num_heads=(1, 2, 5, 8), qkv_bias=True))
+    parameters = sum(p.numel() for model in (head, mit) for p in model.parameters())
+    assert round(parameters / 1e6, 1) == 4.5
+
+
+@torch.no_grad()
+def test_the_recursion_is_what_it_says():
+    layer = RecursiveAtrousSelfAttention(16, 2, 2)
+    torch.nn.init.normal_(layer.recursion)
+    x = torch.randn(2, 16, 9, 7)
+    given, state = layer.recursion[0][:, :, None, None]
+    expected = layer.attend(given * x + state * layer.attend(x))
+    torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize(('name', 'library'), [('pvtv2', 'timm'), ('cvt', 'transformers')])
+def test_a_missing_library_is_named(name, library, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ConfigError, match=f'python -m pip install {library}'):
+        MODELS.build(dict(SMALL[name]))
+
+
+@pytest.mark.parametrize(('build', 'message'), [
+    (lambda: LVT(depths=(1, 1)), '2 depths'),
+    (lambda: LVT(num_heads=(3, 2, 5, 8)), 'num_heads=3 does not divide embed_dims=64'),
+    (lambda: FeedFormerHead((8, 16), 8, num_classes=3), '3 in_index'),
+    (lambda: FeedFormerHead((8, 15), 8, in_index=(0, 1), num_heads=(2,), pool_ratios=(8,),
+                            num_classes=3), 'num_heads=2 does not divide in_channels=15'),
+])
+def test_wrong_sizes_are_named(build, message):
+    with pytest.raises(ConfigError, match=message):
+        build()
+
+
+def test_a_misspelt_model_is_named():
+    pytest.importorskip('timm', reason='the backbone comes from timm')
+    with pytest.raises(ConfigError, match="has no model 'pvt_v3'"):
+        MODELS.build(dict(type='TimmMaps', model_name='pvt_v3'))
+
+
+def test_a_model_without_maps_is_named():
+    pytest.importorskip('transformers', reason='the backbone comes from transformers')
+    model = MODELS.build(dict(type='TransformersMaps', model_type='vit', hidden_size=32,
+                              num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
+    with pytest.raises(ConfigError, match='ViTModel are tokens, not maps'):
+        model(torch.randn(1, 3, 224, 224))
+
+
+def test_table7():
+    """At a small size; the paper's figures and what was tried stand beside each other."""
+    rows = [table7.measure(row, ROOT / 'configs', ('2', '2211-1', '211-222'), (256, 256))
+            for row in table7.TABLE7 if row.name in ('SegFormer', 'EDAFormer')]
+    edaformer = rows[1]
+    assert edaformer.parameters == 4_913_015
+    assert set(edaformer.reduced) == {'2', '2211-1'}
+    assert edaformer.reduced['2'] < edaformer.reduced['2211-1'] < edaformer.gmacs
+    assert edaformer.nearest == '2211-1'
+    text = table7.table(rows)
+    assert '94.9' in text
+    assert '82.5' in text
+    assert 'EDAFormer' in table7.tried_table(rows)
+
+
+def test_table7_shows_what_it_cannot_measure(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'timm', None)
+    row, = (row for row in table7.TABLE7 if row.name == 'DaViT')
+    found = table7.measure(row, ROOT / 'configs')
+    assert 'pip install timm' in table7.table([found])
+    assert table7.Measured(row, 1, 2., {'2': 2.}).note == 'ISR reduces nothing'
+    assert table7.Measured(row, 1, 2., {'2': 1., '1-2': 1.}).note == 'the encoder is not reduced'
+
+
+@pytest.mark.slow
+def test_table7_on_the_command_line():
+    done = run('tools/table7.py', 'MiT', '--isr-ratio', '2', '1-2', '--all')
+    assert '117.4' in done.stdout
+    assert 'paper with ISR' in done.stdout
+    done = run('tools/table7.py', 'ViT', check=False)
+    assert 'no such column: ViT' in done.stderr
