@@ -1,8 +1,9 @@
 """What one forward pass costs, counted without computing it."""
 import copy
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from mmengine.model import BaseTTAModel, is_model_wrapper
@@ -58,10 +59,21 @@ def _trace(model: nn.Module, image: torch.Tensor) -> int:
     try:
         with (FlopCounterMode(display=False) as counter, torch.no_grad(),
               sdpa_kernel(SDPBackend.MATH)):
-            model(image)
+            _run(model, image)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     return counter.get_total_flops() // 2
+
+
+def _run(model: nn.Module, image: torch.Tensor) -> None:
+    head = getattr(model, 'decode_head', None)
+    if head is None or 'batch_data_samples' not in inspect.signature(head.forward).parameters:
+        model(image)
+        return
+    # Heads of mmdet ask for the sizes of the images too.
+    size = tuple(image.shape[2:])
+    meta = dict(img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size)
+    cast(Any, model).encode_decode(image, [meta] * len(image))
 
 
 def _materialise(shadow: nn.Module) -> None:

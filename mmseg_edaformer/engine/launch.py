@@ -197,7 +197,8 @@ def evaluate(cfg: Config, json_file: str | None = None, *, bf16: bool = False) -
 
 def _figures(cfg: Config, runner: Runner, metrics: dict[str, float],
              seconds: float) -> dict[str, Any]:
-    hook = next((hook for hook in cfg.custom_hooks if hook['type'] == 'ISRHook'), {})
+    hook: dict[str, Any] = next(
+        (hook for hook in cfg.custom_hooks if hook['type'] == 'ISRHook'), {})
     return dict(
         config=str(cfg.filename), checkpoint=cfg.load_from, isr_ratio=hook.get('ratio', 'none'),
         isr_method=hook.get('method', 'average'),

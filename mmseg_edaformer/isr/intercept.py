@@ -10,12 +10,11 @@ it works for any module whose keys lie on a grid.
 Source of the formula: `pooling`. Shapes: N keys before, M after; h heads, d channels of each.
 """
 import functools
-import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,8 +24,10 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import RatioError
 from . import pooling
-from .grids import Call, GridSource
-from .pooling import Grid, Layout
+from .grids import Call
+from .keys import MergedKeys, PooledKeys, PresentKeys
+from .pooling import Grid
+from .rules import AttentionRule
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Setting:
     def off(self) -> bool:
         return self.ratio == 1 and self.keys is None
 
-    def multiplier(self, layout: Layout, total: int) -> int:
+    def multiplier(self, total: int) -> int:
         """The ratio for this number of keys; steps as `EmbeddingFreeAttention.multiplier` does."""
         ratio = self.ratio
         if self.keys is not None:
@@ -62,16 +63,13 @@ class Reduction:
     under ``@name`` one around the module that has an attribute of that name.
     """
     setting: Setting
-    grid: GridSource
-    prefix: int | str | None
-    suffix: int | str = 0
-    owners: dict[str, nn.Module] = field(default_factory=dict)
-    projections: tuple[str, ...] = ()
+    rule: AttentionRule
+    owners: dict[str, nn.Module]
 
     def recorded(self) -> list[nn.Module]:
         """The modules whose maps are recorded."""
         return [owner for name, owner in self.owners.items()
-                if self.grid.recorded and not name.startswith('@')]
+                if self.rule.grid.recorded and not name.startswith('@')]
 
 
 @dataclass
@@ -118,22 +116,27 @@ class Interception(TorchFunctionMode):
         self.kept = ''
         # Of the explicit attention under way, if any.
         self.total = 0
+        self.unfolded = False  # scores end with the rows and columns of the keys
         self.queries = 0
         self.single = 0
-        self.pool: Pool | None = None
+        self.pool: PooledKeys | None = None
         self.normalised = False
         # Projected from reduced tokens: keys and values stand in their first rows.
         self.projected = False
+        self.pooled: tuple[Tensor | None, Tensor | None] = None, None
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (),
                            kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, '__name__', '')
+        if name == 'unflatten':  # which torch.compile cannot trace within a mode
+            func, args, kwargs = Tensor.reshape, _unflattened(*args, **kwargs), {}
+            name = 'reshape'
         if name in _ATTENTION:
             return getattr(self, _ATTENTION[name])(func, *args, **kwargs)
-        if name == 'linear' and self.reduction.projections:
+        if name == 'linear' and self.reduction.rule.projections:
             return self._linear(func, *args, **kwargs)
-        if self.pool is not None and self.normalised and name in _MIXES:
+        if name in _MIXES and self._mixes(*args, **kwargs):
             return self._mix_heads(func, *args, **kwargs)
         if name in _MAPS:
             out = func(*args, **kwargs)
@@ -163,11 +166,14 @@ class Interception(TorchFunctionMode):
 
     def finish(self) -> None:
         """Say what became of the keys: called when the forward has ended."""
-        if self.reduced is None and self.reduction.grid.spares(self.call):
+        if self.reduced is None and self.reduction.rule.grid.spares(self.call):
             return
+        if self.pool is not None:
+            raise RatioError(f'{type(self.module).__name__} cannot be reduced: its scores met no '
+                             'values that ISR recognises')
         if self.reduced is None:
             self.kept = (f'its {_listed(self.seen)} keys lie on no grid that ISR finds '
-                         f'({_listed(self.call.grids(self.reduction.grid))})'
+                         f'({_listed(self.call.grids(self.reduction.rule.grid))})'
                          if self.seen else 'its forward ran no attention that ISR recognises')
             if self.reduction.setting.strict:
                 raise RatioError(f'{type(self.module).__name__} cannot be reduced: {self.kept}')
@@ -177,18 +183,18 @@ class Interception(TorchFunctionMode):
         if _records is not None:
             _records[self.module] = Record(self.reduced, self.ratio, self.kept)
 
-    def _find(self, keys: Tensor) -> 'Pool | None':
+    def _find(self, keys: Tensor) -> PooledKeys | None:
         """The pool for keys ... x N x d, if they lie on the grid and there is something to do."""
         total = keys.shape[-2]
-        layout = self.call.layout(self.reduction.grid, self._prefix(), total,
+        layout = self.call.layout(self.reduction.rule.grid, self._prefix(), total,
                                   self._suffix())
         if layout is None:
             self.seen.append(total)
             return None
         self.single = layout.prefix
         setting = self.reduction.setting
-        ratio = setting.multiplier(layout, total)
-        ratio, self.kept = self.reduction.grid.fitting(
+        ratio = setting.multiplier(total)
+        ratio, self.kept = self.reduction.rule.grid.fitting(
             self.call, ratio, setting.method)
         left = pooling.num_keys(layout, total, ratio)
         self.reduced, self.ratio = (total, left), ratio
@@ -199,17 +205,17 @@ class Interception(TorchFunctionMode):
             weights = pooling.merging(keys, layout, ratio)
             self.reduced = (total, weights.shape[-1])
             return MergedKeys(weights)
-        present = self.reduction.grid.present(self.call)
+        present = self.reduction.rule.grid.present(self.call)
         if present is not None:
             return PresentKeys(layout, ratio, setting.method, total, present)
         return PooledKeys(layout, ratio, setting.method, total)
 
     def _prefix(self) -> int | None:
-        prefix = self.reduction.prefix
+        prefix = self.reduction.rule.prefix
         return int(getattr(self.module, prefix)) if isinstance(prefix, str) else prefix
 
     def _suffix(self) -> int:
-        suffix = self.reduction.suffix
+        suffix = self.reduction.rule.suffix
         if isinstance(suffix, int):
             return suffix
         return int(getattr(self.call.owners[f'@{suffix}'], suffix))
@@ -221,26 +227,28 @@ class Interception(TorchFunctionMode):
         The module's code reshapes its output with the number of tokens from before, so the reduced
         ones are put into the first rows, and the rest is left as it comes and never read.
         """
-        name = next((name for name in self.reduction.projections
-                     if getattr(self.module, name).weight is weight), None)
+        name = next((name for name in self.reduction.rule.projections
+                     if getattr(getattr(self.module, name, None), 'weight', None) is weight), None)
         pool = None
         if name is not None and self.reduction.setting.method == 'average' and isinstance(
                 getattr(self.module, 'k_norm', None), (nn.Identity, type(None))):
             pool = self._find(input)
-        if pool is None:
+        if pool is None or isinstance(pool, PresentKeys):
             return func(input, weight, bias)
         self.projected = True
         queries = len(weight) // 3 if name == 'qkv' else 0
         weights, biases = weight.split([queries, len(weight) - queries]), (
             (None, None) if bias is None else bias.split([queries, len(weight) - queries]))
-        reduced = func(pool.tokens(input), weights[1], biases[1])
+        if input is not self.pooled[0]:  # keys and values come from the same tokens
+            self.pooled = input, pool.tokens(input)
+        reduced = func(self.pooled[1], weights[1], biases[1])
         out = reduced.new_empty(*input.shape[:-1], len(weight))
         if queries:
             out[..., :queries] = func(input, weights[0], biases[0])
         out[..., :pool.left, queries:] = reduced
         return out
 
-    def _tokens(self, pool: 'Pool', x: Tensor) -> Tensor:
+    def _tokens(self, pool: PooledKeys, x: Tensor) -> Tensor:
         """Keys or values, reduced unless they are already."""
         return x.narrow(-2, 0, pool.left) if self.projected else pool.tokens(x)
 
@@ -347,12 +355,25 @@ class Interception(TorchFunctionMode):
                  **kwargs: Any) -> Tensor:
         assert self.pool is not None
         if scores.shape[-1] == self.pool.left:
+            dim = args[0] if args else kwargs.get('dim')
+            if dim not in (-1, scores.dim() - 1):
+                raise RatioError(f'{type(self.module).__name__} cannot be reduced: its softmax is '
+                                 f'over dimension {dim} of its scores, not over its keys')
             self.normalised = True
             if self.pool.uneven:
                 scores = scores + self.pool.log_counts(scores)
         return func(scores, *args, **kwargs)
 
-    def _mix_heads(self, func: Callable[..., Tensor], x: Tensor, weight: Tensor,
+    def _mixes(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> bool:
+        """Whether a linear map or a convolution is one over the heads of the weights."""
+        if self.pool is None or not self.normalised:
+            return False
+        keys = (self.queries, self.pool.left)
+        if weight.dim() == 4:
+            return input.shape[-2:] == keys and weight.shape[-2:] == (1, 1)
+        return input.shape[-3:-1] == keys
+
+    def _mix_heads(self, func: Callable[..., Tensor], input: Tensor, weight: Tensor,
                    bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """A map over the heads of the weights: each of the n keys of a cell gets the bias.
 
@@ -360,16 +381,20 @@ class Interception(TorchFunctionMode):
         """
         assert self.pool is not None
         last = weight.dim() == 4
-        if bias is None or x.shape[-1 if last else -2] != self.pool.left:
-            return func(x, weight, bias, *args, **kwargs)
-        counts = self.pool.log_counts(x if last else x.transpose(-2, -1)).exp()
+        if bias is None:
+            return func(input, weight, bias, *args, **kwargs)
+        counts = self.pool.log_counts(input if last else input.transpose(-2, -1)).exp()
         bias = bias.view(-1, 1, 1) * counts if last else counts.unsqueeze(-1) * bias
-        return func(x, weight, None, *args, **kwargs) + bias
+        return func(input, weight, None, *args, **kwargs) + bias
 
     def _add(self, args: tuple[Any, ...]) -> list[Any]:
         """Arguments of an elementwise function with what meets the scores reduced as they are."""
         assert self.pool is not None
         tensors = [arg for arg in args if isinstance(arg, Tensor) and arg.dim()]
+        if self.unfolded and any(_ends_with(x, self.pool.cells) for x in tensors):
+            # A bias in two parts, for the rows of the keys and for their columns (MViTv2).
+            return [self.pool.sides(arg) if isinstance(arg, Tensor) and arg.dim() > 1 and
+                    not _ends_with(arg, self.pool.cells) else arg for arg in args]
         scores = next((x for x in tensors if x.shape[-1] == self.pool.left), None)
         if scores is not None:
             return [self.pool.columns(arg, scores) if isinstance(arg, Tensor) and arg.dim() and
@@ -378,12 +403,7 @@ class Interception(TorchFunctionMode):
             # Of the scores without those of the single tokens in front (RegionViT).
             return [self._behind(arg) if isinstance(arg, Tensor) and arg.dim() and
                     arg.shape[-1] == self.total - self.single else arg for arg in args]
-        grid = self.pool.grid
-        if grid is None or not any(_ends_with(x, self.pool.cells) for x in tensors):
-            return list(args)
-        # A bias in two parts, for the rows of the keys and for their columns (MViTv2).
-        return [self.pool.sides(arg) if isinstance(arg, Tensor) and arg.dim() > 1 and
-                not _ends_with(arg, self.pool.cells) else arg for arg in args]
+        return list(args)
 
     def _behind(self, x: Tensor) -> Tensor:
         """Reduce what is added to the scores behind the single tokens in front."""
@@ -406,130 +426,12 @@ class Interception(TorchFunctionMode):
             rows, columns = pool.cells
             if x.shape[-1] == rows * columns and tuple(shape[-2:]) == pool.grid:
                 shape[-2:] = rows, columns
+                self.unfolded = True
             elif _ends_with(x, pool.cells) and shape[-1] == pool.grid[0] * pool.grid[1]:
                 shape[-1] = rows * columns
+                self.unfolded = False
         return [x, *shape]
 
-
-class PooledKeys:
-    """Cells of a fixed layout: the same for every batch element and head."""
-
-    def __init__(self, layout: Layout, ratio: int, method: str, total: int) -> None:
-        self.layout, self.ratio, self.method, self.total = layout, ratio, method, total
-        self.left = pooling.num_keys(layout, total, ratio)
-        self.grid: Grid | None = layout.grids[0] if len(layout.grids) == 1 else None
-        self.cells: Grid = pooling.cells(layout.grids[0], ratio)
-        # Even cells weigh alike, so that log n cancels and no mask costs a fast kernel.
-        sizes = layout.sizes(total)
-        self.uneven = sizes[0] + sizes[-1] > 0 or any(
-            side % ratio for grid in layout.grids for side in grid)
-
-    def tokens(self, x: Tensor) -> Tensor:
-        return pooling.pool_tokens(x, self.layout, self.ratio, self.method)
-
-    def columns(self, x: Tensor, scores: Tensor | None = None) -> Tensor:
-        pool = pooling.pool_mask if x.dtype == torch.bool else pooling.pool_bias
-        return pool(x, self.layout, self.ratio)
-
-    def sides(self, x: Tensor) -> Tensor:
-        """A bias for the rows of the keys, ... x h x 1, or for the columns, ... x 1 x w."""
-        assert self.grid is not None
-        rows, columns = self.grid
-        if x.shape[-2] == rows and rows != 1:
-            x = pooling.pool_bias(x.transpose(-2, -1), Layout(((rows, 1),)),
-                                  self.ratio).transpose(-2, -1)
-        if x.shape[-1] == columns and columns != 1:
-            x = pooling.pool_bias(x, Layout(((columns, 1),)), self.ratio)
-        return x
-
-    def log_counts(self, scores: Tensor) -> Tensor:
-        return pooling.counts(self.layout, self.total, self.ratio,
-                              scores.device).log().to(scores.dtype)
-
-    def mask(self, mask: Tensor | None, query: Tensor) -> Tensor | None:
-        """The mask of ``scaled_dot_product_attention``, where True means that a key is seen."""
-        if mask is not None and mask.shape[-1] == self.total:
-            mask = ~self.columns(~mask, query) if mask.dtype == torch.bool else (
-                self.columns(mask, query))
-        if not self.uneven:
-            return mask
-        logs = self.log_counts(query)
-        if mask is None:
-            return logs.expand(*query.shape[:-1], -1)
-        if mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -math.inf)
-        return mask + logs
-
-
-class PresentKeys(PooledKeys):
-    """Cells that average the tokens among their members, and padding only where they have none.
-
-    ``present`` is ... x h x N. What sees no padding gets exact means; padding itself, as a query,
-    does not.
-    """
-
-    def __init__(self, layout: Layout, ratio: int, method: str, total: int,
-                 present: Tensor) -> None:
-        super().__init__(layout, ratio, method, total)
-        self.present = present
-        self.share = super().tokens(present.unsqueeze(-1)).squeeze(-1)  # ... x h x M
-        self.uneven = True
-
-    def tokens(self, x: Tensor) -> Tensor:
-        return self._mean(x, self.present.unsqueeze(-1), self.share.unsqueeze(-1))
-
-    def columns(self, x: Tensor, scores: Tensor | None = None) -> Tensor:
-        if x.dtype == torch.bool:
-            return super().columns(x, scores)
-        return self._mean(x.unsqueeze(-1), self.present[..., None, :, None],
-                          self.share[..., None, :, None]).squeeze(-1)
-
-    def log_counts(self, scores: Tensor) -> Tensor:
-        counts = pooling.counts(self.layout, self.total, self.ratio, scores.device)
-        share = torch.where(self.share > 0, self.share, 1)
-        return (share * counts).log().to(scores.dtype).unsqueeze(-2)
-
-    def _mean(self, x: Tensor, present: Tensor, share: Tensor) -> Tensor:
-        present, share = present.to(x.dtype), share.to(x.dtype)
-        mean = super().tokens(x * present) / share.clamp(min=1e-6)
-        return torch.where(share > 0, mean, super().tokens(x))
-
-
-class MergedKeys(PooledKeys):
-    """Merged tokens, other ones for each batch element: `pooling.merging`."""
-
-    def __init__(self, weights: Tensor) -> None:
-        self.weights = weights  # B 1 N M
-        self.total, self.left = weights.shape[-2:]
-        self.grid = None
-        self.cells = (0, 0)
-        self.uneven = True
-
-    def tokens(self, x: Tensor) -> Tensor:
-        return self.weights.transpose(-2, -1).to(x.dtype) @ x
-
-    def columns(self, x: Tensor, scores: Tensor | None = None) -> Tensor:
-        weights = self._like(x if scores is None else scores)
-        if x.dtype == torch.bool:
-            return ((~x).to(weights.dtype) @ (weights > 0).to(weights.dtype)) == 0
-        masked = x <= pooling.MASKED
-        free = (~masked).to(x.dtype) @ weights
-        mean = x.masked_fill(masked, 0) @ weights / free.clamp(min=1e-6)
-        return torch.where(free > 0, mean, torch.finfo(x.dtype).min)
-
-    def log_counts(self, scores: Tensor) -> Tensor:
-        # A column holds 1 / n for each of its n members.
-        counts = (self._like(scores) > 0).sum(-2, keepdim=True)
-        return counts.log().to(scores.dtype)
-
-    def _like(self, scores: Tensor) -> Tensor:
-        """The weights for scores ... x h x Nq x M, which may split the batch."""
-        weights = self.weights.to(scores.dtype)
-        return weights.reshape(*scores.shape[:-3], 1, self.total, self.left) if (
-            scores.dim() > 4) else weights
-
-
-Pool = PooledKeys
 
 _ATTENTION = {'scaled_dot_product_attention': '_fused',
               'multi_head_attention_forward': '_multi_head', 'einsum': '_einsum',
@@ -543,93 +445,6 @@ _ADDS = {'add', 'add_', '__add__', '__radd__', '__iadd__', 'sub', '__sub__', 'ma
 _MULTI_HEAD = ('query', 'key', 'value', 'embed_dim_to_check', 'num_heads', 'in_proj_weight',
                'in_proj_bias', 'bias_k', 'bias_v', 'add_zero_attn', 'dropout_p', 'out_proj_weight',
                'out_proj_bias')
-
-
-def install(module: nn.Module, reduction: Reduction) -> None:
-    """Reduce a module's keys from now on: its class becomes a subclass that intercepts."""
-    vars(module)['isr_reduction'] = reduction
-    cls: Any = type(module)
-    if hasattr(cls, 'isr_original'):
-        return
-    module.__class__ = _subclass(cls, _forward_reduced)
-    for owner in reduction.recorded():
-        vars(owner)['isr_users'] = vars(owner).get('isr_users', 0) + 1
-        if vars(owner)['isr_users'] == 1:
-            owner.__class__ = _subclass(type(owner), _forward_recorded)
-
-
-def uninstall(module: nn.Module) -> None:
-    """Give a module, and what was recorded for it alone, their own classes back."""
-    reduction = module.__dict__.pop('isr_reduction', None)
-    if reduction is None:
-        return
-    module.__class__ = getattr(type(module), 'isr_original', type(module))
-    for owner in reduction.recorded():
-        owner.__dict__['isr_users'] -= 1
-        if owner.__dict__['isr_users'] == 0:
-            owner.__dict__.pop('isr_grids', None)
-            del owner.__dict__['isr_users']
-            owner.__class__ = getattr(type(owner), 'isr_original', type(owner))
-
-
-def _forward_reduced(original: Any, module: Any, args: tuple[Any, ...],
-                     kwargs: dict[str, Any]) -> Any:
-    interception = Interception(module, module.isr_reduction, args, kwargs)
-    if torch.compiler.is_compiling():
-        with interception:
-            out = original.forward(module, *args, **kwargs)
-    else:
-        with interception, interception.explained():
-            out = original.forward(module, *args, **kwargs)
-    interception.finish()
-    return out
-
-
-def _forward_recorded(original: Any, module: Any, args: tuple[Any, ...],
-                      kwargs: dict[str, Any]) -> Any:
-    out = original.forward(module, *args, **kwargs)
-    module.isr_grids = list(_maps(out))
-    return out
-
-
-def _maps(output: Any) -> Iterator[Grid]:
-    """Sizes of all maps within an output, of whatever containers it is made."""
-    if isinstance(output, Tensor):
-        if output.dim() == 4:
-            yield output.shape[-2], output.shape[-1]
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _maps(value)
-    elif isinstance(output, (list, tuple)):
-        for value in output:
-            yield from _maps(value)
-
-
-@functools.cache
-def _subclass(cls: Any, run: Callable[..., Any]) -> type[nn.Module]:
-    """A subclass whose forward is ``run``; under the same name, so that libraries know it."""
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return run(cls, self, args, kwargs)
-
-    def reduce(self: nn.Module, protocol: Any) -> Any:
-        # The subclass cannot be imported, so pickle and copy are told how it is made.
-        _, arguments, *state = cls.__reduce_ex__(self, protocol)
-        return _restore, (cls, run, *arguments[1:]), *state
-
-    def extra_repr(self: nn.Module) -> str:
-        reduction = self.__dict__.get('isr_reduction')
-        own = cls.extra_repr(self)
-        return ', '.join(filter(None, (own, reduction and f'isr_ratio={reduction.setting.ratio}')))
-
-    return type(cls.__name__, (cls,), {
-        '__module__': cls.__module__, '__qualname__': cls.__qualname__, '__doc__': cls.__doc__,
-        'forward': forward, '__reduce_ex__': reduce, 'extra_repr': extra_repr, 'isr_original': cls,
-        'isr_parameters': tuple(inspect.signature(cls.forward).parameters)[1:]})
-
-
-def _restore(cls: Any, run: Callable[..., Any], *args: Any) -> nn.Module:
-    subclass = _subclass(cls, run)
-    return subclass.__new__(subclass, *args)
 
 
 def _projected_keys(call: dict[str, Any]) -> Tensor:
@@ -646,6 +461,13 @@ def _to_end(x: Tensor, axes: list[int]) -> Tensor:
 
 def _from_end(x: Tensor, axes: list[int]) -> Tensor:
     return x.movedim(list(range(-len(axes), 0)), axes)
+
+
+def _unflattened(x: Tensor, dim: int, sizes: Sequence[int]) -> tuple[Tensor, list[int]]:
+    """Arguments of the reshape that ``unflatten`` is."""
+    shape = list(x.shape)
+    dim %= len(shape)
+    return x, [*shape[:dim], *sizes, *shape[dim + 1:]]
 
 
 def _ends_with(x: Tensor, sizes: Grid) -> bool:

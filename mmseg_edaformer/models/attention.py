@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..isr.intercept import MergedKeys
+from ..isr.keys import MergedKeys
 from ..isr.pooling import Grid, Layout, cells, merging, pool_map
 from . import native
 from .layers import PixelLinear, PixelNorm, to_map, to_tokens

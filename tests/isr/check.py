@@ -8,7 +8,7 @@ import torch
 from mmseg_edaformer.isr import apply_isr, isr, remove_isr
 from mmseg_edaformer.isr.adapters import find_attention
 
-from .oracle import Oracle, within
+from .oracle import Oracle, tokens, within
 
 TOLERANCE = 2e-5
 
@@ -34,6 +34,14 @@ def strengthen(model):
     return model.eval()
 
 
+def lively(model):
+    """Weights with which the image matters to the end, for models that start near zero."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and 'embed' not in name:
+            torch.nn.init.normal_(parameter, 0, 1.4 / parameter[0].numel() ** 0.5)
+    return strengthen(model)
+
+
 def first(output):
     """All tensors of an output, flattened into one: a tensor, a tuple of maps, a dict."""
     if isinstance(output, torch.Tensor):
@@ -46,7 +54,7 @@ def first(output):
 
 @torch.no_grad()
 def check_adapter(model, image, grids, *, prefix=0, ratios=(2, 3), ratio_of=None, expected=None,
-                  compiled=True):
+                  compiled=True, order=None, masked=None, suffix=0, pickled=True):
     """Everything that ISR promises, on one model and one image.
 
     Args:
@@ -60,6 +68,11 @@ def check_adapter(model, image, grids, *, prefix=0, ratios=(2, 3), ratio_of=None
             that is another one.
         expected: Number of layers that are found and reduced.
         compiled: Also compare with the compiled model.
+        order: As for `Oracle`; or None.
+        masked: As for `Oracle`; or None.
+        suffix: Single tokens behind the grid; or a function of the layer's name that says so.
+        pickled: Also compare with pickled models; False where the library's own cannot be pickled
+            once they have run.
     """
     strengthen(model)
     found = layers(model)
@@ -71,7 +84,7 @@ def check_adapter(model, image, grids, *, prefix=0, ratios=(2, 3), ratio_of=None
         reduced = first(model(image))
         apply_isr(model, ratio, strict=True)
         assert torch.equal(first(model(image)), reduced), 'applying twice is applying once'
-        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), _saved(model)):
+        for copied in (copy.deepcopy(model), *(_pickled(model) if pickled else ())):
             assert torch.equal(first(copied(image)), reduced), 'a copy is reduced alike'
             remove_isr(copied)
             assert torch.equal(first(copied(image)), before), 'a copy can be restored'
@@ -82,8 +95,12 @@ def check_adapter(model, image, grids, *, prefix=0, ratios=(2, 3), ratio_of=None
         remove_isr(model)
         assert torch.equal(first(model(image)), before), 'removed bit for bit'
 
-        oracles = [Oracle(_by_count(grids(name) if callable(grids) else grids, prefix),
-                          ratio_of(name, ratio) if ratio_of else ratio, prefix) for name in found]
+        behind = {name: suffix(name) if callable(suffix) else suffix for name in found}
+        oracles = [Oracle(_by_count(grids(name) if callable(grids) else grids, prefix,
+                                    behind[name]),
+                          ratio_of(name, ratio) if ratio_of else ratio, prefix, order, masked,
+                          behind[name])
+                   for name in found]
         undo = within(found.values(), oracles)
         exact = first(model(image))
         undo()
@@ -98,16 +115,18 @@ def check_adapter(model, image, grids, *, prefix=0, ratios=(2, 3), ratio_of=None
         assert torch.equal(first(model(image)), before), 'a ratio of 1 is the model'
 
 
-def _saved(model):
+def _pickled(model):
+    yield pickle.loads(pickle.dumps(model))
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
+    yield torch.load(buffer, weights_only=False)
 
 
-def _by_count(grids, prefix):
+def _by_count(grids, prefix, suffix):
     def find(total):
-        fitting = [grid for grid in grids if grid[0] * grid[1] == total - (prefix or 0) or
-                   (prefix is None and grid[0] * grid[1] <= total)]
+        total -= suffix
+        fitting = [grid for grid in grids if tokens(grid) == total - (prefix or 0) or
+                   (prefix is None and tokens(grid) <= total)]
         return fitting[0] if fitting else None
     return find

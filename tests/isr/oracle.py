@@ -13,28 +13,44 @@ from torch.overrides import TorchFunctionMode
 
 def membership(grid, ratio, prefix, total):
     """N x M: which key belongs to which cell; single tokens are cells of their own."""
-    rows, columns = grid
     owner = [*range(prefix)]
-    owner += [prefix + (y // ratio) * math.ceil(columns / ratio) + x // ratio
-              for y in range(rows) for x in range(columns)]
+    for rows, columns in maps(grid):
+        first = max(owner, default=-1) + 1
+        owner += [first + (y // ratio) * math.ceil(columns / ratio) + x // ratio
+                  for y in range(rows) for x in range(columns)]
     owner += range(max(owner, default=-1) + 1, max(owner, default=-1) + 1 + total - len(owner))
     matrix = torch.zeros(total, max(owner) + 1)
     matrix[torch.arange(total), torch.tensor(owner)] = 1
     return matrix
 
 
+def maps(grid):
+    """The maps of a grid: one (h, w), or several behind each other."""
+    return [grid] if isinstance(grid[0], int) else grid
+
+
+def tokens(grid):
+    """Number of tokens of a grid."""
+    return sum(rows * columns for rows, columns in maps(grid))
+
+
 class Oracle(TorchFunctionMode):
     """Reduces every softmax whose last axis has prefix + h w + rest entries.
 
     Args:
-        grid: h and w of the keys; or a function that gives the grid for a number of keys, or None.
+        grid: h and w of the keys, or a list of such for maps behind each other; or a function that
+            gives the grid for a number of keys, or None.
         ratio: Side of the cells.
         prefix: Single tokens in front; None if that is all that the grid leaves over.
+        order: A function that gives, for a grid, the number among the keys of each of its tokens.
+        suffix: Single tokens behind.
+        masked: Keys whose score is at or below this are not there, for their query.
     """
 
-    def __init__(self, grid, ratio, prefix=0):
+    def __init__(self, grid, ratio, prefix=0, order=None, masked=None, suffix=0):
         super().__init__()
         self.grid, self.ratio, self.prefix = grid, ratio, prefix
+        self.order, self.masked, self.suffix = order, masked, suffix
         self.hits = 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -56,11 +72,19 @@ class Oracle(TorchFunctionMode):
             total = scores.shape[-1]
             grid = self.grid(total) if callable(self.grid) else self.grid
             if grid is not None:
-                left = total - grid[0] * grid[1]
+                left = total - self.suffix - tokens(grid)
                 prefix = left if self.prefix is None else self.prefix
                 if 0 <= prefix <= left and (self.prefix is None or left == prefix):
                     self.hits += 1
                     member = membership(grid, self.ratio, prefix, total).to(scores)
+                    if self.order is not None:
+                        member[self.order(grid)] = member.clone()
+                    if self.masked is not None:
+                        there = (scores > self.masked).to(scores)
+                        n = there @ member
+                        mean = scores.where(there > 0, 0) @ member / n.clamp(min=1)
+                        weights = func(mean + n.log(), *args[1:], **kwargs)
+                        return weights / n.clamp(min=1) @ member.T * there
                     n = member.sum(0)
                     weights = func(scores @ (member / n) + n.log(), *args[1:], **kwargs)
                     return weights @ (member / n).T

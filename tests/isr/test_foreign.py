@@ -75,16 +75,16 @@ def test_stages_get_their_own_ratio(mit):
 
 
 def test_a_model_without_attention():
-    with pytest.raises(RatioError, match='Conv2d holds no attention .* Found: no attention'):
+    with pytest.raises(RatioError, match=r'Conv2d holds no attention .* Found: no attention'):
         apply_isr(nn.Conv2d(3, 3, 1), 2)
 
 
 def test_unknown_attention_is_named_and_strictly_an_error(mit):
-    with pytest.raises(RatioError, match='Found: attention: StrangeAttention is not known'):
+    with pytest.raises(RatioError, match=r'Found: attention: StrangeAttention is not known'):
         apply_isr(Strange(), 2)
     both = nn.ModuleDict(dict(mit=mit, strange=Strange()))
     apply_isr(both, 2)
-    with pytest.raises(RatioError, match='strange.attention: StrangeAttention is not known'):
+    with pytest.raises(RatioError, match=r'strange\.attention: StrangeAttention is not known'):
         apply_isr(both, 2, strict=True)
 
 
@@ -132,7 +132,7 @@ def test_keys_on_no_grid():
     apply_isr(model, 2)
     with pytest.warns(UserWarning, match=r'its 35 keys lie on no grid that ISR finds \(3x3\)'):
         model(torch.randn(1, 3, 40, 56))
-    with pytest.raises(RatioError, match='reduces nothing in Strange: attention: .* 35 keys'):
+    with pytest.raises(RatioError, match=r'reduces nothing in Strange: attention: .* 35 keys'):
         report_isr(model, 2, (40, 56))
     apply_isr(model, 2, strict=True)
     with pytest.raises(RatioError, match='StrangeAttention cannot be reduced'):
@@ -226,3 +226,34 @@ test_cfg = dict(type='TestLoop')
     figures = (tmp_path / 'figures.json').read_text()
     assert '"isr_ratio": "2"' in figures
     assert '"isr_method": "max"' in figures
+
+
+class BrokenAttention(StrangeAttention):
+    """One that torch.compile cannot take in one piece."""
+
+    def forward(self, x, size):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 8)).unbind(-2)
+        scores = q @ k.transpose(-2, -1)
+        torch._dynamo.graph_break()
+        return scores.softmax(-1) @ v
+
+
+@torch.no_grad()
+def test_a_graph_break_within_is_an_error_not_a_wrong_result():
+    register_isr('StrangeAttention', grid='size')
+    model = Strange().eval()
+    model.attention = BrokenAttention()
+    image = torch.randn(1, 3, 40, 56)
+    compiled = torch.compile(model, backend='eager')
+    torch.testing.assert_close(compiled(image), model(image))
+    apply_isr(model, 2)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        compiled(image)
+
+
+@torch.no_grad()
+def test_exported(mit):
+    image = torch.randn(1, 3, 72, 104)
+    apply_isr(mit, 2)
+    exported = torch.export.export(mit, (image,)).module()
+    torch.testing.assert_close(exported(image)[-1], mit(image)[-1])

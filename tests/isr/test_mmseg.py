@@ -64,3 +64,16 @@ def test_pcpvt(size):
                               depths=[1, 1, 1, 1], sr_ratios=[8, 4, 2, 1],
                               out_indices=(0, 1, 2, 3), norm_after_stage=False))
     check_adapter(model, torch.randn(2, 3, *size), sizes(*size, (8, 4, 2, 1)), expected=4)
+
+
+@pytest.mark.parametrize('size', [(128, 192), (136, 200), (112, 136)], ids=str)
+def test_svt(size):
+    """Windows at the border are padded on both sides, which is masked, or on one, which is not."""
+    model = MODELS.build(dict(type='SVT', in_channels=3, embed_dims=[8, 16, 32, 64],
+                              num_heads=[1, 2, 4, 8], patch_sizes=[4, 2, 2, 2],
+                              strides=[4, 2, 2, 2], mlp_ratios=[2, 2, 2, 2],
+                              depths=[2, 2, 2, 2], sr_ratios=[8, 4, 2, 1],
+                              windiow_sizes=[7, 7, 7, 7], out_indices=(0, 1, 2, 3),
+                              norm_after_stage=False))
+    check_adapter(model, torch.randn(2, 3, *size), [(7, 7), *sizes(*size, (8, 4, 2, 1))],
+                  expected=8, masked=-500)

@@ -126,5 +126,5 @@ def test_merging_removes_at_most_half(ratio):
 
 
 def test_unknown_method():
-    with pytest.raises(RatioError, match='mean.*use average, max, overlap, bipartite'):
+    with pytest.raises(RatioError, match=r'mean.*use average, max, overlap, bipartite'):
         check_method('mean')

@@ -14,9 +14,10 @@ from torch import nn
 
 from ...errors import RatioError
 from ..grids import Arguments, GridSource, InputMap, OwnMaps, Patches, Window
-from ..intercept import Reduction, Setting, install, uninstall
+from ..install import install, uninstall
+from ..intercept import Reduction, Setting
+from ..rules import AttentionRule, Irreducible, Rule
 from . import edaformer, mmpretrain, mmseg, research, timm, transformers
-from .rules import AttentionRule, Irreducible, Rule
 
 __all__ = ['Arguments', 'AttentionRule', 'Attentions', 'InputMap', 'Irreducible', 'Layer',
            'OwnMaps', 'Part', 'Patches', 'Window', 'find_attention', 'register_isr']
@@ -27,7 +28,7 @@ _registered: dict[str, Rule] = {}
 def register_isr(attention_class: type[nn.Module] | str, *,
                  grid: GridSource | str | tuple[str, str] | None = None,
                  prefix: int | str | None = 0, projections: tuple[str, ...] = (),
-                 irreducible: str | None = None) -> None:
+                 traceable: bool = True, irreducible: str | None = None) -> None:
     """Tell ISR of an attention module of your own; docs/isr.md takes one from nothing to tested.
 
     Args:
@@ -42,6 +43,8 @@ def register_isr(attention_class: type[nn.Module] | str, *,
             ``('k', 'v')``; of one called ``qkv`` the first third makes queries. Then they run on
             reduced tokens as well. Only where nothing but a reshape stands between them and the
             product: no norm, rotation or convolution on keys or values.
+        traceable: False if torch.compile cannot take its forward as one graph: then the module runs
+            outside of the compiled graphs while it is reduced.
         irreducible: Why it has no keys to reduce, in place of a grid.
 
     Raises:
@@ -57,7 +60,8 @@ def register_isr(attention_class: type[nn.Module] | str, *,
         grid = Arguments((grid,))
     elif isinstance(grid, tuple):
         grid = Arguments(grid)
-    _registered[name] = AttentionRule(grid, prefix, projections=projections)
+    _registered[name] = AttentionRule(grid, prefix, projections=projections,
+                                      traceable=traceable)
 
 
 class Layer(Protocol):
@@ -89,9 +93,7 @@ class ForeignLayer:
 
     def watch(self, setting: Setting) -> None:
         """Intercept, though the setting may change nothing."""
-        rule = self.rule
-        install(self.module, Reduction(setting, rule.grid, rule.prefix, suffix=rule.suffix,
-                                       owners=self.owners, projections=rule.projections))
+        install(self.module, Reduction(setting, self.rule, self.owners))
 
 
 @dataclass
@@ -236,7 +238,7 @@ def _owner(owner: str, path: list[nn.Module]) -> nn.Module | None:
 def _looks_like_attention(module: nn.Module) -> bool:
     """Whether a module is called attention and holds no other that is."""
     def called(m: nn.Module) -> bool:
-        return re.search(r'attention|attn|msa$', type(m).__name__.lower()) is not None
+        return re.search(r'attention|attn|msa(v\d)?$', type(m).__name__.lower()) is not None
 
     return called(module) and any(True for _ in module.parameters()) and not any(
         called(child) for child in module.modules() if child is not module)

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..grids import OwnMaps
 from ..intercept import Setting
-from .rules import AttentionRule, Irreducible, Rule
+from ..rules import AttentionRule, Irreducible, Rule
 
 _MODELS = 'mmseg_edaformer.models'
 

@@ -1,11 +1,12 @@
 """mmpretrain's backbones."""
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..grids import Arguments, Call, InputMap, Patches, Window
-from .rules import AttentionRule, Irreducible, Rule
+from ..rules import AttentionRule, Irreducible, Rule
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class MaskedWindow(Window):
     def present(self, call: Call) -> Tensor | None:
         if not all(self._padding(call)):
             return None
-        size = call.module.window_size
+        size: int = getattr(call.module, self.size)
         rows, columns = call.argument(self.shape)
         down, right = self._padding(call)
         x = call.argument('x')
@@ -36,12 +37,13 @@ class MaskedWindow(Window):
         return inside.reshape(-1, 1, size * size).to(x.dtype)
 
     def _padding(self, call: Call) -> tuple[int, int]:
-        size = call.module.window_size
+        size: int = getattr(call.module, self.size)
         rows, columns = call.argument(self.shape)
         return -rows % size, -columns % size
 
 
 _PATCHES = AttentionRule(Patches('patch_embed.projection'), None)
+_PLAIN = AttentionRule(Patches('patch_embed.projection'), None, projections=('qkv',))
 _SHIFTED = AttentionRule(Window(shift='shift_size'))
 _CHANNELS = Irreducible('its keys are channels, not tokens')
 
@@ -49,9 +51,10 @@ _BACKBONES = 'mmpretrain.models.backbones'
 _ATTENTION = 'mmpretrain.models.utils.attention'
 
 RULES: dict[str, Rule] = {
-    f'{_ATTENTION}.MultiheadAttention': _PATCHES,
-    f'{_ATTENTION}.BEiTAttention': _PATCHES,
-    f'{_ATTENTION}.WindowMSA': _SHIFTED,
+    # Its stochastic depth compares NumPy numbers.
+    f'{_ATTENTION}.MultiheadAttention': dataclasses.replace(_PLAIN, traceable=False),
+    f'{_ATTENTION}.BEiTAttention': _PLAIN,
+    f'{_ATTENTION}.WindowMSA': AttentionRule(Window(shift='shift_size'), projections=('qkv',)),
     f'{_ATTENTION}.WindowMSAV2': _SHIFTED,
     f'{_ATTENTION}.ChannelMultiheadAttention': _CHANNELS,
     f'{_BACKBONES}.vit_eva02.AttentionWithRoPE':

@@ -1,9 +1,11 @@
 """mmsegmentation's own backbones and heads."""
 from ..grids import Arguments, Patches, Window
+from ..rules import AttentionRule, Irreducible, Rule
 from .mmpretrain import MaskedWindow
-from .rules import AttentionRule, Rule
 
 _BACKBONES = 'mmseg.models.backbones'
+_QUERY_LAYERS = 'mmdet.models.layers.transformer'
+_SAMPLED = Irreducible('deformable attention: its keys are a few points sampled for each query')
 
 RULES: dict[str, Rule] = {
     f'{_BACKBONES}.mit.EfficientMultiheadAttention': AttentionRule(Arguments(('hw_shape',))),
@@ -11,7 +13,21 @@ RULES: dict[str, Rule] = {
     f'{_BACKBONES}.twins.LocallyGroupedSelfAttention': AttentionRule(MaskedWindow()),
     f'{_BACKBONES}.swin.WindowMSA': AttentionRule(Window(shift='shift_size'),
                                                projections=('qkv',)),
-    f'{_BACKBONES}.beit.BEiTAttention': AttentionRule(Patches('patch_embed.projection'), None),
+    f'{_BACKBONES}.beit.BEiTAttention': AttentionRule(Patches('patch_embed.projection'), None,
+                                                     projections=('qkv',)),
     'mmcv.cnn.bricks.transformer.MultiheadAttention':
         AttentionRule(Patches('patch_embed.projection'), None),
+    # Segmenter: a token for each class stands behind the patches.
+    'mmseg.models.decode_heads.segmenter_mask_head.SegmenterMaskTransformerHead:layers.*.attn':
+        AttentionRule(Patches('backbone'), suffix='num_classes'),
+    # MaskFormer and Mask2Former, whose layers are mmdet's.
+    f'{_QUERY_LAYERS}.detr_layers.DetrTransformerEncoderLayer:self_attn':
+        AttentionRule(Patches('encoder_in_proj')),
+    f'{_QUERY_LAYERS}.detr_layers.DetrTransformerDecoderLayer:cross_attn':
+        AttentionRule(Patches('pixel_decoder')),
+    f'{_QUERY_LAYERS}.detr_layers.DetrTransformerDecoderLayer:self_attn':
+        Irreducible('its keys are the queries of the decoder, which lie on no grid'),
+    f'{_QUERY_LAYERS}.deformable_detr_layers.DeformableDetrTransformerEncoderLayer:self_attn':
+        _SAMPLED,
+    'mmcv.ops.multi_scale_deform_attn.MultiScaleDeformableAttention': _SAMPLED,
 }

@@ -4,12 +4,13 @@ Such code is copied from repository to repository, so where a class comes from s
 """
 import inspect
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..grids import Arguments, Call, GridSource, InputMap, OwnMaps, Patches, Window
 from ..pooling import Grid
-from .rules import AttentionRule, Irreducible, Rule
+from ..rules import AttentionRule, Irreducible, Rule
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class Regions(GridSource):
     owner = '@kernel_size'
 
     def find(self, call: Call) -> list[Grid]:
-        rows, columns = call.owners['@kernel_size'].kernel_size[0]
+        sides: Any = call.owners['@kernel_size'].kernel_size
+        rows, columns = sides[0]
         return [(rows, columns)] if call.argument('patch_attn') else []
 
     def spares(self, call: Call) -> str:
@@ -103,8 +105,8 @@ RULES: dict[str, tuple[tuple[tuple[str, ...], Rule], ...]] = {
         (('window_size', 'relative_position_bias_table'),  # Swin
          AttentionRule(Window(shift='shift_size'))),
     ),
-    'ShiftWindowAttention': ((('window_size', 'shift_size'),  # DAT
-                              Irreducible('it checks the number of its keys while it adds its mask')),),
+    'ShiftWindowAttention': ((('window_size', 'shift_size'), Irreducible(  # DAT
+        'it checks the number of its keys while it adds its mask')),),
     'LocalAttention': ((('window_size', 'proj_qkv'), AttentionRule(Window())),),  # DAT
     'DAttentionBaseline': ((('conv_offset', 'proj_k'), AttentionRule(Patches('conv_offset'))),),
     'PyramidAttention': ((('kv', 'sr_ratio'), AttentionRule(OwnMaps())),),  # DAT

@@ -1,13 +1,14 @@
 """timm, and mmseg's TIMMBackbone around it."""
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..grids import Arguments, Call, GridSource, InputMap, Patches, Window
 from ..pooling import Grid
-from .rules import AttentionRule, Irreducible, Rule
+from ..rules import AttentionRule, Irreducible, Rule
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Unrolled(GridSource):
 
     def _levels(self, call: Call) -> list[tuple[Grid, list[Grid]]]:
         """Possible grids of the keys: after each pooling of the model, with the blocks left."""
-        unroll = call.owners[self.path]
+        unroll: Any = call.owners[self.path]
         levels = []
         for done in range(len(unroll.schedule) + 1 if len(unroll.size) == 2 else 0):
             blocks = unroll.schedule[done:]
@@ -79,13 +80,15 @@ _LINEAR = Irreducible('it sums up its keys before the queries see them, at a cos
 RULES: dict[str, Rule] = {
     **dict.fromkeys((
         'timm.layers.attention.Attention',
+        'timm.models.beit.Attention',
+    ), AttentionRule(Patches('patch_embed.proj'), None, projections=('qkv',))),
+    **dict.fromkeys((
         'timm.layers.attention.AttentionRope',
         'timm.layers.attention_pool.AttentionPoolLatent',
         'timm.layers.diff_attention.DiffAttention',
         'timm.models.vision_transformer.ParallelScalingBlock',
         'timm.models.vision_transformer.DiffParallelScalingBlock',
         'timm.models.vision_transformer_relpos.RelPosAttention',
-        'timm.models.beit.Attention',
         'timm.models.eva.EvaAttention',
         'timm.models.cait.ClassAttn',  # XCiT's as well
         'timm.models.cait.TalkingHeadAttn',
@@ -97,11 +100,12 @@ RULES: dict[str, Rule] = {
     ), _SHIFTED),
     'timm.models.swin_transformer.WindowAttention':
         AttentionRule(Window(shift='shift_size'), projections=('qkv',)),
-    'timm.models.davit.WindowAttention': AttentionRule(Window()),
+    'timm.models.davit.WindowAttention': AttentionRule(Window(), projections=('qkv',)),
     'timm.models.gcvit.WindowAttentionGlobal': AttentionRule(Window()),
     'timm.models.twins.LocallyGroupedAttn': AttentionRule(Window('ws')),
-    'timm.models.twins.GlobalSubSampleAttn': AttentionRule(Arguments(('size',))),
-    'timm.models.pvt_v2.Attention': AttentionRule(Arguments(('feat_size',))),
+    'timm.models.twins.GlobalSubSampleAttn': AttentionRule(Arguments(('size',)),
+                                                            projections=('kv',)),
+    'timm.models.pvt_v2.Attention': AttentionRule(Arguments(('feat_size',)), projections=('kv',)),
     'timm.models.mvitv2.MultiScaleAttention':
         AttentionRule(Arguments(('feat_size',)), 'has_cls_token'),
     'timm.models.hiera.MaskUnitAttention': AttentionRule(Unrolled()),

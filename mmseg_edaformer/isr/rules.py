@@ -1,7 +1,7 @@
 """What a table says of an attention class."""
 from dataclasses import dataclass
 
-from ..grids import GridSource
+from .grids import GridSource
 
 
 @dataclass(frozen=True)
@@ -9,12 +9,14 @@ class AttentionRule:
     """Attention whose keys lie on a grid; ``grid`` and ``prefix`` are those of `register_isr`.
 
     ``suffix`` is the number of tokens behind the grid that must stay, or the name of the attribute
-    that holds it, of the module or of one around it. ``projections`` are those of `register_isr`.
+    that holds it, of the module or of one around it. ``projections`` and ``traceable`` are those of
+    `register_isr`.
     """
     grid: GridSource
     prefix: int | str | None = 0
     suffix: int | str = 0
     projections: tuple[str, ...] = ()
+    traceable: bool = True
 
 
 @dataclass(frozen=True)

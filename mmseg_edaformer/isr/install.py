@@ -1,0 +1,115 @@
+"""Put interception into a model and take it out: a module's class becomes a subclass of itself.
+
+So nothing wraps the module: names, state dicts, ``isinstance`` and hooks stay as they were, and
+copies, pickles and ``torch.compile`` find an ordinary forward.
+"""
+import functools
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import RatioError
+from .intercept import Interception, Reduction
+from .pooling import Grid
+
+
+def install(module: nn.Module, reduction: Reduction) -> None:
+    """Reduce a module's keys from now on: its class becomes a subclass that intercepts."""
+    vars(module)['isr_reduction'] = reduction
+    cls: Any = type(module)
+    if hasattr(cls, 'isr_original'):
+        return
+    module.__class__ = _subclass(cls, _forward_reduced)
+    for owner in reduction.recorded():
+        vars(owner)['isr_users'] = vars(owner).get('isr_users', 0) + 1
+        if vars(owner)['isr_users'] == 1:
+            owner_class: Any = type(owner)
+            owner.__class__ = _subclass(owner_class, _forward_recorded)
+
+
+def uninstall(module: nn.Module) -> None:
+    """Give a module, and what was recorded for it alone, their own classes back."""
+    reduction = module.__dict__.pop('isr_reduction', None)
+    if reduction is None:
+        return
+    module.__class__ = getattr(type(module), 'isr_original', type(module))
+    for owner in reduction.recorded():
+        owner.__dict__['isr_users'] -= 1
+        if owner.__dict__['isr_users'] == 0:
+            owner.__dict__.pop('isr_grids', None)
+            del owner.__dict__['isr_users']
+            owner.__class__ = getattr(type(owner), 'isr_original', type(owner))
+
+
+def _forward_reduced(original: Any, module: Any, args: tuple[Any, ...],
+                     kwargs: dict[str, Any]) -> Any:
+    interception = Interception(module, module.isr_reduction, args, kwargs)
+    if torch.compiler.is_compiling():
+        if not module.isr_reduction.rule.traceable:
+            return _forward_eager(original, module, args, kwargs)
+        if not hasattr(torch._dynamo, 'error_on_graph_break'):
+            raise RatioError(f'to compile {original.__name__} with ISR, torch must be 2.9 or newer')
+        # After a graph break within, the interception would have forgotten what it saw.
+        with torch._dynamo.error_on_graph_break(True), interception:
+            out = original.forward(module, *args, **kwargs)
+    else:
+        with interception, interception.explained():
+            out = original.forward(module, *args, **kwargs)
+    interception.finish()
+    return out
+
+
+@torch.compiler.disable
+def _forward_eager(original: Any, module: Any, args: tuple[Any, ...],
+                   kwargs: dict[str, Any]) -> Any:
+    return _forward_reduced(original, module, args, kwargs)
+
+
+def _forward_recorded(original: Any, module: Any, args: tuple[Any, ...],
+                      kwargs: dict[str, Any]) -> Any:
+    out = original.forward(module, *args, **kwargs)
+    module.isr_grids = list(_maps(out))
+    return out
+
+
+def _maps(output: Any) -> Iterator[Grid]:
+    """Sizes of all maps within an output, of whatever containers it is made."""
+    if isinstance(output, Tensor):
+        if output.dim() == 4:
+            yield output.shape[-2], output.shape[-1]
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _maps(value)
+    elif isinstance(output, (list, tuple)):
+        for value in output:
+            yield from _maps(value)
+
+
+@functools.cache
+def _subclass(cls: Any, run: Any) -> type[nn.Module]:
+    """A subclass whose forward is ``run``; under the same name, so that libraries know it."""
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return run(cls, self, args, kwargs)
+
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        # The subclass cannot be imported, so pickle and copy are told how it is made.
+        _, arguments, *state = cls.__reduce_ex__(self, protocol)
+        return _restore, (cls, run, *arguments[1:]), *state
+
+    def extra_repr(self: nn.Module) -> str:
+        reduction = self.__dict__.get('isr_reduction')
+        own = cls.extra_repr(self)
+        return ', '.join(filter(None, (own, reduction and f'isr_ratio={reduction.setting.ratio}')))
+
+    return type(cls.__name__, (cls,), {
+        '__module__': cls.__module__, '__qualname__': cls.__qualname__, '__doc__': cls.__doc__,
+        'forward': forward, '__reduce_ex__': reduce, 'extra_repr': extra_repr, 'isr_original': cls,
+        'isr_parameters': tuple(inspect.signature(cls.forward).parameters)[1:]})
+
+
+def _restore(cls: Any, run: Any, *args: Any) -> nn.Module:
+    subclass: Any = _subclass(cls, run)
+    return subclass.__new__(subclass, *args)

@@ -1,0 +1,374 @@
+"""ISR on research code: modules of the same names, attributes and calls, written for this test."""
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mmseg_edaformer.errors import RatioError
+from mmseg_edaformer.isr import apply_isr, register_isr
+from mmseg_edaformer.isr.adapters import Irreducible, _registered, find_attention
+from mmseg_edaformer.isr.adapters.research import RULES, find
+
+from .check import check_adapter
+
+WIDTH, HEADS = 16, 2
+
+
+def heads(x, number=HEADS):
+    return x.reshape(*x.shape[:-1], number, -1).transpose(-3, -2)
+
+
+def join(x):
+    return x.transpose(-3, -2).flatten(-2)
+
+
+def weigh(query, key, value, bias=0.):
+    scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5 + bias
+    return scores.softmax(dim=-1) @ value
+
+
+class Model(nn.Module):
+    """A patch embedding and one attention module, which is called as its repository does."""
+
+    def __init__(self, attn, call, stride=4):
+        super().__init__()
+        self.patch_embed = nn.Module()
+        self.patch_embed.proj = nn.Conv2d(3, WIDTH, stride, stride)
+        self.mix = nn.Linear(WIDTH, 3 * WIDTH)
+        nn.init.normal_(self.mix.weight, std=0.4)
+        self.attn, self.call = attn, call
+
+    def forward(self, image):
+        return self.call(self, self.patch_embed.proj(image))
+
+
+def as_tokens(model, x):
+    return model.attn(x.flatten(2).transpose(1, 2), *x.shape[-2:])
+
+
+def as_map(model, x):
+    return model.attn(x)
+
+
+def strided(sr_ratio):
+    """PVT's and SegFormer's: a strided convolution in front of one Linear for keys and values."""
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.sr_ratio = sr_ratio
+            self.q, self.kv = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2 * WIDTH)
+            self.sr = nn.Conv2d(WIDTH, WIDTH, sr_ratio, sr_ratio)
+
+        def forward(self, x, H, W):
+            y = self.sr(x.transpose(1, 2).reshape(len(x), -1, H, W)).flatten(2).transpose(1, 2)
+            key, value = self.kv(y).chunk(2, -1)
+            return join(weigh(heads(self.q(x)), heads(key), heads(value)))
+    return Attention()
+
+
+def shunted():
+    """Half of the heads see keys of one grid, the others those of another; both mix values."""
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.sr_ratio = 4
+            self.q = nn.Linear(WIDTH, WIDTH)
+            self.sr1, self.sr2 = nn.Conv2d(WIDTH, WIDTH, 4, 4), nn.Conv2d(WIDTH, WIDTH, 2, 2)
+            self.kv1, self.kv2 = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+            self.local_conv1 = nn.Conv2d(WIDTH // 2, WIDTH // 2, 3, padding=1, groups=WIDTH // 2)
+            self.local_conv2 = nn.Conv2d(WIDTH // 2, WIDTH // 2, 3, padding=1, groups=WIDTH // 2)
+
+        def forward(self, x, H, W):
+            image = x.transpose(1, 2).reshape(len(x), -1, H, W)
+            query, out = heads(self.q(x)), []
+            for i, (sr, kv, conv) in enumerate(((self.sr1, self.kv1, self.local_conv1),
+                                                (self.sr2, self.kv2, self.local_conv2))):
+                y = sr(image)
+                size = y.shape[-2:]
+                key, value = (heads(part, 1) for part in
+                              kv(y.flatten(2).transpose(1, 2)).chunk(2, -1))
+                weights = (query[:, i:i + 1] @ key.transpose(-2, -1)).softmax(dim=-1)
+                mixed = conv(value.transpose(-2, -1).reshape(len(x), -1, *size))
+                value = value + mixed.view(len(x), 1, -1, size[0] * size[1]).transpose(-2, -1)
+                out.append(weights @ value)
+            return join(torch.cat(out, 1))
+    return Attention()
+
+
+def hat():
+    """Attention within windows, then to a pooled map, in one forward."""
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.grid_size, self.head_dim = 4, WIDTH
+            self.qkv = nn.Conv2d(WIDTH, 3 * WIDTH, 1)
+            self.q, self.kv = nn.Conv2d(WIDTH, WIDTH, 1), nn.Conv2d(WIDTH, 2 * WIDTH, 1)
+            self.avg_pool = nn.AvgPool2d(2, 2)
+            self.proj_norm = nn.GroupNorm(1, WIDTH)
+
+        def forward(self, x):
+            (B, C, H, W), g = x.shape, self.grid_size
+            windows = self.qkv(x).reshape(B, 3, C, H // g, g, W // g, g)
+            local = weigh(*windows.permute(1, 0, 3, 5, 4, 6, 2).reshape(3, -1, g * g, C))
+            local = local.reshape(B, H // g, W // g, g, g, C).permute(0, 5, 1, 3, 2, 4)
+            x = x + local.reshape(B, C, H, W)
+            key, value = self.kv(self.avg_pool(x)).flatten(2).transpose(1, 2).chunk(2, -1)
+            out = weigh(self.q(x).flatten(2).transpose(1, 2), key, value)
+            return self.proj_norm(out.transpose(1, 2).reshape(B, C, H, W))
+    return Attention()
+
+
+def pyramid():
+    """Keys from several pooled maps behind each other, with a convolution on each."""
+    class PoolingAttention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pool_ratios = [2, 3, 5]
+            self.q, self.kv = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2 * WIDTH)
+
+        def forward(self, x, H, W, d_convs=None):
+            image, maps = x.transpose(1, 2).reshape(len(x), -1, H, W), []
+            for ratio, conv in zip(self.pool_ratios, d_convs):
+                pooled = F.adaptive_avg_pool2d(image, (round(H / ratio), round(W / ratio)))
+                maps.append((pooled + conv(pooled)).flatten(2))
+            key, value = self.kv(torch.cat(maps, 2).transpose(1, 2)).chunk(2, -1)
+            return join(weigh(heads(self.q(x)), heads(key), heads(value)))
+
+    class Pyramid(Model):
+        def __init__(self):
+            super().__init__(PoolingAttention(), None)
+            self.convs = nn.ModuleList(nn.Conv2d(WIDTH, WIDTH, 3, padding=1) for _ in range(3))
+
+        def forward(self, image):
+            x = self.patch_embed.proj(image)
+            return self.attn(x.flatten(2).transpose(1, 2), *x.shape[-2:], d_convs=self.convs)
+    return Pyramid()
+
+
+def deformable():
+    """Keys at shifted places of a coarser grid; values stand transposed: v @ attn^T."""
+    class DAttentionBaseline(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv_offset = nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 3, 2, 1), nn.GELU(),
+                                             nn.Conv2d(WIDTH, 2, 1))
+            self.proj_q, self.proj_k, self.proj_v = (nn.Conv2d(WIDTH, WIDTH, 1) for _ in range(3))
+
+        def forward(self, x):
+            B, C, H, W = x.shape
+            query = self.proj_q(x)
+            places = self.conv_offset(query).tanh()
+            keys = places.shape[-2] * places.shape[-1]
+            sampled = F.grid_sample(x, places.permute(0, 2, 3, 1), align_corners=True)
+            sampled = sampled.reshape(B, C, 1, keys)
+            query, key, value = (part.reshape(B * HEADS, C // HEADS, -1) for part in (
+                query, self.proj_k(sampled), self.proj_v(sampled)))
+            scores = F.softmax(torch.einsum('b c m, b c n -> b m n', query, key), dim=2)
+            return torch.einsum('b m n, b c n -> b c m', scores, value).reshape(B, C, H, W)
+    return DAttentionBaseline()
+
+
+def partition(x, rows, columns):
+    B, C, H, W = x.shape
+    return x.reshape(B, C, H // rows, rows, W // columns, columns).permute(
+        0, 2, 4, 3, 5, 1).reshape(B, -1, rows * columns, C)
+
+
+def messenger():
+    """A token in front of each window, whose biases are its own."""
+    class WindowAttention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.window_size = (4, 6)
+            self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+            self.rel_pos_msg = nn.Parameter(torch.randn(HEADS, 2, 1, 1))
+            self.table = nn.Parameter(torch.randn(HEADS, 24, 24))
+
+        def forward(self, x):
+            query, key, value = (heads(part) for part in self.qkv(x).chunk(3, -1))
+            scores = query @ key.transpose(-2, -1)
+            bias = torch.cat([self.rel_pos_msg[:, 0].expand(-1, 24, -1), self.table], -1)
+            bias = torch.cat([self.rel_pos_msg[:, 1].expand(-1, -1, 25), bias], -2)
+            scores += bias.unsqueeze(0)
+            return join(scores.softmax(-1) @ value)
+
+    def call(model, x):
+        windows = partition(x, 4, 6)
+        return model.attn(torch.cat([windows.mean(2, keepdim=True), windows], 2))
+    return Model(WindowAttention(), call)
+
+
+def regional(masked):
+    """One module for the tokens of all regions, then for each window behind its region's token."""
+    class AttentionWithRelPos(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.num_cls_tokens = 1
+            self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+            self.rel_pos = nn.Parameter(torch.randn(HEADS, 16, 16))
+
+        def forward(self, x, patch_attn=False, mask=None):
+            query, key, value = (heads(part) for part in self.qkv(x).chunk(3, -1))
+            scores = query @ key.transpose(-2, -1)
+            if patch_attn:
+                scores[:, :, 1:, 1:] = scores[:, :, 1:, 1:] + self.rel_pos
+            if mask is not None:
+                scores = scores.masked_fill(mask.unsqueeze(1) == 0, torch.finfo(scores.dtype).min)
+            return join(scores.softmax(dim=-1) @ value)
+
+    class Block(Model):
+        kernel_size = [(4, 4), (4, 4), 0]
+
+    def call(model, x):
+        windows = partition(x, 4, 4).flatten(0, 1)
+        regions = windows.mean(1).reshape(len(x), -1, WIDTH)
+        regions = regions + model.attn(regions)
+        mask = None
+        if masked:  # the right column of the windows is padding
+            there = torch.ones(17).index_fill(0, torch.tensor([4, 8, 12, 16]), 0)
+            mask = there.expand(len(windows), 17, 17)
+        windows = torch.cat([regions.reshape(-1, 1, WIDTH), windows], 1)
+        return model.attn(windows, patch_attn=True, mask=mask)
+    return Block(AttentionWithRelPos(), call)
+
+
+def stripes():
+    """Windows whose sides are two attributes, and a convolution on the values of each."""
+    class LePEAttention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.H_sp, self.W_sp = 2, 6
+            self.get_v = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, groups=WIDTH)
+
+        def forward(self, qkv):
+            B, C = qkv[0].shape[:2]
+            query, key, value = (heads(partition(part, 2, 6)) for part in qkv)
+            image = join(value).flatten(0, 1).transpose(1, 2).reshape(-1, C, 2, 6)
+            own = self.get_v(image).flatten(2).transpose(1, 2).reshape(B, -1, 12, C)
+            return join(weigh(query, key, value)) + own
+
+    def call(model, x):
+        qkv = model.mix(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return model.attn(qkv.chunk(3, 1))
+    return Model(LePEAttention(), call)
+
+
+def light():
+    """Attention over the map's own tokens, N x h x w x C, twice in one forward."""
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rasa_cfg, self.sr = True, nn.Conv2d(WIDTH, WIDTH, 2, 2)
+            self.q, self.kv = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2 * WIDTH)
+
+        def forward(self, x):
+            for _ in range(2):
+                key, value = self.kv(self.sr(x.permute(0, 3, 1, 2)).flatten(2).transpose(
+                    1, 2)).chunk(2, -1)
+                x = x + weigh(self.q(x).flatten(1, 2), key, value).reshape(x.shape)
+            return x
+    return Model(Attention(), lambda model, x: model.attn(x.permute(0, 2, 3, 1)))
+
+
+def vit(tokens=1, policy=False):
+    """A plain ViT, with tokens in front."""
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.num_heads = HEADS
+            self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+            if policy:
+                self.softmax_with_policy = self.normalise
+
+        def normalise(self, scores, policy):
+            weights = (scores - scores.amax(-1, keepdim=True)).exp() * policy
+            return weights / weights.sum(-1, keepdim=True)
+
+        def forward(self, x, policy=None):
+            query, key, value = (heads(part) for part in self.qkv(x).chunk(3, -1))
+            if policy is None:
+                return self.proj(join(weigh(query, key, value)))
+            return self.proj(join(self.normalise(query @ key.transpose(-2, -1), policy) @ value))
+
+    def call(model, x):
+        x = x.flatten(2).transpose(1, 2)
+        return model.attn(torch.cat([x[:, :tokens], x], 1))
+    return Model(Attention(), call)
+
+
+EVEN, ODD = (48, 96), (56, 84)  # maps of 12 x 24 and 14 x 21
+
+
+@pytest.mark.parametrize(('model', 'grids', 'settings'), [
+    (lambda: Model(strided(2), as_tokens), {EVEN: [(6, 12)], ODD: [(7, 10)]}, {}),
+    (lambda: Model(shunted(), as_tokens), {EVEN: [(3, 6), (6, 12)], ODD: [(3, 5), (7, 10)]}, {}),
+    (lambda: Model(hat(), as_map), {EVEN: [(4, 4), (6, 12)], (48, 80): [(4, 4), (6, 10)]}, {}),
+    (pyramid, {EVEN: [[(6, 12), (4, 8), (2, 5)]], ODD: [[(7, 10), (5, 7), (3, 4)]]}, {}),
+    (lambda: Model(deformable(), as_map), {EVEN: [(6, 12)], ODD: [(7, 11)]}, {}),
+    (messenger, {EVEN: [(4, 6)], (80, 96): [(4, 6)]}, dict(prefix=1)),
+    (lambda: regional(False), {EVEN: [(4, 4)]}, dict(prefix=1)),
+    (lambda: regional(True), {EVEN: [(4, 4)]}, dict(prefix=1, masked=-1e30)),
+    (stripes, {EVEN: [(2, 6)], (40, 72): [(2, 6)]}, {}),
+    (light, {EVEN: [(6, 12)], ODD: [(7, 10)]}, {}),
+    (vit, {EVEN: [(12, 24)], ODD: [(14, 21)]}, dict(prefix=1)),
+    (lambda: vit(2), {ODD: [(14, 21)]}, dict(prefix=2)),
+], ids=['strided', 'shunted', 'hat', 'pyramid', 'deformable', 'messenger', 'regional',
+        'regional-masked', 'stripes', 'light', 'vit', 'vit-2-tokens'])
+def test_reduced_exactly(model, grids, settings):
+    for number, (size, grid) in enumerate(grids.items()):
+        torch.manual_seed(0)
+        check_adapter(model(), torch.randn(2, 3, *size), grid, expected=1, pickled=False,
+                      compiled=number == 0, **settings)
+
+
+@torch.no_grad()
+def test_pruned_keys_stay_with_a_reason():
+    """DynamicViT after it has pruned, and while it trains with a softmax of its own."""
+    model, tokens = vit(policy=True).attn, torch.randn(1, 13, WIDTH)
+    outer = nn.Module()
+    outer.add_module('patch_embed', nn.Module())
+    outer.patch_embed.proj = nn.Conv2d(3, WIDTH, 4, 4)
+    outer.attn = model
+    full = model(tokens[:, :8])
+    apply_isr(outer, 2)
+    outer.patch_embed.proj(torch.randn(1, 3, 12, 16))
+    reduced = model(tokens)
+    with pytest.warns(UserWarning, match='its 8 keys lie on no grid that ISR finds .3x4.'):
+        assert torch.equal(model(tokens[:, :8]), full)
+    assert reduced.shape == (1, 13, WIDTH)
+    with pytest.raises(RatioError, match=r'Attention cannot be reduced.* needs all 13 keys'):
+        model(tokens, torch.ones(1, 1, 1, 13))
+
+
+@pytest.mark.parametrize(('name', 'attributes', 'reason'), [
+    ('FactorAtt_ConvRelPosEnc', ('crpe', 'qkv'), 'sums up its keys'),
+    ('AttentionModule', ('conv0', 'conv3'), 'convolution'),
+    ('CSA', ('unfold', 'csa_group'), 'predicts the weights'),
+    ('FullAttnModule', ('k_proj', 'v_proj'), 'group tokens'),
+    ('NeighborhoodAttention2D', ('kernel_size', 'qkv'), 'neighbours'),
+    ('ShiftWindowAttention', ('window_size', 'shift_size'), 'checks the number'),
+])
+def test_nothing_to_reduce_has_a_reason(name, attributes, reason):
+    module = type(name, (nn.Module,), {})()
+    for attribute in attributes:
+        setattr(module, attribute, nn.Linear(2, 2))
+    found = find_attention(nn.ModuleDict({'layer': module}))
+    assert reason in found.irreducible['layer']
+
+
+def test_the_name_alone_is_not_enough():
+    for name in RULES:
+        assert find(type(name, (nn.Module,), {})()) is None
+    stranger = type('Attention', (nn.Module,), {'forward': lambda self, x: x})()
+    stranger.q, stranger.sr_ratio = nn.Linear(2, 2), 1
+    assert find(stranger) is None, 'its forward takes no H and W'
+
+
+def test_register_isr_comes_first():
+    model = Model(strided(2), as_tokens)
+    register_isr('Attention', irreducible='mine')
+    try:
+        assert find_attention(model).irreducible == {'attn': 'Attention: mine'}
+    finally:
+        del _registered['Attention']
+    assert not isinstance(find(model.attn), Irreducible)
