@@ -43,7 +43,7 @@ def build(cfg):
 def test_all_named_configs_are_there():
     assert {path.stem for path in CONFIGS} == {
         *PAPER, 'edaformer_t_synthetic', 'edaformer_t_camvid', 'segformer_b0_ade',
-        'segformer_b0_camvid',
+        'segformer_b0_camvid', 'segformer_b0_synthetic',
         'custom_dataset', *ABLATIONS, *BACKBONES}
     for folder, names in (('ablations', ABLATIONS), ('isr_backbones', BACKBONES)):
         assert {path.stem for path in CONFIGS if path.parent.name == folder} == set(names)

@@ -20,20 +20,20 @@ from tests.conftest import MINI, ROOT, run
 
 CPU = torch.device('cpu')
 HEAD = "_base_ = ['{root}/configs/edaformer_t_synthetic.py']\n"
-SEGFORMER = '''_base_ = ['{root}/configs/segformer_b0_camvid.py']
-model = dict(backbone=dict(embed_dims=8, num_layers=(1, 1, 1, 1)),
-             decode_head=dict(in_channels=[8, 16, 40, 64], channels=16))
+RESNET = '''_base_ = ['{root}/configs/segformer_b0_camvid.py']
+model = dict(backbone=dict(_delete_=True, type='ResNet', depth=18, base_channels=8, stem_channels=8),
+             decode_head=dict(in_channels=[8, 16, 32, 64], channels=16))
 '''
 
 
 @pytest.fixture(scope='module')
 def configs(tmp_path_factory):
-    """Small configs: ours, mmseg's SegFormer, ours with a sliding window."""
+    """Small configs: ours, one without attention, ours with a sliding window."""
     folder = tmp_path_factory.mktemp('configs')
     mini = HEAD + (f'model = dict(backbone={MINI}, decode_head=dict(in_channels=(32, 64, 128), '
                    'channels=32))\n')
     slide = "model['test_cfg'] = dict(mode='slide', crop_size=(64, 64), stride=(48, 48))\n"
-    for name, text in dict(mini=mini, slide=mini + slide, segformer=SEGFORMER).items():
+    for name, text in dict(mini=mini, slide=mini + slide, resnet=RESNET).items():
         (folder / f'{name}.py').write_text(text.replace('{root}', str(ROOT)))
     return folder
 
@@ -49,20 +49,20 @@ def measure(contenders, **plan):
 
 
 def test_the_tool_writes_tables_and_a_chart(configs, tmp_path):
-    done = run('tools/benchmark.py', configs / 'mini.py', '--compare', configs / 'segformer.py',
+    done = run('tools/benchmark.py', configs / 'mini.py', '--compare', configs / 'resnet.py',
                'tests/configs/plain_t_ade.py', '--isr-ratio', 'none', 'optimal', '--size', '64',
                '64x96', '--mode', 'eval', 'train', '--device', 'cpu', '--threads', '1',
                '--repeats', '1', '--out', tmp_path / 'out')
-    assert 'segformer holds no attention that ISR can reduce' in done.stdout
+    assert 'resnet holds no attention that ISR can reduce' in done.stdout
     files = sorted(path.name for path in (tmp_path / 'out').iterdir())
     assert files == ['benchmark.csv', 'benchmark.md', 'benchmark.png']
     rows = list(csv.DictReader((tmp_path / 'out' / 'benchmark.csv').open()))
     ours, plains = [('mini', 'none'), ('mini', '2211-222')], [
         ('plain_t_ade', 'none'), ('plain_t_ade', '2211-222')]
-    cell = [*ours, ('segformer', 'none'), *plains]
+    cell = [*ours, ('resnet', 'none'), *plains]
     assert [(row['config'], row['isr_ratio']) for row in rows if row['mode'] == 'eval'] == 2 * cell
     trained = [row for row in rows if row['mode'] == 'train']
-    assert [row['config'] for row in trained] == 2 * ['mini', 'segformer', 'plain_t_ade']
+    assert [row['config'] for row in trained] == 2 * ['mini', 'resnet', 'plain_t_ade']
     assert {row['isr_ratio'] for row in trained} == {'none'}
     for row in rows:
         assert row['status'] == 'ok'
@@ -89,12 +89,12 @@ def test_the_tool_writes_tables_and_a_chart(configs, tmp_path):
 def test_costs_alone_are_those_of_cost_py(configs):
     ratios = ['none', 'optimal']
     (first, second) = benchmark.run(
-        load(configs, 'mini', 'segformer', ratios=ratios),
+        load(configs, 'mini', 'resnet', ratios=ratios),
         benchmark.Plan(sizes=[(64, 64), (64, 128)], device='meta'))
     model = MODELS.build(Config.fromfile(configs / 'mini.py').model)
     params = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     for rows, size in ((first, (64, 64)), (second, (64, 128))):
-        assert [row.config for row in rows] == ['mini', 'mini', 'segformer']
+        assert [row.config for row in rows] == ['mini', 'mini', 'resnet']
         for row, ratio in zip(rows, ratios):
             apply_isr(model, ratio)
             assert row.gmacs == count_macs(model, size) / 1e9
@@ -168,7 +168,7 @@ def test_ratios_are_set_for_every_call(configs):
 
 
 def test_out_of_memory_is_one_cell_only(configs, monkeypatch):
-    contenders = load(configs, 'mini', 'segformer')
+    contenders = load(configs, 'mini', 'resnet')
     predict = type(contenders[0].model).predict
 
     def fail(model, inputs, data_samples=None):
@@ -263,15 +263,15 @@ def test_what_does_not_fit_is_said_before_anything_runs(configs, options, error,
 
 def test_first_config_without_isr_and_missing_config(configs):
     with pytest.raises(RatioError, match='holds no attention'):
-        load(configs, 'segformer', ratios=['2'])
+        load(configs, 'resnet', ratios=['2'])
     with pytest.raises(ConfigError, match='config not found'):
         load(configs, 'mini', 'gone')
-    [row] = measure(load(configs, 'segformer'), device='meta')[0]
+    [row] = measure(load(configs, 'resnet'), device='meta')[0]
     assert row.isr_ratio == 'none'
 
 
 def test_a_checkpoint_of_another_model(configs, tmp_path):
-    torch.save(load(configs, 'segformer')[0].model.state_dict(), tmp_path / 'other.pth')
+    torch.save(load(configs, 'resnet')[0].model.state_dict(), tmp_path / 'other.pth')
     with pytest.raises(CheckpointError, match='does not fit'):
         load(configs, 'mini', checkpoint=str(tmp_path / 'other.pth'))
     torch.save(load(configs, 'mini')[0].model.state_dict(), tmp_path / 'own.pth')

@@ -93,3 +93,18 @@ def test_auto_counts_from_the_crop_size(tmp_path):
 def test_nonsense_is_told_before_the_run():
     with pytest.raises(RatioError):
         ISRHook('fast')
+
+
+def test_a_network_that_cannot_be_counted_runs_all_the_same(tmp_path):
+    runner = build(tmp_path, 'optimal')
+    forward = runner.model.backbone.forward
+
+    def particular(x):
+        if x.device.type == 'meta' or x.shape[0] != 2:
+            raise TypeError('two images at once, please')
+        return forward(x)
+
+    runner.model.backbone.forward = particular
+    ISRHook('optimal').before_run(runner)
+    assert 'could not be counted ahead, for images of 512x512 pixels: TypeError' in next(
+        tmp_path.rglob('*.log')).read_text()

@@ -120,9 +120,15 @@ RULES: dict[str, tuple[tuple[tuple[str, ...], Rule], ...]] = {
 """For each class the attributes that must be there, and the rule; the first that fits counts."""
 
 
+LIBRARIES = {'mmcv', 'mmdet', 'mmpretrain', 'mmseg', 'timm', 'torch', 'transformers'}
+"""They have tables of their own; what is not there must not be guessed by its name."""
+
+
 def find(module: nn.Module) -> Rule | None:
     """The rule for a module, if it is one of these."""
     for cls in type(module).__mro__:
+        if cls.__module__.partition('.')[0] in LIBRARIES:
+            continue
         for attributes, rule in RULES.get(cls.__name__, ()):
             if all(hasattr(module, name) for name in attributes) and _takes(module, rule):
                 return rule
