@@ -32,9 +32,9 @@ def main() -> None:
     print(table7.table(rows))
     if args.all:
         print(table7.tried_table(rows))
-    print(f'One image of {table7.INPUT_SIZE[0]}x{table7.INPUT_SIZE[1]} pixels, counted on the meta '
-          f'device, torch {torch.__version__}. "paper": arXiv 2407.17261, table 7; sizes and '
-          'ratios are not published there, the nearest of those tried is shown.')
+    print(f'One image, counted on the meta device, torch {torch.__version__}. "paper": arXiv '
+          '2407.17261, table 7; it publishes neither sizes nor ratios: the nearest of those tried '
+          'is shown.')
 
 
 if __name__ == '__main__':

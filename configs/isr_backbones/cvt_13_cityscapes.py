@@ -1,7 +1,8 @@
 # Table 7: EDAFormer-T's decoder on CvT-13, which needs transformers. Its stages have strides 4, 8
 # and 16. All three are levels of the decoder, pooled so that the keys have the stride 32 of
 # elsewhere. The scores of CvT's first stage alone take 8 GB for two crops. Its attention costs 885
-# GMACs at 1024x2048, more than the 365.5 that the paper has for the whole model.
+# GMACs at 1024x2048, more than the 365.5 that the paper has for the whole model, which come near at
+# 1024x1024.
 # ImageNet weights: --cfg-options model.backbone.pretrained=microsoft/cvt-13
 _base_ = ['../edaformer_t_cityscapes.py']
 model = dict(

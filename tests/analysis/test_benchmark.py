@@ -21,7 +21,8 @@ from tests.conftest import MINI, ROOT, run
 CPU = torch.device('cpu')
 HEAD = "_base_ = ['{root}/configs/edaformer_t_synthetic.py']\n"
 RESNET = '''_base_ = ['{root}/configs/segformer_b0_camvid.py']
-model = dict(backbone=dict(_delete_=True, type='ResNet', depth=18, base_channels=8, stem_channels=8),
+model = dict(backbone=dict(_delete_=True, type='ResNet', depth=18, base_channels=8,
+                           stem_channels=8),
              decode_head=dict(in_channels=[8, 16, 32, 64], channels=16))
 '''
 
