@@ -25,13 +25,9 @@ class Call:
         """An argument by name, or None where the caller left it out."""
         if name in self.kwargs:
             return self.kwargs[name]
-        names: tuple[str, ...] = getattr(type(self.module), 'isr_parameters')  # noqa: B009
-        position = names.index(name)
+        reduced: Any = type(self.module)
+        position = reduced.isr_parameters.index(name)
         return self.args[position] if position < len(self.args) else None
-
-    def grids(self, source: 'GridSource') -> list[Grid]:
-        """What a source finds in this call."""
-        return source.find(self)
 
     def layout(self, source: 'GridSource', prefix: int | None, total: int,
                suffix: int = 0) -> Layout | None:
@@ -43,7 +39,7 @@ class Call:
             total: Number of keys.
             suffix: Single tokens behind.
         """
-        grids = self.grids(source)
+        grids = source.find(self)
         for rows, columns in reversed(grids):
             front = total - suffix - rows * columns
             if front >= 0 if prefix is None else front == prefix:

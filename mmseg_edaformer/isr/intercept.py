@@ -173,7 +173,7 @@ class Interception(TorchFunctionMode):
                              'values that ISR recognises')
         if self.reduced is None:
             self.kept = (f'its {_listed(self.seen)} keys lie on no grid that ISR finds '
-                         f'({_listed(self.call.grids(self.reduction.rule.grid))})'
+                         f'({_listed(self.reduction.rule.grid.find(self.call))})'
                          if self.seen else 'its forward ran no attention that ISR recognises')
             if self.reduction.setting.strict:
                 raise RatioError(f'{type(self.module).__name__} cannot be reduced: {self.kept}')
@@ -186,16 +186,14 @@ class Interception(TorchFunctionMode):
     def _find(self, keys: Tensor) -> PooledKeys | None:
         """The pool for keys ... x N x d, if they lie on the grid and there is something to do."""
         total = keys.shape[-2]
-        layout = self.call.layout(self.reduction.rule.grid, self._prefix(), total,
-                                  self._suffix())
+        layout = self.call.layout(self.reduction.rule.grid, self._prefix(), total, self._suffix())
         if layout is None:
             self.seen.append(total)
             return None
         self.single = layout.prefix
         setting = self.reduction.setting
         ratio = setting.multiplier(total)
-        ratio, self.kept = self.reduction.rule.grid.fitting(
-            self.call, ratio, setting.method)
+        ratio, self.kept = self.reduction.rule.grid.fitting(self.call, ratio, setting.method)
         left = pooling.num_keys(layout, total, ratio)
         self.reduced, self.ratio = (total, left), ratio
         if left == total:

@@ -6,12 +6,7 @@ from .grids import GridSource
 
 @dataclass(frozen=True)
 class AttentionRule:
-    """Attention whose keys lie on a grid; ``grid`` and ``prefix`` are those of `register_isr`.
-
-    ``suffix`` is the number of tokens behind the grid that must stay, or the name of the attribute
-    that holds it, of the module or of one around it. ``projections`` and ``traceable`` are those of
-    `register_isr`.
-    """
+    """Attention whose keys lie on a grid; the fields are the arguments of `register_isr`."""
     grid: GridSource
     prefix: int | str | None = 0
     suffix: int | str = 0

@@ -12,7 +12,7 @@ from mmseg_edaformer import apply_isr, isr, register_isr, remove_isr, report_isr
 from mmseg_edaformer.analysis.cost import count_macs
 from mmseg_edaformer.errors import RatioError
 from mmseg_edaformer.isr import Window
-from mmseg_edaformer.isr.adapters import _registered, find_attention
+from mmseg_edaformer.isr.adapters import find_attention
 from tests.conftest import ROOT, run
 
 
@@ -21,14 +21,6 @@ def mit():
     model = MODELS.build(dict(type='MixVisionTransformer', embed_dims=8, num_layers=[1, 1, 2, 1],
                               num_heads=[1, 2, 4, 8], sr_ratios=[8, 4, 2, 1]))
     return model.eval()
-
-
-@pytest.fixture(autouse=True)
-def _registry():
-    before = dict(_registered)
-    yield
-    _registered.clear()
-    _registered.update(before)
 
 
 class StrangeAttention(nn.Module):

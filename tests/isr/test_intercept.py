@@ -8,7 +8,6 @@ from torch import nn
 
 from mmseg_edaformer.errors import RatioError
 from mmseg_edaformer.isr import Arguments, apply_isr, register_isr, remove_isr
-from mmseg_edaformer.isr.adapters import _registered
 
 from .check import check_adapter, first
 
@@ -159,10 +158,7 @@ class Net(nn.Module):
 
 @pytest.fixture
 def known():
-    before = dict(_registered)
-    yield lambda cls: register_isr(cls, grid=Arguments(('hw',)), prefix=cls.tokens)
-    _registered.clear()
-    _registered.update(before)
+    return lambda cls: register_isr(cls, grid=Arguments(('hw',)), prefix=cls.tokens)
 
 
 @pytest.mark.parametrize('cls', [

@@ -13,22 +13,20 @@ from typing import Protocol
 from torch import nn
 
 from ...errors import RatioError
-from ..grids import Arguments, GridSource, InputMap, OwnMaps, Patches, Window
+from ..grids import Arguments, GridSource
 from ..install import install, uninstall
 from ..intercept import Reduction, Setting
 from ..rules import AttentionRule, Irreducible, Rule
 from . import edaformer, mmpretrain, mmseg, research, timm, transformers
-
-__all__ = ['Arguments', 'AttentionRule', 'Attentions', 'InputMap', 'Irreducible', 'Layer',
-           'OwnMaps', 'Part', 'Patches', 'Window', 'find_attention', 'register_isr']
 
 _registered: dict[str, Rule] = {}
 
 
 def register_isr(attention_class: type[nn.Module] | str, *,
                  grid: GridSource | str | tuple[str, str] | None = None,
-                 prefix: int | str | None = 0, projections: tuple[str, ...] = (),
-                 traceable: bool = True, irreducible: str | None = None) -> None:
+                 prefix: int | str | None = 0, suffix: int | str = 0,
+                 projections: tuple[str, ...] = (), traceable: bool = True,
+                 irreducible: str | None = None) -> None:
     """Tell ISR of an attention module of your own; docs/isr.md takes one from nothing to tested.
 
     Args:
@@ -39,6 +37,8 @@ def register_isr(attention_class: type[nn.Module] | str, *,
             `Window`. Maps that its own convolutions make are found in any case but the last two.
         prefix: Tokens in front of the grid that must stay, such as a class token: a number, the
             name of the module's attribute that holds it, or None for whatever there is.
+        suffix: Tokens behind the grid that must stay: a number, or the name of the attribute that
+            holds it, of the module or of one around it.
         projections: Attributes that are Linear layers to keys and values, such as ``('kv',)`` or
             ``('k', 'v')``; of one called ``qkv`` the first third makes queries. Then they run on
             reduced tokens as well. Only where nothing but a reshape stands between them and the
@@ -60,8 +60,7 @@ def register_isr(attention_class: type[nn.Module] | str, *,
         grid = Arguments((grid,))
     elif isinstance(grid, tuple):
         grid = Arguments(grid)
-    _registered[name] = AttentionRule(grid, prefix, projections=projections,
-                                      traceable=traceable)
+    _registered[name] = AttentionRule(grid, prefix, suffix, projections, traceable)
 
 
 class Layer(Protocol):
@@ -126,17 +125,17 @@ class Attentions:
 def find_attention(model: nn.Module) -> Attentions:
     """All attention within a model, wrapped or not."""
     found = Attentions()
-    inside: list[nn.Module] = []  # of parts and layers, whose own modules are theirs
+    inside: set[nn.Module] = set()  # of parts and layers, whose own modules are theirs
     layers: list[ForeignLayer] = []
     for name, path in _walk(model):
         module = path[-1]
-        if any(known is owner for known in inside for owner in path):
+        if not inside.isdisjoint(path):
             continue
         own = list(edaformer.find(name, module))
         if own:
             found.parts += [Part(kind, {number: list(stage) for number, stage in stages.items()})
                             for kind, stages in own]
-            inside.append(module)
+            inside.add(module)
             continue
         rule = _rule_of_place(name, path) or _rule(module)
         if isinstance(rule, AttentionRule):
@@ -146,10 +145,10 @@ def find_attention(model: nn.Module) -> Attentions:
                                            'read its grid from')
             else:
                 layers.append(ForeignLayer(name, module, rule, owners))
-            inside.append(module)
+            inside.add(module)
         elif rule is not None:
             found.irreducible[name] = f'{type(module).__name__}: {rule.reason}'
-            inside.append(module)
+            inside.add(module)
         elif _looks_like_attention(module):
             found.unknown[name] = f'{type(module).__name__} is not known to ISR'
     for kind, group in itertools.groupby(layers, lambda layer: _kind(layer.name)):

@@ -1,0 +1,13 @@
+"""What the tests of ISR share."""
+import pytest
+
+from mmseg_edaformer.isr.adapters import _registered
+
+
+@pytest.fixture(autouse=True)
+def _registry():
+    """What a test registers is forgotten after it."""
+    before = dict(_registered)
+    yield
+    _registered.clear()
+    _registered.update(before)
