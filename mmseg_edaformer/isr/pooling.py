@@ -100,8 +100,8 @@ def pool_bias(bias: Tensor, layout: Layout, ratio: int) -> Tensor:
     """
     x = bias.unsqueeze(-1)
     masked = x <= MASKED
-    # A graph cannot branch on values: compiled, the rule for masks is always computed.
-    if not torch.compiler.is_compiling() and bias.device.type != 'meta' and not masked.any():
+    # A look at the values is cheap on a CPU; elsewhere it would wait for them, or break a graph.
+    if bias.device.type == 'cpu' and not torch.compiler.is_compiling() and not masked.any():
         return pool_tokens(x, layout, ratio).squeeze(-1)
     free = pool_tokens((~masked).to(x.dtype), layout, ratio)
     mean = pool_tokens(x.masked_fill(masked, 0), layout, ratio) / free.clamp(min=1e-6)
