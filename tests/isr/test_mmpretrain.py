@@ -125,3 +125,12 @@ def test_mvit(size):
                   img_size=96, out_scales=(0, 1, 2, 3))
     grids = [tuple(math.ceil(side / 4 / stride) for side in size) for stride in (4, 2, 1)]
     check_adapter(model, image(*size), grids, expected=5, compiled=False)
+
+
+@SIZES
+def test_xcit(size):
+    """Only its class attention has tokens for keys."""
+    model = build('XCiT', img_size=size, patch_size=16, embed_dims=48, depth=1, cls_attn_layers=2,
+                  num_heads=4)
+    check_adapter(model, image(*size), [(size[0] // 16, size[1] // 16)], prefix=1, expected=2,
+                  compiled=False)

@@ -55,6 +55,7 @@ PLAIN = [
 ]
 
 
+SIZES = pytest.mark.parametrize('size', [(96, 96), (80, 112)], ids=str)
 BOTH = pytest.mark.parametrize(('size', 'fused'), [((96, 96), True), ((80, 112), False)], ids=str)
 
 
@@ -238,6 +239,31 @@ def test_vit_blocks(kind, size, fused):
             module.fused_attn = fused
     check_adapter(model, image(*size), [(size[0] // 16, size[1] // 16)], prefix=1, expected=2,
                   compiled=fused)
+
+
+@SIZES
+def test_rotary_vit(size):
+    from timm.models.eva import Eva
+    model = Eva(img_size=size, use_rot_pos_emb=True, attn_type='rope', **SMALL)
+    check_adapter(model, image(*size), [(size[0] // 16, size[1] // 16)], prefix=1, expected=2,
+                  compiled=False)
+
+
+@pytest.mark.parametrize('side', [96, 80])
+def test_convit(side):
+    """Its first blocks weigh by positions too; the others are plain attention."""
+    model = build('convit_tiny', img_size=side, embed_dim=12, depth=3, num_heads=4,
+                  local_up_to_layer=1, num_classes=0)
+    check_adapter(model, image(side, side), [(side // 16, side // 16)], prefix=1, expected=2,
+                  compiled=False)
+    assert 'positions alone' in find_attention(model).irreducible['blocks.0.attn']
+
+
+@SIZES
+def test_attention_on_maps(size):
+    from timm.layers import Attention2d
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 8, 8), Attention2d(16, num_heads=4))
+    check_adapter(model, image(*size), [(size[0] // 8, size[1] // 8)], expected=1, compiled=False)
 
 
 @pytest.mark.parametrize(('size', 'ratio'), [((96, 96), 2), ((80, 112), 3)], ids=str)

@@ -42,7 +42,6 @@ class MaskedWindow(Window):
         return -rows % size, -columns % size
 
 
-_PATCHES = AttentionRule(Patches('patch_embed.projection'), None)
 _PLAIN = AttentionRule(Patches('patch_embed.projection'), None, projections=('qkv',))
 _SHIFTED = AttentionRule(Window(shift='shift_size'))
 _CHANNELS = Irreducible('its keys are channels, not tokens')
@@ -65,7 +64,7 @@ RULES: dict[str, Rule] = {
     f'{_BACKBONES}.twins.GlobalSubsampledAttention': AttentionRule(Arguments(('hw_shape',))),
     f'{_BACKBONES}.twins.LocallyGroupedSelfAttention': AttentionRule(MaskedWindow()),
     f'{_BACKBONES}.mvit.MultiScaleAttention': AttentionRule(Arguments(('in_size',))),
-    f'{_BACKBONES}.xcit.ClassAttntion': _PATCHES,
+    f'{_BACKBONES}.xcit.ClassAttntion': AttentionRule(Patches('patch_embed.proj'), 1),
     f'{_BACKBONES}.xcit.XCA': _CHANNELS,
     f'{_BACKBONES}.van.SpatialAttention': Irreducible('it is a convolution, without keys'),
 }

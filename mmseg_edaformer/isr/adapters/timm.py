@@ -117,7 +117,6 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys((
         'timm.layers.attention2d.Attention2d',
         'timm.layers.attention2d.MultiQueryAttention2d',
-        'timm.layers.attention2d.MultiQueryAttentionV2',
         'timm.models.maxxvit.Attention2d',
         'timm.models.efficientformer_v2.Attention2d',
         'timm.models.efficientformer_v2.Attention2dDownsample',
