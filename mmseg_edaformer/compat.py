@@ -2,8 +2,10 @@
 
 Each piece names the upstream problem and when it can go.
 """
+import atexit
 import importlib.machinery
 import importlib.util
+import os
 import sys
 import types
 import warnings
@@ -183,11 +185,12 @@ def init_cpu_distributed(cfg: Any) -> None:
 
 
 def leave_distributed() -> None:
-    """End the process group of a run that is done, if there is one.
+    """End a process of a distributed run that is done: the last thing that a command line does.
 
-    mmengine never ends it, and gloo now and then aborts a process whose peer goes away while it is
-    still busy. So all meet, over the store and not over gloo, before the first one leaves, and
-    rank 0 leaves last. Can go when mmengine destroys its process group.
+    mmengine never ends the process group, and gloo now and then aborts a process whose peer goes
+    away while it is still busy, or one that takes its threads down. So all meet, over the store and
+    not over gloo, before the first one leaves, rank 0 leaves last, and none takes gloo down: the
+    process ends here. Can go when mmengine destroys its process group and gloo survives that.
     """
     import torch.distributed as dist
     if not dist.is_initialized():
@@ -198,12 +201,14 @@ def leave_distributed() -> None:
         dist.barrier()
         store.set(f'done{rank}', '')
         store.wait([f'done{other}' for other in (0, *others)])
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
         if rank:
-            dist.destroy_process_group()
             store.set(f'left{rank}', '')
-            return
-        if others:
+        elif others:
             store.wait([f'left{other}' for other in others])
+        os._exit(0)
     dist.destroy_process_group()
 
 

@@ -1,6 +1,7 @@
 """Test a segmentor, with the flags of mmsegmentation's own tools/test.py and the ISR ratio."""
 import argparse
 
+from mmseg_edaformer import compat
 from mmseg_edaformer.engine import launch
 from mmseg_edaformer.errors import clear_errors
 
@@ -34,6 +35,7 @@ def main() -> None:
                         isr_method=args.isr_method, tta=args.tta, out=args.out, show=args.show,
                         show_dir=args.show_dir, wait_time=args.wait_time, bf16=args.bf16)
     launch.evaluate(cfg, args.json, bf16=args.bf16)
+    compat.leave_distributed()
 
 
 if __name__ == '__main__':

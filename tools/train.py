@@ -1,6 +1,7 @@
 """Train a segmentor, with the flags of mmsegmentation's own tools/train.py and a few more."""
 import argparse
 
+from mmseg_edaformer import compat
 from mmseg_edaformer.engine import launch
 from mmseg_edaformer.errors import clear_errors
 
@@ -26,6 +27,7 @@ def main() -> None:
     launch.prepare_train(cfg, resume=args.resume, load_from=args.load_from, amp=args.amp,
                          auto_scale_lr=args.auto_scale_lr)
     launch.train(cfg)
+    compat.leave_distributed()
 
 
 if __name__ == '__main__':

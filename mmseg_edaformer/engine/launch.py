@@ -128,7 +128,6 @@ def train(cfg: Config) -> None:
     runner = build_runner(cfg)
     checks.check_batch_size(cfg, runner.world_size)
     runner.train()
-    compat.leave_distributed()
 
 
 def prepare_test(cfg: Config, checkpoint: str, *, isr_ratio: str | None = None,
@@ -191,7 +190,6 @@ def evaluate(cfg: Config, json_file: str | None = None, *, bf16: bool = False) -
         partial = path.with_name(f'.{path.name}.partial')
         partial.write_text(json.dumps(_figures(cfg, runner, metrics, seconds), indent=2) + '\n')
         partial.replace(path)
-    compat.leave_distributed()
     return metrics
 
 
