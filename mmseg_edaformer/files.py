@@ -1,0 +1,57 @@
+"""Writing files so that a kill, a full disk or a lost machine leaves the old one or the new one."""
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_MARK = 'partial'
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Give a place to write to that becomes ``path`` when the block ends well.
+
+    The place lies in the same folder and has the same suffix. It is flushed to the disk before it
+    takes the name, and the folder after that, so that the name never stands for half a file. When
+    the block fails, what it wrote is removed and ``path`` is as before.
+
+    Raises:
+        OSError: As from any write; ``path`` is as before.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f'.{path.stem}.{os.getpid()}.{_MARK}{path.suffix}')
+    try:
+        yield partial
+        _flush(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    _flush(path.parent)
+
+
+def write_file(path: str | Path, content: bytes | str) -> None:
+    """Write a whole file, or nothing; text as UTF-8.
+
+    Raises:
+        OSError: As from any write; ``path`` is as before.
+    """
+    with replacing(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def remove_partial_files(folder: str | Path) -> None:
+    """Remove what killed processes left half-written in a folder, not below it."""
+    for path in Path(folder).glob(f'.*.{_MARK}*'):
+        path.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk."""
+    if os.name == 'nt' and path.is_dir():  # Windows cannot open folders
+        return
+    handle = os.open(path, os.O_RDWR if os.name == 'nt' else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
