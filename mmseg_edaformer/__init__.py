@@ -16,6 +16,7 @@ with compat.quiet_imports():
     from .isr import ISRHook, ISRRatio, apply_isr, isr, register_isr, remove_isr, report_isr
     from .models import EFT, EDAFormerHead
 compat.register_cpu_wrapper()
+compat.find_newest_checkpoints()
 
 __all__ = ['EFT', 'CamVidDataset', 'CheckWeightsHook', 'EDAFormerHead', 'ISRHook', 'ISRRatio',
            'ProgressHook', 'SyntheticDataset', 'apply_isr', 'isr', 'register_isr', 'remove_isr',

@@ -184,13 +184,28 @@ def init_cpu_distributed(cfg: Any) -> None:
     cfg.model_wrapper_cfg = dict(type='CPUDistributedDataParallel')
 
 
-def leave_distributed() -> None:
+def find_newest_checkpoints() -> None:
+    """Let any resume take the newest checkpoint that loads, wherever the work dir lies now.
+
+    mmengine follows ``last_checkpoint`` as a path from the current folder, and fails where that
+    file does not load. Can go when mmengine looks for checkpoints itself.
+    """
+    from mmengine.runner import runner
+
+    from .engine.saving import find_checkpoint
+    runner.find_latest_checkpoint = find_checkpoint
+
+
+def leave_distributed(code: int = 0) -> None:
     """End a process of a distributed run that is done: the last thing that a command line does.
 
     mmengine never ends the process group, and gloo now and then aborts a process whose peer goes
     away while it is still busy, or one that takes its threads down. So all meet, over the store and
     not over gloo, before the first one leaves, rank 0 leaves last, and none takes gloo down: the
     process ends here. Can go when mmengine destroys its process group and gloo survives that.
+
+    Args:
+        code: Exit code of the process.
     """
     import torch.distributed as dist
     if not dist.is_initialized():
@@ -208,7 +223,7 @@ def leave_distributed() -> None:
             store.set(f'left{rank}', '')
         elif others:
             store.wait([f'left{other}' for other in others])
-        os._exit(0)
+        os._exit(code)
     dist.destroy_process_group()
 
 

@@ -10,13 +10,16 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='such as configs/edaformer_t_ade.py')
     parser.add_argument('--resume', action='store_true',
-                        help='go on from the latest checkpoint in the work dir')
+                        help='go on from the newest checkpoint in the work dir that loads')
     parser.add_argument('--load-from', metavar='CHECKPOINT',
                         help='start from these weights; those that do not fit are initialised')
     parser.add_argument('--amp', action='store_true', help='mixed precision, on GPUs: '
                         'bfloat16 where the card has it')
     parser.add_argument('--auto-scale-lr', action='store_true',
                         help='scale the learning rate with the images per step')
+    parser.add_argument('--skip-nonfinite', type=int, metavar='N',
+                        help='leave out up to N steps whose loss or gradient is nan or infinite; '
+                        'the first one ends the run otherwise')
     launch.add_common_arguments(parser)
     return parser.parse_args()
 
@@ -25,7 +28,7 @@ def main() -> None:
     args = parse_args()
     cfg = launch.load_config(args)
     launch.prepare_train(cfg, resume=args.resume, load_from=args.load_from, amp=args.amp,
-                         auto_scale_lr=args.auto_scale_lr)
+                         auto_scale_lr=args.auto_scale_lr, skip_nonfinite=args.skip_nonfinite)
     launch.train(cfg)
     compat.leave_distributed()
 

@@ -1,5 +1,10 @@
-"""Running models: checks, checkpoints, progress."""
+"""Running models: checks, checkpoints, progress, and runs that survive."""
 from .checkpoint import CheckWeightsHook, load_from_file
+from .finite import FiniteLossHook
+from .loop import ExactTrainLoop
+from .preemption import PreemptionHook
 from .progress import ProgressHook
+from .saving import SafeCheckpointHook, find_checkpoint
 
-__all__ = ['CheckWeightsHook', 'ProgressHook', 'load_from_file']
+__all__ = ['CheckWeightsHook', 'ExactTrainLoop', 'FiniteLossHook', 'PreemptionHook',
+           'ProgressHook', 'SafeCheckpointHook', 'find_checkpoint', 'load_from_file']

@@ -17,6 +17,9 @@ from torch import Tensor
 from ..errors import CheckpointError
 
 
+CHECKPOINT_FORMAT = 1
+
+
 def load_from_file(filename: str | Path, map_location: Any = None) -> dict[str, Any]:
     """Read a checkpoint, .safetensors or torch's own, without running any code that it holds.
 

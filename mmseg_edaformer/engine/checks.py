@@ -14,6 +14,23 @@ from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATASETS
 
 from ..errors import CheckpointError, ConfigError, DataError
+from ..files import write_file
+
+
+def check_work_dir(work_dir: str) -> None:
+    """See that checkpoints can be written.
+
+    Raises:
+        ConfigError: The folder cannot be made or written to.
+    """
+    try:
+        # Processes of one run may try at once.
+        write_file(Path(work_dir) / '.writable', '')
+        Path(work_dir, '.writable').unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f'the work dir {work_dir} cannot be written to: '
+                          f'{error.strerror or error}. Make room or give another --work-dir'
+                          ) from error
 
 
 def check_amp(cfg: Config) -> None:

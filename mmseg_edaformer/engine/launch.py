@@ -3,6 +3,7 @@ import argparse
 import json
 import logging
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,21 @@ import torch
 from mmengine.config import Config, DictAction
 from mmengine.dist import is_main_process
 from mmengine.logging import print_log
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import Runner
 from mmseg.registry import RUNNERS
 
 from .. import __version__, compat
 from ..analysis.cost import unwrap
 from ..errors import CheckpointError, ConfigError
+from ..files import write_file
 from ..isr import ISRRatio
 from ..isr.pooling import check_method
 from . import checks
 from .allocator import keep_freed_memory
 from .compile import compile_model
+from .finite import NotFinite
+from .preemption import EXIT_PREEMPTED, Preempted, is_lost_peer
+from .saving import find_checkpoint
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,8 +75,10 @@ def load_config(args: argparse.Namespace) -> Config:
     return cfg
 
 
-def add_hook(cfg: Config, hook: dict[str, Any]) -> None:
-    """Give a config a custom hook in place of those of the same type."""
+def add_hook(cfg: Config, hook: dict[str, Any], *, replace: bool = True) -> None:
+    """Give a config a custom hook in place of those of the same type, or unless it has one."""
+    if not replace and any(other['type'] == hook['type'] for other in cfg.get('custom_hooks') or []):
+        return
     cfg.custom_hooks = [other for other in cfg.get('custom_hooks') or []
                         if other['type'] != hook['type']] + [hook]
 
@@ -93,21 +100,33 @@ def build_runner(cfg: Config) -> Runner:
 
 
 def prepare_train(cfg: Config, *, resume: bool = False, load_from: str | None = None,
-                  amp: bool = False, auto_scale_lr: bool = False) -> None:
+                  amp: bool = False, auto_scale_lr: bool = False,
+                  skip_nonfinite: int | None = None) -> None:
     """Apply the flags of a training to its config and check what can be checked beforehand.
+
+    A training that torchrun starts again, because a process failed, resumes.
 
     Raises:
         UserError: What the checks find.
     """
-    cfg.resume = resume
     if load_from is not None:
         cfg.load_from = load_from
-    if resume and find_latest_checkpoint(cfg.work_dir) is not None:
-        cfg.load_from = None  # mmengine would resume from that file instead of the latest one
-    elif resume:
-        print_log(f'Nothing to resume in {cfg.work_dir}: training starts from the beginning',
-                  logger='current', level=logging.WARNING)
-        cfg.resume = False
+    restart = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
+    cfg.resume = False
+    if resume or restart:
+        found = find_checkpoint(cfg.work_dir)
+        again = f' (start {restart + 1} of this run)' if restart else ''
+        if found is None:
+            print_log(f'Nothing to resume in {cfg.work_dir}: training starts from the beginning'
+                      f'{again}', logger='current', level=logging.WARNING)
+        else:
+            print_log(f'Resuming from {found}{again}', logger='current')
+            cfg.resume, cfg.load_from = True, found
+    add_hook(cfg, dict(type='PreemptionHook'), replace=False)
+    if skip_nonfinite is None:
+        add_hook(cfg, dict(type='FiniteLossHook'), replace=False)
+    else:
+        add_hook(cfg, dict(type='FiniteLossHook', skip=skip_nonfinite))
     if amp:
         # bfloat16 has the range of float32 and needs no loss scale; older cards lack it.
         half = dict(loss_scale='dynamic') if torch.cuda.is_available() and (
@@ -121,13 +140,31 @@ def prepare_train(cfg: Config, *, resume: bool = False, load_from: str | None = 
     checks.check_compile(cfg)
     checks.check_start(cfg)
     checks.check_data(cfg, 'train', 'val')
+    checks.check_work_dir(cfg.work_dir)
 
 
 def train(cfg: Config) -> None:
-    """Train; warns first when the images per step are not those of the recipe."""
+    """Train; warns first when the images per step are not those of the recipe.
+
+    Ends the process with `EXIT_PREEMPTED` when it was told to stop and can be resumed.
+    """
     runner = build_runner(cfg)
     checks.check_batch_size(cfg, runner.world_size)
-    runner.train()
+    try:
+        runner.train()
+    except Preempted as stop:
+        runner.logger.warning(str(stop))
+        compat.leave_distributed(EXIT_PREEMPTED)
+        sys.exit(EXIT_PREEMPTED)
+    except NotFinite:
+        if runner.rank:  # rank 0 says it for all
+            sys.exit(1)
+        raise
+    except Exception as error:
+        if not is_lost_peer(error):
+            raise
+        sys.exit(f'error: rank {runner.rank} ends, because another process of this run did: what '
+                 f'that logged last says why ({error}); go on with --resume')
 
 
 def prepare_test(cfg: Config, checkpoint: str, *, isr_ratio: str | None = None,
@@ -185,11 +222,7 @@ def evaluate(cfg: Config, json_file: str | None = None, *, bf16: bool = False) -
     metrics = runner.test()
     seconds = time.perf_counter() - start
     if json_file is not None and is_main_process():
-        path = Path(json_file)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f'.{path.name}.partial')
-        partial.write_text(json.dumps(_figures(cfg, runner, metrics, seconds), indent=2) + '\n')
-        partial.replace(path)
+        write_file(json_file, json.dumps(_figures(cfg, runner, metrics, seconds), indent=2) + '\n')
     return metrics
 
 

@@ -1,0 +1,113 @@
+"""Small trainings in processes of their own, to be killed, and what is left of them."""
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+
+from mmseg_edaformer.engine import launch
+from mmseg_edaformer.errors import clear_errors
+from tests.conftest import write_config
+
+OPTIONS = {
+    'train_cfg.max_iters': 12, 'train_cfg.val_interval': 6,
+    'default_hooks.checkpoint.interval': 3, 'default_hooks.checkpoint.max_keep_ckpts': 2}
+
+
+def write_random_config(folder, scenes):
+    """The small config with all that draws random numbers; returns its path."""
+    write_config(folder, scenes)
+    path = folder / 'random.py'
+    path.write_text('''
+_base_ = ['./mini.py']
+model = dict(backbone=dict(drop_path_rate=0.2, depths=(1, 1, 1, 1)),
+             decode_head=dict(drop_path_rate=0.2, dropout_ratio=0.2, depths=(1, 1, 1)))
+train_dataloader = dict(collate_fn=dict(type='stack_collate', photometric=dict()), dataset=dict(
+    pipeline=[
+        dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', num_classes=8),
+        dict(type='RandomResize', scale=(96, 64), ratio_range=(0.8, 1.5), keep_ratio=True),
+        dict(type='RandomCrop', crop_size=(64, 64), cat_max_ratio=0.75),
+        dict(type='RandomFlip', prob=0.5), dict(type='PackSegInputs')]))
+custom_hooks = [dict(type='CheckWeightsHook')]
+''')
+    return path
+
+
+def in_child(function, *arguments, log=os.devnull, **keywords):
+    """Run a function in a fork of this process; returns its pid."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 70
+    try:
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        for number, name in (1, 'stdout'), (2, 'stderr'):  # pytest has put its own in their place
+            os.dup2(output, number)
+            setattr(sys, name, os.fdopen(number, 'w', buffering=1, closefd=False))
+        with clear_errors():
+            function(*arguments, **keywords)
+        code = 0
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def train(config, work, *, resume=True, options=None, before=None, **flags):
+    """What tools/train.py does; ``before`` is called with the config before the runner is built."""
+    torch.set_num_threads(1)
+    cfg = Config.fromfile(str(config))
+    cfg.merge_from_dict({**OPTIONS, **(options or {})})
+    cfg.work_dir, cfg.launcher = str(work), 'none'
+    launch.add_hook(cfg, dict(type='CheckWeightsHook'))
+    launch.prepare_train(cfg, resume=resume, **flags)
+    if before is not None:
+        before(cfg)
+    launch.train(cfg)
+
+
+def finish(pid):
+    """Wait for a child; returns its exit code, negative for a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def run_to_end(config, work, **keywords):
+    """Train in a child to the end; returns the log."""
+    log = Path(f'{work}.log')
+    code = finish(in_child(train, config, work, log=log, **keywords))
+    assert code == 0, log.read_text()[-4000:]
+    return log.read_text()
+
+
+def state(work, name='iter_12.pth'):
+    """All of a checkpoint that later steps depend on, as plain tensors and numbers."""
+    content = torch.load(Path(work) / name, weights_only=True)
+    info = content['message_hub']['runtime_info']
+    return dict(weights=content['state_dict'], optimizer=content['optimizer'],
+                schedulers=content['param_schedulers'], iter=content['meta']['iter'],
+                best=info.get('best_score'))
+
+
+def differences(first, second, path=''):
+    """The places at which two nested structures are not equal bit for bit."""
+    if isinstance(first, torch.Tensor):
+        return [] if torch.equal(first, second) else [path]
+    if isinstance(first, dict):
+        assert first.keys() == second.keys(), path
+        return [each for key in first
+                for each in differences(first[key], second[key], f'{path}.{key}')]
+    if isinstance(first, (list, tuple)):
+        assert len(first) == len(second), path
+        return [each for key, pair in enumerate(zip(first, second))
+                for each in differences(*pair, f'{path}.{key}')]
+    return [] if first == second else [path]
