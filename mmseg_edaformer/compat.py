@@ -3,6 +3,7 @@
 Each piece names the upstream problem and when it can go.
 """
 import atexit
+import functools
 import importlib.machinery
 import importlib.util
 import os
@@ -11,6 +12,7 @@ import types
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -131,57 +133,137 @@ def quiet_imports() -> Iterator[None]:
         yield
 
 
-def allow_mmengine_checkpoints() -> None:
+@functools.cache
+def allow_mmengine_checkpoints() -> list[Any]:
     """Let ``torch.load(weights_only=True)`` read the checkpoints that mmengine writes.
 
     mmengine stores its HistoryBuffer, which pickles numpy arrays and four of its own methods by
-    ``getattr``. The raw ``getattr`` would let a file reach anything, so a stand-in takes its
-    place that knows those methods only. Can go when mmengine stores plain numbers.
+    ``getattr``. Real ones would let a file reach anything (``getattr``), forge arrays of Python
+    objects (``numpy.ndarray``, a dtype's ``__setstate__``), or change what HistoryBuffer does for
+    all. So stand-ins take their places that make plain numbers only. Can go when mmengine stores
+    plain numbers.
+
+    Returns:
+        The stand-ins, under the names that the files ask for.
     """
+    import pickle
+
     import numpy as np
     import torch
     from mmengine.logging import HistoryBuffer
-    try:
-        from numpy._core.multiarray import _reconstruct, scalar
-    except ImportError:  # numpy < 2
-        from numpy.core.multiarray import _reconstruct, scalar  # type: ignore[no-redef]
+    plain = {code: np.dtype(code) for code in ('b1', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4',
+                                               'u8', 'f2', 'f4', 'f8')}
 
-    def history_buffer_method(owner: type, name: str) -> Any:
-        if owner is HistoryBuffer and name in ('min', 'max', 'mean', 'current'):
-            return getattr(owner, name)
-        raise RuntimeError(f'the file asks for {name} of {owner}, which no checkpoint needs')
+    def refuse(what: str) -> Any:
+        raise pickle.UnpicklingError(f'the file asks for {what}, which no checkpoint needs')
 
-    history_buffer_method.__module__ = 'builtins'
-    history_buffer_method.__qualname__ = history_buffer_method.__name__ = 'getattr'
-    torch.serialization.add_safe_globals([
-        HistoryBuffer, history_buffer_method, _reconstruct, scalar, np.ndarray, np.dtype,
-        *{type(np.dtype(code)) for code in ('f8', 'f4', 'i8', 'i4')},
-    ])
-    if torch.__version__ >= torch.torch_version.TorchVersion('2.6'):
-        for core in ('numpy.core', 'numpy._core'):
-            torch.serialization.add_safe_globals([
-                (_reconstruct, f'{core}.multiarray._reconstruct'),
-                (scalar, f'{core}.multiarray.scalar')])
+    def named(stand_in: Any, module: str, name: str) -> Any:
+        stand_in.__module__, stand_in.__qualname__, stand_in.__name__ = module, name, name
+        return stand_in
+
+    class Filled:
+        """A class that a file may name, and whose objects it may fill, but that it cannot call."""
+
+        def __new__(cls, *args: Any) -> Any:
+            if not isinstance(cls, type):  # torch calls it with what a file names as the class
+                refuse(f'a new {cls.path}')
+            return super().__new__(cls)
+
+        def __init__(self, cls: type) -> None:
+            self.cls = cls
+            self.path = f'{cls.__module__}.{cls.__qualname__}'
+            named(self, cls.__module__, cls.__qualname__)
+
+        def __eq__(self, other: object) -> bool:  # torch looks the class of an object up
+            return other is self or other is self.cls
+
+        def __hash__(self) -> int:
+            return hash(self.cls)
+
+        def __call__(self, *args: Any) -> Any:
+            refuse(f'a call of {self.path}')
+
+    def dtype(code: Any, *_: Any) -> Any:
+        # numpy's own object, not a copy: filling it with a state does nothing.
+        return plain[code] if code in plain else refuse(f'numpy.dtype({code!r})')
+
+    def reconstruct(module: str) -> Any:
+        return named(lambda *_: np.empty(0), module, '_reconstruct')
+
+    def scalar(module: str) -> Any:
+        def make(kind: Any, content: Any) -> Any:
+            if kind not in plain.values() or not isinstance(content, bytes):
+                refuse(f'{module}.scalar of {kind!r}')
+            return np.frombuffer(content, kind, 1)[0]
+        return named(make, module, 'scalar')
+
+    def history_buffer_method(owner: Any, name: str) -> Any:
+        if owner is Buffer and name in ('min', 'max', 'mean', 'current'):
+            return getattr(HistoryBuffer, name)
+        return refuse(f'getattr({owner}, {name!r})')
+
+    class Buffer(HistoryBuffer):
+
+        def __init__(self, *args: Any) -> None:
+            refuse('a call of HistoryBuffer')
+
+        def __setstate__(self, state: Any) -> None:
+            if not isinstance(state, dict) or not isinstance(state.get('max_length'), int) or any(
+                    not isinstance(state.get(name), np.ndarray) or state[name].ndim != 1
+                    for name in ('_log_history', '_count_history')):
+                refuse('a HistoryBuffer without histories')
+            super().__setstate__({name: state[name] for name in (
+                'max_length', '_log_history', '_count_history')})
+            self.__class__ = HistoryBuffer
+
+    cores = ('numpy.core.multiarray', 'numpy._core.multiarray')  # numpy 1 and 2
+    allowed = [
+        named(Buffer, HistoryBuffer.__module__, HistoryBuffer.__qualname__),
+        named(history_buffer_method, 'builtins', 'getattr'), named(dtype, 'numpy', 'dtype'),
+        named(lambda: b'', 'builtins', 'bytes'),  # the content of an empty array
+        *map(reconstruct, cores), *map(scalar, cores),
+        *[Filled(cls) for cls in [np.ndarray, *map(type, plain.values())]]]
+    torch.serialization.add_safe_globals(allowed)
+    return allowed
 
 
-def init_cpu_distributed(cfg: Any) -> None:
-    """Let a torchrun launch work where there is no GPU.
+def init_distributed(cfg: Any) -> None:
+    """Start the process group of a torchrun launch where mmengine or torch cannot.
 
-    mmengine's init_dist selects a CUDA device, its Runner hands device ids to DDP, and torch's
-    SyncBatchNorm refuses CPU tensors. So the process group is made first, with gloo, and the
-    config names a wrapper without device ids and no SyncBN. Can go when mmengine's init_dist asks
-    which device there is.
+    Without a GPU: mmengine's init_dist selects a CUDA device, its Runner hands device ids to DDP,
+    and torch's SyncBatchNorm refuses CPU tensors. So the process group is made first, with gloo,
+    and the config names a wrapper without device ids and no SyncBN. Can go when mmengine's
+    init_dist asks which device there is.
+
+    After a restart: torch 2.13's static rendezvous keeps its store, and with it the addresses of
+    processes that are gone, at which the new ones wait for ever. So each start gets a prefix of its
+    own. Can go when torch/distributed/rendezvous.py has one again for stores of the agent.
 
     Args:
         cfg: The config of the run, changed in place.
     """
     import torch
-    import torch.distributed
-    if torch.cuda.is_available() or torch.distributed.is_initialized():
+    import torch.distributed as dist
+    restart = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
+    on_gpu = torch.cuda.is_available()
+    if dist.is_initialized() or (on_gpu and not restart):
         return
-    torch.distributed.init_process_group('gloo')
-    cfg.sync_bn = None
-    cfg.model_wrapper_cfg = dict(type='CPUDistributedDataParallel')
+    settings: dict[str, Any] = dict(backend='gloo')
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+        settings = dict(cfg.get('env_cfg', {}).get('dist_cfg') or dict(backend='nccl'))
+        if isinstance(settings.get('timeout'), (int, float)):
+            settings['timeout'] = timedelta(seconds=settings['timeout'])
+    else:
+        cfg.sync_bn = None
+        cfg.model_wrapper_cfg = dict(type='CPUDistributedDataParallel')
+    if restart:
+        rank, world_size = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
+        store = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']),
+                              world_size, is_master=False)
+        settings.update(store=dist.PrefixStore(f'start {restart}', store), rank=rank,
+                        world_size=world_size)
+    dist.init_process_group(**settings)
 
 
 def find_newest_checkpoints() -> None:
@@ -228,7 +310,7 @@ def leave_distributed(code: int = 0) -> None:
 
 
 def register_cpu_wrapper() -> None:
-    """Register the DDP wrapper that `init_cpu_distributed` names."""
+    """Register the DDP wrapper that `init_distributed` names."""
     from mmengine.model import MMDistributedDataParallel
     from mmengine.registry import MODEL_WRAPPERS
 

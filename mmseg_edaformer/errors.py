@@ -2,7 +2,10 @@
 import difflib
 import errno
 import inspect
+import os
+import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -40,24 +43,43 @@ def clear_errors() -> Iterator[None]:
     """
     try:
         yield
-    except UserError as error:
-        sys.exit(f'error: {error}')
     except KeyboardInterrupt:
         sys.exit('interrupted')
-    except OSError as error:
+    except Exception as error:
+        message = _message(error)
+        if message is None:
+            raise
+        _end_torchrun()
+        sys.exit(f'error: {message}')
+
+
+def _message(error: Exception) -> str | None:
+    """What to show of an error that the user can mend; None for a defect."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            sys.exit(f'error: {error}: free some space, or write elsewhere')
-        if error.errno in (errno.ENOENT, errno.EACCES, errno.EROFS):
-            sys.exit(f'error: {error}')
-        raise
-    except TypeError as error:
-        if 'unexpected keyword argument' not in str(error):
-            raise
-        sys.exit(f'error: {_explain_misspelling(error)}')
-    except KeyError as error:
-        if 'is not in the' not in str(error):  # what mmengine's registries say
-            raise
-        sys.exit(f'error: the config names a class that does not exist: {error.args[0]}')
+            return f'{error}: free some space, or write elsewhere'
+        return str(error) if error.errno in (errno.ENOENT, errno.EACCES, errno.EROFS) else None
+    if isinstance(error, TypeError) and 'unexpected keyword argument' in str(error):
+        return _explain_misspelling(error)
+    if isinstance(error, KeyError) and 'is not in the' in str(error):  # of mmengine's registries
+        return f'the config names a class that does not exist: {error.args[0]}'
+    return None
+
+
+def _end_torchrun() -> None:
+    """Have torchrun not start a run again whose error would come again.
+
+    It starts all processes again whatever the error of one was, unless it is told to end itself. It
+    ends the other processes then. One after the other, so that an error of all is shown once.
+    """
+    if int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0)) < 1:
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(0.5 * int(os.environ.get('LOCAL_RANK', 0)))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.kill(os.getppid(), signal.SIGTERM)
 
 
 def _explain_misspelling(error: TypeError) -> str:

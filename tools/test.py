@@ -33,7 +33,8 @@ def main() -> None:
     cfg = launch.load_config(args)
     launch.prepare_test(cfg, args.checkpoint, isr_ratio=args.isr_ratio,
                         isr_method=args.isr_method, tta=args.tta, out=args.out, show=args.show,
-                        show_dir=args.show_dir, wait_time=args.wait_time, bf16=args.bf16)
+                        show_dir=args.show_dir, wait_time=args.wait_time, bf16=args.bf16,
+                        skip_bad_files=args.skip_bad_files)
     launch.evaluate(cfg, args.json, bf16=args.bf16)
     compat.leave_distributed()
 

@@ -28,7 +28,8 @@ def main() -> None:
     args = parse_args()
     cfg = launch.load_config(args)
     launch.prepare_train(cfg, resume=args.resume, load_from=args.load_from, amp=args.amp,
-                         auto_scale_lr=args.auto_scale_lr, skip_nonfinite=args.skip_nonfinite)
+                         auto_scale_lr=args.auto_scale_lr, skip_nonfinite=args.skip_nonfinite,
+                         skip_bad_files=args.skip_bad_files)
     launch.train(cfg)
     compat.leave_distributed()
 

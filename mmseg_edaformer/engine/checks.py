@@ -2,7 +2,6 @@
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from mmengine.registry import init_default_scope
 from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATASETS
 
+from ..data.audit import check_samples, inner_datasets
 from ..errors import CheckpointError, ConfigError, DataError
 from ..files import write_file
 
@@ -103,7 +103,8 @@ def check_data(cfg: Config, *splits: str) -> None:
         splits: Of 'train', 'val', 'test'.
 
     Raises:
-        DataError: A folder or file is missing, or an image has no mask or the other way round.
+        DataError: A folder or file is missing, an image has no mask or the other way round, or a
+            few masks that are looked at are bad.
         ConfigError: The data set and the model differ in their number of classes, or colours are
             distorted twice.
     """
@@ -116,7 +117,7 @@ def check_data(cfg: Config, *splits: str) -> None:
         loader = cfg.get(f'{split}_dataloader')
         if not loader:
             continue
-        for dataset_cfg in _datasets(loader.dataset):
+        for _, dataset_cfg in inner_datasets(loader.dataset):
             _check_colours(split, loader, dataset_cfg)
             if not os.path.isdir(dataset_cfg.get('data_root') or '.'):
                 raise DataError(_missing(split, dataset_cfg.data_root))
@@ -125,16 +126,7 @@ def check_data(cfg: Config, *splits: str) -> None:
                 _check_classes(split, dataset, num_classes)
                 if os.environ.get('RANK', '0') == '0':
                     _check_files(split, dataset)
-
-
-def _datasets(cfg: Any) -> Iterator[Any]:
-    """The data sets within wrappers such as ConcatDataset and RepeatDataset."""
-    inner = cfg.get('datasets') or ([cfg.dataset] if 'dataset' in cfg else None)
-    if inner is None:
-        yield cfg
-    else:
-        for each in inner:
-            yield from _datasets(each)
+                    check_samples(cfg, split, dataset)
 
 
 def _check_classes(split: str, dataset: BaseSegDataset, num_classes: int | None) -> None:

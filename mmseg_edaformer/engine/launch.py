@@ -17,6 +17,7 @@ from mmseg.registry import RUNNERS
 
 from .. import __version__, compat
 from ..analysis.cost import unwrap
+from ..data.skipping import skip_bad_files as skip_files
 from ..errors import CheckpointError, ConfigError
 from ..files import write_file
 from ..isr import ISRRatio
@@ -24,7 +25,6 @@ from ..isr.pooling import check_method
 from . import checks
 from .allocator import keep_freed_memory
 from .compile import compile_model
-from .finite import NotFinite
 from .preemption import EXIT_PREEMPTED, Preempted, is_lost_peer
 from .saving import find_checkpoint
 
@@ -39,6 +39,9 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--compile', action='store_true',
                         help='compile the network, which pays for itself on long runs; needs a '
                         'C++ compiler on CPUs and Triton on GPUs')
+    parser.add_argument('--skip-bad-files', action='store_true',
+                        help='go on without images and masks that cannot be read, and list them '
+                        'in the work dir; stops when more than a tenth are bad')
     parser.add_argument('--launcher', choices=('none', 'pytorch', 'slurm', 'mpi'), default='none',
                         help='what started the processes of a distributed run')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0,
@@ -89,7 +92,7 @@ def build_runner(cfg: Config) -> Runner:
     The config's ``compile`` is True or the arguments of `compile_model`.
     """
     if cfg.launcher == 'pytorch':
-        compat.init_cpu_distributed(cfg)
+        compat.init_distributed(cfg)
     if not torch.cuda.is_available():
         keep_freed_memory()
     compiling = cfg.pop('compile', None)  # the runner would compile more than can be compiled
@@ -101,7 +104,7 @@ def build_runner(cfg: Config) -> Runner:
 
 def prepare_train(cfg: Config, *, resume: bool = False, load_from: str | None = None,
                   amp: bool = False, auto_scale_lr: bool = False,
-                  skip_nonfinite: int | None = None) -> None:
+                  skip_nonfinite: int | None = None, skip_bad_files: bool = False) -> None:
     """Apply the flags of a training to its config and check what can be checked beforehand.
 
     A training that torchrun starts again, because a process failed, resumes.
@@ -136,6 +139,8 @@ def prepare_train(cfg: Config, *, resume: bool = False, load_from: str | None = 
         if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
             raise ConfigError('--auto-scale-lr needs auto_scale_lr.base_batch_size in the config')
         cfg.auto_scale_lr.enable = True
+    if skip_bad_files:
+        skip_files(cfg, cfg.work_dir)
     checks.check_amp(cfg)
     checks.check_compile(cfg)
     checks.check_start(cfg)
@@ -156,10 +161,6 @@ def train(cfg: Config) -> None:
         runner.logger.warning(str(stop))
         compat.leave_distributed(EXIT_PREEMPTED)
         sys.exit(EXIT_PREEMPTED)
-    except NotFinite:
-        if runner.rank:  # rank 0 says it for all
-            sys.exit(1)
-        raise
     except Exception as error:
         if not is_lost_peer(error):
             raise
@@ -170,7 +171,7 @@ def train(cfg: Config) -> None:
 def prepare_test(cfg: Config, checkpoint: str, *, isr_ratio: str | None = None,
                  isr_method: str = 'average', tta: bool = False, out: str | None = None,
                  show: bool = False, show_dir: str | None = None, wait_time: float = 2.,
-                 bf16: bool = False) -> None:
+                 bf16: bool = False, skip_bad_files: bool = False) -> None:
     """Apply the flags of a test to its config.
 
     Raises:
@@ -200,6 +201,8 @@ def prepare_test(cfg: Config, checkpoint: str, *, isr_ratio: str | None = None,
         cfg.model = dict(cfg.tta_model, module=cfg.model)
     if out is not None:
         cfg.test_evaluator.update(output_dir=out, keep_results=True)
+    if skip_bad_files:
+        skip_files(cfg, cfg.work_dir, 'test')
     checks.check_compile(cfg)
     if cfg.get('compile') is True:
         cfg.compile = dict(frozen=True)

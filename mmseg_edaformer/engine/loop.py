@@ -75,11 +75,12 @@ class CountedBatches(Sampler):
 
     def __iter__(self) -> Iterator[SeededIndices]:
         number = samples = epoch = 0
-        for source in (self.batches, self.sampler):
+        sources: tuple[Any, ...] = self.batches, self.sampler
+        for source in sources:
             if hasattr(source, 'seed'):
                 source.seed = self.seed  # the run's, where a resumed one was built with another
         while True:
-            for source in (self.batches, self.sampler):
+            for source in sources:
                 if hasattr(source, 'set_epoch'):
                     source.set_epoch(epoch)
             seed_all(self.seed, _ORDER, epoch)  # for samplers that draw from torch's generator
@@ -187,6 +188,8 @@ class ExactTrainLoop(IterBasedTrainLoop):
             seed_all(seed, _STEP, self._iter, rank)
             self.run_iter(data_batch)
             self._validate()
+        # End the workers here: when the garbage collector does, each is waited for in vain.
+        self.dataloader_iterator._iterator = self.dataloader._iterator = None
         runner.call_hook('after_train_epoch')
         runner.call_hook('after_train')
         return runner.model

@@ -52,6 +52,8 @@ class SafeCheckpointHook(CheckpointHook):
         CheckpointError: The last checkpoint of a training cannot be written.
     """
 
+    keep_ckpt_ids: deque[int]
+
     def before_train(self, runner: Runner) -> None:
         """Find what the resumed run knew of, wherever the folder lies now."""
         super().before_train(runner)
@@ -263,6 +265,6 @@ def _why_not(path: Path) -> str | None:
         content = load_from_file(path, map_location='cpu')
     except CheckpointError as error:
         return str(error)
-    if not isinstance(content['meta'].get('iter'), int) or 'optimizer' not in content:
+    if not isinstance((content.get('meta') or {}).get('iter'), int) or 'optimizer' not in content:
         return f'{path} holds weights, but not the state of a training'
     return None

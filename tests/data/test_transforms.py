@@ -1,11 +1,12 @@
 """Reading images and labels: equal to mmseg's where they are good, named where they are bad."""
 import numpy as np
 import pytest
-from mmseg.datasets.transforms import LoadAnnotations
+from mmseg.datasets.transforms import LoadAnnotations, Resize
 from mmseg.registry import TRANSFORMS
 from PIL import Image
 
 from mmseg_edaformer.data import LoadSegImage, LoadSegLabels
+from mmseg_edaformer.data.transforms import SegResize
 from mmseg_edaformer.errors import DataError
 
 
@@ -82,8 +83,55 @@ def test_without_a_number_of_classes_any_label_passes(mask):
         LoadSegLabels().transform(mask(np.full((4, 4), 300, np.uint16)))
 
 
+@pytest.mark.parametrize('content', [None, b'', b'not a picture'])
+def test_bad_images_can_be_ignored_as_in_mmcv(tmp_path, content):
+    path = tmp_path / 'file.png'
+    if content is not None:
+        path.write_bytes(content)
+    assert LoadSegImage(ignore_empty=True).transform(dict(img_path=str(path))) is None
+
+
+def test_float_images_and_grey_ones(tmp_path):
+    path = str(tmp_path / 'file.png')
+    image = np.random.default_rng(0).integers(0, 256, (5, 7), np.uint8)
+    Image.fromarray(image).save(path)
+    grey = LoadSegImage(to_float32=True, color_type='grayscale').transform(dict(img_path=path))
+    assert grey['img'].dtype == np.float32
+    assert np.array_equal(grey['img'], image)
+    assert grey['img_shape'] == grey['ori_shape'] == (5, 7)
+
+
+@pytest.mark.parametrize('options', [
+    dict(scale=(40, 20), keep_ratio=True), dict(scale=(40, 20)), dict(scale_factor=1.5)])
+def test_resize_is_mmsegs(options):
+    rng = np.random.default_rng(0)
+    results = dict(img=rng.integers(0, 256, (30, 50, 3), np.uint8), seg_fields=['gt_seg_map'],
+                   gt_seg_map=rng.integers(0, 8, (30, 50), np.uint8))
+    expected = Resize(**options).transform(dict(results))
+    found = SegResize(**options).transform(dict(results))
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize(('shape', 'options', 'size'), [
+    ((1, 20000), dict(scale=(2048, 512), keep_ratio=True), (1, 2048)),
+    ((20000, 1), dict(scale=(2048, 512), keep_ratio=True), (2048, 1)),
+    ((1, 9), dict(scale_factor=0.25), (1, 2))])
+def test_a_thin_image_keeps_a_pixel(shape, options, size):
+    results = dict(img=np.full((*shape, 3), 7, np.uint8), seg_fields=['gt_seg_map'],
+                   gt_seg_map=np.full(shape, 3, np.uint8))
+    results = SegResize(**options).transform(results)
+    assert results['img'].shape == (*size, 3)
+    assert results['img_shape'] == size
+    assert results['gt_seg_map'].shape == size
+    assert (results['gt_seg_map'] == 3).all()
+
+
 def test_they_are_what_a_config_gets():
     assert isinstance(TRANSFORMS.build(dict(type='LoadImageFromFile')), LoadSegImage)
+    assert isinstance(TRANSFORMS.build(dict(type='Resize', scale=8)), SegResize)
+    random = TRANSFORMS.build(dict(type='RandomResize', scale=(8, 8), ratio_range=(1, 2)))
+    assert isinstance(random.resize, SegResize)
     loader = TRANSFORMS.build(dict(type='LoadAnnotations', reduce_zero_label=True))
     assert isinstance(loader, LoadSegLabels)
 

@@ -8,6 +8,8 @@ import sys
 import pytest
 import torch
 
+from mmseg_edaformer.engine import find_checkpoint
+from mmseg_edaformer.engine.preemption import EXIT_PREEMPTED
 from tests.conftest import ROOT, run, write_config
 
 pytestmark = pytest.mark.slow
@@ -19,13 +21,13 @@ def free_port():
         return str(server.getsockname()[1])
 
 
-def script(name, *arguments, **env):
-    """Run one of the shell scripts; returns its output."""
+def script(name, *arguments, code=0, **env):
+    """Run one of the shell scripts, which must end with a code; returns its output."""
     done = subprocess.run(
         ['bash', f'tools/{name}', *map(str, arguments)], cwd=ROOT, text=True, timeout=600,
         capture_output=True, env={**os.environ, 'PYTHON': sys.executable, 'PORT': free_port(),
                                   'OMP_NUM_THREADS': '1', **env})
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
 
 
@@ -67,7 +69,7 @@ def assert_close(found, expected):
         torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-4)
 
 
-def test_two_processes_train_like_one_and_resume_and_test(config, tmp_path):
+def test_two_processes_train_like_one_survive_and_test(config, tmp_path):
     run('tools/train.py', config, '--work-dir', tmp_path / 'one')
     half = ('--cfg-options', 'train_dataloader.batch_size=2')
     log = script('dist_train.sh', config, 2, '--work-dir', tmp_path / 'two', *half)
@@ -75,15 +77,30 @@ def test_two_processes_train_like_one_and_resume_and_test(config, tmp_path):
     one = weights(tmp_path / 'one' / 'iter_4.pth')
     assert_close(weights(tmp_path / 'two' / 'iter_4.pth'), one)
 
-    # Trained for two iterations, then resumed for two more: the same weights again.
-    short = (*half, 'train_cfg.max_iters=2', 'default_hooks.checkpoint.interval=2',
-             'train_cfg.val_interval=2')
-    script('dist_train.sh', config, 2, '--work-dir', tmp_path / 'three', *short)
-    halfway = weights(tmp_path / 'three' / 'iter_2.pth')
+    # Stopped by a signal after two or three iterations, started again, and a process killed.
+    work = tmp_path / 'three'
+
+    def with_hook(hook, iteration):
+        path = config.parent / f'{hook}.py'
+        path.write_text(f"""
+_base_ = ['./fixed.py']
+custom_imports = dict(imports=['mmseg_edaformer', 'tests.frozen_norm', 'tests.signals'])
+custom_hooks = [dict(type='CheckWeightsHook'), dict(type='FreezeNormHook'),
+                dict(type='{hook}', iteration={iteration})]
+default_hooks = dict(checkpoint=dict(interval=10))
+""")
+        return path
+
+    log = script('dist_train.sh', with_hook('StopHook', 1), 2, '--work-dir', work, *half,
+                 code=EXIT_PREEMPTED)
+    assert re.search(r'stopped by SIG\w+ after iteration (2|3); its state is saved', log)
+    halfway = weights(find_checkpoint(work))
     assert max((one[name] - halfway[name]).abs().max() for name in one) > 1e-3  # it does move
-    log = script('dist_train.sh', config, 2, '--work-dir', tmp_path / 'three', '--resume', *half)
-    assert 'resumed epoch: 0, iter: 2' in log
-    assert_close(weights(tmp_path / 'three' / 'iter_4.pth'), one)
+    log = script('dist_train.sh', with_hook('KillHook', 3), 2, '--work-dir', work, '--resume',
+                 *half)
+    assert re.search(r'rank 0 ends, because another process of this run did', log)
+    assert re.search(r'Resuming from .*three/iter_\d.pth \(start 2 of this run\)', log)
+    assert_close(weights(work / 'iter_4.pth'), one)
 
     # The test of two processes sees every image once.
     single = run('tools/test.py', config, tmp_path / 'one' / 'iter_4.pth', '--work-dir', tmp_path,
@@ -123,11 +140,9 @@ def test_another_number_of_gpus_warns_and_scales(config, tmp_path):
 
 
 def test_an_error_on_a_rank_ends_all(config, tmp_path):
-    done = subprocess.run(
-        ['bash', 'tools/dist_train.sh', str(config), '2', '--work-dir', str(tmp_path / 'x'),
-         '--cfg-options', 'model.decode_head.chanels=2'], cwd=ROOT, text=True,
-        capture_output=True, timeout=300, env={**os.environ, 'PYTHON': sys.executable,
-                                               'PORT': free_port(), 'OMP_NUM_THREADS': '1'})
-    assert done.returncode != 0
-    assert "an argument 'chanels' that it does not have" in done.stderr
+    """An error that would come again is shown once, and nothing is started again."""
+    log = script('dist_train.sh', config, 2, '--work-dir', tmp_path / 'x', '--cfg-options',
+                 'model.decode_head.chanels=2', code=1)
+    assert log.count("an argument 'chanels' that it does not have") == 1
+    assert 'start 2 of this run' not in log
     assert not (tmp_path / 'x' / 'iter_4.pth').exists()

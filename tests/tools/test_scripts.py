@@ -1,6 +1,8 @@
 """The shell scripts hand everything on, and refuse what is incomplete."""
 import os
+import signal
 import subprocess
+import time
 
 import pytest
 
@@ -14,10 +16,17 @@ def shell(tmp_path):
         (tmp_path / name).write_text('#!/bin/sh\nprintf "%s\\n" "$(basename "$0")" "$@"\n')
         (tmp_path / name).chmod(0o755)
 
-    def call(script, *arguments, **env):
-        return subprocess.run(
+    def call(script, *arguments, python=None, wait=True, **env):
+        if python is not None:
+            (tmp_path / 'python').write_text(f'#!/bin/sh\n{python}\n')
+        process = subprocess.Popen(
             ['bash', str(ROOT / 'tools' / script), *arguments], cwd=tmp_path, text=True,
-            capture_output=True, env={'PATH': f'{tmp_path}:{os.environ["PATH"]}', **env})
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={'PATH': f'{tmp_path}:{os.environ["PATH"]}', **env})
+        if not wait:
+            return process
+        output, errors = process.communicate(timeout=60)
+        return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
     return call
 
 
@@ -26,7 +35,26 @@ def test_dist_train(shell):
                   MASTER_ADDR='10.0.0.1', PORT='1234').stdout.splitlines()
     assert words == ['python', '-m', 'torch.distributed.run', '--nnodes', '2', '--node_rank', '1',
                      '--nproc_per_node', '4', '--master_addr', '10.0.0.1', '--master_port', '1234',
-                     f'{ROOT}/tools/train.py', 'a config.py', '--launcher', 'pytorch', '--amp']
+                     '--max_restarts', '3', f'{ROOT}/tools/train.py', 'a config.py', '--launcher',
+                     'pytorch', '--amp']
+
+
+@pytest.mark.parametrize(('launcher', 'code'), [('exit 0', 0), ('exit 3', 3)])
+def test_dist_train_ends_as_its_launcher(shell, launcher, code):
+    assert shell('dist_train.sh', 'c.py', '1', python=launcher).returncode == code
+
+
+def test_dist_train_hands_a_signal_on(shell, tmp_path):
+    """SIGUSR1, which torchrun does not know, arrives as SIGTERM; the exit code says it."""
+    waiting = 'trap "echo told; exit 1" TERM; touch ready; while true; do sleep 0.05; done'
+    process = shell('dist_train.sh', 'c.py', '1', python=waiting, wait=False)
+    while not (tmp_path / 'ready').exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    output, errors = process.communicate(timeout=20)
+    assert output == 'told\n'
+    assert process.returncode == 75
+    assert 'go on with --resume' in errors
 
 
 def test_dist_test(shell):
@@ -42,10 +70,11 @@ def test_slurm(shell, script, more):
     words = shell(script, 'gpu', 'job', 'c.py', *more, '--tta', GPUS='16', GPUS_PER_NODE='8',
                   SRUN_ARGS='--time 1 --quiet').stdout.splitlines()
     tool = f'{ROOT}/tools/{script[6:-3]}.py'
+    signal = ['--signal', 'USR1@120'] if script == 'slurm_train.sh' else []
     assert words == ['srun', '-p', 'gpu', '--job-name', 'job', '--gres', 'gpu:8', '--ntasks', '16',
                      '--ntasks-per-node', '8', '--cpus-per-task', '5', '--kill-on-bad-exit', '1',
-                     '--time', '1', '--quiet', 'python', '-u', tool, 'c.py', *more, '--tta',
-                     '--launcher', 'slurm']
+                     *signal, '--time', '1', '--quiet', 'python', '-u', tool, 'c.py', *more,
+                     '--tta', '--launcher', 'slurm']
 
 
 @pytest.mark.parametrize('command', [

@@ -1,0 +1,246 @@
+"""What is wrong with a data set, found without training: every image and every mask is looked at.
+
+`audit` looks at all of a config's data sets, `check_samples` at a few masks before a training.
+"""
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mmengine.config import Config
+from mmengine.fileio import list_dir_or_file
+from mmengine.logging import print_log
+from mmengine.registry import init_default_scope
+from mmseg.datasets import BaseSegDataset
+from mmseg.registry import DATASETS
+
+from ..errors import ConfigError, DataError
+from . import audit_files
+from .audit_files import Facts, File
+from .audit_rules import (
+    CHECKS,
+    Finding,
+    Part,
+    check_classes,
+    compare_splits,
+    find_duplicates,
+    judge_part,
+)
+from .transforms import IGNORED, LoadSegLabels
+
+
+@dataclass
+class Audit:
+    """All that `audit` found."""
+
+    parts: list[Part]
+    findings: list[Finding]
+    facts: dict[File, Facts]
+    files_read: int
+
+    def count(self, level: str) -> int:
+        """Number of findings of a level."""
+        return sum(finding.level == level for finding in self.findings)
+
+
+def inner_datasets(cfg: Any, key: str = 'dataset') -> Iterator[tuple[str, Any]]:
+    """The data sets within wrappers such as ConcatDataset and RepeatDataset, and where they are."""
+    if cfg.get('datasets'):
+        for index, each in enumerate(cfg['datasets']):
+            yield from inner_datasets(each, f'{key}.datasets.{index}')
+    elif 'dataset' in cfg:
+        yield from inner_datasets(cfg['dataset'], f'{key}.dataset')
+    else:
+        yield key, cfg
+
+
+def audit(cfg: Config, splits: Sequence[str] = ('train', 'val', 'test'), *,
+          workers: int | None = None, cache: Path | None = None, fresh: bool = False,
+          guard: Callable[[Sequence[Part]], None] = lambda parts: None,
+          advance: Callable[[int, int], None] = lambda done, total: None) -> Audit:
+    """Look at every file of the data sets of a config.
+
+    Args:
+        cfg: Any config of mmsegmentation.
+        splits: Those whose dataloaders are looked at, where the config has them.
+        workers: As for `audit_files.examine_files`, like ``cache``, ``fresh`` and ``advance``.
+        guard: Called with the data sets before any file is read or written.
+
+    Raises:
+        ConfigError: A data set cannot be built from the config.
+        DataError: A process was killed.
+    """
+    init_default_scope(cfg.get('default_scope') or 'mmseg')
+    heads = dict(_heads(cfg))
+    parts: list[Part] = []
+    found: list[Finding] = []
+    for split in splits:
+        inner = list(inner_datasets((cfg.get(f'{split}_dataloader') or {}).get('dataset') or {}))
+        for index, (key, dataset_cfg) in enumerate(inner):
+            name = split if len(inner) == 1 else f'{split}[{index}]'
+            if not dataset_cfg:
+                continue
+            part = _part(name, split, f'{split}_dataloader.{key}', dataset_cfg, heads, found)
+            if part is None:
+                continue
+            twin = next((other for other in parts if 'train' not in (split, other.split)
+                         and other.split != split and _same(part, other)), None)
+            if twin is not None:
+                part.same_as = twin.name
+                found = [finding for finding in found if finding.split != name]
+            parts.append(part)
+    guard(parts)
+    facts, read = audit_files.examine_files(
+        [(kind, path) for part in parts for pair in part.pairs
+         for kind, path in zip(('image', 'mask'), pair) if path is not None],
+        workers=workers, cache=cache, fresh=fresh, advance=advance)
+    for part in parts:
+        if part.same_as is None:
+            found += judge_part(part, facts)
+            found += check_classes(part, heads)
+        else:
+            twin = next(other for other in parts if other.name == part.same_as)
+            part.counts, part.unlabelled, part.raw = twin.counts, twin.unlabelled, twin.raw
+            part.verdicts = twin.verdicts
+    own = [part for part in parts if part.same_as is None]
+    found += compare_splits(own)
+    found += find_duplicates(own, facts)
+    found.sort(key=lambda finding: finding.level)
+    return Audit(parts, found, facts, read)
+
+
+def check_samples(cfg: Config, split: str, dataset: BaseSegDataset, count: int = 16) -> None:
+    """Look at a few masks of a data set, evenly spread, before a run; warn of what looks wrong.
+
+    Args:
+        cfg: The config of the run.
+        split: Name for messages.
+        dataset: Built, if with ``lazy_init``; not changed.
+        count: So many pairs.
+
+    Raises:
+        DataError: A mask or an image cannot be read, they differ in size, the mask is of colours,
+            or a label is out of range; a warning where the pipeline has a ``skip_list``.
+    """
+    if _is_remote(dataset) or not dataset.data_prefix.get('seg_map_path'):
+        return
+    part = Part(split, split, '', dataset, _loader(dataset, dict(_heads(cfg))), _ignored(cfg))
+    pairs = _pairs(dataset)
+    part.pairs = [pairs[i] for i in sorted({*np.linspace(0, len(pairs) - 1, count).astype(int)})
+                  ] if pairs else []
+    facts = {}
+    for image, mask in part.pairs:
+        facts['image', image] = audit_files.header(image)
+        facts['mask', mask or ''] = audit_files.examine('mask', mask or '')
+    findings = judge_part(part, facts)
+    for finding in findings:
+        name, note = finding.items[0]
+        text = (f'the {split} set: {finding.check}: {name}{": " if note else ""}{note}'
+                f' ({len(finding.items)} of {len(part.pairs)} looked at). What to do: '
+                f'{CHECKS[finding.check][1]}; tools/check_data.py looks at all')
+        doubtful = finding.check in ('reduce_zero_label', 'mask of 0 and 255') or (
+            finding.check == 'no label' and len(finding.items) == len(part.pairs))
+        if finding.level == 'error' and not doubtful and not _skips(dataset):
+            raise DataError(text)
+        if doubtful or finding.level == 'error':
+            print_log(text, logger='current', level=30)
+
+
+def _skips(dataset: BaseSegDataset) -> bool:
+    """Whether the run is to go on without bad files."""
+    return any(getattr(step, 'skip_list', None) for step in dataset.pipeline.transforms)
+
+
+def _part(name: str, split: str, key: str, dataset_cfg: Any, heads: dict[str, Any],
+          found: list[Finding]) -> Part | None:
+    """Build a data set and list its pairs, or say why not."""
+    root = dataset_cfg.get('data_root') or '.'
+    if '://' not in root and not os.path.isdir(root):
+        found.append(Finding(name, 'folder missing', ((root, f'from {os.getcwd()}'),)))
+        return None
+    try:
+        dataset = DATASETS.build({**dataset_cfg, 'lazy_init': True})
+    except (AssertionError, ValueError) as error:
+        raise ConfigError(f'{key} cannot be built: {error}') from error
+    if not isinstance(dataset, BaseSegDataset) or _is_remote(dataset):
+        found.append(Finding(name, 'not audited', ((type(dataset).__name__, ''),)))
+        return None
+    part = Part(name, split, key, dataset, _loader(dataset, heads),
+                {value['ignore_index'] for value in heads.values()} | {dataset.ignore_index})
+    folders = [path for kind in ('img_path', 'seg_map_path')
+               if (path := dataset.data_prefix.get(kind)) is not None]
+    missing = [path for path in folders if path and not os.path.isdir(path)]
+    if dataset.ann_file and not os.path.exists(dataset.ann_file):
+        missing.append(dataset.ann_file)
+    if missing:
+        found.append(Finding(name, 'folder missing', tuple((path, '') for path in missing)))
+        return part
+    part.pairs = _pairs(dataset)
+    if not part.pairs:
+        found.append(Finding(name, 'no images', (
+            (dataset.ann_file or f'{folders[0]}/*{dataset.img_suffix}', ''),)))
+    if len(folders) > 1 and (not dataset.ann_file or os.path.isdir(dataset.ann_file)):
+        partners = {os.path.normpath(mask) for _, mask in part.pairs if mask}
+        alone = sorted({os.path.join(folders[1], mask) for mask in list_dir_or_file(
+            folders[1], list_dir=False, suffix=dataset.seg_map_suffix, recursive=True)
+            if os.path.normpath(os.path.join(folders[1], mask)) not in partners})
+        if alone:
+            found.append(Finding(name, 'image missing', tuple(
+                (mask, 'a mask without an image') for mask in alone)))
+    if dataset._indices is not None or type(dataset).filter_data is not BaseSegDataset.filter_data:
+        dataset.serialize_data = False
+        dataset.full_init()
+        part.pairs = [(info['img_path'], info.get('seg_map_path')) for info in dataset.data_list]
+    return part
+
+
+def _pairs(dataset: BaseSegDataset) -> list[tuple[str, str | None]]:
+    try:
+        return [(info['img_path'], info.get('seg_map_path')) for info in dataset.load_data_list()]
+    except UnicodeDecodeError as error:
+        raise DataError(f'{dataset.ann_file} is not a text file in UTF-8: {error}') from error
+
+
+def _is_remote(dataset: BaseSegDataset) -> bool:
+    backend = (dataset.backend_args or {}).get('backend', 'local')
+    return backend != 'local' or any('://' in (path or '') for path in
+                                     (*dataset.data_prefix.values(), dataset.ann_file))
+
+
+def _loader(dataset: BaseSegDataset, heads: dict[str, Any]) -> LoadSegLabels:
+    """A loader of masks as the pipeline has it, which knows the number of classes."""
+    step = next((step for step in dataset.pipeline.transforms if isinstance(step, LoadSegLabels)),
+                None)
+    classes = dataset.metainfo.get('classes')
+    known = [step and step.num_classes, classes and len(classes),
+             *(head['num_classes'] for head in heads.values())]
+    loader = LoadSegLabels(num_classes=next(filter(None, known), None))
+    loader.reduce_zero_label = step.reduce_zero_label if step else None
+    return loader
+
+
+def _heads(cfg: Config) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Number of classes and ignored label of all heads, and where the config has them."""
+    model = cfg.get('model') or {}
+    path = 'model'
+    while 'module' in model:  # test-time augmentation wraps it
+        model, path = model['module'], f'{path}.module'
+    for kind in ('decode_head', 'auxiliary_head'):
+        heads = model.get(kind) or []
+        several = isinstance(heads, (list, tuple))
+        for index, head in enumerate(heads if several else [heads]):
+            yield (f'{path}.{kind}.{index}' if several else f'{path}.{kind}',
+                   dict(num_classes=head.get('num_classes'),
+                        ignore_index=head.get('ignore_index', IGNORED)))
+
+
+def _ignored(cfg: Config) -> set[int]:
+    return {head['ignore_index'] for _, head in _heads(cfg)}
+
+
+def _same(part: Part, other: Part) -> bool:
+    return (part.pairs == other.pairs and part.classes == other.classes
+            and part.dataset.data_prefix == other.dataset.data_prefix
+            and bool((part.table() == other.table()).all()))

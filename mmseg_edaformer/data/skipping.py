@@ -1,0 +1,210 @@
+"""Going on without the files that cannot be read, and saying which ones they are."""
+import copy
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.dist import barrier, is_main_process
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+
+from ..errors import ConfigError, DataError
+
+IN_A_ROW = 100
+"""So many unreadable files one after the other are no matter of single files."""
+
+_LOADERS = ('LoadImageFromFile', 'LoadAnnotations')
+_SHOWN = 10
+
+
+class SkipList:
+    """A text file of bad files, to which any number of processes append.
+
+    A line is the file's path, a tab, and the reason. One write per line keeps lines whole. A
+    process lists a file once, however often it is drawn; several processes may list the same one.
+
+    Args:
+        path: The text file; it is made when the first line is written.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.listed: set[str] = set()
+        self.in_a_row = 0
+
+    def add(self, file: str, error: DataError) -> None:
+        """List a file.
+
+        Raises:
+            DataError: `IN_A_ROW` files were bad, and none was good in between.
+        """
+        self.in_a_row += 1
+        if file not in self.listed:
+            self.listed.add(file)
+            line = '\t'.join(' '.join(part.split()) for part in (file, str(error))) + '\n'
+            Path(self.path).parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            try:
+                os.write(handle, os.fsencode(line))
+            finally:
+                os.close(handle)
+        if self.in_a_row >= IN_A_ROW:
+            raise DataError(f'{self.in_a_row} files in a row could not be read, so more is wrong '
+                            f'than a few files: see {self.path}. The last: {error}')
+
+
+def skip_bad_files(cfg: Config, work_dir: str, run: str = 'train') -> None:
+    """Let a run go on where an image or a mask cannot be read.
+
+    In training another sample is drawn in its place. In validation and test a blank image without
+    labels takes its place, so that the sample counts for nothing in the IoU and all processes keep
+    their number of samples. Call it after all other changes of the config.
+
+    Args:
+        cfg: The config of the run, changed in place.
+        work_dir: Where the list of skipped files goes.
+        run: What the list is called after: ``skipped_<run>.txt``.
+
+    Raises:
+        ConfigError: The predictions are to be written or painted, and a blank image would be
+            among them.
+    """
+    for evaluators in (cfg.get('val_evaluator'), cfg.get('test_evaluator')):
+        for evaluator in evaluators if isinstance(evaluators, Sequence) else [evaluators]:
+            if (evaluator or {}).get('output_dir'):
+                raise ConfigError('--skip-bad-files and --out (output_dir of an evaluator) do not '
+                                  'go together: a label map would be written for a skipped image. '
+                                  'Mend or remove the bad files, or leave one of the two out')
+    if ((cfg.get('default_hooks') or {}).get('visualization') or {}).get('draw'):
+        raise ConfigError('--skip-bad-files and --show or --show-dir do not go together: a '
+                          'skipped image cannot be painted. Leave one of the two out')
+    path = os.path.join(work_dir, f'skipped_{run}.txt')
+    for name, blank in (('train_dataloader', False), ('val_dataloader', True),
+                        ('test_dataloader', True), ('tta_pipeline', True)):
+        if cfg.get(name) is not None:
+            part = copy.deepcopy(cfg[name])  # configs share pipelines and whole dataloaders
+            for step in _loaders(part):
+                step.update(skip_list=path, blank=blank)
+            cfg[name] = part
+    cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks') or []
+                        if hook['type'] != 'SkippedFilesHook'] + [
+                            dict(type='SkippedFilesHook', skip_list=path)]
+
+
+def _loaders(part: Any) -> Iterator[Any]:
+    """The steps of pipelines that read files, at any depth of a config."""
+    if isinstance(part, dict):
+        if part.get('type') in _LOADERS:
+            yield part
+        for value in part.values():
+            yield from _loaders(value)
+    elif isinstance(part, (list, tuple)):
+        for value in part:
+            yield from _loaders(value)
+
+
+@HOOKS.register_module()
+class SkippedFilesHook(Hook):
+    """Logs the files that are skipped, and stops a run that skips too many.
+
+    A new run starts a new list, a resumed one goes on with its own.
+
+    Args:
+        skip_list: The text file that the transforms write, see `SkipList`.
+        share: Of all samples, once 100 were drawn, so many may be bad.
+        interval: Iterations between two looks at the file's size.
+
+    Raises:
+        DataError: More than ``share`` of the samples are bad.
+    """
+
+    def __init__(self, skip_list: str, share: float = 0.1, interval: int = 50) -> None:
+        self.skip_list = skip_list
+        self.share = share
+        self.interval = interval
+        self.files: dict[str, str] = {}
+        self.earlier = self.place = self.samples = 0
+
+    def before_run(self, runner: Runner) -> None:
+        """Start the list, before any process reads a file."""
+        if is_main_process():
+            if runner.cfg.get('resume'):
+                self._read()
+                self.earlier = len(self.files)
+            else:
+                Path(self.skip_list).unlink(missing_ok=True)
+        barrier()
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None,
+                         outputs: Any = None) -> None:
+        """Count, and look now and then."""
+        self._count(runner, batch_idx, data_batch)
+
+    def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None,
+                       outputs: Any = None) -> None:
+        """Count, and look now and then."""
+        self._count(runner, batch_idx, data_batch)
+
+    def after_test_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None,
+                        outputs: Any = None) -> None:
+        """Count, and look now and then."""
+        self._count(runner, batch_idx, data_batch)
+
+    def after_val(self, runner: Runner) -> None:
+        """Log what the validation skipped."""
+        self._look(runner)
+
+    def after_train(self, runner: Runner) -> None:
+        """Say how many there were."""
+        self._sum_up(runner)
+
+    def after_test(self, runner: Runner) -> None:
+        """Say how many there were."""
+        self._sum_up(runner)
+
+    def _count(self, runner: Runner, batch_idx: int, data_batch: Any) -> None:
+        images = data_batch['inputs']
+        if isinstance(images[0], (list, tuple)):  # test-time augmentation: views of a batch
+            images = images[0]
+        self.samples += len(images) * runner.world_size
+        if self.every_n_inner_iters(batch_idx, self.interval):
+            self._look(runner)
+
+    def _look(self, runner: Runner) -> None:
+        if not is_main_process():
+            return
+        new = self._read()
+        for reason in new[:_SHOWN]:
+            runner.logger.warning(f'skipped: {reason}')
+        if len(new) > _SHOWN:
+            runner.logger.warning(f'skipped: {len(new) - _SHOWN} more, see {self.skip_list}')
+        bad = len(self.files) - self.earlier
+        if self.samples >= 100 and bad > self.share * self.samples:
+            raise DataError(f'{bad} files were skipped in {self.samples} samples, more than '
+                            f'{self.share:.0%}, so more is wrong than a few files: see '
+                            f'{self.skip_list}, and check the disk and the paths of the config')
+
+    def _read(self) -> list[str]:
+        """The reasons of the files that are new in the list."""
+        path = Path(self.skip_list)
+        if not path.is_file() or path.stat().st_size <= self.place:
+            return []
+        with path.open('rb') as lines:
+            lines.seek(self.place)
+            content = lines.read()
+        content = content[:content.rfind(b'\n') + 1]
+        self.place += len(content)
+        found = dict(os.fsdecode(line).split('\t', 1) for line in content.splitlines())
+        new = {file: reason for file, reason in found.items() if file not in self.files}
+        self.files.update(new)
+        return list(new.values())
+
+    def _sum_up(self, runner: Runner) -> None:
+        self._look(runner)
+        if self.files:
+            runner.logger.warning(
+                f'{len(self.files)} file{"s were" if len(self.files) > 1 else " was"} skipped, '
+                f'listed in {self.skip_list}')

@@ -1,0 +1,512 @@
+"""Every defect that can be planted in a drawn data set is found, and none in a sound one."""
+import hashlib
+import json
+import os
+import runpy
+import shutil
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from mmengine.config import Config
+from mmseg.registry import DATASETS
+from PIL import Image
+
+from mmseg_edaformer.data import audit_files, audit_report
+from mmseg_edaformer.data.audit import audit, check_samples, inner_datasets
+from mmseg_edaformer.data.synthetic import CLASSES, PALETTE
+from mmseg_edaformer.errors import ConfigError, DataError
+from tests.conftest import ROOT, run, write_config
+
+IMAGES, MASKS = 'images/training', 'annotations/training'
+
+
+@pytest.fixture
+def data(scenes, tmp_path):
+    """A copy of the drawn scenes, to spoil."""
+    return shutil.copytree(scenes, tmp_path / 'data')
+
+
+@pytest.fixture
+def cfg(data, tmp_path):
+    return Config.fromfile(write_config(tmp_path, data))
+
+
+def found(cfg, *splits, **kwargs):
+    """What was found: the names of the files, or classes, by split and check."""
+    done = audit(cfg, splits or ('train', 'val', 'test'), workers=1, **kwargs)
+    return {(finding.split, finding.check): {'/'.join(name.split('/')[-2:])
+                                             for name, _ in finding.items}
+            for finding in done.findings}
+
+
+def array(path):
+    return np.array(Image.open(path))
+
+
+def save(path, content):
+    Image.fromarray(content).save(path)
+
+
+def relabel(folder, change):
+    for path in folder.iterdir():
+        save(path, change(array(path)).astype(np.uint8))
+
+
+def colours(path):
+    save(path, np.array(PALETTE, np.uint8)[array(path)])
+
+
+def recoloured(path):
+    """A palette that holds the right colours, in the opposite order."""
+    image = Image.fromarray(7 - array(path))
+    image.putpalette(np.array(PALETTE[::-1], np.uint8).tobytes())
+    image.save(path)
+
+
+def turned(path):
+    """As a phone saves it: pixels as its sensor has them, and a note."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(path).save(path, exif=exif)
+
+
+def deep(path):
+    Image.fromarray(array(path).astype(np.uint16)).save(path)
+
+
+def bomb(path):
+    """A file of 100 bytes that says it is of 100,000 x 100,000 pixels."""
+    def chunk(kind, body):
+        return (struct.pack('>I', len(body)) + kind + body +
+                struct.pack('>I', zlib.crc32(kind + body)))
+    path.write_bytes(b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack(
+        '>IIBBBBB', 100000, 100000, 8, 2, 0, 0, 0)) + chunk(b'IDAT', zlib.compress(b'')) +
+        chunk(b'IEND', b''))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
+def smaller(path):
+    save(path, array(path)[:-1])
+
+
+def text(path):
+    path.write_text('version https://git-lfs.github.com/spec/v1\n')
+
+
+def out_of_range(path):
+    labels = array(path)
+    labels[3, 4:6] = 9
+    save(path, labels)
+
+
+DEFECTS = {
+    'mask gone': (MASKS, os.remove, 'mask missing', MASKS),
+    'image gone': (IMAGES, os.remove, 'image missing', MASKS),
+    'image cut': (IMAGES, cut, 'image unreadable', IMAGES),
+    'mask cut': (MASKS, cut, 'mask unreadable', MASKS),
+    'image empty': (IMAGES, lambda path: path.write_bytes(b''), 'image unreadable', IMAGES),
+    'image text': (IMAGES, text, 'image unreadable', IMAGES),
+    'image bomb': (IMAGES, bomb, 'image unreadable', IMAGES),
+    'mask noise': (MASKS, lambda path: path.write_bytes(bytes(range(256))), 'mask unreadable',
+                   MASKS),
+    'sizes': (MASKS, smaller, 'sizes differ', IMAGES),
+    'exif': (IMAGES, turned, 'image turned by EXIF', IMAGES),
+    'colours': (MASKS, colours, 'mask of colours', MASKS),
+    'recoloured': (MASKS, recoloured, 'palette of other indices', MASKS),
+    'deep': (MASKS, deep, 'more than 8 bits', MASKS),
+    'range': (MASKS, out_of_range, 'label out of range', MASKS),
+    'unlabelled': (MASKS, lambda path: save(path, np.full((64, 96), 255, np.uint8)), 'no label',
+                   MASKS),
+}
+
+
+def names(folder, *indices):
+    return {f'{folder.split("/")[-1]}/{index:05d}.png' for index in indices}
+
+
+def test_sound_data_has_no_finding(cfg):
+    assert found(cfg) == {}
+
+
+@pytest.mark.parametrize('defect', DEFECTS)
+def test_defect_is_named(defect, cfg, data):
+    where, spoil, check, named = DEFECTS[defect]
+    for index in (3, 7):
+        spoil(data / where / f'{index:05d}.png')
+    assert found(cfg) == {('train', check): names(named, 3, 7)}
+
+
+def test_palette_of_indices_is_fine(cfg, data):
+    for palette in (PALETTE, [[i, i, i] for i in range(8)]):
+        image = Image.fromarray(array(data / MASKS / '00001.png'))
+        image.putpalette(np.array(palette, np.uint8).tobytes())
+        image.save(data / MASKS / '00001.png')
+        assert Image.open(data / MASKS / '00001.png').mode == 'P'
+        assert found(cfg) == {}
+
+
+def test_says_of_what_size_and_which_label(cfg, data):
+    turned(data / IMAGES / '00001.png')
+    (data / IMAGES / '00003.png').write_text('<html>\n')
+    out_of_range(data / MASKS / '00002.png')
+    notes = {note for finding in audit(cfg, ['train'], workers=1).findings
+             for _, note in finding.items}
+    foreign, = (note for note in notes if 'no picture' in note)
+    assert '<html>' in foreign
+    assert notes - {foreign} == {'96x64 pixels like its mask, but read as 64x96', '9 (2 pixels)'}
+
+
+def test_exif_that_fits_is_a_warning(cfg, data):
+    turned(data / IMAGES / '00001.png')
+    save(data / MASKS / '00001.png', array(data / MASKS / '00001.png').T)
+    assert found(cfg) == {('train', 'EXIF orientation'): names(IMAGES, 1)}
+    cfg.train_dataloader.dataset.pipeline[0].color_type = 'color_ignore_orientation'
+    assert found(cfg, 'train') == {('train', 'sizes differ'): names(IMAGES, 1)}
+
+
+def test_duplicates_and_leaks(cfg, data):
+    again = data / IMAGES / '00005.png'
+    Image.open(data / IMAGES / '00002.png').save(again, compress_level=9)  # other bytes
+    shutil.copy(data / IMAGES / '00004.png', data / 'images/validation/00001.png')
+    done = audit(cfg, workers=1)
+    assert {(f.check, f.items[0][0].split('/')[-1], f.items[0][1].split(str(data))[0])
+            for f in done.findings} == {
+        ('duplicate', '00005.png', 'the same picture as '),
+        ('train image in val or test', '00001.png', 'the same file as ')}
+    assert [f.split for f in done.findings if f.check != 'duplicate'] == ['val']
+
+
+def test_missing_folders_and_empty_splits(cfg, data):
+    shutil.rmtree(data / MASKS)
+    for path in (data / 'images/validation').iterdir():
+        path.unlink()
+    assert found(cfg) == {('train', 'folder missing'): {MASKS},
+                          ('val', 'no images'): {'validation/*.png'},
+                          ('val', 'image missing'): names('x/validation', 0, 1, 2, 3)}
+    cfg.val_dataloader.dataset.data_root = 'gone'
+    assert found(cfg, 'val') == {('val', 'folder missing'): {'gone'}}
+
+
+def test_list_of_names(cfg, data):
+    (data / 'train.txt').write_text('00001\n00002\nnowhere\n00002\n')
+    cfg.train_dataloader.dataset.ann_file = 'train.txt'
+    assert found(cfg, 'train') == {
+        ('train', 'image missing'): {'training/nowhere.png'},
+        ('train', 'mask missing'): {'training/nowhere.png'},
+        ('train', 'duplicate'): names(IMAGES, 2)}
+    (data / 'train.txt').write_bytes(b'\xff\xfe\x00')
+    with pytest.raises(DataError, match=r'train\.txt is not a text file'):
+        audit(cfg, ['train'], workers=1)
+    cfg.train_dataloader.dataset.ann_file = 'gone.txt'
+    assert found(cfg, 'train') == {('train', 'folder missing'): {'data/gone.txt'}}
+
+
+def test_wrapped_data_sets(cfg, data):
+    plain = cfg.train_dataloader.dataset
+    other = dict(plain, data_prefix=dict(cfg.val_dataloader.dataset.data_prefix))
+    cfg.train_dataloader.dataset = dict(type='ConcatDataset', datasets=[
+        plain, dict(type='RepeatDataset', times=3, dataset=other)])
+    out_of_range(data / 'annotations/validation/00002.png')
+    assert [key for key, _ in inner_datasets(cfg.train_dataloader.dataset)] == [
+        'dataset.datasets.0', 'dataset.datasets.1.dataset']
+    assert found(cfg, 'train') == {
+        ('train[1]', 'label out of range'): names('x/validation', 2)}
+    assert found(cfg)['val', 'train image in val or test'] == names('x/validation', 0, 1, 2, 3)
+
+
+def test_suffixes(cfg, data):
+    for folder, suffix in ((IMAGES, '_leftImg8bit.png'), (MASKS, '_gtFine_labelTrainIds.png')):
+        for path in (data / folder).iterdir():
+            (data / folder / 'ulm').mkdir(exist_ok=True)
+            path.rename(data / folder / 'ulm' / (path.stem + suffix))
+    (data / MASKS / 'ulm/00001_gtFine_color.png').write_bytes(b'of no concern')
+    cfg.train_dataloader.dataset.type = 'CityscapesDataset'
+    cfg.model.decode_head.num_classes = 19
+    cfg.train_dataloader.dataset.pipeline[1].num_classes = 19
+    assert set(found(cfg, 'train')) == {('train', 'class never occurs')}
+    os.remove(data / MASKS / 'ulm/00003_gtFine_labelTrainIds.png')
+    assert found(cfg, 'train')['train', 'mask missing'] == {'ulm/00003_gtFine_labelTrainIds.png'}
+
+
+def test_pixels_are_counted_as_numpy_counts_them(cfg, data):
+    relabel(data / MASKS, lambda labels: np.where(labels == 3, 255, labels))
+    part = audit(cfg, ['train'], workers=1).parts[0]
+    labels = np.stack([array(path) for path in sorted((data / MASKS).iterdir())])
+    assert part.counts.tolist() == [(labels == i).sum() for i in range(8)]
+    assert part.unlabelled == (labels == 255).sum()
+    cfg.train_dataloader.dataset.update(
+        reduce_zero_label=True, metainfo=dict(classes=('car', 'sky'), palette=PALETTE))
+    part = audit(cfg, ['train'], workers=1).parts[0]
+    # One lower: what is stored as 6 is the car, as 1 the sky.
+    assert part.counts.tolist() == [(labels == 6).sum(), (labels == 1).sum()]
+
+
+def test_classes_that_lack(cfg, data):
+    relabel(data / MASKS, lambda labels: np.where(labels >= 6, 0, labels))
+    relabel(data / 'annotations/validation', lambda labels: np.where(labels == 7, 0, labels))
+    assert found(cfg) == {('train', 'class never occurs'): {'lamp', 'bird'},
+                          ('val', 'class never occurs'): {'bird'},
+                          ('val', 'class not in train'): {'lamp'}}
+
+
+def test_reduce_zero_label_that_looks_wrong(cfg, data):
+    cfg.train_dataloader.dataset.reduce_zero_label = True
+    assert set(found(cfg, 'train')) == {('train', 'reduce_zero_label'),
+                                        ('train', 'class never occurs')}
+    relabel(data / MASKS, lambda labels: labels + 1)  # as ADE20K stores them
+    assert found(cfg, 'train') == {}
+    cfg.train_dataloader.dataset.reduce_zero_label = False
+    assert set(found(cfg, 'train')) == {
+        ('train', 'reduce_zero_label'), ('train', 'label out of range'),
+        ('train', 'class never occurs')}
+
+
+def test_heads_and_colours(cfg):
+    cfg.model.decode_head.num_classes = 7
+    cfg.model.auxiliary_head = [dict(num_classes=8), dict(num_classes=150)]
+    assert found(cfg, 'train') == {('train', 'number of classes'): {
+        'model.decode_head.num_classes=7', 'model.auxiliary_head.1.num_classes=150'}}
+    cfg.model.decode_head.num_classes = 8
+    del cfg.model.auxiliary_head
+    cfg.train_dataloader.dataset.metainfo = dict(palette=[*PALETTE[:7], PALETTE[0]])
+    assert found(cfg, 'train') == {('train', 'colours'): {'sky, bird'}}
+    cfg.train_dataloader.dataset.metainfo = dict(palette=PALETTE[:3])
+    with pytest.raises(ConfigError, match=r'train_dataloader\.dataset cannot be built: .*palette'):
+        audit(cfg, ['train'])
+
+
+def binary(cfg, data):
+    """Houses and the rest, stored as a drawing program stores them."""
+    for folder in ('training', 'validation'):
+        relabel(data / 'annotations' / folder, lambda labels: 255 * (labels == 3))
+    cfg.model.decode_head.num_classes = 2
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        loader.dataset.update(type='BaseSegDataset', img_suffix='.png', metainfo=dict(
+            classes=('rest', 'house'), palette=PALETTE[:2]))
+        loader.dataset.pipeline[1].num_classes = 2
+
+
+def test_masks_of_0_and_255(cfg, data):
+    binary(cfg, data)
+    assert found(cfg, 'train') == {('train', 'mask of 0 and 255'): names(MASKS, *range(12)),
+                                   ('train', 'class never occurs'): {'house'}}
+    relabel(data / MASKS, lambda labels: np.minimum(labels, 1))
+    assert found(cfg, 'train') == {}
+    relabel(data / MASKS, lambda labels: 255 * labels if labels.any() else labels)
+    path = next(path for path in (data / MASKS).iterdir() if array(path).any())
+    save(path, np.minimum(array(path), 1))
+    assert set(found(cfg, 'train')) == {('train', 'perhaps 0 and 255')}
+
+
+def digests(folder):
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.rglob('*.*'))}
+
+
+def test_fix_mends_copies(cfg, data, tmp_path, capsys):
+    for index, spoil in enumerate((colours, recoloured, deep)):
+        spoil(data / MASKS / f'{index:05d}.png')
+    Image.open(data / IMAGES / '00004.png').save(data / IMAGES / '00004.png', format='JPEG')
+    image = Image.open(data / IMAGES / '00004.png')
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(data / IMAGES / '00004.png', format='JPEG', exif=exif, quality='keep')
+    turned(data / IMAGES / '00003.png')
+    cut(data / IMAGES / '00008.png')
+    save(data / MASKS / '00009.png', np.full((64, 96, 3), 77, np.uint8))  # of no class
+    before = digests(data)
+    out = tmp_path / 'out'
+    assert audit_report.check(cfg, out, workers=1, mend=True) > 0
+    assert digests(data) == before
+    report = json.loads((out / 'report.json').read_text())
+    fixed, = report['fixed']
+    assert {item['name'].split('/')[-2] + item['name'][-10:] for item in fixed['mended']} == {
+        *(f'training/{i:05d}.png' for i in (0, 1, 2, 3, 4))}
+    assert {item['name'][-9:] for item in fixed['left_out']} == {'00008.png', '00009.png'}
+    assert '[77, 77, 77] is none of a class' in str(fixed['left_out'])
+    assert 'left out, for they cannot be mended: 2' in capsys.readouterr().out
+    cfg.merge_from_dict(dict(option.split('=') for option in fixed['cfg_options']))
+    assert found(cfg) == {}
+    written = out / 'fixed/train'
+    assert len(list((written / 'masks').iterdir())) == 10
+    # Every pixel of the JPEG as it was, and the PNG too.
+    assert (array(written / 'images/00004.png') == array(data / IMAGES / '00004.png')).all()
+    assert (array(written / 'images/00003.png') == array(data / IMAGES / '00003.png')).all()
+
+
+def test_fix_gives_the_labels_back(cfg, data, scenes, tmp_path):
+    for index, spoil in enumerate((colours, recoloured, deep)):
+        spoil(data / MASKS / f'{index:05d}.png')
+    audit_report.check(cfg, tmp_path / 'out', workers=1, mend=True)
+    for path in (tmp_path / 'out/fixed/train/masks').iterdir():
+        assert (array(path) == array(scenes / MASKS / path.name)).all()
+
+
+def test_fix_of_0_and_255(cfg, data, tmp_path):
+    binary(cfg, data)
+    audit_report.check(cfg, tmp_path / 'out', workers=1, mend=True)
+    fixed = json.loads((tmp_path / 'out/report.json').read_text())['fixed']
+    assert [one['split'] for one in fixed] == ['train', 'val']
+    cfg.merge_from_dict(dict(option.split('=') for one in fixed for option in one['cfg_options']))
+    assert found(cfg) == {}
+    for path in (tmp_path / 'out/fixed/train/masks').iterdir():
+        assert (array(path) * 255 == array(data / MASKS / path.name)).all()
+
+
+def test_writes_nowhere_else(cfg, data, tmp_path):
+    for out in (data / MASKS, data / IMAGES / 'new'):
+        with pytest.raises(ConfigError, match='lies within'):
+            audit_report.check(cfg, out, workers=1)
+        assert not (out / 'report.json').exists()
+    colours(data / MASKS / '00001.png')
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out/fixed').symlink_to(data)
+    with pytest.raises(ConfigError, match='a link that leads out'):
+        audit_report.check(cfg, tmp_path / 'out', workers=1, mend=True)
+    (data / IMAGES / 'sub').mkdir()
+    for folder in (IMAGES, MASKS):
+        shutil.copy(data / folder / '00001.png', data / folder.split('/')[0] / 'x.png')
+    (data / 'train.txt').write_text('00001\n../x\n')
+    cfg.train_dataloader.dataset.ann_file = 'train.txt'
+    before = digests(data)
+    audit_report.check(cfg, tmp_path / 'other', workers=1, mend=True)
+    fixed, = json.loads((tmp_path / 'other/report.json').read_text())['fixed']
+    assert 'lies outside' in fixed['left_out'][0]['note']
+    assert len(list((tmp_path / 'other/fixed').rglob('*.png'))) == 2
+    assert digests(data) == before
+
+
+def test_unchanged_files_are_not_read_again(cfg, data, tmp_path, monkeypatch):
+    calls, cache = [], tmp_path / 'out/files.cache'
+    examine = audit_files.examine
+    monkeypatch.setattr(audit_files, 'examine', lambda *file: calls.append(file) or examine(*file))
+    first = audit(cfg, workers=1, cache=cache)
+    assert len(calls) == first.files_read == 32  # test has the files of val
+    calls.clear()
+    again = audit(cfg, workers=1, cache=cache)
+    assert not calls
+    assert again.facts == first.facts
+    out_of_range(data / MASKS / '00003.png')
+    changed = audit(cfg, workers=1, cache=cache)
+    assert calls == [('mask', str(data / MASKS / '00003.png'))]
+    assert [f.check for f in changed.findings] == ['label out of range']
+    for damage in (lambda b: b[:len(b) // 2], lambda b: b.replace(b'"size":[96', b'"size":[95'),
+                   lambda b: b''):
+        calls.clear()
+        cache.write_bytes(damage(cache.read_bytes()))
+        assert found(cfg, cache=cache) == {('train', 'label out of range'): names(MASKS, 3)}
+        assert len(calls) == 32
+    calls.clear()
+    audit(cfg, workers=1, cache=cache, fresh=True)
+    assert len(calls) == 32
+
+
+def test_processes_find_the_same(cfg, data):
+    files = [(kind, str(path)) for kind, folder in (('image', IMAGES), ('mask', MASKS))
+             for path in (data / folder).iterdir()]
+    assert audit_files.examine_files(files, workers=2) == audit_files.examine_files(
+        files, workers=1)
+
+
+def build(cfg, split='train'):
+    return DATASETS.build({**cfg[f'{split}_dataloader'].dataset, 'lazy_init': True})
+
+
+@pytest.mark.parametrize(('spoil', 'told'), [
+    (colours, 'mask of colours'), (out_of_range, r'label out of range: .*: 9 \(2 pixels\)'),
+    (smaller, 'sizes differ'), (cut, 'mask unreadable'), (deep, None), (recoloured, None)])
+def test_samples_before_a_run(spoil, told, cfg, data):
+    check_samples(cfg, 'train', build(cfg))
+    spoil(data / MASKS / '00000.png')
+    if told is None:
+        check_samples(cfg, 'train', build(cfg))
+    else:
+        with pytest.raises(DataError, match=f'the train set: {told}.*1 of 12 looked at'):
+            check_samples(cfg, 'train', build(cfg))
+
+
+def test_samples_warn(cfg, data, monkeypatch):
+    told = []
+    monkeypatch.setattr('mmseg_edaformer.data.audit.print_log',
+                        lambda text, **kwargs: told.append(text.split(':')[1].strip()))
+    cfg.train_dataloader.dataset.reduce_zero_label = True
+    check_samples(cfg, 'train', build(cfg))
+    cfg.train_dataloader.dataset.reduce_zero_label = False
+    check_samples(cfg, 'train', build(cfg))
+    relabel(data / MASKS, lambda labels: 255 * (labels == 3))
+    check_samples(cfg, 'train', build(cfg))
+    relabel(data / MASKS, lambda labels: 255 + 0 * labels)
+    check_samples(cfg, 'train', build(cfg))
+    assert told == ['reduce_zero_label', 'mask of 0 and 255', 'no label']
+
+
+def test_samples_that_a_run_skips_are_warned_of(cfg, data, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr('mmseg_edaformer.data.audit.print_log',
+                        lambda text, **kwargs: told.append(text))
+    cut(data / MASKS / '00000.png')
+    cfg.train_dataloader.dataset.pipeline[1].skip_list = str(tmp_path / 'bad.txt')
+    check_samples(cfg, 'train', build(cfg))
+    assert len(told) == 1
+    assert '00000.png: image file is truncated' in told[0]
+
+
+def test_samples_of_remote_data_are_not_looked_at(cfg):
+    cfg.train_dataloader.dataset.update(data_root=None, data_prefix=dict(
+        img_path='s3://x/images', seg_map_path='s3://x/masks'))
+    check_samples(cfg, 'train', build(cfg))
+    assert found(cfg, 'train') == {('train', 'not audited'): {'SyntheticDataset'}}
+
+
+def test_pictures_of_many_classes(cfg, tmp_path):
+    classes = (*CLASSES, *(f'class {i}, of a long name' for i in range(142)))
+    colours = np.random.default_rng(0).integers(0, 255, (150, 3)).tolist()
+    for loader in (cfg.train_dataloader, cfg.val_dataloader):
+        loader.dataset.update(type='BaseSegDataset', img_suffix='.png', metainfo=dict(
+            classes=classes, palette=colours))
+    audit_report.check(cfg, tmp_path / 'out', workers=1)
+    for name in ('classes', 'samples'):
+        width, height = Image.open(tmp_path / f'out/{name}.png').size
+        assert 900 < width < 3000
+        assert 300 < height < 3000
+
+
+def test_names_that_would_steer_a_terminal(cfg, data, tmp_path, capsys):
+    for index, name in enumerate(('[red]$x_1$', 'a\nb\x1b[31m', os.fsdecode(b'\xff'))):
+        for folder in (IMAGES, MASKS):
+            (data / folder / f'{index:05d}.png').rename(data / folder / f'{name}.png')
+        out_of_range(data / MASKS / f'{name}.png')
+    audit_report.check(cfg, tmp_path / 'out', workers=1)
+    told = capsys.readouterr().out
+    for name in ('[red]$x_1$', 'a?b?[31m', '?'):
+        assert f'/{name}.png: 9 (2 pixels)' in told
+    assert '\x1b' not in told
+
+
+def test_exit_code_without_errors(cfg, data, tmp_path, monkeypatch, capsys):
+    save(data / MASKS / '00003.png', np.full((64, 96), 255, np.uint8))
+    monkeypatch.setattr('sys.argv', ['check_data', str(tmp_path / 'mini.py'), '--out',
+                                     str(tmp_path / 'out'), '--workers', '1'])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(f'{ROOT}/tools/check_data.py', run_name='__main__')
+    assert ended.value.code == 0
+    assert '0 errors, 1 warning.' in capsys.readouterr().out
+
+
+def test_command_line(data, tmp_path):
+    config = write_config(tmp_path, data)
+    (data / MASKS / '00001.png').write_bytes(b'')
+    done = run(ROOT / 'tools/check_data.py', config, '--split', 'train', '--workers', '2',
+               cwd=tmp_path, check=False)
+    out = tmp_path / 'work_dirs/mini/data_check'
+    assert {path.name for path in out.iterdir()} == {
+        'report.json', 'classes.png', 'samples.png', 'files.cache'}
+    assert done.returncode == 1
+    assert 'error: train: mask unreadable (1)' in done.stdout
+    assert f'{data / MASKS / "00001.png"}: the file has 0 bytes' in done.stdout
+    assert 'Traceback' not in done.stderr

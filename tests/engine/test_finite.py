@@ -1,0 +1,120 @@
+"""Losses that are no numbers: the run stops before they reach the weights, or leaves them out."""
+import re
+
+import pytest
+import torch
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+from tests.engine.training import differences, finish, in_child, run_to_end, state, train
+
+
+@HOOKS.register_module()
+class BadLossHook(Hook):
+    """Make the loss of some iterations nan, infinite, or of a gradient that is."""
+
+    def __init__(self, iterations, kind):
+        self.iterations, self.kind = iterations, kind
+
+    def before_train(self, runner):
+        loss = runner.model.loss
+
+        def bad_loss(*args, **kwargs):
+            losses = loss(*args, **kwargs)
+            if runner.iter in self.iterations:
+                losses['decode.loss_ce'] = self.spoil(losses['decode.loss_ce'])
+            return losses
+
+        runner.model.loss = bad_loss
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter in self.iterations:  # as a pass through the network would
+            runner.model.decode_head.fuse_norm.running_mean.fill_(float('nan'))
+
+    def spoil(self, value):
+        if self.kind == 'nan':
+            return value * float('nan')
+        if self.kind == 'infinite':
+            return value + float('inf')  # its gradient is finite
+        return value + (value - value.detach()).abs().sqrt()  # infinite slope at 0
+
+
+def bad_loss(iterations, kind):
+    return lambda cfg: cfg.custom_hooks.append(dict(
+        type='BadLossHook', iterations=iterations, kind=kind))
+
+
+@pytest.mark.parametrize(('kind', 'what'), [
+    ('nan', 'the loss is'), ('infinite', 'the loss is'), ('slope', 'the gradient of the loss is')])
+def test_the_run_stops(config, tmp_path, kind, what):
+    work, log = tmp_path / 'work', tmp_path / 'log'
+    code = finish(in_child(train, config, work, before=bad_loss([4, 5], kind), log=log))
+    assert code == 1
+    message = re.search(r'^error: (.*)$', log.read_text(), re.M)[1]
+    assert f'{what} not a finite number at iteration 5, images: ' in message
+    assert len(re.findall(r'images/training/000\d\d.png', message)) == 2
+    assert f'last good checkpoint is {work}/iter_3.pth' in message
+    assert '--skip-nonfinite' in message
+    assert sorted(path.name for path in work.glob('*.pth')) == ['iter_3.pth']
+
+
+def test_steps_are_left_out(config, tmp_path):
+    work = tmp_path / 'work'
+    log = run_to_end(config, work, skip_nonfinite=2, before=bad_loss([3, 5], 'nan'))
+    assert re.search(r'Step left out \(1 of 2\): the loss is .* iteration 4,', log)
+    assert re.search(r'Step left out \(2 of 2\): the loss is .* iteration 6,', log)
+    after = state(work)
+    assert all(tensor.isfinite().all() for tensor in after['weights'].values())
+    # The optimizer has counted the steps that it took.
+    steps = {int(values['step']) for values in after['optimizer']['state'].values()}
+    assert steps == {10}
+
+
+def test_a_step_left_out_changes_nothing(config, tmp_path):
+    work = tmp_path / 'work'
+    options = {'train_cfg.max_iters': 4, 'default_hooks.checkpoint.interval': 1,
+               'default_hooks.checkpoint.max_keep_ckpts': 4}
+    run_to_end(config, work, skip_nonfinite=1, before=bad_loss([3], 'nan'), options=options)
+    before, after = (state(work, f'iter_{number}.pth') for number in (3, 4))
+    assert differences(before['optimizer']['state'], after['optimizer']['state']) == []
+    assert differences(before['weights'], after['weights']) == []
+
+
+def test_more_of_them_than_allowed(config, tmp_path):
+    log = tmp_path / 'log'
+    code = finish(in_child(train, config, tmp_path / 'work', skip_nonfinite=1, log=log,
+                           before=bad_loss([3, 5], 'nan')))
+    assert code == 1
+    assert 'Step left out (1 of 1)' in log.read_text()
+    assert 'not a finite number at iteration 6' in log.read_text()
+
+
+def test_gradients_that_are_accumulated(config, tmp_path):
+    """The images of all the batches of the step are named."""
+    log = tmp_path / 'log'
+    code = finish(in_child(train, config, tmp_path / 'work', log=log, before=bad_loss([4], 'nan'),
+                           options={'optim_wrapper.accumulative_counts': 3}))
+    assert code == 1
+    message = re.search(r'^error: (.*)$', log.read_text(), re.M)[1]
+    assert 'the loss is not a finite number at iteration 6' in message
+    assert len(re.findall(r'images/training/000\d\d.png', message)) == 2
+
+
+@pytest.mark.parametrize('clip', [True, False])
+def test_the_norm_of_the_gradient_is_logged(config, tmp_path, clip):
+    """It is mmengine's own, and the guard changes no weight."""
+    options = {'train_cfg.max_iters': 3}
+    if not clip:
+        options['optim_wrapper.clip_grad'] = None
+    found = []
+    for name, hooks in ('guarded', lambda cfg: None), ('plain', lambda cfg: cfg.update(
+            custom_hooks=[hook for hook in cfg.custom_hooks if hook['type'] != 'FiniteLossHook'],
+            optim_wrapper=dict(cfg.optim_wrapper, clip_grad=cfg.optim_wrapper.clip_grad or dict(
+                max_norm=float('inf'))))):
+        log = run_to_end(config, tmp_path / name, options=options, before=hooks)
+        found.append((re.findall(r'grad_norm: ([\d.]+)', log),
+                      state(tmp_path / name, 'iter_3.pth')['weights']))
+    (guarded, weights), (plain, expected) = found
+    assert guarded == plain
+    assert len(guarded) == 3
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)

@@ -1,0 +1,47 @@
+"""Look at every image and every mask of a config's data sets and say what is wrong with them."""
+import argparse
+import sys
+from pathlib import Path
+
+from mmengine.config import DictAction
+
+from mmseg_edaformer.data import audit_report
+from mmseg_edaformer.engine import launch
+from mmseg_edaformer.errors import clear_errors
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog='Exit code: 1 when there are errors, 0 when there are none or '
+        'only warnings.')
+    parser.add_argument('config', help='such as configs/edaformer_t_ade.py, or any of mmseg')
+    parser.add_argument('--split', nargs='+', choices=('train', 'val', 'test'), metavar='SPLIT',
+                        help='of train, val and test (default: all that the config has)')
+    parser.add_argument('--out', metavar='DIR', help='where report.json and the pictures go '
+                        '(default: work_dirs/, the name of the config, /data_check)')
+    parser.add_argument('--workers', type=int, metavar='N', help='processes (default: all cores)')
+    parser.add_argument('--no-cache', action='store_true', help='read files again that have not '
+                        'changed since the last time')
+    parser.add_argument('--fix', action='store_true', help='write mended copies to DIR/fixed, '
+                        'the data stays as it is')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+                        help='replace settings of the config')
+    parser.set_defaults(work_dir=None, compile=False, launcher='none', local_rank=0)
+    args = parser.parse_args()
+    if args.workers is not None and args.workers < 1:
+        parser.error('--workers must be 1 or more')
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    cfg = launch.load_config(args)
+    out = args.out or Path('work_dirs', Path(args.config).stem, 'data_check')
+    errors = audit_report.check(cfg, out, args.split, workers=args.workers, fresh=args.no_cache,
+                                mend=args.fix)
+    sys.exit(1 if errors else 0)
+
+
+if __name__ == '__main__':
+    with clear_errors():
+        main()
