@@ -3,7 +3,7 @@ PYTHON ?= python3
 DEMO := work_dirs/demo
 CONFIG := configs/edaformer_t_synthetic.py
 
-.PHONY: demo test test-fork test-kernels lint env clean
+.PHONY: demo test soak test-fork test-kernels lint env clean
 
 demo: .venv/ready
 	.venv/bin/python tools/prepare_data.py synthetic
@@ -19,6 +19,10 @@ demo: .venv/ready
 
 test: .venv/libraries
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2
+
+# Kills, fuzzers, memory: what takes minutes.
+soak: .venv/ready
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -s -m soak
 
 test-fork: .venv-fork/ready
 	OMP_NUM_THREADS=1 .venv-fork/bin/python -m pytest -q -n 2

@@ -1,74 +1,353 @@
 """Reading weights from files that may be damaged, foreign or hostile."""
+import difflib
+import os
 import pickle
+import pickletools
 import re
+import tarfile
+import warnings
 import zipfile
-from pathlib import Path
-from typing import Any
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, NoReturn
+from urllib.parse import urlparse
 
 import torch
+import torch.distributed
+from mmengine.dist import get_dist_info
+from mmengine.fileio import get_file_backend
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
-from mmengine.runner import BaseLoop, CheckpointLoader, Runner
-from safetensors import SafetensorError
+from mmengine.runner import BaseLoop, CheckpointLoader, Runner, checkpoint as zoo
 from safetensors.torch import load_file
 from torch import Tensor
 
+from .. import compat
 from ..errors import CheckpointError
 
-
 CHECKPOINT_FORMAT = 1
+"""The form of the checkpoints that are written here; larger ones are of a future version."""
+
+_AGAIN = 'copy it again, or resume from an older one'
+
+_HARMLESS = re.compile(r'collections\.OrderedDict|torch\.(\w+Storage|Size|device|Tensor|_utils\.'
+                       r'_rebuild\w+|nn\.parameter\.Parameter)')
 
 
 def load_from_file(filename: str | Path, map_location: Any = None) -> dict[str, Any]:
     """Read a checkpoint, .safetensors or torch's own, without running any code that it holds.
 
-    It stands in for mmengine's reader of local files, so that runs, too, load with
-    ``weights_only``, whatever the version of torch, and know safetensors.
+    It is the only way in for weights: mmengine's loaders of every other scheme end here. It reads
+    with ``weights_only``, whatever the version of torch, and allows nothing but tensors, plain
+    Python values and mmengine's logs. torch reads damaged tensors without a word; here the
+    checksums of .pth files are verified first. Old .pth files, which are no zip archives, and
+    .safetensors have none.
+
+    Args:
+        filename: A local file.
+        map_location: As for ``torch.load``; for .safetensors a device, anything else means CPU.
 
     Returns:
-        mmengine's form: a dict with ``state_dict``, and ``meta`` and more where the file has them.
+        mmengine's form: a dict with ``state_dict`` and ``meta``, and more where the file has it.
 
     Raises:
-        CheckpointError: The file is missing, damaged, or asks for code to be run.
+        CheckpointError: The file is missing, damaged, asks for code to be run, claims to hold more
+            than it does, or was written by a newer version of this package.
     """
-    path = Path(filename)
+    path = Path(filename).expanduser()
     if not path.is_file():
         raise CheckpointError(f'checkpoint not found: {path}')
+    path.open('rb').close()  # what may not be read is another matter than what is damaged
     try:
         if path.suffix == '.safetensors':
             device = map_location if isinstance(map_location, (str, torch.device)) else 'cpu'
-            return {'state_dict': load_file(path, device=str(device)), 'meta': {}}
-        content = torch.load(path, map_location=map_location, weights_only=True)
+            content: Any = load_file(path, device=str(device))
+        else:
+            _check_container(path)
+            with _allowing_only_logs():
+                content = torch.load(path, map_location=map_location, weights_only=True)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
-        cause = re.search(r'GLOBAL ([\w.]+)|(the file asks for .*)', str(error))
-        if cause is None:
+        _refuse(path, error)
+    except Exception as error:  # a damaged file can raise anything
+        reason = _shown(str(error).splitlines()[0] if str(error) else type(error).__name__)
+        if isinstance(error, MemoryError) or re.search('CUDA|memory', reason):
+            raise CheckpointError(f'{path} cannot be loaded here: {reason}') from error
+        raise CheckpointError(f'{path} is damaged or cut short ({reason}): {_AGAIN}') from error
+    return _normalized(content, path)
+
+
+def _check_container(path: Path) -> None:
+    """See that a .pth file is whole, and packed as torch packs it, before torch reads it.
+
+    Raises:
+        CheckpointError: It is not.
+    """
+    if not _is_zipped(path):
+        try:
+            tarfile.open(path, 'r:').close()
+        except tarfile.TarError:
+            return
+        # torch before 2.6 runs the code in them.
+        raise CheckpointError(f'{path} is a tar archive, which torch wrote before 2017 and which '
+                              'can hold code: it is refused')
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        names = {member.filename for member in members}
+        if any(PurePosixPath(name).name == 'constants.pkl' for name in names):
+            raise CheckpointError(f'{path} is a TorchScript program, not weights: it is refused')
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise CheckpointError(f'{path} is compressed, which checkpoints of torch are not: it '
+                                  'is refused. If it holds a checkpoint, unzip it')
+        size = path.stat().st_size
+        # Of a folder (16), or one with two sizes, torch would take memory that nothing was read to.
+        if archive.comment or len(names) < len(members) or any(
+                member.external_attr & 16 or member.file_size != member.compress_size
+                for member in members) or sum(member.file_size for member in members) > size:
+            raise CheckpointError(f'{path} is damaged, its table of contents makes no sense: '
+                                  f'{_AGAIN}')
+        if any(member.CRC for member in members):  # set_crc32_options(False) writes zeros
+            damaged = archive.testzip()
+            if damaged is not None:
+                raise CheckpointError(f'{path} is damaged: the checksum of {damaged} in it is '
+                                      f'wrong; {_AGAIN}')
+
+
+def _is_zipped(path: Path) -> bool:
+    with path.open('rb') as file:
+        return file.read(4) == b'PK\3\4'  # how torch tells
+
+
+@contextmanager
+def _allowing_only_logs() -> Iterator[None]:
+    """Let weights_only allow what mmengine logs, and nothing that other libraries have added."""
+    others = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(compat.allow_mmengine_checkpoints())
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', message='Detected pickle protocol')
+            yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(others)
+
+
+def _refuse(path: Path, error: pickle.UnpicklingError) -> NoReturn:
+    """Say what a pickle asked for that weights do not need."""
+    text = str(error)
+    asked = re.search(r'GLOBAL (\S+)|the file asks for (.+), which', text)
+    if asked is not None:
+        wanted = asked[2] or _in_python3(asked[1] if '.' in asked[1] else f'builtins.{asked[1]}')
+    else:
+        imports = _imports(path)
+        if imports is None:
             raise CheckpointError(f'{path} is not a checkpoint, or it is damaged') from error
+        wanted = ', '.join(name for name in imports if not _HARMLESS.fullmatch(name))
+    if not wanted:
+        reason = text.partition('WeightsUnpickler error:')[2].strip().splitlines() or ['no weights']
         raise CheckpointError(
-            f'{path} is refused: it asks for {cause[1] or cause[2]}, and weights need no code. '
-            'If you trust where it comes from, open it there and save its state_dict '
-            'alone, best as .safetensors') from error
-    except (SafetensorError, RuntimeError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f'{path} is damaged or cut short ({reason}): '
-                              'copy it again') from error
+            f'{path} is refused: its pickle is not what torch.save writes by default '
+            f'({_shown(reason[0])}). If you trust where it comes from, save it there without '
+            'pickle_protocol, best as .safetensors') from error
+    raise CheckpointError(
+        f'{path} is refused: it asks for {_shown(wanted)}, and weights need no code. If you '
+        'trust where it comes from, open it there and save its state_dict alone, best as '
+        '.safetensors') from error
+
+
+def _imports(path: Path) -> list[str] | None:
+    """What the pickles of a file import; None where it is not made of pickles."""
+    if not _is_zipped(path):
+        with path.open('rb') as file:
+            return _imports_of_pickle(file)
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            if PurePosixPath(name).name == 'data.pkl':
+                with archive.open(name) as member:
+                    return _imports_of_pickle(member)
+    return None
+
+
+def _imports_of_pickle(file: IO[bytes]) -> list[str] | None:
+    found: dict[str, None] = {}
+    strings = ['', '']
+    argument: Any
+    for number in range(4):  # torch's old files hold three small pickles before the content
+        memo: dict[Any, str] = {}
+        try:
+            for opcode, argument, _ in pickletools.genops(file):
+                if opcode.name in ('GLOBAL', 'INST'):
+                    found[_in_python3(argument.replace(' ', '.'))] = None
+                elif opcode.name == 'STACK_GLOBAL':
+                    found['.'.join(strings[-2:])] = None
+                elif opcode.name == 'MEMOIZE':
+                    memo[len(memo)] = strings[-1]
+                elif opcode.name in ('BINGET', 'LONG_BINGET'):
+                    strings.append(memo.get(argument, ''))
+                elif isinstance(argument, str):
+                    strings.append(argument)
+        except (ValueError, OverflowError, MemoryError):
+            return list(found) if found or number else None
+    return list(found)
+
+
+def _in_python3(name: str) -> str:
+    """The import behind a name, of which torch's pickles hold Python 2's."""
+    module, _, attribute = name.rpartition('.')
+    module, attribute = NAME_MAPPING.get((module, attribute), (
+        IMPORT_MAPPING.get(module, module), attribute))
+    return f'{module}.{attribute}'
+
+
+def _normalized(content: Any, path: Path) -> dict[str, Any]:
+    """Content in mmengine's form; a file may be a bare state dict, or have one under 'model'."""
     if not isinstance(content, dict):
         raise CheckpointError(f'{path} holds a {type(content).__name__}, not a checkpoint')
-    return content if 'state_dict' in content else {'state_dict': _weights(content, path),
-                                                    'meta': {}}
-
-
-def _weights(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
-    """The weights of a file that is a bare state dict, or has one under 'model'."""
-    state = content.get('model', content)
-    weights = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    bare = 'state_dict' not in content
+    state = content.get('model', content) if bare else content['state_dict']
+    meta = {} if bare else content.get('meta') or {}
+    # Other attributes of an OrderedDict would hide its methods.
+    if not isinstance(state, dict) or not isinstance(meta, dict) or not (
+            getattr(state, '__dict__', {}).keys() <= {'_metadata'}) or not (
+            bare or all(isinstance(name, str) for name in state)):
+        raise CheckpointError(f'{path} is not a checkpoint: its state_dict or its meta is not what '
+                              'torch and mmengine write')
+    weights = {name: value for name, value in state.items()
+               if isinstance(name, str) and isinstance(value, Tensor)}
     if not weights:
         raise CheckpointError(f'{path} holds no weights: its entries are '
-                              f'{", ".join(map(str, list(state)[:5]))}')
-    return weights
+                              f'{_shown(", ".join(map(str, list(state)[:5]))) or "none"}')
+    for name, tensor in weights.items():  # a small file can repeat one number without end
+        if tensor.numel() * tensor.element_size() > max(path.stat().st_size, 2 ** 20):
+            raise CheckpointError(f'{path} is refused: {_shown(name)} of shape {_shape(tensor)} '
+                                  'would be larger than the file')
+    _check_version(meta.get('mmseg_edaformer'), path)
+    _check_removals(content.get('message_hub'), path)
+    return {**({} if bare else content), 'state_dict': weights if bare else state, 'meta': meta}
 
 
-CheckpointLoader.register_scheme('', load_from_file, force=True)
+def _check_version(written_by: Any, path: Path) -> None:
+    if written_by is None:
+        return
+    form = written_by.get('format') if isinstance(written_by, dict) else None
+    if not isinstance(form, int):
+        raise CheckpointError(f'{path} does not say in which form it was written: {_AGAIN}')
+    if form > CHECKPOINT_FORMAT:
+        raise CheckpointError(
+            f'{path} was written by mmseg_edaformer {_shown(written_by.get("version"))}, which is '
+            'newer than this one: upgrade mmseg_edaformer to read it')
+
+
+def _check_removals(message_hub: Any, path: Path) -> None:
+    """See that a resumed run would remove nothing but checkpoints, whose names it has from here."""
+    info = message_hub.get('runtime_info') if isinstance(message_hub, dict) else None
+    for key, value in info.items() if isinstance(info, dict) else ():
+        key = str(key)
+        if key.startswith('best_ckpt') and not (isinstance(value, str) and re.fullmatch(
+                r'best_.+', re.split(r'[/\\]', value)[-1])) and value is not None:
+            raise CheckpointError(f'{path} is refused: as the best checkpoint to be replaced it '
+                                  f'names {_shown(value)}, which is none')
+        if key == 'keep_ckpt_ids' and not (isinstance(value, list) and all(
+                isinstance(each, int) for each in value)):
+            raise CheckpointError(f'{path} is refused: it names checkpoints to be removed that '
+                                  f'are none: {_shown(value)}')
+
+
+def load_from_http(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """Download a checkpoint to torch's cache, where it is not there yet, and read it.
+
+    Where its name ends in a hash (``resnet18-5c106cde.pth``), the download must have it.
+
+    Raises:
+        CheckpointError: It cannot be downloaded, is another file, or what `load_from_file` finds.
+    """
+    name = PurePosixPath(urlparse(filename).path).name
+    if not name.strip('.') or set(name) & set('\\:'):
+        raise CheckpointError(f'{filename} does not end in the name of a file')
+    path = Path(torch.hub.get_dir(), 'checkpoints', name)
+    rank, processes = get_dist_info()
+    for turn in ('first', 'others') if processes > 1 else ('first',):
+        # The first process downloads for those that share its disk.
+        if (rank == 0) == (turn == 'first') and not path.exists():
+            _download(filename, path)
+        if processes > 1:
+            torch.distributed.barrier()
+    return load_from_file(path, map_location)
+
+
+def _download(url: str, path: Path) -> None:
+    # Eight digits that begin with 20 are a date.
+    ending = re.search(r'-(?!20\d{6}\.)([0-9a-f]{8,64})\.\w+$', path.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.hub.download_url_to_file(url, str(path), ending and ending[1],
+                                       progress=os.isatty(2))
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f'{url} cannot be downloaded: {error}. Download it by other means '
+                              'and name the file') from error
+
+
+def load_from_zoo(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """Read weights that mmengine knows by name, such as ``open-mmlab://resnet50_v1c``.
+
+    Raises:
+        CheckpointError: It knows no such name, or what `load_from_http` finds.
+    """
+    scheme, _, name = filename.partition('://')
+    try:
+        if scheme == 'mmcls':
+            sources = zoo.get_mmcls_models()
+        elif scheme in ('torchvision', 'modelzoo'):
+            sources = zoo.get_torchvision_models()
+        else:
+            sources = zoo.get_external_models()
+            name = zoo.get_deprecated_model_names().get(name, name)
+    except ImportError as error:
+        raise CheckpointError(f'{filename} cannot be looked up: {error}') from error
+    if name not in sources:
+        near = difflib.get_close_matches(name, sources, 3)
+        raise CheckpointError(f'{filename} is not known to mmengine' +
+                              (f': did you mean {", ".join(near)}?' if near else ''))
+    source = sources[name]
+    if source.startswith(('http://', 'https://')):
+        content = load_from_http(source, map_location)
+    else:
+        content = load_from_file(Path(zoo._get_mmengine_home(), source), map_location)
+    if scheme == 'mmcls':  # a classifier, of which the encoder is wanted
+        content['state_dict'] = {name.removeprefix('backbone.'): tensor
+                                 for name, tensor in content['state_dict'].items()
+                                 if name.startswith('backbone.')}
+    return content
+
+
+def load_from_storage(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """Read a checkpoint from a storage that mmengine's petrel backend reaches."""
+    backend = get_file_backend(filename, backend_args=dict(backend='petrel'))
+    with backend.get_local_path(filename) as path:
+        return load_from_file(path, map_location)
+
+
+def load_from_pavi(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """Ask for a file: PAVI's own reader is not known here."""
+    raise CheckpointError(f'{filename} cannot be read: download it and name the file')
+
+
+def _replace_loaders() -> None:
+    for schemes, loader in (
+            ('', load_from_file), (('http://', 'https://'), load_from_http),
+            (('torchvision://', 'modelzoo://', 'open-mmlab://', 'openmmlab://', 'mmcls://'),
+             load_from_zoo),
+            ([r'(\S+\:)?s3://', r'(\S+\:)?petrel://'], load_from_storage),
+            ('pavi://', load_from_pavi)):
+        CheckpointLoader.register_scheme(schemes, loader, force=True)
+
+
+_replace_loaders()
 
 
 @HOOKS.register_module()
@@ -115,6 +394,11 @@ class CheckWeightsHook(Hook):
                   'tools/train.py CONFIG --load-from CHECKPOINT')
         raise CheckpointError('the checkpoint does not fit the model: ' + '; '.join(
             [*shapes[:6], *(f'{name} is not in it' for name in missing[:6])]) + advice)
+
+
+def _shown(value: Any) -> str:
+    """Text from a file, of a length and of characters that do a terminal no harm."""
+    return ''.join(ch if ch.isprintable() else '?' for ch in str(value)[:200])
 
 
 def _shape(tensor: Tensor) -> str:

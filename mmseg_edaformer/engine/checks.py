@@ -121,7 +121,10 @@ def check_data(cfg: Config, *splits: str) -> None:
             _check_colours(split, loader, dataset_cfg)
             if not os.path.isdir(dataset_cfg.get('data_root') or '.'):
                 raise DataError(_missing(split, dataset_cfg.data_root))
-            dataset = DATASETS.build({**dataset_cfg, 'lazy_init': True})
+            try:
+                dataset = DATASETS.build({**dataset_cfg, 'lazy_init': True})
+            except ValueError as error:  # such as classes that the data set does not have
+                raise ConfigError(f'the {split} set cannot be built: {error}') from error
             if isinstance(dataset, BaseSegDataset):
                 _check_classes(split, dataset, num_classes)
                 if os.environ.get('RANK', '0') == '0':

@@ -128,9 +128,6 @@ class ExactTrainLoop(IterBasedTrainLoop):
 
     It stands in under mmengine's name, so every config has it. A data set that can only be read in
     one go (IterableDataset) is replayed, as mmengine does.
-
-    Attributes:
-        samples: Number of samples that the steps done have drawn, of all ranks.
     """
 
     def __init__(self, runner: Runner, dataloader: Any, *args: Any, **kwargs: Any) -> None:

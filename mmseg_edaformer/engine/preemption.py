@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from mmengine.device import get_device
 from mmengine.dist import all_gather_object, get_dist_info, is_distributed
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
@@ -54,6 +55,7 @@ class PreemptionHook(Hook):
         self.signal: int | None = None
         self.main = os.getpid()
         self.group: Any = None
+        self.device = 'cpu'
         self.watchdog: Watchdog | None = None
         self.together = True
         self.handlers: dict[int, Any] = {}
@@ -63,7 +65,13 @@ class PreemptionHook(Hook):
         if threading.current_thread() is threading.main_thread():  # no other may take signals
             self.handlers = {number: signal.signal(number, self._note) for number in _SIGNALS}
         if is_distributed():
-            self.group = dist.new_group(backend='gloo')
+            try:
+                self.group = dist.new_group(backend='gloo')
+            except RuntimeError as error:  # alike on all ranks: the host has no such address
+                runner.logger.warning(f'The processes agree on the GPU, which costs a wait per '
+                                      f'step, since gloo cannot connect them ({error}): set '
+                                      'GLOO_SOCKET_IFNAME to the network interface')
+                self.group, self.device = dist.group.WORLD, get_device()
             self.watchdog = Watchdog()
             self.watchdog.start()
 
@@ -104,7 +112,7 @@ class PreemptionHook(Hook):
     def _stop_if_told(self, runner: Runner, iterations: int) -> None:
         told = self.signal or 0
         if self.group is not None:
-            flag = torch.tensor([told])
+            flag = torch.tensor([told], device=self.device)
             try:
                 dist.all_reduce(flag, dist.ReduceOp.MAX, self.group)
             except RuntimeError as error:

@@ -170,7 +170,8 @@ class SafeCheckpointHook(CheckpointHook):
 
     def _rebase(self, path: str | None) -> str | None:
         """A file of this run under the folder where the run lies now."""
-        return path and self._path(re.split(r'[/\\]', path)[-1])
+        name = re.split(r'[/\\]', path)[-1] if path else ''
+        return self._path(name) if name.startswith('best_') else None
 
     def _path(self, name: str) -> str:
         return self.file_backend.join_path(self.out_dir, name)

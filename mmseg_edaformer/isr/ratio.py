@@ -1,4 +1,5 @@
 """How much further the keys are pooled at inference, stage by stage."""
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,11 @@ AUTO = 'auto'
 _VALID = ('Use one integer from 1 up for every stage (2), a multiplier for each encoder stage and '
           'then for each decoder stage, shallow to deep (2211-222, or 2,2,1,1-2,2,2 for numbers '
           f'above 9), or a name ({", ".join((*NAMES, AUTO))})')
+
+_LIMIT = 10 ** 6  # no map is larger
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = 60
 
 
 @dataclass(frozen=True)
@@ -33,11 +39,13 @@ class ISRRatio:
     auto: bool = False
 
     def __post_init__(self) -> None:
-        for multiplier in (*self.encoder, *self.decoder):
-            if isinstance(multiplier, bool) or not isinstance(multiplier, int) or multiplier < 1:
-                raise RatioError(f'isr_ratio {multiplier!r} is not an integer from 1 up. {_VALID}')
-        if not self.encoder or not self.decoder:
-            raise RatioError(f'isr_ratio {self} lacks a part. {_VALID}')
+        for part in (self.encoder, self.decoder):
+            if not isinstance(part, tuple) or not part:
+                raise RatioError(f'isr_ratio lacks a part: {_brief(part)} is none. {_VALID}')
+            for each in part:
+                if isinstance(each, bool) or not isinstance(each, int) or not 1 <= each <= _LIMIT:
+                    raise RatioError(f'isr_ratio {_brief(each)} is not an integer from 1 up to '
+                                     f'{_LIMIT}. {_VALID}')
         if self.auto and {*self.encoder, *self.decoder} != {1}:
             raise RatioError(f'isr_ratio {AUTO} takes no multipliers. {_VALID}')
 
@@ -53,7 +61,7 @@ class ISRRatio:
         if isinstance(value, int):
             return cls((value,), (value,))
         if not isinstance(value, str):
-            raise RatioError(f'isr_ratio {value!r} is a {type(value).__name__}. {_VALID}')
+            raise RatioError(f'isr_ratio {_brief(value)} is a {type(value).__name__}. {_VALID}')
         if value.strip().lower() == AUTO:
             return cls((1,), (1,), auto=True)
         text = NAMES.get(value.strip().lower(), value.strip())
@@ -62,7 +70,7 @@ class ISRRatio:
         if len(parts) == 1 and text.isdecimal() and len(text) < 3:
             return cls.parse(int(text))
         if len(parts) != 2:
-            raise RatioError(f'isr_ratio {value!r} means nothing. {_VALID}')
+            raise RatioError(f'isr_ratio {_brief(value)} means nothing. {_VALID}')
         return cls(_multipliers(parts[0], value), _multipliers(parts[1], value))
 
     def for_stages(self, part: str, count: int) -> tuple[int, ...]:
@@ -75,8 +83,8 @@ class ISRRatio:
         if len(multipliers) == 1:
             return multipliers * count
         if len(multipliers) != count:
-            raise RatioError(f'isr_ratio {self} has {len(multipliers)} multipliers for the {part}, '
-                             f'which has {count} stages in this model. {_VALID}')
+            raise RatioError(f'isr_ratio {self!s:.60} has {len(multipliers)} multipliers for '
+                             f'the {part}, which has {count} stages in this model. {_VALID}')
         return multipliers
 
     def __str__(self) -> str:
@@ -90,8 +98,17 @@ class ISRRatio:
                         for part in (self.encoder, self.decoder))
 
 
+def _brief(value: object) -> str:
+    """What a value is, however long or deep it is."""
+    try:
+        return _BRIEF.repr(value)
+    except ValueError:  # Python prints no number of more than 4300 digits
+        return 'a number of thousands of digits'
+
+
 def _multipliers(part: str, value: str) -> tuple[int, ...]:
     numbers: Sequence[str] = part.removesuffix(',').split(',') if ',' in part else part
-    if not numbers or not all(number.strip().isdecimal() for number in numbers):
-        raise RatioError(f'isr_ratio {value!r} means nothing. {_VALID}')
+    if not numbers or not all(
+            number.strip().isdecimal() and len(number.strip()) < 10 for number in numbers):
+        raise RatioError(f'isr_ratio {_brief(value)} means nothing. {_VALID}')
     return tuple(int(number) for number in numbers)

@@ -3,7 +3,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import time
 from pathlib import Path
 
@@ -16,7 +15,16 @@ from mmengine.registry import HOOKS
 from mmseg_edaformer.engine import find_checkpoint, saving
 from mmseg_edaformer.files import replacing
 from tests.conftest import segmentor_config
-from tests.engine.training import OPTIONS, differences, finish, in_child, run_to_end, state, train
+from tests.engine.training import (
+    OPTIONS,
+    differences,
+    finish,
+    free_port,
+    in_child,
+    run_to_end,
+    state,
+    train,
+)
 
 pytestmark = pytest.mark.soak
 INTERVAL = OPTIONS['default_hooks.checkpoint.interval']
@@ -104,12 +112,6 @@ def newest(work):
 def assert_same_end(whole, work):
     assert differences(state(whole), state(work)) == []
     assert not list(work.glob('.*partial*'))
-
-
-def free_port():
-    with socket.socket() as server:
-        server.bind(('127.0.0.1', 0))
-        return server.getsockname()[1]
 
 
 def train_rank(config, work, rank, port, **keywords):

@@ -1,5 +1,6 @@
 """Small trainings in processes of their own, to be killed, and what is left of them."""
 import os
+import socket
 import sys
 import traceback
 from pathlib import Path
@@ -74,6 +75,12 @@ def train(config, work, *, resume=True, options=None, before=None, **flags):
     if before is not None:
         before(cfg)
     launch.train(cfg)
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(('127.0.0.1', 0))
+        return server.getsockname()[1]
 
 
 def finish(pid):

@@ -1,7 +1,6 @@
 """Two processes and two nodes with torchrun on the CPU, over gloo."""
 import os
 import re
-import socket
 import subprocess
 import sys
 
@@ -11,21 +10,16 @@ import torch
 from mmseg_edaformer.engine import find_checkpoint
 from mmseg_edaformer.engine.preemption import EXIT_PREEMPTED
 from tests.conftest import ROOT, run, write_config
+from tests.engine.training import free_port
 
 pytestmark = pytest.mark.slow
-
-
-def free_port():
-    with socket.socket() as server:
-        server.bind(('127.0.0.1', 0))
-        return str(server.getsockname()[1])
 
 
 def script(name, *arguments, code=0, **env):
     """Run one of the shell scripts, which must end with a code; returns its output."""
     done = subprocess.run(
         ['bash', f'tools/{name}', *map(str, arguments)], cwd=ROOT, text=True, timeout=600,
-        capture_output=True, env={**os.environ, 'PYTHON': sys.executable, 'PORT': free_port(),
+        capture_output=True, env={**os.environ, 'PYTHON': sys.executable, 'PORT': str(free_port()),
                                   'OMP_NUM_THREADS': '1', **env})
     assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
@@ -114,7 +108,7 @@ default_hooks = dict(checkpoint=dict(interval=10))
 
 def test_two_nodes(config, tmp_path):
     """Two launchers on loopback, as two machines would run them."""
-    port = free_port()
+    port = str(free_port())
     logs = [tmp_path / f'node{rank}.log' for rank in range(2)]
     nodes = [subprocess.Popen(
         ['bash', 'tools/dist_train.sh', str(config), '1', '--work-dir', str(tmp_path / 'nodes'),
