@@ -53,3 +53,10 @@ def test_stubbed_operators_say_what_they_need():
     else:
         with pytest.raises(RuntimeError, match='nms needs the compiled mmcv'):
             stub.nms()
+
+
+def test_resume_of_any_runner_looks_for_checkpoints():
+    from mmengine.runner import runner
+
+    from mmseg_edaformer.engine import find_checkpoint
+    assert runner.find_latest_checkpoint is find_checkpoint

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.dist import get_dist_info
+from mmengine.dist import broadcast, get_dist_info
 from mmengine.logging import print_log
 from mmengine.registry import LOOPS
 from mmengine.runner import IterBasedTrainLoop, Runner
@@ -197,6 +197,9 @@ class ExactTrainLoop(IterBasedTrainLoop):
         if (self.runner.val_loop is not None and self._iter >= self.val_begin and
                 self._iter != unless and
                 (self._iter % self.val_interval == 0 or self._iter == self._max_iters)):
+            # Ranks have batch statistics of their own without SyncBN; those of rank 0 are saved.
+            for buffer in self.runner.model.buffers():
+                broadcast(buffer)
             self.runner.val_loop.run()
 
     def _seed(self) -> int:

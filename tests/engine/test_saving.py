@@ -1,4 +1,5 @@
 """Checkpoints on bad disks, in moved folders and among damaged files."""
+import errno
 import re
 import resource
 import shutil
@@ -116,14 +117,32 @@ def test_a_full_disk_costs_one_checkpoint(config, whole, tmp_path):
     assert differences(state(whole)['weights'], state(work)['weights']) == []
 
 
-def test_a_disk_that_stays_full(config, tmp_path):
+def read_only(cfg):
+    """From the third checkpoint on, as after a network file system has gone read-only."""
+    put, count = saving.SafeLocalBackend.put, 0
+
+    def refuse(self, obj, filepath):
+        nonlocal count
+        count += 1
+        if count > 2:
+            raise OSError(errno.EROFS, 'Read-only file system', filepath)
+        put(self, obj, filepath)
+
+    saving.SafeLocalBackend.put = refuse
+
+
+@pytest.mark.parametrize(('spoil', 'why', 'left'), [
+    (lambda cfg: cfg.custom_hooks.append(dict(type='FullDiskHook', start=4)), 'File too large',
+     ['iter_3.pth']),
+    (read_only, 'Read-only file system', ['iter_3.pth', 'iter_6.pth'])])
+def test_a_folder_that_cannot_be_written_any_more(config, tmp_path, spoil, why, left):
     work, log = tmp_path / 'work', tmp_path / 'log'
-    code = finish(in_child(train, config, work, log=log, before=lambda cfg:
-                           cfg.custom_hooks.append(dict(type='FullDiskHook', start=4))))
-    assert code == 1
+    assert finish(in_child(train, config, work, log=log, before=spoil)) == 1
+    assert re.search(rf'iter_9.pth could not be written to .*: {why}. .*{left[-1]} is kept; the '
+                     'run goes on', log.read_text())
     assert re.search('error: the last checkpoint of this training could not be written .*make '
-                     'room.*--resume; .*iter_3.pth is kept', log.read_text())
-    assert names(work) == ['iter_3.pth']
+                     f'room.*--resume; .*{left[-1]} is kept', log.read_text())
+    assert names(work) == left
 
 
 def test_figures_that_cannot_be_written(config, tmp_path):
@@ -159,6 +178,20 @@ def test_nothing_is_removed_before_the_next_is_safe(config, tmp_path):
                      'iter_9.pth', log)
     assert re.search('left when .*best_mIoU_iter_6.pth goes: best_mIoU_iter_12.pth '
                      'best_mIoU_iter_6.pth', log)
+
+
+def test_the_best_of_several_figures(config, tmp_path):
+    """Each has its file, and knows it again after a kill and a move."""
+    several = {'default_hooks.checkpoint.save_best': ['mIoU', 'aAcc'],
+               'default_hooks.checkpoint.rule': 'greater'}
+    work = tmp_path / 'work'
+    run_to_end(config, work, options={**several, 'train_cfg.max_iters': 6})
+    assert [name for name in names(work) if 'best' in name] == [
+        'best_aAcc_iter_6.pth', 'best_mIoU_iter_6.pth']
+    work.rename(tmp_path / 'moved')
+    run_to_end(config, tmp_path / 'moved', options=several)
+    assert names(tmp_path / 'moved') == [
+        'best_aAcc_iter_12.pth', 'best_mIoU_iter_12.pth', 'iter_12.pth', 'iter_9.pth']
 
 
 def test_a_work_dir_that_cannot_be_written(config, tmp_path):
