@@ -26,9 +26,14 @@ def test_rights_are_those_of_any_new_file(tmp_path):
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / 'a.bin'
     write_file(path, b'old')
-    with pytest.raises(OSError, match='No space'), replacing(path) as partial:
-        partial.write_bytes(b'ne')
-        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    def fill_the_disk():
+        with replacing(path) as partial:
+            partial.write_bytes(b'ne')
+            raise OSError(errno.ENOSPC, 'No space left on device')
+
+    with pytest.raises(OSError, match='No space'):
+        fill_the_disk()
     assert os.listdir(tmp_path) == ['a.bin']
     assert path.read_bytes() == b'old'
 

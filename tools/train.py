@@ -1,5 +1,6 @@
 """Train a segmentor, with the flags of mmsegmentation's own tools/train.py and a few more."""
 import argparse
+import sys
 
 from mmseg_edaformer import compat
 from mmseg_edaformer.engine import launch
@@ -30,8 +31,9 @@ def main() -> None:
     launch.prepare_train(cfg, resume=args.resume, load_from=args.load_from, amp=args.amp,
                          auto_scale_lr=args.auto_scale_lr, skip_nonfinite=args.skip_nonfinite,
                          skip_bad_files=args.skip_bad_files)
-    launch.train(cfg)
-    compat.leave_distributed()
+    code = launch.train(cfg)
+    compat.leave_distributed(code)
+    sys.exit(code)
 
 
 if __name__ == '__main__':

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config, DictAction
-from mmengine.dist import is_main_process
+from mmengine.dist import get_rank, is_main_process
 from mmengine.logging import print_log
 from mmengine.runner import Runner
 from mmseg.registry import RUNNERS
@@ -25,7 +25,7 @@ from ..isr.pooling import check_method
 from . import checks
 from .allocator import keep_freed_memory
 from .compile import compile_model
-from .preemption import EXIT_PREEMPTED, Preempted, is_lost_peer
+from .preemption import EXIT_PREEMPTED, Preempted, Watchdog, is_lost_peer
 from .saving import find_checkpoint
 
 
@@ -80,10 +80,10 @@ def load_config(args: argparse.Namespace) -> Config:
 
 def add_hook(cfg: Config, hook: dict[str, Any], *, replace: bool = True) -> None:
     """Give a config a custom hook in place of those of the same type, or unless it has one."""
-    if not replace and any(other['type'] == hook['type'] for other in cfg.get('custom_hooks') or []):
-        return
-    cfg.custom_hooks = [other for other in cfg.get('custom_hooks') or []
-                        if other['type'] != hook['type']] + [hook]
+    hooks = cfg.get('custom_hooks') or []
+    others = [other for other in hooks if other['type'] != hook['type']]
+    if replace or len(others) == len(hooks):
+        cfg.custom_hooks = [*others, hook]
 
 
 def build_runner(cfg: Config) -> Runner:
@@ -148,24 +148,34 @@ def prepare_train(cfg: Config, *, resume: bool = False, load_from: str | None = 
     checks.check_work_dir(cfg.work_dir)
 
 
-def train(cfg: Config) -> None:
+def train(cfg: Config) -> int:
     """Train; warns first when the images per step are not those of the recipe.
 
-    Ends the process with `EXIT_PREEMPTED` when it was told to stop and can be resumed.
+    Returns:
+        The exit code: 0, or `EXIT_PREEMPTED` when the run was told to stop and can be resumed.
     """
-    runner = build_runner(cfg)
-    checks.check_batch_size(cfg, runner.world_size)
+    watchdog = Watchdog() if cfg.launcher == 'pytorch' else None
+    if watchdog is not None:
+        watchdog.start()  # before the processes meet, for which all of them are needed
     try:
+        runner = build_runner(cfg)
+        if cfg.launcher in ('slurm', 'mpi'):
+            watchdog = Watchdog()  # mmengine has found out the ranks by now
+            watchdog.start()
+        checks.check_batch_size(cfg, runner.world_size)
         runner.train()
     except Preempted as stop:
         runner.logger.warning(str(stop))
-        compat.leave_distributed(EXIT_PREEMPTED)
-        sys.exit(EXIT_PREEMPTED)
+        return EXIT_PREEMPTED
     except Exception as error:
         if not is_lost_peer(error):
             raise
-        sys.exit(f'error: rank {runner.rank} ends, because another process of this run did: what '
+        sys.exit(f'error: rank {get_rank()} ends, because another process of this run did: what '
                  f'that logged last says why ({error}); go on with --resume')
+    finally:
+        if watchdog is not None:
+            watchdog.stop()  # the others may leave now
+    return 0
 
 
 def prepare_test(cfg: Config, checkpoint: str, *, isr_ratio: str | None = None,

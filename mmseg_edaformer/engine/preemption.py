@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from mmengine.device import get_device
-from mmengine.dist import all_gather_object, get_dist_info, is_distributed
+from mmengine.dist import all_gather_object, is_distributed
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
@@ -42,7 +42,7 @@ class PreemptionHook(Hook):
 
     All ranks agree after every step, over a process group of their own on the CPU, so one that got
     no signal stops at the same step, and one whose peer is gone fails instead of waiting in a
-    collective. A `Watchdog` finds peers that are gone without a trace.
+    collective on a GPU.
 
     Raises:
         Preempted: The run is to end; the checkpoint is written.
@@ -56,7 +56,6 @@ class PreemptionHook(Hook):
         self.main = os.getpid()
         self.group: Any = None
         self.device = 'cpu'
-        self.watchdog: Watchdog | None = None
         self.together = True
         self.handlers: dict[int, Any] = {}
 
@@ -72,8 +71,6 @@ class PreemptionHook(Hook):
                                       f'step, since gloo cannot connect them ({error}): set '
                                       'GLOO_SOCKET_IFNAME to the network interface')
                 self.group, self.device = dist.group.WORLD, get_device()
-            self.watchdog = Watchdog()
-            self.watchdog.start()
 
     def before_val(self, runner: Runner) -> None:
         """See whether all ranks have the same number of batches, and so can agree after each."""
@@ -93,14 +90,8 @@ class PreemptionHook(Hook):
 
     def after_run(self, runner: Runner) -> None:
         """Give the signals back."""
-        self.close()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-
-    def close(self) -> None:
-        """Watch no more, since the peers may leave now."""
-        if self.watchdog is not None:
-            self.watchdog.stop()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() == self.main:
@@ -125,7 +116,6 @@ class PreemptionHook(Hook):
         hook = next((hook for hook in runner.hooks if isinstance(hook, SafeCheckpointHook)), None)
         if hook is not None:
             hook.save_now(runner, iterations)
-        self.close()
         raise Preempted(f'stopped by {name} after iteration {iterations}' + (
             '; its state is saved, go on with --resume' if hook is not None else ''))
 
@@ -133,22 +123,20 @@ class PreemptionHook(Hook):
 class Watchdog(threading.Thread):
     """End this process when another of the run is gone: killed, or on a machine that is.
 
-    Each process counts up its own number in a store that all reach, twice a period; a number that
-    stands still for ``patience`` seconds, or a store out of reach, means that its process is gone.
-    A process that waits for it in a collective on a GPU would wait until NCCL's timeout.
+    Each process counts up its own number in a store that all reach; a number that stands still, or
+    a store out of reach, means that its process is gone. One that waits for it in a collective on a
+    GPU would wait until NCCL's timeout, one that waits for it at the start until gloo's. The
+    environment must name the ranks, as torchrun does and mmengine after its init_dist.
 
     Args:
         patience: Seconds.
+        start: Seconds until each must have been seen once.
     """
 
-    def __init__(self, patience: float = 40.) -> None:
+    def __init__(self, patience: float = 40., start: float = 600.) -> None:
         super().__init__(name='watchdog', daemon=True)
-        self.patience = patience
-        self.rank, self.world_size = get_dist_info()
-        # A connection of its own: another thread may wait in the process group's.
-        self.store = dist.TCPStore(
-            os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=False,
-            wait_for_workers=False)
+        self.patience, self.first = patience, start
+        self.rank, self.world_size = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
         self.prefix = f"alive/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/"
         self.stopped = threading.Event()
         self.counts: dict[int, int] = {}
@@ -156,14 +144,12 @@ class Watchdog(threading.Thread):
     def run(self) -> None:
         """Watch until stopped."""
         threading.Thread(target=self._count, name='alive', daemon=True).start()
-        moved = dict.fromkeys(range(self.world_size), time.monotonic())
-        seen: dict[int, int] = {}
+        moved = dict.fromkeys(range(self.world_size), time.monotonic() + self.first - self.patience)
+        seen = dict.fromkeys(moved, 0)
         while not self.stopped.wait(self.patience / 8):
             now, counts = time.monotonic(), self.counts
-            for rank, count in counts.items():
-                if count != seen.get(rank):
-                    moved[rank] = now
-            seen = counts
+            moved.update((rank, now) for rank, count in counts.items() if count != seen[rank])
+            seen.update(counts)
             silent = [rank for rank, when in moved.items() if now - when > self.patience]
             if silent and not self.stopped.is_set():
                 # One's own count stands still where the store cannot be reached.
@@ -176,10 +162,14 @@ class Watchdog(threading.Thread):
 
     def _count(self) -> None:
         """Count up one's own number and read the others', which may block for ever."""
+        store = None  # a connection of its own: the process group's may be busy waiting
         while not self.stopped.wait(self.patience / 8):
             try:
-                self.store.add(f'{self.prefix}{self.rank}', 1)
-                self.counts = {rank: self.store.add(f'{self.prefix}{rank}', 0)
+                store = store or dist.TCPStore(
+                    os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=False,
+                    wait_for_workers=False)
+                store.add(f'{self.prefix}{self.rank}', 1)
+                self.counts = {rank: store.add(f'{self.prefix}{rank}', 0)
                                for rank in range(self.world_size)}
             except RuntimeError:  # of stores and sockets; `run` sees that nothing moves
                 continue
@@ -191,5 +181,5 @@ class Watchdog(threading.Thread):
 
 def is_lost_peer(error: Exception) -> bool:
     """Whether an error says that another process of the run is gone."""
-    return isinstance(error, LostPeer) or is_distributed() and re.search(
-        'gloo|nccl|connection|socket|broken pipe', str(error), re.I) is not None
+    return isinstance(error, LostPeer) or (is_distributed() and re.search(
+        'gloo|nccl|connection|socket|broken pipe', str(error), re.I) is not None)

@@ -1,5 +1,6 @@
 """A process whose peer is gone without a trace ends, and says why."""
 import os
+import re
 import signal
 import time
 
@@ -21,7 +22,7 @@ def watch(rank, port):
 
 @pytest.mark.parametrize(('number', 'victim', 'who'), [
     (signal.SIGSTOP, 1, 'rank 1'),
-    (signal.SIGKILL, 0, 'the process that started this run')])
+    (signal.SIGKILL, 0, '(rank 0|the process that started this run)')])
 def test_a_peer_that_is_gone(tmp_path, number, victim, who):
     port = free_port()
     pids = [in_child(watch, rank, port, log=tmp_path / str(rank)) for rank in range(3)]
@@ -35,8 +36,8 @@ def test_a_peer_that_is_gone(tmp_path, number, victim, who):
         os.kill(pids[victim], signal.SIGKILL)
     assert finish(pids[victim]) == -signal.SIGKILL
     for rank in set(range(3)) - {victim}:
-        assert (f'error: rank {rank} ends: {who} gave no sign of life for 1 s'
-                in (tmp_path / str(rank)).read_text())
+        assert re.search(f'error: rank {rank} ends: {who} gave no sign of life for 1 s',
+                         (tmp_path / str(rank)).read_text())
 
 
 def test_what_says_that_a_peer_is_gone(monkeypatch):

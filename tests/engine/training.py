@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 
+from mmseg_edaformer import compat
 from mmseg_edaformer.engine import launch
 from mmseg_edaformer.errors import clear_errors
 from tests.conftest import write_config
@@ -74,7 +75,9 @@ def train(config, work, *, resume=True, options=None, before=None, **flags):
     launch.prepare_train(cfg, resume=resume, **flags)
     if before is not None:
         before(cfg)
-    launch.train(cfg)
+    code = launch.train(cfg)
+    compat.leave_distributed(code)
+    sys.exit(code)
 
 
 def free_port():
