@@ -6,7 +6,8 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-from tests.engine.training import differences, finish, in_child, run_to_end, state, train
+from tests.engine.training import differences, run_to_end, state, train
+from tests.processes import finish, in_child
 
 
 @HOOKS.register_module()

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from mmseg_edaformer.engine.preemption import Watchdog, is_lost_peer
-from tests.engine.training import finish, free_port, in_child
+from tests.processes import finish, free_port, in_child
 
 
 def watch(rank, port):

@@ -15,14 +15,8 @@ from torch.utils.data import BatchSampler
 from mmseg_edaformer.engine.loop import CountedBatches, SeededIndices, seed_all
 from mmseg_edaformer.engine.preemption import EXIT_PREEMPTED
 from mmseg_edaformer.errors import DataError
-from tests.engine.training import (
-    differences,
-    finish,
-    in_child,
-    run_to_end,
-    state,
-    train,
-)
+from tests.engine.training import differences, run_to_end, state, train
+from tests.processes import finish, in_child
 
 
 @HOOKS.register_module()

@@ -11,7 +11,8 @@ from mmengine.registry import HOOKS
 
 from mmseg_edaformer.engine import find_checkpoint, saving
 from mmseg_edaformer.errors import CheckpointError, ConfigError
-from tests.engine.training import differences, finish, in_child, run_to_end, state, train
+from tests.engine.training import differences, run_to_end, state, train
+from tests.processes import finish, in_child
 
 
 @pytest.fixture

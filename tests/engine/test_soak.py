@@ -9,22 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
+from mmseg.apis import inference_model
+from mmseg.registry import MODELS
 
 from mmseg_edaformer.engine import find_checkpoint, saving
 from mmseg_edaformer.files import replacing
 from tests.conftest import segmentor_config
-from tests.engine.training import (
-    OPTIONS,
-    differences,
-    finish,
-    free_port,
-    in_child,
-    run_to_end,
-    state,
-    train,
-)
+from tests.engine.training import OPTIONS, differences, run_to_end, state, train
+from tests.processes import finish, free_port, in_child
 
 pytestmark = pytest.mark.soak
 INTERVAL = OPTIONS['default_hooks.checkpoint.interval']
@@ -200,13 +195,12 @@ def assert_flat(sizes):
 
 def test_memory_of_5000_predictions(tmp_path):
     def predict():
-        from mmseg.apis import inference_model
-        from mmseg.registry import MODELS
         torch.set_num_threads(1)
-        from mmengine.config import Config
-        model = MODELS.build(segmentor_config()).eval()
-        model.cfg = Config(dict(test_pipeline=[
-            dict(type='LoadImageFromFile'), dict(type='PackSegInputs')]))
+        cfg = Config(dict(
+            model=dict(segmentor_config(), type='StreamedEncoderDecoder'),
+            test_pipeline=[dict(type='LoadImageFromFile'), dict(type='PackSegInputs')]))
+        model = MODELS.build(cfg.model).eval()
+        model.cfg = cfg
         draw = np.random.default_rng(0)
         images = [draw.integers(0, 255, (height, width, 3), np.uint8)
                   for height, width in ((64, 64), (64, 96), (33, 50), (96, 64), (80, 80))]

@@ -1,8 +1,5 @@
 """Small trainings in processes of their own, to be killed, and what is left of them."""
-import os
-import socket
 import sys
-import traceback
 from pathlib import Path
 
 import torch
@@ -10,8 +7,8 @@ from mmengine.config import Config
 
 from mmseg_edaformer import compat
 from mmseg_edaformer.engine import launch
-from mmseg_edaformer.errors import clear_errors
 from tests.conftest import write_config
+from tests.processes import finish, in_child
 
 OPTIONS = {
     'train_cfg.max_iters': 12, 'train_cfg.val_interval': 6,
@@ -37,34 +34,6 @@ custom_hooks = [dict(type='CheckWeightsHook')]
     return path
 
 
-def in_child(function, *arguments, log=os.devnull, **keywords):
-    """Run a function in a fork of this process; returns its pid."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 70
-    try:
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        for number, name in (1, 'stdout'), (2, 'stderr'):  # pytest has put its own in their place
-            os.dup2(output, number)
-            setattr(sys, name, os.fdopen(number, 'w', buffering=1, closefd=False))
-        with clear_errors():
-            function(*arguments, **keywords)
-        code = 0
-    except SystemExit as end:
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-        code = end.code if isinstance(end.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
 def train(config, work, *, resume=True, options=None, before=None, **flags):
     """What tools/train.py does; ``before`` is called with the config before the runner is built."""
     torch.set_num_threads(1)
@@ -78,17 +47,6 @@ def train(config, work, *, resume=True, options=None, before=None, **flags):
     code = launch.train(cfg)
     compat.leave_distributed(code)
     sys.exit(code)
-
-
-def free_port():
-    with socket.socket() as server:
-        server.bind(('127.0.0.1', 0))
-        return server.getsockname()[1]
-
-
-def finish(pid):
-    """Wait for a child; returns its exit code, negative for a signal."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def run_to_end(config, work, **keywords):

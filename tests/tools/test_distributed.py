@@ -10,7 +10,7 @@ import torch
 from mmseg_edaformer.engine import find_checkpoint
 from mmseg_edaformer.engine.preemption import EXIT_PREEMPTED
 from tests.conftest import ROOT, run, write_config
-from tests.engine.training import free_port
+from tests.processes import free_port
 
 pytestmark = pytest.mark.slow
 

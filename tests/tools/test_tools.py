@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from tests.conftest import ROOT, run, write_config
+from tests.processes import run_tool
 
 
 @pytest.fixture(scope='module')
@@ -24,14 +25,18 @@ def trained(scenes, tmp_path_factory):
     return config, folder / 'work', done
 
 
-def test(config, checkpoint, folder, *flags):
+def done(*command):
+    """Run a tool to a good end; returns what it wrote."""
+    code, output = run_tool(*command)
+    assert code == 0, output[-4000:]
+    return output
+
+
+def evaluate(config, checkpoint, folder, *flags, run=done):
     """Run tools/test.py; returns its figures."""
     run('tools/test.py', config, checkpoint, '--work-dir', folder / 'test', '--json',
         folder / 'figures.json', *flags)
     return json.loads((folder / 'figures.json').read_text())
-
-
-test.__test__ = False
 
 
 def test_train_logs_and_saves(trained):
@@ -48,10 +53,10 @@ def test_resume_goes_on(trained, tmp_path):
     config, work, _ = trained
     shutil.copytree(work, tmp_path / 'work')
     (tmp_path / 'work' / 'last_checkpoint').write_text(str(tmp_path / 'work' / 'iter_4.pth'))
-    done = run('tools/train.py', config, '--work-dir', tmp_path / 'work', '--resume',
+    log = done('tools/train.py', config, '--work-dir', tmp_path / 'work', '--resume',
                '--cfg-options', 'train_cfg.max_iters=6')
-    assert 'resumed epoch: 0, iter: 4' in done.stdout
-    iterations = re.findall(r'Iter\(train\) \[(\d)/6\]', done.stdout)
+    assert 'resumed epoch: 0, iter: 4' in log
+    iterations = re.findall(r'Iter\(train\) \[(\d)/6\]', log)
     assert iterations == ['5', '6']
 
 
@@ -60,23 +65,23 @@ def test_resume_goes_on_in_the_work_dir_even_of_a_fine_tuning(trained, tmp_path)
     config, work, _ = trained
     shutil.copytree(work, tmp_path / 'work')
     (tmp_path / 'work' / 'last_checkpoint').write_text(str(tmp_path / 'work' / 'iter_4.pth'))
-    done = run('tools/train.py', config, '--work-dir', tmp_path / 'work', '--resume',
+    log = done('tools/train.py', config, '--work-dir', tmp_path / 'work', '--resume',
                '--cfg-options', 'train_cfg.max_iters=5', 'load_from=gone.pth')
-    assert 'resumed epoch: 0, iter: 4' in done.stdout
-    done = run('tools/train.py', config, '--work-dir', tmp_path / 'new', '--resume')
-    assert f'Nothing to resume in {tmp_path}/new: training starts' in done.stdout
+    assert 'resumed epoch: 0, iter: 4' in log
+    log = done('tools/train.py', config, '--work-dir', tmp_path / 'new', '--resume')
+    assert f'Nothing to resume in {tmp_path}/new: training starts' in log
 
 
 @pytest.mark.slow
 def test_isr_flag_is_the_hook_in_the_config(trained, tmp_path):
     config, work, _ = trained
-    plain = test(config, work / 'iter_4.pth', tmp_path)
-    flag = test(config, work / 'iter_4.pth', tmp_path, '--isr-ratio', '2')
+    plain = evaluate(config, work / 'iter_4.pth', tmp_path)
+    flag = evaluate(config, work / 'iter_4.pth', tmp_path, '--isr-ratio', '2')
     hooked = tmp_path / 'hooked.py'
     hooked.write_text(f"_base_ = ['{config}']\ncustom_hooks = [dict(type='ISRHook', ratio=2)]\n")
-    hook = test(hooked, work / 'iter_4.pth', tmp_path)
+    hook = evaluate(hooked, work / 'iter_4.pth', tmp_path)
     # On 64x96 pixels auto comes to 2 for a model trained at 32x32.
-    auto = test(config, work / 'iter_4.pth', tmp_path, '--isr-ratio', 'auto', '--cfg-options',
+    auto = evaluate(config, work / 'iter_4.pth', tmp_path, '--isr-ratio', 'auto', '--cfg-options',
                 'model.data_preprocessor.size=(32,32)')
     assert auto['isr_ratio'] == 'auto'
     assert auto['metrics'] == flag['metrics']
@@ -91,8 +96,8 @@ def test_isr_flag_is_the_hook_in_the_config(trained, tmp_path):
 @pytest.mark.slow
 def test_outputs(trained, tmp_path):
     config, work, _ = trained
-    test(config, work / 'iter_4.pth', tmp_path, '--out', tmp_path / 'labels', '--show-dir',
-         tmp_path / 'shown', '--cfg-options', 'default_hooks.visualization.interval=1')
+    evaluate(config, work / 'iter_4.pth', tmp_path, '--out', tmp_path / 'labels', '--show-dir',
+         tmp_path / 'shown', '--cfg-options', 'default_hooks.visualization.interval=1', run=run)
     labels = sorted((tmp_path / 'labels').glob('*.png'))
     assert [path.name for path in labels] == [f'0000{i}.png' for i in range(4)]
     for path in labels:
@@ -104,9 +109,9 @@ def test_outputs(trained, tmp_path):
     assert np.array(Image.open(shown[0])).shape == (64, 192, 3)  # truth beside prediction
 
 
-def predicted(config, checkpoint, folder, *flags):
+def predicted(config, checkpoint, folder, *flags, **how):
     """The label maps of a test."""
-    test(config, checkpoint, folder, '--out', folder / 'labels', *flags)
+    evaluate(config, checkpoint, folder, '--out', folder / 'labels', *flags, **how)
     return np.stack([np.array(Image.open(path))
                      for path in sorted((folder / 'labels').iterdir())])
 
@@ -127,7 +132,8 @@ def test_compiled(trained, tmp_path):
     work = tmp_path / 'work'
     run('tools/train.py', config, '--work-dir', work, '--compile', *shallow,
         'train_cfg.max_iters=2', 'train_cfg.val_interval=9', 'default_hooks.checkpoint.interval=2')
-    labels = [predicted(config, work / 'iter_2.pth', tmp_path / str(len(flags)), *flags, *shallow)
+    labels = [predicted(config, work / 'iter_2.pth', tmp_path / str(len(flags)), *flags, *shallow,
+                        run=run)
               for flags in ([], ['--compile'])]
     assert (labels[0] == labels[1]).mean() > 0.999
 
@@ -135,7 +141,7 @@ def test_compiled(trained, tmp_path):
 @pytest.mark.slow
 def test_tta_with_isr(trained, tmp_path):
     config, work, _ = trained
-    figures = test(config, work / 'iter_4.pth', tmp_path, '--tta', '--isr-ratio', 'optimal')
+    figures = evaluate(config, work / 'iter_4.pth', tmp_path, '--tta', '--isr-ratio', 'optimal')
     assert 0 <= figures['metrics']['mIoU'] <= 100
 
 
@@ -186,11 +192,11 @@ def test_a_terminal_gets_a_live_bar(trained, tmp_path):
 # Bad input: one clear message, exit code 1, nothing half-written.
 
 def refused(*command):
-    done = run(*command, check=False)
-    assert done.returncode == 1, done.stdout + done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
-    assert len(errors) == 1, done.stderr
-    assert 'Traceback' not in done.stderr
+    code, output = run_tool(*command)
+    assert code == 1, output
+    errors = [line for line in output.splitlines() if line.startswith('error: ')]
+    assert len(errors) == 1, output
+    assert 'Traceback' not in output
     return errors[0]
 
 
@@ -220,13 +226,30 @@ def test_missing_files_stop_before_training(damaged, tmp_path, break_it, says):
 
 
 @pytest.mark.slow
+def test_some_masks_are_looked_at_before_training(damaged, tmp_path):
+    root, config = damaged
+    Image.fromarray(np.full((64, 96), 77, np.uint8)).save(
+        root / 'annotations' / 'training' / '00011.png')
+    message = refused('tools/train.py', config, '--work-dir', tmp_path / 'work')
+    assert re.search(r'the train set: label out of range: .*training/00011.png: 77 '
+                     r'\(6,144 pixels\)', message)
+    assert not (tmp_path / 'work').exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('workers', [0, 1])
 def test_a_label_out_of_range_is_named(damaged, tmp_path, workers):
     root, config = damaged
-    for path in (root / 'annotations' / 'training').glob('*.png'):
-        labels = np.array(Image.open(path))
-        labels[:2, :3] = 77
-        Image.fromarray(labels).save(path)
+    masks = root / 'annotations' / 'training'
+    for number in range(12, 60):
+        for folder in masks, root / 'images' / 'training':
+            shutil.copy(folder / '00000.png', folder / f'{number:05}.png')
+    looked_at = set(np.linspace(0, 59, 16).astype(int))  # before the training
+    for number, path in enumerate(sorted(masks.glob('*.png'))):
+        if number not in looked_at:
+            labels = np.array(Image.open(path))
+            labels[:2, :3] = 77
+            Image.fromarray(labels).save(path)
     message = refused('tools/train.py', config, '--work-dir', tmp_path / 'work', '--cfg-options',
                       f'train_dataloader.num_workers={workers}')
     assert re.search(r'annotations/training/000\d\d.png holds the label 77 \(6 pixels\): its 8 '
