@@ -113,11 +113,11 @@ class PreemptionHook(Hook):
             return
         name = signal.Signals(told).name
         runner.logger.warning(f'{name}: the run saves its state and ends')
-        hook = next((hook for hook in runner.hooks if isinstance(hook, SafeCheckpointHook)), None)
-        if hook is not None:
-            hook.save_now(runner, iterations)
-        raise Preempted(f'stopped by {name} after iteration {iterations}' + (
-            '; its state is saved, go on with --resume' if hook is not None else ''))
+        saved = [hook.save_now(runner, iterations) for hook in runner.hooks
+                 if isinstance(hook, SafeCheckpointHook)]
+        raise Preempted(f'stopped by {name} after iteration {iterations}; ' + (
+            'its state is saved, go on with --resume' if any(saved) else
+            'a resumed run goes on from the last checkpoint before it'))
 
 
 class Watchdog(threading.Thread):

@@ -85,17 +85,23 @@ class SafeCheckpointHook(CheckpointHook):
         runner.message_hub.update_info('iter_of_validation', runner.iter)
         super().after_val_epoch(runner, metrics)
 
-    def save_now(self, runner: Runner, iterations: int) -> None:
+    def save_now(self, runner: Runner, iterations: int) -> bool:
         """Save out of turn, after so many iterations, unless that was just done.
+
+        Returns:
+            Whether a resumed run goes on from here; one that counts epochs does from the last one.
 
         Raises:
             CheckpointError: It cannot be written.
         """
+        if self.by_epoch:
+            return False
         name = self.filename_tmpl.format(iterations)
         if self.last_ckpt != self._path(name) and not self._save(
                 runner, iterations, dict(epoch=runner.epoch, iter=iterations)):
             raise CheckpointError(f'{name} could not be written to {self.out_dir}; '
                                   f'{self._kept()}')
+        return True
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict[str, Any]) -> None:
         if not self._save(runner, step, meta) and (
