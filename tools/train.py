@@ -14,6 +14,9 @@ def parse_args() -> argparse.Namespace:
                         help='go on from the newest checkpoint in the work dir that loads')
     parser.add_argument('--load-from', metavar='CHECKPOINT',
                         help='start from these weights; those that do not fit are initialised')
+    parser.add_argument('--backbone-weights', metavar='FILE',
+                        help='start the encoder from these: the authors\' EFT_T.pth, a checkpoint '
+                        'of configs/eft_t_in1k.py, or .safetensors')
     parser.add_argument('--amp', action='store_true', help='mixed precision, on GPUs: '
                         'bfloat16 where the card has it')
     parser.add_argument('--auto-scale-lr', action='store_true',
@@ -30,7 +33,8 @@ def main() -> None:
     cfg = launch.load_config(args)
     launch.prepare_train(cfg, resume=args.resume, load_from=args.load_from, amp=args.amp,
                          auto_scale_lr=args.auto_scale_lr, skip_nonfinite=args.skip_nonfinite,
-                         skip_bad_files=args.skip_bad_files)
+                         skip_bad_files=args.skip_bad_files,
+                         backbone_weights=args.backbone_weights)
     code = launch.train(cfg)
     compat.leave_distributed(code)
     sys.exit(code)

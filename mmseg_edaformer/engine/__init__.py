@@ -1,4 +1,5 @@
 """Running models: checks, checkpoints, progress, and runs that survive."""
+from .backbone_weights import BackboneWeightsHook
 from .checkpoint import CheckWeightsHook, load_from_file
 from .finite import FiniteLossHook
 from .loop import ExactTrainLoop
@@ -6,5 +7,6 @@ from .preemption import PreemptionHook
 from .progress import ProgressHook
 from .saving import SafeCheckpointHook, find_checkpoint
 
-__all__ = ['CheckWeightsHook', 'ExactTrainLoop', 'FiniteLossHook', 'PreemptionHook',
-           'ProgressHook', 'SafeCheckpointHook', 'find_checkpoint', 'load_from_file']
+__all__ = ['BackboneWeightsHook', 'CheckWeightsHook', 'ExactTrainLoop', 'FiniteLossHook',
+           'PreemptionHook', 'ProgressHook', 'SafeCheckpointHook', 'find_checkpoint',
+           'load_from_file']

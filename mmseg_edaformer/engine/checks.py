@@ -88,11 +88,11 @@ def check_start(cfg: Config) -> None:
     if source and '://' not in source and not Path(source).is_file():
         raise CheckpointError(f'load_from={source} does not exist: give the trained checkpoint '
                               'with --load-from FILE')
-    if not source and not cfg.get('resume') and cfg.model.backbone.get('init_cfg') is None \
-            and cfg.model.backbone.get('type') == 'EFT':
-        _warn('The encoder starts from random weights. The paper\'s mIoU needs one pretrained on '
-              'ImageNet: --cfg-options model.backbone.init_cfg.type=Pretrained '
-              'model.backbone.init_cfg.checkpoint=FILE')
+    pretrained = cfg.model.backbone.get('init_cfg') is not None or any(
+        hook['type'] == 'BackboneWeightsHook' for hook in cfg.get('custom_hooks') or ())
+    if cfg.model.backbone.get('type') == 'EFT' and not (source or cfg.get('resume') or pretrained):
+        _warn('The encoder starts from random weights, so expect much less than the paper\'s mIoU, '
+              'which needs one pretrained on ImageNet: --backbone-weights FILE')
 
 
 def check_data(cfg: Config, *splits: str) -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..files import replacing
 from ..models import EFT, EDAFormerHead
 from ..models.eft import ARCHITECTURES
 from .checkpoint import load_from_file
@@ -50,8 +51,7 @@ class Conversion:
         sizes = self.sizes
         letter = {'tiny': 't', 'base': 'b'}.get(sizes['arch'])
         if self.backbone_only:
-            use = ('--cfg-options model.backbone.init_cfg.type=Pretrained '
-                   'model.backbone.init_cfg.checkpoint=FILE')
+            use = '--backbone-weights FILE'
             return (f'EFT {sizes["arch"]}, an encoder: train edaformer_{letter or "t"}_*.py '
                     f'with {use}')
         data = {150: 'ade', 19: 'cityscapes', 171: 'cocostuff'}.get(sizes['num_classes'])
@@ -177,21 +177,18 @@ def convert_file(source: str | Path, target: str | Path) -> Conversion:
     meta = content.get('meta') or {}
     classes = meta.get('CLASSES') or (meta.get('dataset_meta') or {}).get('classes')
     palette = meta.get('PALETTE') or (meta.get('dataset_meta') or {}).get('palette')
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f'.{target.name}.partial')
     try:
-        if target.suffix == '.safetensors':
-            save_file({name: tensor.contiguous()
-                       for name, tensor in conversion.state_dict.items()}, partial)
-        else:
-            new_meta = dict(dataset_meta=dict(classes=classes, palette=palette)) if classes else {}
-            torch.save(dict(state_dict=conversion.state_dict, meta=new_meta), partial)
-        partial.replace(target)
+        with replacing(target) as partial:
+            if target.suffix == '.safetensors':
+                save_file({name: tensor.contiguous()
+                           for name, tensor in conversion.state_dict.items()}, partial)
+            else:
+                new_meta = dict(dataset_meta=dict(classes=classes, palette=palette)
+                                ) if classes else {}
+                torch.save(dict(state_dict=conversion.state_dict, meta=new_meta), partial)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f'{target} cannot be written, nothing is left of it '
                               f'({str(error).splitlines()[0]}): is the disk full?') from error
-    finally:
-        partial.unlink(missing_ok=True)
     return conversion
 
 

@@ -24,6 +24,7 @@ from ..isr import ISRRatio
 from ..isr.pooling import check_method
 from . import checks
 from .allocator import keep_freed_memory
+from .backbone_weights import check_backbone
 from .compile import compile_model
 from .preemption import EXIT_PREEMPTED, Preempted, Watchdog, is_lost_peer
 from .saving import find_checkpoint
@@ -104,7 +105,8 @@ def build_runner(cfg: Config) -> Runner:
 
 def prepare_train(cfg: Config, *, resume: bool = False, load_from: str | None = None,
                   amp: bool = False, auto_scale_lr: bool = False,
-                  skip_nonfinite: int | None = None, skip_bad_files: bool = False) -> None:
+                  skip_nonfinite: int | None = None, skip_bad_files: bool = False,
+                  backbone_weights: str | None = None) -> None:
     """Apply the flags of a training to its config and check what can be checked beforehand.
 
     A training that torchrun starts again, because a process failed, resumes.
@@ -114,6 +116,12 @@ def prepare_train(cfg: Config, *, resume: bool = False, load_from: str | None = 
     """
     if load_from is not None:
         cfg.load_from = load_from
+    if backbone_weights is not None:
+        if cfg.get('load_from'):
+            raise ConfigError('--backbone-weights starts the encoder alone, load_from the whole '
+                              'model: give one of the two')
+        check_backbone(cfg, backbone_weights)
+        add_hook(cfg, dict(type='BackboneWeightsHook', checkpoint=backbone_weights))
     restart = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
     cfg.resume = False
     if resume or restart:

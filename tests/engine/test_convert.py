@@ -1,4 +1,6 @@
 """The authors' checkpoints in, ours out."""
+import os
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -89,7 +91,7 @@ def test_a_truncated_file_writes_nothing(tmp_path):
 
 def test_a_full_disk_leaves_nothing(tmp_path):
     torch.save(released(), tmp_path / 'theirs.pth')
-    (tmp_path / '.new.pth.partial').symlink_to('/dev/full')
+    (tmp_path / f'.new.{os.getpid()}.partial.pth').symlink_to('/dev/full')
     with pytest.raises(CheckpointError, match=r'new\.pth cannot be written'):
         convert_file(tmp_path / 'theirs.pth', tmp_path / 'new.pth')
     assert [path.name for path in tmp_path.iterdir()] == ['theirs.pth']
