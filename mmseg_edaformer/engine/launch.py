@@ -123,9 +123,12 @@ def prepare_train(cfg: Config, *, resume: bool = False, load_from: str | None = 
         check_backbone(cfg, backbone_weights)
         add_hook(cfg, dict(type='BackboneWeightsHook', checkpoint=backbone_weights))
     restart = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
+    # A run that starts anew in the folder of an earlier one must not be started again from that.
+    started = Path(cfg.work_dir) / '.started'
     cfg.resume = False
     if resume or restart:
-        found = find_checkpoint(cfg.work_dir)
+        since = started.stat().st_mtime if restart and started.is_file() else 0.
+        found = find_checkpoint(cfg.work_dir, since)
         again = f' (start {restart + 1} of this run)' if restart else ''
         if found is None:
             print_log(f'Nothing to resume in {cfg.work_dir}: training starts from the beginning'
@@ -154,6 +157,11 @@ def prepare_train(cfg: Config, *, resume: bool = False, load_from: str | None = 
     checks.check_start(cfg)
     checks.check_data(cfg, 'train', 'val')
     checks.check_work_dir(cfg.work_dir)
+    if not restart and os.environ.get('RANK', '0') == '0':
+        if cfg.resume:
+            started.unlink(missing_ok=True)
+        else:
+            write_file(started, '')
 
 
 def train(cfg: Config) -> int:

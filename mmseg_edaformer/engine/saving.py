@@ -3,6 +3,7 @@
 mmengine writes in place and removes the old checkpoint first, so a kill can leave neither.
 """
 import logging
+import math
 import os
 import re
 from collections import deque
@@ -227,16 +228,21 @@ class SafeLocalVisBackend(LocalVisBackend):
             self._failed = True
 
 
-def find_checkpoint(work_dir: str | Path) -> str | None:
+def find_checkpoint(work_dir: str | Path, since: float = 0.) -> str | None:
     """The newest checkpoint of a run that loads and can be resumed; None where there is none.
 
-    What does not load is skipped, and the log says why. The folder may have been moved.
+    What does not load is skipped, and the log says why. The folder may have been moved. Of several
+    runs in one folder it is the last one's.
+
+    Args:
+        work_dir: Folder of the run.
+        since: Older files are left alone; in seconds since 1970.
 
     Raises:
         CheckpointError: There are checkpoints, but not one can be resumed.
     """
     skipped = []
-    for path in _candidates(Path(work_dir)):
+    for path in _candidates(Path(work_dir), since):
         reason = _why_not(path)
         if reason is None:
             return str(path)
@@ -249,21 +255,29 @@ def find_checkpoint(work_dir: str | Path) -> str | None:
     return None
 
 
-def _candidates(work_dir: Path) -> Iterator[Path]:
+def _candidates(work_dir: Path, since: float) -> Iterator[Path]:
     """Checkpoints of steps, the newest first."""
-    folders = [work_dir]
+    folders, last, written = [work_dir], math.inf, 0.
     pointer = work_dir / 'last_checkpoint'
     if pointer.is_file():
         # An absolute path is mmengine's; checkpoint.out_dir may lie elsewhere.
-        folders.append((work_dir / pointer.read_text(errors='replace').strip()).parent)
+        target = work_dir / pointer.read_text(errors='replace').strip()
+        folders.append(target.parent)
+        last, written = _step(target) or last, pointer.stat().st_mtime
     found = {}
     for folder in folders:
-        if folder.is_dir():
-            for path in folder.iterdir():
-                number = re.fullmatch(r'(?!best_|\.).*?(\d+)\.pth', path.name)
-                if number:
-                    found[path.resolve()] = int(number[1]), path
+        for path in folder.iterdir() if folder.is_dir() else ():
+            step, changed = _step(path), path.stat().st_mtime
+            # A later step is of an earlier run, unless a kill came before the pointer was written.
+            if step is not None and changed >= since and (step <= last or changed >= written):
+                found[path.resolve()] = step, path
     return (path for _, path in sorted(found.values(), reverse=True))
+
+
+def _step(path: Path) -> int | None:
+    """The iteration or epoch in the name of a checkpoint."""
+    number = re.fullmatch(r'(?!best_|\.).*?(\d+)\.pth', path.name)
+    return int(number[1]) if number else None
 
 
 def _why_not(path: Path) -> str | None:

@@ -1,8 +1,10 @@
 """Checkpoints on bad disks, in moved folders and among damaged files."""
 import errno
+import os
 import re
 import resource
 import shutil
+import time
 
 import pytest
 import torch
@@ -87,8 +89,26 @@ def test_checkpoints_elsewhere_are_found_by_the_pointer(work, tmp_path):
     (tmp_path / 'far').mkdir()
     for name in 'iter_9.pth', 'iter_12.pth':
         (work / name).rename(tmp_path / 'far' / name)
-    (work / 'last_checkpoint').write_text('../far/iter_9.pth')
+    (work / 'last_checkpoint').write_text('../far/iter_12.pth')
     assert find_checkpoint(work).endswith('far/iter_12.pth')
+
+
+def test_another_run_in_the_same_folder(work):
+    """What counts is the last run, up to where it came, not the highest number."""
+    now = time.time()
+    for name, age in (('iter_9.pth', 9), ('iter_12.pth', 9), ('last_checkpoint', 5)):
+        os.utime(work / name, (now - age, now - age))
+    (work / 'iter_12.pth').rename(work / 'iter_400.pth')  # of an earlier run
+    shutil.copy(work / 'iter_9.pth', work / 'iter_3.pth')
+    (work / 'last_checkpoint').write_text('iter_3.pth')
+    os.utime(work / 'last_checkpoint', (now - 5, now - 5))
+    os.utime(work / 'iter_3.pth', (now - 6, now - 6))
+    assert find_checkpoint(work) == str(work / 'iter_3.pth')
+    # A kill between the checkpoint and the note of it.
+    shutil.copy(work / 'iter_9.pth', work / 'iter_6.pth')
+    assert find_checkpoint(work) == str(work / 'iter_6.pth')
+    # One that started anew and was started again before its first checkpoint.
+    assert find_checkpoint(work, since=now + 60) is None
 
 
 @HOOKS.register_module()
