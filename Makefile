@@ -22,7 +22,7 @@ test: .venv/libraries
 
 # Kills, fuzzers, memory: what takes minutes.
 soak: .venv/ready
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -s -m soak
+	OMP_NUM_THREADS=1 OPENCV_LOG_LEVEL=OFF .venv/bin/python -m pytest -q -s -m soak
 
 test-fork: .venv-fork/ready
 	OMP_NUM_THREADS=1 .venv-fork/bin/python -m pytest -q -n 2

@@ -25,6 +25,9 @@ setup(
                       'ftfy', 'regex'],
         'fork': ['onedl-mmengine>=0.10.8', 'onedl-mmsegmentation>=1.4.0', 'onedl-mmcv>=2.3.0'],
         'backbones': ['timm', 'torchvision', 'transformers'],
+        # torchvision: mmpretrain needs it and does not declare it.
+        'pretrain': ['mmpretrain>=1.2.0', 'torchvision'],
+        'pretrain-fork': ['onedl-mmpretrain>=1.3.6', 'torchvision'],
         'cityscapes': ['cityscapesscripts'],
         'dev': ['pytest', 'pytest-xdist', 'ruff', 'mypy', 'timm', 'torchvision', 'transformers',
                 'mmpretrain'],

@@ -6,6 +6,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
+from mmengine.registry import init_default_scope
 from mmseg.registry import DATASETS, MODELS, TRANSFORMS
 
 from mmseg_edaformer.engine.convert import rename_key
@@ -25,6 +26,8 @@ BACKBONES = [f'{name}_cityscapes' for name in (
 LIBRARIES = {'TimmMaps': 'timm', 'TransformersMaps': 'transformers'}
 PAPER = [f'edaformer_{size}_{data}{tuned}' for size in 'tb'
          for data in ('ade', 'cityscapes', 'cocostuff') for tuned in ('', '_isr40k')]
+CLASSIFIERS = ['eft_t_in1k', 'eft_b_in1k', 'eft_t_crops']  # tests/test_pretrain.py has their recipe
+SEGMENTORS = [path for path in CONFIGS if path.stem not in CLASSIFIERS]
 
 
 def load(name):
@@ -44,12 +47,12 @@ def test_all_named_configs_are_there():
     assert {path.stem for path in CONFIGS} == {
         *PAPER, 'edaformer_t_synthetic', 'edaformer_t_camvid', 'segformer_b0_ade',
         'segformer_b0_camvid', 'segformer_b0_synthetic',
-        'custom_dataset', *ABLATIONS, *BACKBONES}
+        'custom_dataset', *ABLATIONS, *BACKBONES, *CLASSIFIERS}
     for folder, names in (('ablations', ABLATIONS), ('isr_backbones', BACKBONES)):
         assert {path.stem for path in CONFIGS if path.parent.name == folder} == set(names)
 
 
-@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize('path', SEGMENTORS, ids=lambda path: path.stem)
 def test_it_builds_and_agrees_with_itself(path):
     cfg = Config.fromfile(path)
     assert cfg.custom_imports.imports[0] == 'mmseg_edaformer'
@@ -66,6 +69,21 @@ def test_it_builds_and_agrees_with_itself(path):
             assert [step.num_classes for step in labels] == [cfg.model.decode_head.num_classes]
     for step in cfg.tta_pipeline:
         TRANSFORMS.build(step)
+    assert cfg.param_scheduler[-1].end == cfg.train_cfg.max_iters
+
+
+@pytest.mark.parametrize('name', CLASSIFIERS)
+def test_a_classifier_builds_and_agrees_with_itself(name):
+    pytest.importorskip('mmpretrain', reason='it trains the classifiers')
+    cfg = load(name)
+    assert cfg.custom_imports.imports[0] == 'mmseg_edaformer'
+    init_default_scope(cfg.default_scope)
+    model = MODELS.build(cfg.model)
+    classes = model.head.fc.out_features
+    assert model.data_preprocessor.num_classes == model.head.loss_module.num_classes == classes
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        dataset = DATASETS.build(dict(loader.dataset, lazy_init=True))
+        assert len(dataset.metainfo.get('classes', range(classes))) == classes
     assert cfg.param_scheduler[-1].end == cfg.train_cfg.max_iters
 
 

@@ -1,4 +1,4 @@
-"""Test a segmentor, with the flags of mmsegmentation's own tools/test.py and the ISR ratio."""
+"""Test a segmentor or classifier, with the flags of mmsegmentation's own tool and the ISR ratio."""
 import argparse
 
 from mmseg_edaformer import compat
@@ -12,7 +12,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('checkpoint', help='.pth or .safetensors')
     parser.add_argument('--isr-ratio', metavar='RATIO',
                         help='pool the keys further: one integer for all stages (2), multipliers '
-                        'of encoder and decoder stages, shallow to deep (2211-222), optimal, or '
+                        'of encoder and decoder stages, shallow to deep (2211-222; 2211 for a '
+                        'classifier), optimal, or '
                         'auto, which keeps the keys per query near those of training')
     parser.add_argument('--isr-method', default='average', metavar='METHOD',
                         help='how keys are reduced: average (default), max, overlap or bipartite')

@@ -1,4 +1,4 @@
-"""Train a segmentor, with the flags of mmsegmentation's own tools/train.py and a few more."""
+"""Train a segmentor or classifier, with the flags of mmsegmentation's own tool and some more."""
 import argparse
 import sys
 

@@ -2,6 +2,7 @@
 import importlib.util
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mmseg.registry import DATASETS
 from ..data.audit import check_samples, inner_datasets
 from ..errors import CheckpointError, ConfigError, DataError
 from ..files import write_file
+from ..pretrain import check_folders, check_library, check_same_classes, is_classifier
 
 
 def check_work_dir(work_dir: str) -> None:
@@ -95,6 +97,18 @@ def check_start(cfg: Config) -> None:
               'which needs one pretrained on ImageNet: --backbone-weights FILE')
 
 
+def check_classifier_flags(flags: Mapping[str, Any]) -> None:
+    """See that a classifier is asked for nothing that needs a prediction per pixel.
+
+    Raises:
+        ConfigError: It is; the values of ``flags`` say which of them are set.
+    """
+    given = ' and '.join(name for name, value in flags.items() if value)
+    if given:
+        raise ConfigError(f'{given}: only for segmentation, and this config trains a classifier. '
+                          'Leave it out')
+
+
 def check_data(cfg: Config, *splits: str) -> None:
     """See that the data of the splits is there and has the classes that the model predicts.
 
@@ -108,10 +122,13 @@ def check_data(cfg: Config, *splits: str) -> None:
         ConfigError: The data set and the model differ in their number of classes, or colours are
             distorted twice.
     """
+    if is_classifier(cfg):
+        check_library()
     model = cfg.model.get('module', cfg.model)  # test-time augmentation wraps it
-    head = model.get('decode_head')
+    head = model.get('decode_head', model.get('head'))
     # A list for cascades.
     num_classes = head.get('num_classes') if isinstance(head, dict) else None
+    folders: dict[str, list[str]] = {}
     init_default_scope(cfg.get('default_scope') or 'mmseg')
     for split in splits:
         loader = cfg.get(f'{split}_dataloader')
@@ -130,6 +147,9 @@ def check_data(cfg: Config, *splits: str) -> None:
                 if os.environ.get('RANK', '0') == '0':
                     _check_files(split, dataset)
                     check_samples(cfg, split, dataset)
+            elif is_classifier(cfg) and os.environ.get('RANK', '0') == '0':
+                folders[split] = check_folders(split, dataset, num_classes)
+    check_same_classes(folders)
 
 
 def _check_classes(split: str, dataset: BaseSegDataset, num_classes: int | None) -> None:

@@ -76,7 +76,7 @@ class FiniteLossHook(Hook):
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None,
                          outputs: Mapping[str, Tensor] | None = None) -> None:
         """Judge the step."""
-        loss = float(outputs['loss']) if outputs and 'loss' in outputs else 0.
+        loss = outputs['loss'].item() if outputs and 'loss' in outputs else 0.
         self.batches.append((loss, _files(data_batch)))
         if not self.guarded:
             self.finite = all(all_gather_object(math.isfinite(loss)))

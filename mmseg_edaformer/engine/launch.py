@@ -22,6 +22,7 @@ from ..errors import CheckpointError, ConfigError
 from ..files import write_file
 from ..isr import ISRRatio
 from ..isr.pooling import check_method
+from ..pretrain import encoder_ratio, is_classifier
 from . import checks
 from .allocator import keep_freed_memory
 from .backbone_weights import check_backbone
@@ -150,6 +151,8 @@ def prepare_train(cfg: Config, *, resume: bool = False, load_from: str | None = 
         if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
             raise ConfigError('--auto-scale-lr needs auto_scale_lr.base_batch_size in the config')
         cfg.auto_scale_lr.enable = True
+    if is_classifier(cfg):
+        checks.check_classifier_flags({'--skip-bad-files': skip_bad_files})
     if skip_bad_files:
         skip_files(cfg, cfg.work_dir)
     checks.check_amp(cfg)
@@ -207,9 +210,15 @@ def prepare_test(cfg: Config, checkpoint: str, *, isr_ratio: str | None = None,
     if '://' not in checkpoint and not Path(checkpoint).is_file():
         raise CheckpointError(f'checkpoint not found: {checkpoint}')
     cfg.load_from = checkpoint
+    if is_classifier(cfg):
+        checks.check_classifier_flags({'--tta': tta, '--out': out, '--show': show, '--bf16': bf16,
+                                       '--show-dir': show_dir, '--skip-bad-files': skip_bad_files})
     if isr_ratio is not None:
-        add_hook(cfg, dict(type='ISRHook', ratio=str(ISRRatio.parse(isr_ratio)),
-                           method=check_method(isr_method)))
+        read = encoder_ratio if is_classifier(cfg) else ISRRatio.parse
+        # A segmentor's preprocessor knows the size of its crops.
+        size = dict(crop_size=cfg.get('crop_size')) if is_classifier(cfg) else {}
+        add_hook(cfg, dict(type='ISRHook', ratio=str(read(isr_ratio)),
+                           method=check_method(isr_method), **size))
     if show or show_dir:
         if 'visualization' not in cfg.default_hooks:
             raise ConfigError('--show and --show-dir need default_hooks.visualization='
