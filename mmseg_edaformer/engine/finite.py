@@ -1,4 +1,5 @@
 """Losses and gradients that are numbers."""
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -57,6 +58,7 @@ class FiniteLossHook(Hook):
             self.stepped = False
             update(loss * torch.where(loss.detach().isfinite(), 1., torch.nan), *args, **kwargs)
 
+        @functools.wraps(step)  # mmengine's schedulers have marked it
         def guarded_step(**kwargs: Any) -> None:
             self.stepped = True
             norm = float(_gradient_norm(wrapper))

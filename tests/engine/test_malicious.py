@@ -398,7 +398,7 @@ def test_storage(tmp_path, monkeypatch):
     (dict(best_ckpt='/home/user/'), '/home/user/'), (dict(best_ckpt='work/..'), 'work/..'),
     ({'best_ckpt_aAcc': 'C:\\Users'}, 'Users'), (dict(best_ckpt=3), 'names 3'),
     (dict(keep_ckpt_ids=['/../../x']), 'x'), (dict(keep_ckpt_ids='12'), '12'),
-    (dict(best_ckpt='/moved/work/best_mIoU_iter_3.pth', keep_ckpt_ids=[1, 2]), None),
+    (dict(best_ckpt='/moved/run/best_mIoU_iter_3.pth', keep_ckpt_ids=[1, 2]), None),
     (dict(best_ckpt=None), None)])
 def test_a_resumed_run_is_not_told_to_remove_files(info, named):
     """mmengine removes what the checkpoint calls the best one before, be it a folder."""
