@@ -163,7 +163,7 @@ class Watchdog(threading.Thread):
     def _count(self) -> None:
         """Count up one's own number and read the others', which may block for ever."""
         store = None  # a connection of its own: the process group's may be busy waiting
-        while not self.stopped.wait(self.patience / 8):
+        while True:
             try:
                 store = store or dist.TCPStore(
                     os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=False,
@@ -172,7 +172,9 @@ class Watchdog(threading.Thread):
                 self.counts = {rank: store.add(f'{self.prefix}{rank}', 0)
                                for rank in range(self.world_size)}
             except RuntimeError:  # of stores and sockets; `run` sees that nothing moves
-                continue
+                pass
+            if self.stopped.wait(self.patience / 8):
+                return
 
     def stop(self) -> None:
         """Watch no more."""
