@@ -7,7 +7,7 @@ import tempfile
 import traceback
 from pathlib import Path
 
-from mmengine.logging import MMLogger
+from mmengine.utils import ManagerMixin
 
 from mmseg_edaformer.errors import clear_errors
 
@@ -27,7 +27,7 @@ def in_child(function, *arguments, log=os.devnull, **keywords):
         for number, name in (1, 'stdout'), (2, 'stderr'):  # pytest has put its own in their place
             os.dup2(output, number)
             setattr(sys, name, os.fdopen(number, 'w', buffering=1, closefd=False))
-        MMLogger._instance_dict.clear()  # this process's write elsewhere
+        forget(ManagerMixin)
         with clear_errors():
             function(*arguments, **keywords)
         code = 0
@@ -41,6 +41,13 @@ def in_child(function, *arguments, log=os.devnull, **keywords):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def forget(managed):
+    """Have mmengine make loggers, visualizers and the like anew: the parent's write elsewhere."""
+    managed._instance_dict.clear()
+    for each in managed.__subclasses__():
+        forget(each)
 
 
 def finish(pid):
