@@ -24,8 +24,14 @@ test: .venv/libraries
 soak: .venv/ready
 	OMP_NUM_THREADS=1 OPENCV_LOG_LEVEL=OFF .venv/bin/python -m pytest -q -s -m soak
 
+# The tests that meet the packages in which the stacks differ; FORK_TESTS=tests runs all.
+FORK_TESTS := $(wildcard tests/test_*.py) tests/data tests/engine tests/tools \
+	tests/isr/test_mmseg.py tests/isr/test_hook.py tests/models/test_segmentor.py \
+	tests/models/test_networks.py --ignore tests/engine/test_compile.py \
+	--ignore tests/engine/test_fuzz.py --deselect tests/tools/test_tools.py::test_compiled
+
 test-fork: .venv-fork/ready
-	OMP_NUM_THREADS=1 .venv-fork/bin/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 .venv-fork/bin/python -m pytest -q -n 2 $(FORK_TESTS)
 
 # The GPU kernels without a GPU: Triton interprets them.
 test-kernels: .venv/ready .venv-triton/ready
