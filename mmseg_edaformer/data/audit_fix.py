@@ -48,15 +48,17 @@ def check_output(parts: Sequence[Part], out: Path) -> None:
     """See that what is written does not become part of the data.
 
     Raises:
-        ConfigError: The folder lies within one of images or masks, or the data in what ``fix``
-            replaces.
+        ConfigError: The folder lies within a data set, or a data set in what ``fix`` replaces.
     """
     real, fixed = out.resolve(), (out / 'fixed').resolve()
     if not fixed.is_relative_to(real):
         raise ConfigError(f'{out / "fixed"} is a link that leads out of {out}: remove it')
     for part in parts:
-        for kind in ('img_path', 'seg_map_path'):
-            folder = part.dataset.data_prefix.get(kind)
+        folders = [part.dataset.data_prefix.get(kind) for kind in ('img_path', 'seg_map_path')]
+        root = part.dataset.data_root
+        if root and not Path.cwd().is_relative_to(Path(root).resolve()):
+            folders.append(root)
+        for folder in folders:
             if folder is None:
                 continue
             if real.is_relative_to(Path(folder).resolve()):

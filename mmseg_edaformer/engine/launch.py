@@ -138,6 +138,8 @@ def prepare_train(cfg: Config, *, resume: bool = False, load_from: str | None = 
             print_log(f'Resuming from {found}{again}', logger='current')
             cfg.resume, cfg.load_from = True, found
     add_hook(cfg, dict(type='PreemptionHook'), replace=False)
+    if skip_nonfinite is not None and skip_nonfinite < 0:
+        raise ConfigError(f'--skip-nonfinite {skip_nonfinite}: give the number of steps, 0 or more')
     if skip_nonfinite is None:
         add_hook(cfg, dict(type='FiniteLossHook'), replace=False)
     else:

@@ -359,7 +359,7 @@ def test_fix_of_0_and_255(cfg, data, tmp_path):
 
 
 def test_writes_nowhere_else(cfg, data, tmp_path):
-    for out in (data / MASKS, data / IMAGES / 'new'):
+    for out in (data / MASKS, data / IMAGES / 'new', (data / IMAGES).parent, data / 'check'):
         with pytest.raises(ConfigError, match='lies within'):
             audit_report.check(cfg, out, workers=1)
         assert not (out / 'report.json').exists()

@@ -6,6 +6,7 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
+from mmseg_edaformer.errors import ConfigError
 from tests.engine.training import differences, run_to_end, state, train
 from tests.processes import finish, in_child
 
@@ -88,6 +89,11 @@ def test_more_of_them_than_allowed(config, tmp_path):
     assert code == 1
     assert 'Step left out (1 of 1)' in log.read_text()
     assert 'not a finite number at iteration 6' in log.read_text()
+
+
+def test_a_negative_number_of_them(config, tmp_path):
+    with pytest.raises(ConfigError, match='--skip-nonfinite -1: give the number of steps'):
+        train(config, tmp_path / 'work', skip_nonfinite=-1)
 
 
 def test_gradients_that_are_accumulated(config, tmp_path):
