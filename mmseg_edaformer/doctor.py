@@ -171,7 +171,8 @@ def check_versions(report: Report) -> None:
     if not (3, 10) <= sys.version_info[:2] <= (3, 12):
         report.add('warning', 'Python', 'this Python is not tested: 3.10, 3.11 and 3.12 are',
                    'python3.11 -m venv .venv')
-    if importlib.util.find_spec('pip') is None:
+    # Not by importlib.util.find_spec, which makes setuptools leave distutils alone from then on.
+    if have('pip') is None:
         report.add('warning', 'Python', 'pip is missing, which the commands here need',
                    f'{PYTHON} -m ensurepip')
     _check_stack(report, have, stacks)

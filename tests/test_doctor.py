@@ -20,7 +20,7 @@ GOOD = {'torch': '2.6.0+cu124', 'torchvision': '0.21.0+cu124', 'mmengine': '0.10
         'mmsegmentation': '1.2.2', 'mmcv-lite': '2.1.0', 'numpy': '2.2.0', 'scipy': '1.13.1',
         'opencv-python': '4.10.0.84', 'matplotlib': '3.9.0', 'ftfy': '6.3', 'regex': '2025.1',
         'setuptools': '80.9.0', 'timm': '1.0.31', 'mmpretrain': '1.2.0', 'transformers': '5.1.0',
-        'safetensors': '0.5'}
+        'safetensors': '0.5', 'pip': '24.0'}
 FORK = {**GOOD, 'mmengine': None, 'mmsegmentation': None, 'mmcv-lite': None, 'mmpretrain': None,
         'onedl-mmengine': '0.10.12', 'onedl-mmsegmentation': '1.4.2', 'onedl-mmcv': '2.3.6'}
 
@@ -77,6 +77,7 @@ def test_sound_versions_are_all_right(monkeypatch, installed):
      'install "torch>=2.4"'),
     ({'mmsegmentation': None}, 'error', 'mmsegmentation', 'is missing',
      'install .*"mmsegmentation>=1.2.2"'),
+    ({'pip': None}, 'warning', 'Python', 'pip is missing', None),
 ])
 def test_bad_versions_are_found_with_the_command_that_mends_them(monkeypatch, change, level, about,
                                                                  says, mend):
@@ -84,9 +85,21 @@ def test_bad_versions_are_found_with_the_command_that_mends_them(monkeypatch, ch
     [finding] = report.findings
     assert (finding.level, report.level(about)) == (level, level)
     assert says in finding.what
-    assert finding.mend.startswith(f'{sys.executable} -m pip ')
-    assert re.search(mend, finding.mend), finding.mend
+    if mend is None:
+        assert finding.mend == f'{sys.executable} -m ensurepip'
+    else:
+        assert finding.mend.startswith(f'{sys.executable} -m pip ')
+        assert re.search(mend, finding.mend), finding.mend
     assert report.ready == (level == 'warning')
+
+
+def test_versions_ask_for_no_module(monkeypatch):
+    """Once pip's is asked for, setuptools leaves distutils alone, and cannot be imported itself."""
+    asked = []
+    monkeypatch.setattr(sys, 'meta_path', [
+        types.SimpleNamespace(find_spec=lambda name, *_: asked.append(name)), *sys.meta_path])
+    versions(monkeypatch, GOOD)
+    assert asked == []
 
 
 def test_an_untested_python_is_a_warning(monkeypatch):
