@@ -26,6 +26,7 @@ BACKBONES = [f'{name}_cityscapes' for name in (
 LIBRARIES = {'TimmMaps': 'timm', 'TransformersMaps': 'transformers'}
 PAPER = [f'edaformer_{size}_{data}{tuned}' for size in 'tb'
          for data in ('ade', 'cityscapes', 'cocostuff') for tuned in ('', '_isr40k')]
+RANGES = [f'{name}_range' for name in PAPER if name.endswith('isr40k')]
 CLASSIFIERS = ['eft_t_in1k', 'eft_b_in1k', 'eft_t_crops']  # tests/test_pretrain.py has their recipe
 SEGMENTORS = [path for path in CONFIGS if path.stem not in CLASSIFIERS]
 
@@ -45,9 +46,9 @@ def build(cfg):
 
 def test_all_named_configs_are_there():
     assert {path.stem for path in CONFIGS} == {
-        *PAPER, 'edaformer_t_synthetic', 'edaformer_t_camvid', 'segformer_b0_ade',
-        'segformer_b0_camvid', 'segformer_b0_synthetic',
-        'custom_dataset', *ABLATIONS, *BACKBONES, *CLASSIFIERS}
+        *PAPER, *RANGES, 'edaformer_t_synthetic', 'edaformer_t_camvid', 'edaformer_t_camvid_isr',
+        'edaformer_t_camvid_isr_range', 'segformer_b0_ade', 'segformer_b0_camvid',
+        'segformer_b0_synthetic', 'custom_dataset', *ABLATIONS, *BACKBONES, *CLASSIFIERS}
     for folder, names in (('ablations', ABLATIONS), ('isr_backbones', BACKBONES)):
         assert {path.stem for path in CONFIGS if path.parent.name == folder} == set(names)
 
@@ -87,11 +88,11 @@ def test_a_classifier_builds_and_agrees_with_itself(name):
     assert cfg.param_scheduler[-1].end == cfg.train_cfg.max_iters
 
 
-@pytest.mark.parametrize('name', PAPER + ABLATIONS + BACKBONES)
+@pytest.mark.parametrize('name', PAPER + RANGES + ABLATIONS + BACKBONES)
 def test_recipe(name):
     cfg = load(name)
     data, = (word for word in name.split('_') if word in ('ade', 'cityscapes', 'cocostuff'))
-    tuned = name.endswith('isr40k')
+    tuned = '_isr40k' in name
     assert cfg.train_cfg.max_iters == (40_000 if tuned else 160_000)
     warmup, poly = cfg.param_scheduler
     assert (warmup.type, warmup.start_factor, warmup.end) == ('LinearLR', 1e-6, 1500)
@@ -117,7 +118,8 @@ def test_recipe(name):
         assert cfg.model.test_cfg.mode == 'whole'
         assert steps[1:3] == ['Resize', 'ResizeToMultiple']
     if tuned:
-        assert Path(cfg.load_from) == Path('work_dirs') / name[:-7] / 'iter_160000.pth'
+        trained = name.split('_isr40k')[0]
+        assert Path(cfg.load_from) == Path('work_dirs') / trained / 'iter_160000.pth'
 
 
 def pools(model):
@@ -125,11 +127,15 @@ def pools(model):
             if isinstance(layer, EmbeddingFreeAttention)]
 
 
-@pytest.mark.parametrize('name', PAPER)
+@pytest.mark.parametrize('name', [*PAPER, *RANGES, 'edaformer_t_camvid', 'edaformer_t_camvid_isr',
+                                  'edaformer_t_camvid_isr_range'])
 def test_pools(name):
     with torch.device('meta'):
         model = MODELS.build(load(name).model)
-    factor = 2 if name.endswith('isr40k') else 1
+    factor = 2 if name.endswith(('isr40k', '_isr')) else 1
+    ratios = model.isr_range.ratios if model.isr_range else []
+    assert [str(ratio) for ratio in ratios] == (
+        ['2211-222', '2222-222', '4422-444'] if name.endswith('_range') else [])
     assert sorted(set(pools(model))) == [factor * pool for pool in (1, 2, 4, 8)]
 
 

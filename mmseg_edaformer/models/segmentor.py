@@ -10,9 +10,12 @@ from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from mmseg.models.segmentors import EncoderDecoder, SegTTAModel
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
+from mmseg.utils import add_prefix
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..isr.apply import isr
+from ..isr.consistency import RatioRange, consistency
 from .labels import label_maps
 from .resize import Chain
 
@@ -33,10 +36,13 @@ class StreamedEncoderDecoder(EncoderDecoder):
         kwargs: As well. ``test_cfg`` knows in addition: ``seg_logits=True`` also returns what mmseg
             does; ``memory_mib=256`` bounds the temporary tensors of the label maps, and with
             ``mode='slide'`` the images and logits of the windows that run at once, unless
-            ``window_batch`` says how many do.
+            ``window_batch`` says how many do. ``train_cfg`` knows ``isr_range``, the arguments of
+            `RatioRange`: a training for many ratios at once.
 
     Raises:
-        ConfigError: A ``mode`` that is neither whole nor slide, or a size that is not positive.
+        ConfigError: A ``mode`` that is neither whole nor slide, a size that is not positive, or a
+            head that ``isr_range`` cannot train.
+        RatioError: A ratio of ``isr_range`` does not fit the model.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -47,6 +53,15 @@ class StreamedEncoderDecoder(EncoderDecoder):
         for name in ('memory_mib', 'window_batch'):
             if self.test_cfg.get(name, 1) <= 0:
                 raise ConfigError(f'test_cfg.{name}={self.test_cfg[name]}: it must be positive')
+        self.isr_range = None
+        if (self.train_cfg or {}).get('isr_range'):
+            self.isr_range = RatioRange(**self.train_cfg['isr_range'])
+            if not self.streamable or type(self.decode_head).loss is not BaseDecodeHead.loss:
+                raise ConfigError(f'train_cfg.isr_range: {type(self.decode_head).__name__} has no '
+                                  'logits per pixel that its loss is made of')
+            for ratio in self.isr_range.ratios:
+                with isr(self, ratio):
+                    pass  # whether it fits is told before the training
 
     @property
     def streamable(self) -> bool:
@@ -64,6 +79,24 @@ class StreamedEncoderDecoder(EncoderDecoder):
         """Features of images N x 3 x H x W, which are cast to the type of the weights."""
         weight = next(self.backbone.parameters(), inputs)
         return super().extract_feat(inputs.to(weight.dtype))
+
+    def loss(self, inputs: Tensor, data_samples: list[SegDataSample]) -> dict[str, Tensor]:
+        """mmseg's losses and, with ``isr_range``, how far a drawn ratio is from the full pass.
+
+        Args:
+            inputs: Normalised images, N x 3 x H x W.
+            data_samples: Their labels.
+        """
+        if self.isr_range is None:
+            return super().loss(inputs, data_samples)
+        features = self.extract_feat(inputs)
+        logits = self.decode_head(features)
+        losses = add_prefix(self.decode_head.loss_by_feat(logits, data_samples), 'decode')
+        if self.with_auxiliary_head:
+            losses |= self._auxiliary_head_forward_train(features, data_samples)
+        with isr(self, self.isr_range.draw()):
+            reduced = self._forward(inputs)
+        return losses | dict(loss_isr=self.isr_range.weight * consistency(reduced, logits))
 
     def encode_decode(self, inputs: Tensor, batch_img_metas: list[dict[str, Any]]) -> Tensor:
         """Logits at the size of the input, in float32."""

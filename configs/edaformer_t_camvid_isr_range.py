@@ -1,0 +1,6 @@
+# Fine-tuned for the whole dial at once, from the trained model; docs/isr.md.
+_base_ = ['./edaformer_t_camvid_isr.py']
+model = dict(
+    backbone=dict(pool_ratios=(8, 4, 2, 1)),
+    decode_head=dict(pool_ratios=(4, 2, 1)),
+    train_cfg=dict(isr_range=dict(ratios=('2211-222', '2222-222', '4422-444'))))

@@ -1,0 +1,51 @@
+"""Training one checkpoint for many ISR ratios."""
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import ConfigError
+from .ratio import ISRRatio
+
+
+class RatioRange:
+    """The ratios that a training prepares a model for.
+
+    Each step passes its images twice: as the model is, against the labels, and at one ratio of
+    these, against the first pass (the sandwich of Universally Slimmable Networks, arXiv 1903.05134,
+    without its smallest network at every step). The paper fine-tunes for one ratio (table 4).
+
+    Args:
+        ratios: What `ISRRatio.parse` reads, each; one is drawn for every step, on every rank.
+        weight: Of the `consistency` beside the loss of the labels.
+
+    Raises:
+        ConfigError: There is no ratio, or a negative weight.
+        RatioError: A ratio means nothing.
+    """
+
+    def __init__(self, ratios: Sequence[int | str], weight: float = 1.) -> None:
+        if isinstance(ratios, (str, int)) or not ratios:
+            raise ConfigError(f'isr_range.ratios={ratios!r}: list one ratio or more')
+        if weight < 0:
+            raise ConfigError(f'isr_range.weight={weight}: it must not be negative')
+        self.ratios = [ISRRatio.parse(ratio) for ratio in ratios]
+        self.weight = weight
+
+    def draw(self) -> ISRRatio:
+        """One of the ratios, each as likely, from torch's generator."""
+        return self.ratios[int(torch.randint(len(self.ratios), ()))]
+
+
+def consistency(reduced: Tensor, full: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of the classes of pixels, mean over pixels, in nats.
+
+    Args:
+        reduced: Logits N x C x H x W of the pass that learns.
+        full: Those of the pass that it learns from, which gets no gradient.
+    """
+    target = full.detach().float().log_softmax(1)
+    divergence = F.kl_div(reduced.float().log_softmax(1), target, reduction='none',
+                          log_target=True)
+    return divergence.sum(1).mean()
