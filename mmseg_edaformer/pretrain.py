@@ -1,13 +1,15 @@
 """Pretraining the encoder as a classifier: what segmentation has no need of.
 
 The network, its augmentations and its metric are mmpretrain's; this holds the checks before a run,
-and a small drawn data set in ImageNet's layout.
+what makes shards of folders, and a small drawn data set in ImageNet's layout.
 """
 import importlib
 import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+import shlex
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,29 @@ import cv2
 import numpy as np
 from mmengine.config import Config
 from PIL import Image
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
+from .data.shards import (
+    IMAGES,
+    INDEX,
+    SUFFIXES,
+    ShardedImages,
+    check_shards,
+    class_folders,
+    read_index,
+    write_shards,
+)
 from .data.synthetic import CLASSES as KINDS, draw_scene
 from .errors import ConfigError, DataError
 from .files import write_file
 from .isr import ISRRatio
-
-SUFFIXES = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif')
-"""What mmpretrain takes for images, in either case."""
 
 CROPS: tuple[str, ...] = ('bird', 'car', 'horizon', 'house', 'lamp', 'meadow', 'road', 'roadside',
                           'sky', 'tree')
@@ -86,20 +103,25 @@ def check_library() -> None:
 
 
 def check_folders(split: str, dataset: Any, num_classes: int | None) -> list[str]:
-    """See that a data set of folders is there, with as many classes as the model.
+    """See that a data set of folders or shards is there, with as many classes as the model.
 
     Args:
         split: For messages.
-        dataset: One of mmpretrain's that are read from folders or from a list of files.
+        dataset: `ShardedImages`, or one of mmpretrain's that are read from folders or from a list
+            of files.
         num_classes: Those of the model.
 
     Returns:
         The names of the class folders; none where a list of files says what belongs to which.
 
     Raises:
-        DataError: Folders or images are missing.
+        DataError: Folders, images or shards are missing, or a shard is cut.
         ConfigError: The model has another number of classes.
     """
+    if isinstance(dataset, ShardedImages):
+        index = dataset.load_data_list()
+        _check_number(split, index.classes, f'as {index.folder} has them', num_classes)
+        return index.classes
     root = getattr(dataset, 'img_prefix', None)
     if root is None or '://' in root:
         return []
@@ -108,23 +130,32 @@ def check_folders(split: str, dataset: Any, num_classes: int | None) -> list[str
             raise DataError(f'the {split} set lacks its list of images: {dataset.ann_file}')
         return []
     folders = class_folders(root)
+    if not folders and os.path.isfile(os.path.join(root, INDEX)):
+        raise DataError(f'the {split} set is to be read from folders, and {root} holds shards: set '
+                        f'{split}_dataloader.dataset.type=ShardedImages with --cfg-options')
     if not folders:
         raise DataError(
             f'the {split} set needs one folder per class in {root} (from '
             f'{os.getcwd()}), and there is none: set {split}_dataloader.dataset.data_root with '
             '--cfg-options, or link your data there; tools/prepare_data.py imagenet says what '
             'belongs where')
-    if num_classes is not None and len(folders) != num_classes:
-        raise ConfigError(f'the {split} set has {len(folders)} classes, the folders in '
-                          f'{root}, the model {num_classes}: complete the folders, '
-                          'or set model.head.num_classes, model.head.loss.num_classes and '
-                          f'model.data_preprocessor.num_classes to {len(folders)} and the type of '
-                          'the data sets to CustomDataset')
+    _check_number(split, folders, f'the folders in {root}', num_classes,
+                  'complete the folders, or ', ' and the type of the data sets to CustomDataset')
     empty = [name for name in folders if not next(_images(Path(root, name)), None)]
     if empty:
         raise DataError(f'the {split} set has no image in {len(empty)} of its {len(folders)} class '
                         f'folders in {root}, such as {empty[0]}: unpack them again')
     return folders
+
+
+def _check_number(split: str, classes: Sequence[str], origin: str, expected: int | None,
+                  before: str = '', after: str = '') -> None:
+    """See that there are as many classes as the model has."""
+    if expected is not None and len(classes) != expected:
+        raise ConfigError(f'the {split} set has {len(classes)} classes, {origin}, the model '
+                          f'{expected}: {before}set model.head.num_classes, '
+                          'model.head.loss.num_classes and model.data_preprocessor.num_classes to '
+                          f'{len(classes)}{after}')
 
 
 def check_same_classes(found: dict[str, list[str]]) -> None:
@@ -141,13 +172,6 @@ def check_same_classes(found: dict[str, list[str]]) -> None:
             alone = sorted(set(names) ^ set(others))
             raise DataError(f'the {first} and the {second} set have different class folders, such '
                             f'as {alone[0]}: name them alike, their order numbers the classes')
-
-
-def class_folders(root: str | Path) -> list[str]:
-    """The folders of a split, in the order that numbers the classes."""
-    if not os.path.isdir(root):
-        return []
-    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
 
 
 def _images(folder: Path) -> Iterator[str]:
@@ -193,10 +217,66 @@ def prepare(folders: Folders, root: str | Path | None = None) -> None:
             folders.source.format(root=root)]))
     check_same_classes(found)
     where = '' if root.resolve() == Path(folders.root).resolve() else (
-        ''.join(f'\n  {"" if number else "with --cfg-options "}'
-                f'{part}_dataloader.dataset.data_root={root.absolute()}'
-                for number, part in enumerate(('train', 'val', 'test'))))
+        '\n  with --cfg-options ' + _options(('train', 'val', 'test'), data_root=root.absolute()))
     print(f'ready: use {" or ".join(folders.configs)}{where}')
+
+
+def _options(splits: Iterable[str], **settings: Any) -> str:
+    """Settings of the data sets, the same for all splits, as --cfg-options takes them."""
+    return '\n  '.join(f'{split}_dataloader.dataset.{name}={shlex.quote(str(value))}'
+                       for split in splits for name, value in settings.items())
+
+
+def prepare_shards(source: str | Path, root: str | Path, *, images: int = IMAGES, seed: int = 0,
+                   check_only: bool = False) -> None:
+    """Pack a data set of folders into shards and say what to do next; see `write_shards`.
+
+    Args:
+        source: The data set in ImageNet's layout; ``train``, ``val`` or both of it.
+        root: Where the shards go, a folder for each split.
+        images: So many in each shard.
+        seed: Chooses which ones.
+        check_only: Write nothing, and read all images of the shards that are there.
+
+    Raises:
+        DataError: As from `write_shards` and `check_shards`, or the splits differ in their classes.
+    """
+    source, root = Path(source), Path(root)
+    place = root if check_only else source
+    splits = [split for split in ('train', 'val') if (place / split).is_dir()]
+    if not splits:
+        raise DataError(f'{place} has neither a folder train nor val (from {os.getcwd()}): give '
+                        f'the right one with --{"root" if check_only else "source"}')
+    if not check_only:
+        if root.resolve().is_relative_to(source.resolve()):
+            raise DataError(f'{root} lies in {source}, which is only read: choose another --root')
+        check_same_classes({split: class_folders(source / split) for split in splits})
+    print(f'Shards in {root}')
+    found = {}
+    for split in splits:
+        with Progress(TextColumn(f'  {split}:'), BarColumn(), MofNCompleteColumn(),
+                      TextColumn('images, left'), TimeRemainingColumn(), transient=True,
+                      disable=not sys.stdout.isatty()) as progress:
+            bar = progress.add_task('', total=None)
+
+            def advance(done: int, total: int, progress: Progress = progress,
+                        bar: TaskID = bar) -> None:
+                progress.update(bar, advance=done, total=total)
+
+            if check_only:
+                index = read_index(root / split)
+                check_shards(index, advance)
+            else:
+                index = write_shards(source / split, root / split, images=images, seed=seed,
+                                     advance=advance)
+        found[split] = index.classes
+        print(f'  {split}: {len(index):,} images of {len(index.classes):,} classes in '
+              f'{len(index.sizes):,} shard{"s" if len(index.sizes) > 1 else ""}, '
+              f'{sum(index.sizes) / 1e6:,.0f} MB', flush=True)
+    check_same_classes(found)
+    used = [*splits, 'test'] if 'val' in splits else splits
+    print('ready: use the config of the folders\n  with --cfg-options ' +
+          _options(used, type='ShardedImages', data_root=root.absolute()))
 
 
 def draw_crops(root: str | Path, *, train: int = 80, val: int = 20, size: int = 64,

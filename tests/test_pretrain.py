@@ -25,6 +25,8 @@ from torch.utils.data import BatchSampler
 
 from mmseg_edaformer import pretrain
 from mmseg_edaformer.analysis.cost import count_macs
+from mmseg_edaformer.analysis.pipeline import measure_pipeline
+from mmseg_edaformer.data.rand_augment import augment_batch, draw_augmentation
 from mmseg_edaformer.engine import checks, launch
 from mmseg_edaformer.engine.loop import CountedBatches, SeededIndices
 from mmseg_edaformer.errors import ConfigError, DataError, RatioError
@@ -256,8 +258,18 @@ def test_label_smoothing():
 
 
 def step(kind):
-    cfg, = (each for each in recipe().train_pipeline if each.type == kind)
+    """One of the pipeline's, or of those that its last one leaves to the device."""
+    *pipeline, last = recipe().train_pipeline
+    cfg, = (each for each in (*pipeline, *last.transforms)
+            if each.type.rpartition('.')[2] == kind)
     return TRANSFORMS.build(cfg)
+
+
+def augment(transform, images):
+    """What the device makes of images, N x H x W x 3."""
+    drawn = [list(draw_augmentation(transform, images.shape[1:3])) for _ in images]
+    tensor = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+    return augment_batch(tensor, drawn).permute(0, 2, 3, 1).numpy()
 
 
 def test_randaugment():
@@ -275,9 +287,8 @@ def test_randaugment():
     assert np.median(angles) == pytest.approx(9, abs=0.05)
     below = angles[angles < 9]  # those above 10 are cut to it
     assert np.sqrt(((below - 9) ** 2).mean()) == pytest.approx(0.5, abs=0.03)
-    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
-    same = np.mean([np.array_equal(transform(dict(img=image.copy(), img_shape=(32, 32)))['img'],
-                                   image) for _ in range(1500)])
+    images = np.random.default_rng(0).integers(0, 256, (1500, 32, 32, 3), np.uint8)
+    same = (augment(transform, images) == images).all((1, 2, 3)).mean()
     # Neither of the two was done, and AutoContrast and SolarizeAdd may change nothing.
     assert 0.22 < same < 0.36
 
@@ -288,8 +299,7 @@ def test_random_erasing():
     mean, std = (np.array(getattr(recipe().model.data_preprocessor, name)[::-1])
                  for name in ('mean', 'std'))
     areas, pixels = [], []
-    for _ in range(2000):
-        image = transform(dict(img=np.full((48, 48, 3), 7, np.uint8)))['img']
+    for image in augment(transform, np.full((2000, 48, 48, 3), 7, np.uint8)):
         erased = (image != 7).any(2)
         if erased.any():
             areas.append(erased.mean())
@@ -308,7 +318,6 @@ def test_crop_and_evaluation(tmp_path):
     crop = step('RandomResizedCrop')
     assert crop.scale == (224, 224)
     assert (crop.crop_ratio_range, crop.aspect_ratio_range) == ((0.08, 1.0), (3 / 4, 4 / 3))
-    assert (crop.interpolation, crop.backend) == ('bicubic', 'pillow')
     # Resize 256 bicubic and the centre of 224, as Pillow does it.
     image = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
     Image.fromarray(image).save(tmp_path / 'image.png')
@@ -319,6 +328,13 @@ def test_crop_and_evaluation(tmp_path):
     left = round((resized.width - 224) / 2)
     expected = np.asarray(resized)[16:240, left:left + 224, ::-1]
     assert np.abs(results['img'].astype(int) - expected).max() <= 1
+
+
+def test_the_pipeline_is_timed():
+    steps = measure_pipeline(recipe(), (64, 96), images=3)
+    assert [name for name, _ in steps] == [
+        *(each.type for each in recipe().train_pipeline), 'collate', 'total']
+    assert min(time for _, time in steps) >= 0
 
 
 @HOOKS.register_module()

@@ -9,6 +9,7 @@ from mmengine.config import DictAction
 from mmengine.logging import MMLogger
 
 from mmseg_edaformer.analysis import benchmark, benchmark_report as report
+from mmseg_edaformer.analysis.pipeline import describe_pipelines
 from mmseg_edaformer.errors import ConfigError, clear_errors
 
 
@@ -20,11 +21,14 @@ def parse_args() -> argparse.Namespace:
                         help='more configs for the same run, of any mmseg segmentor')
     parser.add_argument('--isr-ratio', nargs='+', default=['none'], metavar='RATIO',
                         help='as for tools/test.py, several at once: none optimal 2')
-    parser.add_argument('--size', nargs='+', default=['512'], metavar='HEIGHTxWIDTH',
-                        help='image sizes in pixels, such as 512 or 1024x2048')
+    parser.add_argument('--size', nargs='+', metavar='HEIGHTxWIDTH',
+                        help='image sizes in pixels, such as 1024x2048 (default: 512; of --mode '
+                        'data those of ImageNet or ADE20K)')
     parser.add_argument('--batch-size', nargs='+', type=int, default=[1], metavar='N')
-    parser.add_argument('--mode', nargs='+', choices=benchmark.MODES, default=['eval'],
-                        help='eval: images to label maps; train: optimizer steps')
+    parser.add_argument('--mode', nargs='+', choices=(*benchmark.MODES, 'data'),
+                        default=['eval'],
+                        help='eval: images to label maps; train: optimizer steps; data: the steps '
+                        'of the training pipeline on one core, for classifiers too')
     parser.add_argument('--dtype', nargs='+', choices=benchmark.DTYPES, default=['float32'])
     parser.add_argument('--device', choices=benchmark.DEVICES,
                         default='cuda' if torch.cuda.is_available() else 'cpu',
@@ -48,17 +52,31 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def origin(plan: benchmark.Plan) -> str:
+    return '; '.join(f'{name} {value}' for name, value in benchmark.environment(plan).items())
+
+
 def main() -> None:
     args = parse_args()
     sys.path.insert(0, os.getcwd())  # for the custom_imports of configs
     MMLogger.get_current_instance().setLevel(logging.WARNING)
     if args.threads is not None and args.threads < 1:
         raise ConfigError('--threads must be 1 or more')
+    if 'data' in args.mode:
+        if len(args.mode) > 1 or args.out:
+            raise ConfigError('--mode data only prints its table: leave out the other modes and '
+                              '--out')
+        cfgs = [benchmark.load_config(path, None if index else args.cfg_options)
+                for index, path in enumerate((args.config, *args.compare))]
+        for size in args.size or [None]:
+            print(describe_pipelines(cfgs, size and benchmark.parse_size(size), 4 * args.repeats))
+        print(origin(benchmark.Plan()))
+        return
     plan = benchmark.Plan(
-        sizes=[benchmark.parse_size(size) for size in args.size], batch_sizes=args.batch_size,
-        modes=args.mode, dtypes=args.dtype, device=args.device, compile=args.compile,
-        repeats=args.repeats, seconds=args.seconds, limits=args.limits,
-        keep_memory=args.allocator == 'keep')
+        sizes=[benchmark.parse_size(size) for size in args.size or ['512']],
+        batch_sizes=args.batch_size, modes=args.mode, dtypes=args.dtype, device=args.device,
+        compile=args.compile, repeats=args.repeats, seconds=args.seconds,
+        limits=args.limits, keep_memory=args.allocator == 'keep')
     contenders = benchmark.load_contenders(args.config, args.checkpoint, args.compare,
                                            args.isr_ratio, args.cfg_options)
     torch.set_num_threads(args.threads or torch.get_num_threads())
@@ -73,7 +91,7 @@ def main() -> None:
     print('\n'.join(report.notes([row for rows in cells for row in rows])))
     if args.limits and args.device != 'meta':
         print(report.limit_note())
-    print('; '.join(f'{name} {value}' for name, value in benchmark.environment(plan).items()))
+    print(origin(plan))
     if args.out:
         print('Written:', *report.write(args.out, cells, benchmark.environment(plan)))
 

@@ -201,7 +201,7 @@ def load_contenders(config: str, checkpoint: str | None = None, compare: Sequenc
     wanted = tuple(dict.fromkeys(map(ISRRatio.parse, ratios)))
     contenders: list[Contender] = []
     for i, path in enumerate([config, *compare]):
-        cfg = _load_config(path, None if i else cfg_options)
+        cfg = load_config(path, None if i else cfg_options)
         init_default_scope(cfg.get('default_scope') or 'mmseg')
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', UserWarning)  # mmseg's, of its own defaults
@@ -221,7 +221,8 @@ def load_contenders(config: str, checkpoint: str | None = None, compare: Sequenc
     return contenders
 
 
-def _load_config(path: str, cfg_options: dict[str, Any] | None) -> Config:
+def load_config(path: str, cfg_options: dict[str, Any] | None) -> Config:
+    """Read a config as the other command lines do."""
     parser = argparse.ArgumentParser()
     parser.add_argument('config')
     launch.add_common_arguments(parser)

@@ -13,6 +13,7 @@ from torch import nn
 from mmseg_edaformer.analysis import benchmark, benchmark_report as report
 from mmseg_edaformer.analysis.cost import count_macs
 from mmseg_edaformer.analysis.memory import LiveBytes, count_activations, peak_bytes
+from mmseg_edaformer.analysis.pipeline import measure_pipeline
 from mmseg_edaformer.errors import CheckpointError, ConfigError, RatioError
 from mmseg_edaformer.isr import apply_isr
 from tests import plain
@@ -85,6 +86,17 @@ def test_the_tool_writes_tables_and_a_chart(configs, tmp_path):
     assert page.count('\n## ') == done.stdout.count(', batch 1\n') == 4
     with Image.open(tmp_path / 'out' / 'benchmark.png') as image:
         assert min(image.size) > 300
+
+
+def test_the_tool_times_training_pipelines(configs):
+    done = run('tools/benchmark.py', configs / 'mini.py', '--compare', configs / 'resnet.py',
+               '--mode', 'data', '--size', '64x96', '--repeats', '2')
+    for name in ('LoadAnnotations', 'RandomCrop', 'collate'):
+        assert len(re.findall(rf'\| {name} +\| +\d+\.\d+ \| +\d+% \|', done.stdout)) == 2
+    assert done.stdout.count('cores for every 1,000 images/s') == 2
+    assert 'commit' in done.stdout
+    with pytest.raises(ConfigError, match=r'has no train_dataloader\.dataset\.pipeline'):
+        measure_pipeline(Config(dict(model=None)))
 
 
 def test_costs_alone_are_those_of_cost_py(configs):
