@@ -1,5 +1,6 @@
 """Training one checkpoint for many ISR ratios."""
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,27 @@ class RatioRange:
     def draw(self) -> ISRRatio:
         """One of the ratios, each as likely, from torch's generator."""
         return self.ratios[int(torch.randint(len(self.ratios), ()))]
+
+
+def same_draws(like: Tensor) -> AbstractContextManager[None]:
+    """Note the state of torch's generators; within the ``with`` block they draw from there again.
+
+    Two passes then drop the same paths and channels, and differ by what is to be compared alone.
+
+    Args:
+        like: A tensor on the device whose generator counts, beside that of the CPU.
+    """
+    cpu = torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state(like.device) if like.is_cuda else None
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, like.device)
+        yield
+
+    return again()
 
 
 def consistency(reduced: Tensor, full: Tensor) -> Tensor:

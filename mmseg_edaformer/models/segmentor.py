@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..isr.apply import isr
-from ..isr.consistency import RatioRange, consistency
+from ..isr.consistency import RatioRange, consistency, same_draws
 from .labels import label_maps
 from .resize import Chain
 
@@ -89,12 +89,13 @@ class StreamedEncoderDecoder(EncoderDecoder):
         """
         if self.isr_range is None:
             return super().loss(inputs, data_samples)
+        ratio, draws_again = self.isr_range.draw(), same_draws(inputs)
         features = self.extract_feat(inputs)
         logits = self.decode_head(features)
         losses = add_prefix(self.decode_head.loss_by_feat(logits, data_samples), 'decode')
         if self.with_auxiliary_head:
             losses |= self._auxiliary_head_forward_train(features, data_samples)
-        with isr(self, self.isr_range.draw()):
+        with isr(self, ratio), draws_again:
             reduced = self._forward(inputs)
         return losses | dict(loss_isr=self.isr_range.weight * consistency(reduced, logits))
 

@@ -91,6 +91,18 @@ def test_losses(parts):
     assert model.state_dict().keys() == plain.state_dict().keys()
 
 
+@pytest.mark.parametrize(('ratio', 'alike'), [(1, True), ('4422-444', False)])
+def test_passes_differ_by_the_ratio_alone(ratio, alike):
+    """They drop the same paths and channels."""
+    config = segmentor_config(dropout_ratio=0.5, drop_path_rate=0.5)
+    model = build([ratio], backbone=dict(config['backbone'], drop_path_rate=0.5),
+                  decode_head=config['decode_head'])
+    images, samples = batch()
+    losses = [model.loss(images, samples) for _ in range(2)]
+    assert losses[0]['decode.loss_ce'] != losses[1]['decode.loss_ce']
+    assert all((each['loss_isr'] < 1e-6) == alike for each in losses)
+
+
 def test_auxiliary_heads_have_their_loss():
     head = dict(type='FCNHead', in_channels=64, in_index=2, channels=16, num_convs=1,
                 num_classes=8, norm_cfg=dict(type='BN'))
