@@ -94,7 +94,8 @@ def check_start(cfg: Config) -> None:
         hook['type'] == 'BackboneWeightsHook' for hook in cfg.get('custom_hooks') or ())
     if cfg.model.backbone.get('type') == 'EFT' and not (source or cfg.get('resume') or pretrained):
         _warn('The encoder starts from random weights, so expect much less than the paper\'s mIoU, '
-              'which needs one pretrained on ImageNet: --backbone-weights FILE')
+              'which needs one pretrained on ImageNet: --backbone-weights FILE. In a small case it '
+              'costs 3 mIoU after 200 steps, see docs/pretraining.md')
 
 
 def check_classifier_flags(flags: Mapping[str, Any]) -> None:
