@@ -1,4 +1,4 @@
-"""Look at every image and every mask of a config's data sets and say what is wrong with them."""
+"""Look at every image and mask, or image and class, of a config's data and say what is wrong."""
 import argparse
 import sys
 from pathlib import Path
@@ -14,7 +14,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog='Exit code: 1 when there are errors, 0 when there are none or '
         'only warnings.')
-    parser.add_argument('config', help='such as configs/edaformer_t_ade.py, or any of mmseg')
+    parser.add_argument('config', help='such as configs/edaformer_t_ade.py or eft_t_in1k.py, '
+                        'or any of mmseg')
     parser.add_argument('--split', nargs='+', choices=('train', 'val', 'test'), metavar='SPLIT',
                         help='of train, val and test (default: all that the config has)')
     parser.add_argument('--out', metavar='DIR', help='where report.json and the pictures go '
@@ -23,7 +24,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--no-cache', action='store_true', help='read files again that have not '
                         'changed since the last time')
     parser.add_argument('--fix', action='store_true', help='write mended copies to DIR/fixed, '
-                        'the data stays as it is')
+                        'the data stays as it is; not of a classifier')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
                         help='replace settings of the config')
     parser.set_defaults(work_dir=None, compile=False, launcher='none', local_rank=0)

@@ -1,5 +1,6 @@
 """What is wrong with a data set, found without training: every image and every mask is looked at.
 
+Of a classification data set it is every image in the folders of its classes, or in its list.
 `audit` looks at all of a config's data sets, `check_samples` at a few masks before a training.
 """
 import os
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from mmengine.config import Config
+from mmengine.dataset import BaseDataset
 from mmengine.fileio import list_dir_or_file
 from mmengine.logging import print_log
 from mmengine.registry import init_default_scope
@@ -17,6 +19,7 @@ from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATASETS
 
 from ..errors import ConfigError, DataError
+from ..pretrain import check_library, is_classifier
 from . import audit_files
 from .audit_files import Facts, File
 from .audit_rules import (
@@ -28,6 +31,7 @@ from .audit_rules import (
     find_duplicates,
     judge_part,
 )
+from .shards import class_folders
 from .transforms import IGNORED, LoadSegLabels
 
 
@@ -63,15 +67,17 @@ def audit(cfg: Config, splits: Sequence[str] = ('train', 'val', 'test'), *,
     """Look at every file of the data sets of a config.
 
     Args:
-        cfg: Any config of mmsegmentation.
+        cfg: Any config of mmsegmentation, or of a classifier of mmpretrain.
         splits: Those whose dataloaders are looked at, where the config has them.
         workers: As for `audit_files.examine_files`, like ``cache``, ``fresh`` and ``advance``.
         guard: Called with the data sets before any file is read or written.
 
     Raises:
-        ConfigError: A data set cannot be built from the config.
-        DataError: A process was killed.
+        ConfigError: A data set cannot be built from the config, or mmpretrain is not there for it.
+        DataError: A process was killed, or a list of images is none.
     """
+    if is_classifier(cfg):
+        check_library()
     init_default_scope(cfg.get('default_scope') or 'mmseg')
     heads = dict(_heads(cfg))
     parts: list[Part] = []
@@ -164,11 +170,14 @@ def _part(name: str, split: str, key: str, dataset_cfg: Any, heads: dict[str, An
         dataset = DATASETS.build({**dataset_cfg, 'lazy_init': True})
     except (AssertionError, ValueError) as error:
         raise ConfigError(f'{key} cannot be built: {error}') from error
-    if not isinstance(dataset, BaseSegDataset) or _is_remote(dataset):
+    # Those of mmpretrain that read folders or a list.
+    classifies = getattr(dataset, 'with_label', False) and hasattr(dataset, 'is_valid_file')
+    if not (classifies or isinstance(dataset, BaseSegDataset)) or _is_remote(dataset):
         found.append(Finding(name, 'not audited', ((type(dataset).__name__, ''),)))
         return None
     part = Part(name, split, key, dataset, _loader(dataset, heads),
-                {value['ignore_index'] for value in heads.values()} | {dataset.ignore_index})
+                {value['ignore_index'] for value in heads.values()} |
+                {getattr(dataset, 'ignore_index', IGNORED)}, targets=[] if classifies else None)
     folders = [path for kind in ('img_path', 'seg_map_path')
                if (path := dataset.data_prefix.get(kind)) is not None]
     missing = [path for path in folders if path and not os.path.isdir(path)]
@@ -176,6 +185,9 @@ def _part(name: str, split: str, key: str, dataset_cfg: Any, heads: dict[str, An
         missing.append(dataset.ann_file)
     if missing:
         found.append(Finding(name, 'folder missing', tuple((path, '') for path in missing)))
+        return part
+    if classifies:
+        _list_classes(part, found)
         return part
     part.pairs = _pairs(dataset)
     if not part.pairs:
@@ -196,6 +208,36 @@ def _part(name: str, split: str, key: str, dataset_cfg: Any, heads: dict[str, An
     return part
 
 
+def _list_classes(part: Part, found: list[Finding]) -> None:
+    """List the images and their classes as mmpretrain does, and the files that it passes over."""
+    dataset, passed, targets = part.dataset, [], part.targets
+    assert targets is not None
+    if dataset.ann_file:
+        try:
+            infos = dataset.load_data_list()
+        except ValueError as error:
+            raise DataError(f'{dataset.ann_file} is no list of images and the numbers of their '
+                            f'classes, a line for each: {error}') from error
+        part.pairs = [(info['img_path'], None) for info in infos]
+        targets += [info['gt_label'] for info in infos]
+    else:
+        part.folders = tuple(class_folders(dataset.img_prefix))
+        for number, folder in enumerate((*part.folders, '')):
+            where = os.path.join(dataset.img_prefix, folder)
+            for file in sorted(list_dir_or_file(where, list_dir=False, recursive=bool(folder))):
+                if folder and dataset.is_valid_file(file):
+                    part.pairs.append((os.path.join(where, file), None))
+                    targets.append(number)
+                else:
+                    passed.append((os.path.join(where, file), '' if folder else
+                                   'not in the folder of a class'))
+    if passed:
+        found.append(Finding(part.name, 'passed over', tuple(passed)))
+    if not part.pairs:
+        found.append(Finding(part.name, 'no images', (
+            (dataset.ann_file or os.path.join(dataset.img_prefix, '<class>/<image>'), ''),)))
+
+
 def _pairs(dataset: BaseSegDataset) -> list[tuple[str, str | None]]:
     try:
         return [(info['img_path'], info.get('seg_map_path')) for info in dataset.load_data_list()]
@@ -203,13 +245,13 @@ def _pairs(dataset: BaseSegDataset) -> list[tuple[str, str | None]]:
         raise DataError(f'{dataset.ann_file} is not a text file in UTF-8: {error}') from error
 
 
-def _is_remote(dataset: BaseSegDataset) -> bool:
-    backend = (dataset.backend_args or {}).get('backend', 'local')
+def _is_remote(dataset: BaseDataset) -> bool:
+    backend = (getattr(dataset, 'backend_args', None) or {}).get('backend', 'local')
     return backend != 'local' or any('://' in (path or '') for path in
                                      (*dataset.data_prefix.values(), dataset.ann_file))
 
 
-def _loader(dataset: BaseSegDataset, heads: dict[str, Any]) -> LoadSegLabels:
+def _loader(dataset: BaseDataset, heads: dict[str, Any]) -> LoadSegLabels:
     """A loader of masks as the pipeline has it, which knows the number of classes."""
     step = next((step for step in dataset.pipeline.transforms if isinstance(step, LoadSegLabels)),
                 None)
@@ -222,13 +264,19 @@ def _loader(dataset: BaseSegDataset, heads: dict[str, Any]) -> LoadSegLabels:
 
 
 def _heads(cfg: Config) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Number of classes and ignored label of all heads, and where the config has them."""
+    """Number of classes and ignored label of all heads, and where the config has them.
+
+    A classifier's head, its loss and its preprocessor each have the number.
+    """
     model = cfg.get('model') or {}
     path = 'model'
     while 'module' in model:  # test-time augmentation wraps it
         model, path = model['module'], f'{path}.module'
-    for kind in ('decode_head', 'auxiliary_head'):
-        heads = model.get(kind) or []
+    for kind in (('head', 'head.loss', 'data_preprocessor') if is_classifier(cfg) else
+                 ('decode_head', 'auxiliary_head')):
+        heads: Any = model
+        for step in kind.split('.'):
+            heads = (heads.get(step) if isinstance(heads, dict) else None) or []
         several = isinstance(heads, (list, tuple))
         for index, head in enumerate(heads if several else [heads]):
             yield (f'{path}.{kind}.{index}' if several else f'{path}.{kind}',
@@ -243,4 +291,5 @@ def _ignored(cfg: Config) -> set[int]:
 def _same(part: Part, other: Part) -> bool:
     return (part.pairs == other.pairs and part.classes == other.classes
             and part.dataset.data_prefix == other.dataset.data_prefix
-            and bool((part.table() == other.table()).all()))
+            and part.targets == other.targets
+            and (part.targets is not None or bool((part.table() == other.table()).all())))

@@ -1,19 +1,19 @@
 """What counts as wrong with a data set, from what `audit_files` found in its files."""
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from mmseg.datasets import BaseSegDataset
+from mmengine.dataset import BaseDataset
 
 from .audit_files import Facts, File
 from .transforms import IGNORED, LoadSegImage, LoadSegLabels
 
 CHECKS = {
     'folder missing': ('error', 'set data_root and data_prefix, or link your data there'),
-    'no images': ('error', 'see img_suffix and data_prefix.img_path, or ann_file'),
+    'no images': ('error', 'see data_prefix and img_suffix, or ann_file'),
     'image missing': ('error', 'add the images, or remove their names or their masks'),
     'mask missing': ('error', 'add the masks, or remove the images; see seg_map_suffix'),
     'image unreadable': ('error', 'replace or remove them'),
@@ -32,22 +32,32 @@ CHECKS = {
     'perhaps 0 and 255': ('warning', 'these masks hold 0 and 255 alone, others of the set do not. '
                           '255 means no label: if it is a class here, make it 1'),
     'label out of range': ('error', 'see the number of classes, reduce_zero_label and how the masks'
-                           ' were made'),
+                           ' or the list were made'),
     'more than 8 bits': ('warning', 'the labels fit, but 16 bits wrap around in other tools: --fix '
                          'converts them'),
     'no label': ('warning', 'nothing is learned from masks without a label'),
     'reduce_zero_label': ('warning', 'see whether it is set as the data set needs it'),
-    'class never occurs': ('warning', 'its IoU is undefined or 0'),
+    'class without images': ('error', 'add images, or remove its folder from all splits'),
+    'passed over': ('warning', 'by their ending or their place they are no images of the data set: '
+                    'convert or move those that should be'),
+    'extreme size': ('warning', 'of the tiny and of the long ones crops show little, and the huge '
+                     'ones take long to read: look at them'),
+    'class never occurs': ('warning', 'its IoU or accuracy is undefined or 0'),
     'class not in train': ('warning', 'it is asked for, but cannot be learned'),
-    'number of classes': ('error', 'set num_classes of the head, or metainfo.classes'),
+    'number of classes': ('error', 'set num_classes of the model, or metainfo.classes'),
     'classes differ': ('error', 'all splits must have the classes of train, in its order'),
     'colours': ('warning', 'these classes look the same in every picture: see metainfo.palette'),
     'duplicate': ('warning', 'they count more than others'),
     'train image in val or test': ('warning', 'its figures come out too good: remove it from one '
                                    'of them'),
-    'not audited': ('warning', 'only local data sets of images and masks are looked at'),
+    'not audited': ('warning', 'only local files of images and masks are looked at, and classes in '
+                    'folders or a list; shards by tools/prepare_data.py shards --check'),
 }
 """Level of each check, and what to do about what it finds."""
+
+EXTREME = 8
+"""A size is extreme when one side is more than so many times the other, or the image more than so
+many times longer and wider, or shorter and narrower, than the median of its data set, by area."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,10 @@ class Part:
         name: As in `Finding`.
         key: Where the config has it, such as 'train_dataloader.dataset'.
         pairs: Images and their masks, None without a folder of masks.
-        counts: Pixels of each class after reduce_zero_label and label_map.
+        targets: For classification the number of the class of each image, otherwise None.
+        folders: Names of the folders that are the classes, if they are.
+        counts: Pixels of each class after reduce_zero_label and label_map; of a classification data
+            set images, here and below.
         unlabelled: Pixels without a label.
         raw: Pixels of each label as stored.
         verdicts: Of each pair, the checks that found something.
@@ -88,10 +101,12 @@ class Part:
     name: str
     split: str
     key: str
-    dataset: BaseSegDataset
+    dataset: BaseDataset
     labels: LoadSegLabels
     ignored: set[int]
     pairs: list[tuple[str, str | None]] = field(default_factory=list)
+    targets: list[int] | None = None
+    folders: tuple[str, ...] = ()
     counts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     unlabelled: int = 0
     raw: dict[int, int] = field(default_factory=dict)
@@ -100,8 +115,8 @@ class Part:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes, numbers where the data set has none."""
-        names = self.dataset.metainfo.get('classes')
+        """Names of the classes or of their folders, numbers where the data set has none."""
+        names = self.folders or self.dataset.metainfo.get('classes')
         return tuple(names or map(str, range(self.labels.num_classes or 0)))
 
     @property
@@ -176,7 +191,7 @@ def _judge_sizes(part: Part, image: Facts, mask: Facts) -> Iterator[tuple[str, b
         yield 'sizes differ', False, f'{_by(upright)} pixels as it is read, its mask {_by(size)}'
 
 
-def _obeys_exif(dataset: BaseSegDataset) -> bool:
+def _obeys_exif(dataset: BaseDataset) -> bool:
     colour = next((step.color_type for step in dataset.pipeline.transforms
                    if isinstance(step, LoadSegImage)), 'color')
     return 'ignore_orientation' not in colour and colour != 'unchanged'
@@ -198,6 +213,8 @@ def _colours_disagree(part: Part, table: np.ndarray, mask: Facts) -> bool:
 
 def judge_part(part: Part, facts: dict[File, Facts]) -> list[Finding]:
     """Judge all pairs of a data set, and count its labels."""
+    if part.targets is not None:
+        return _judge_images(part, facts)
     values = [facts['mask', mask]['values'] for _, mask in part.pairs
               if mask is not None and 'values' in facts['mask', mask]]
     binary = {value for each in values for value, _ in each} == {0, 255}
@@ -223,6 +240,31 @@ def judge_part(part: Part, facts: dict[File, Facts]) -> list[Finding]:
     return [Finding(part.name, check, tuple(items)) for check, items in found.items()]
 
 
+def _judge_images(part: Part, facts: dict[File, Facts]) -> list[Finding]:
+    """Judge all images of a classification data set, and count those of each class."""
+    found: dict[str, dict[tuple[str, str], None]] = defaultdict(dict)
+    sizes = [facts['image', image].get('size') for image, _ in part.pairs]
+    middle = np.median([size[0] * size[1] for size in sizes if size] or [0])
+    part.raw = dict(Counter(part.targets))
+    part.counts = np.array([part.raw.get(i, 0) for i in range(len(part.classes))], np.int64)
+    for (image, _), size, number in zip(part.pairs, sizes, part.targets or ()):
+        checks = part.verdicts[image, None] = []
+        for check, _, note in judge(part, facts['image', image], None):
+            checks.append(check)
+            found[check][image, note] = None
+        if number not in range(len(part.classes)):
+            checks.append('label out of range')
+            found['label out of range'][image, str(number)] = None
+        if size and (max(size) > EXTREME * min(size) or not
+                     middle <= EXTREME ** 2 * size[0] * size[1] <= EXTREME ** 4 * middle):
+            found['extreme size'][image, f'{_by(size)} pixels, the area of the median is '
+                                  f'{_by([round(middle ** 0.5)] * 2)}'] = None
+    for name, n in zip(part.folders, part.counts):
+        if not n:
+            found['class without images'][os.path.join(part.dataset.img_prefix, name), ''] = None
+    return [Finding(part.name, check, tuple(items)) for check, items in found.items()]
+
+
 def zero_share(part: Part) -> float:
     """Share of the pixels whose label is 0 as stored."""
     return part.raw.get(0, 0) / max(sum(part.raw.values()), 1)
@@ -245,12 +287,15 @@ def _doubt_zero(part: Part) -> str | None:
 
 
 def check_classes(part: Part, heads: dict[str, Any]) -> list[Finding]:
-    classes = part.classes
+    classes, named = part.classes, part.dataset.metainfo.get('classes')
     wrong = tuple((f'{name}.num_classes={head["num_classes"]}', f'the data set has {len(classes)}')
                   for name, head in heads.items() if head['num_classes'] not in (None, len(classes))
-                  and part.dataset.metainfo.get('classes') is not None)
+                  and (part.folders or named is not None))
+    if part.folders and named and len(named) != len(classes):
+        wrong = ((f'{part.key}.type={type(part.dataset).__name__}', f'has {len(named)} classes, '
+                  f'there are {len(classes)} folders: CustomDataset takes any number'), *wrong)
     same: dict[tuple[int, ...], list[str]] = defaultdict(list)
-    for name, colour in zip(classes, part.dataset.metainfo['palette']):
+    for name, colour in zip(classes, part.dataset.metainfo.get('palette') or ()):
         same[tuple(colour)].append(name)
     alike = tuple((', '.join(names), f'colour {colour}') for colour, names in same.items()
                   if len(names) > 1)
@@ -266,18 +311,22 @@ def compare_splits(parts: Sequence[Part]) -> list[Finding]:
         own = [part for part in parts if part.split == split]
         for part in own:
             if part.classes != (train or own)[0].classes:
+                first = (train or own)[0]
                 found.append(Finding(part.name, 'classes differ', tuple(
-                    (name, 'not in both') for name in
-                    sorted({*part.classes} ^ {*(train or own)[0].classes})) or (
+                    (name, f'only in {(first if name in first.classes else part).name}')
+                    for name in sorted({*part.classes} ^ {*first.classes})) or (
                         (', '.join(part.classes[:5]), 'in another order'),)))
         if not any(part.raw for part in own) or any(f.check == 'classes differ' for f in found):
+            continue
+        if own[0].folders:  # an empty one is an error of its own
             continue
         seen = _occurring(own)
         never = [name for name, n in zip(own[0].classes, seen) if not n]
         if never:
             found.append(Finding(split, 'class never occurs', tuple((name, '') for name in never)))
         if split != 'train' and any(part.raw for part in train):
-            only = [(name, f'{n:,} pixels') for name, n, known in
+            unit = 'pixels' if own[0].targets is None else 'images'
+            only = [(name, f'{n:,} {unit}') for name, n, known in
                     zip(own[0].classes, seen, _occurring(train)) if n and not known]
             if only:
                 found.append(Finding(split, 'class not in train', tuple(only)))
@@ -322,5 +371,5 @@ def _by(size: Sequence[int]) -> str:
     return f'{size[0]}x{size[1]}'
 
 
-def _results(dataset: BaseSegDataset) -> dict[str, Any]:
+def _results(dataset: BaseDataset) -> dict[str, Any]:
     return dict(reduce_zero_label=dataset.reduce_zero_label, label_map=dataset.label_map)

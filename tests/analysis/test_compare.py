@@ -1,0 +1,189 @@
+"""Results side by side: what the table says, and clear errors for what does not belong together."""
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmseg.registry import MODELS
+from PIL import Image
+
+from mmseg_edaformer.analysis import compare
+from mmseg_edaformer.analysis.cost import count_macs
+from mmseg_edaformer.data.synthetic import CLASSES
+from mmseg_edaformer.errors import CheckpointError, ConfigError, DataError, RatioError
+from mmseg_edaformer.isr import isr
+from tests.conftest import MINI, ROOT, write_config
+from tests.processes import run_tool
+
+TOP = {'accuracy/top1': 26.04, 'accuracy/top5': 80.0}
+
+
+@pytest.fixture(autouse=True)
+def _few_rounds(monkeypatch):
+    monkeypatch.setattr(compare.measure_ratios, '__defaults__', (None, 1))
+
+
+@pytest.fixture(scope='module')
+def segmentor(scenes, tmp_path_factory):
+    """A config, and a checkpoint of its initial weights."""
+    folder = tmp_path_factory.mktemp('segmentor')
+    return save(write_config(folder, scenes))
+
+
+@pytest.fixture(scope='module')
+def classifier(tmp_path_factory):
+    """The same of a classifier of drawn images, of which those of cars are the most."""
+    pytest.importorskip('mmpretrain', reason='mmpretrain is not there')
+    from mmseg_edaformer.pretrain import draw_crops
+    folder = tmp_path_factory.mktemp('classifier')
+    data = draw_crops(folder / 'data', train=1, val=2)
+    for i in range(20):
+        (data / f'val/car/more{i}.png').write_bytes((data / 'val/car/00000.png').read_bytes())
+    config = folder / 'mini.py'
+    config.write_text(f'''
+_base_ = ['{ROOT}/configs/eft_t_crops.py']
+model = dict(backbone=dict(**{MINI}), head=dict(in_channels=128))
+test_dataloader = dict(num_workers=0, persistent_workers=False,
+                       dataset=dict(data_root='{data}'))
+''')
+    return save(config)
+
+
+def save(config):
+    cfg = Config.fromfile(config)
+    init_default_scope(cfg.get('default_scope', 'mmseg'))
+    torch.save(dict(meta={}, state_dict=MODELS.build(cfg.model).state_dict()),
+               config.with_suffix('.pth'))
+    return config, config.with_suffix('.pth')
+
+
+def write(path, model, ratio, figures, **others):
+    """What tools/test.py --json writes, with other values if they are given."""
+    config, checkpoint = model
+    path.write_text(json.dumps(dict(config=str(config), checkpoint=str(checkpoint),
+                                    isr_ratio=ratio, isr_method='average', metrics=figures) |
+                               others))
+    return path
+
+
+def rows(text):
+    """The cells of a table."""
+    return [line.strip('| ').replace(' ', '').split('|') for line in text.splitlines()
+            if line.startswith('|')]
+
+
+def gmacs(model, size, ratio):
+    cfg = Config.fromfile(model[0])
+    init_default_scope(cfg.get('default_scope', 'mmseg'))
+    built = MODELS.build(cfg.model)
+    with isr(built, ratio):
+        return f'{count_macs(built, size) / 1e9:.3f}'
+
+
+def test_segmentor(segmentor, scenes, tmp_path):
+    files = [write(tmp_path / f'{i}.json', segmentor, ratio, dict(mIoU=50. - i, mAcc=60.), **other)
+             for i, (ratio, other) in enumerate(
+                 (('none', {}), ('optimal', {}), ('2', dict(isr_method='max'))))]
+    text = compare.compare(files, tmp_path / 'picture.png')
+    head, *body = rows(text)
+    assert head == ['isr_ratio', 'mIoU', 'GMACs', 'msperimage', 'time']
+    assert [row[:3] for row in body] == [
+        ['none', '50.0', gmacs(segmentor, (64, 96), 1)],
+        ['2211-222', '49.0', gmacs(segmentor, (64, 96), 'optimal')],
+        ['2max', '48.0', gmacs(segmentor, (64, 96), 2)]]
+    assert body[0][-1] == 'x1.00'
+    name, share, miou = re.search(r"Chance: '(\w+)' everywhere is right for (.*)% of the pixels, "
+                                  r'mIoU (.*)\.\n4 images, batch 1', text).groups()
+    masks = np.stack([np.array(Image.open(path)) for path in
+                      (scenes / 'annotations/validation').iterdir()])
+    counts = np.bincount(masks[masks != 255])
+    assert name == CLASSES[counts.argmax()]
+    assert float(share) == pytest.approx(100 * counts.max() / counts.sum(), abs=0.05)
+    assert float(miou) == pytest.approx(float(share) / 8, abs=0.06)
+    assert (tmp_path / 'picture.png').stat().st_size > 10_000  # of 4 images, there are no more
+
+
+def test_classifier(classifier, tmp_path):
+    files = [write(tmp_path / 'none.json', classifier, 'none', TOP),
+             write(tmp_path / '2211.json', classifier, '2211-111', TOP | {'accuracy/top1': 25.})]
+    text = compare.compare(files)
+    head, *body = rows(text)
+    assert head == ['isr_ratio', 'top-1', 'top-5', 'GMACs', 'msperimage', 'time']
+    assert [row[:4] for row in body] == [
+        ['none', '26.0', '80.0', gmacs(classifier, (64, 64), 1)],
+        ['2211', '25.0', '80.0', gmacs(classifier, (64, 64), '2211-111')]]
+    assert "Chance: 'car' everywhere is right for 55.0% of the images.\n40 images" in text
+    with pytest.raises(ConfigError, match=r'--picture: only for segmentation'):
+        compare.compare(files, tmp_path / 'picture.png')
+    assert not (tmp_path / 'picture.png').exists()
+
+
+def test_classifier_without_top5(classifier, tmp_path):
+    only = write(tmp_path / 'only.json', classifier, 2, {'accuracy/top1': 30.})
+    head, body = rows(compare.compare([only]))
+    assert (head[1:3], body[:2]) == (['top-1', 'GMACs'], ['2', '30.0'])
+    both = write(tmp_path / 'both.json', classifier, 2, TOP)
+    with pytest.raises(ConfigError, match=r'only\.json lacks the metric accuracy/top5, it has '
+                                          r'accuracy/top1: test again'):
+        compare.compare([both, only])
+
+
+def test_results_of_other_models(segmentor, tmp_path):
+    one = write(tmp_path / 'one.json', segmentor, 'none', dict(mIoU=50.))
+    for name, value in (('config', 'other.py'), ('checkpoint', 'other.pth')):
+        other = write(tmp_path / 'other.json', segmentor, '2', dict(mIoU=50.), **{name: value})
+        with pytest.raises(ConfigError, match=rf'one\.json and .*other\.json are not of the same '
+                                              rf'{name}, but of .* and {value}'):
+            compare.compare([one, other])
+
+
+@pytest.mark.parametrize(('change', 'error', 'told'), [
+    (dict(metrics=dict(mAcc=3.)), ConfigError, 'lacks the metric mIoU, it has mAcc: test again'),
+    (dict(metrics=dict(mIoU='good')), ConfigError, 'lacks numbers as metrics'),
+    (dict(metrics=None, checkpoint=3), ConfigError, 'it lacks checkpoint, metrics: test again'),
+    (dict(isr_ratio='much'), RatioError, "'much' means nothing"),
+    (dict(isr_method='much'), RatioError, "'much' does not exist"),
+    (dict(config='gone.py'), ConfigError, r'config not found: gone\.py'),
+    (dict(checkpoint='gone.pth'), CheckpointError, r'checkpoint not found: gone\.pth'),
+])
+def test_results_that_cannot_be_used(change, error, told, segmentor, tmp_path):
+    file = write(tmp_path / 'one.json', segmentor, 'none', dict(mIoU=50.), **change)
+    with pytest.raises(error, match=told):
+        compare.compare([file])
+
+
+@pytest.mark.parametrize('content', [b'', b'{"config": 3', b'[1]', b'\xff\xfe', b'"text"'])
+def test_files_that_are_no_results(content, tmp_path):
+    (tmp_path / 'x.json').write_bytes(content)
+    with pytest.raises(ConfigError, match=r'x\.json is not what tools/test\.py --json writes'):
+        compare.compare([tmp_path / 'x.json'])
+
+
+def test_missing_files_and_weights_of_another_model(segmentor, tmp_path):
+    for missing in (tmp_path, tmp_path / 'gone.json'):
+        with pytest.raises(ConfigError, match=r'cannot be read: (Is a directory|No such file)'):
+            compare.compare([missing])
+    state = torch.load(segmentor[1])['state_dict']
+    del state['decode_head.conv_seg.weight']
+    torch.save(dict(meta={}, state_dict=state), tmp_path / 'other.pth')
+    file = write(tmp_path / 'one.json', (segmentor[0], tmp_path / 'other.pth'), 'none',
+                 dict(mIoU=50.))
+    with pytest.raises(CheckpointError, match=r'does not fit the model: .* is not in it'):
+        compare.compare([file])
+    file = write(tmp_path / 'one.json', segmentor, 'none', dict(mIoU=50.))
+    with pytest.raises(DataError, match='test set is not where the config says: gone'):
+        compare.compare([file], cfg_options={'test_dataloader.dataset.data_root': 'gone'})
+
+
+def test_command_line(segmentor, tmp_path):
+    file = write(tmp_path / 'one.json', segmentor, 'none', dict(mIoU=50.))
+    code, told = run_tool('tools/compare_isr.py', file, tmp_path / 'gone.json')
+    assert code == 1
+    assert told == f'error: {tmp_path}/gone.json cannot be read: No such file or directory\n'
+    code, told = run_tool('tools/compare_isr.py', file, '--cfg-options',
+                          'test_dataloader.dataset.indices=2')
+    assert code == 0
+    assert '2 images, batch 1' in told
