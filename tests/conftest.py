@@ -9,6 +9,7 @@ from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
 
 import mmseg_edaformer
+from mmseg_edaformer import pretrain
 from mmseg_edaformer.data import synthetic
 
 ROOT = Path(mmseg_edaformer.__file__).parents[1]
@@ -29,6 +30,30 @@ def scenes(tmp_path_factory):
     root = tmp_path_factory.mktemp('scenes')
     synthetic.draw_dataset(root / 'data', train=12, val=4, size=(64, 96))
     return root / 'data'
+
+
+@pytest.fixture(scope='session')
+def crops(tmp_path_factory):
+    """Forty drawn images of ten classes for training, ten for validation; read-only."""
+    return pretrain.draw_crops(tmp_path_factory.mktemp('crops') / 'data', train=4, val=1)
+
+
+@pytest.fixture(scope='session')
+def classifier(crops, tmp_path_factory):
+    """A config: the small recipe of pretraining with a small encoder; an epoch is five steps."""
+    path = tmp_path_factory.mktemp('config') / 'mini.py'
+    path.write_text(f'''
+_base_ = ['{ROOT}/configs/eft_t_crops.py']
+model = dict(backbone=dict(**{MINI}, drop_path_rate=0.2), head=dict(in_channels=128))
+data_root = '{crops}'
+train_dataloader = dict(batch_size=8, num_workers=0, persistent_workers=False,
+                        dataset=dict(data_root=data_root))
+val_dataloader = dict(batch_size=4, num_workers=0, persistent_workers=False,
+                      dataset=dict(data_root=data_root))
+test_dataloader = val_dataloader
+auto_scale_lr = dict(base_batch_size=8)
+''')
+    return path
 
 
 def segmentor_config(num_classes=8, **head):

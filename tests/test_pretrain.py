@@ -43,27 +43,8 @@ def _scope():
 
 
 @pytest.fixture(scope='module')
-def crops(tmp_path_factory):
-    """Four drawn images of each class for training, and one for validation; read-only."""
-    return pretrain.draw_crops(tmp_path_factory.mktemp('crops') / 'data', train=4, val=1)
-
-
-@pytest.fixture(scope='module')
-def config(crops, tmp_path_factory):
-    """The small recipe with a small encoder; an epoch is five steps."""
-    path = tmp_path_factory.mktemp('config') / 'mini.py'
-    path.write_text(f'''
-_base_ = ['{ROOT}/configs/eft_t_crops.py']
-model = dict(backbone=dict(**{MINI}, drop_path_rate=0.2), head=dict(in_channels=128))
-data_root = '{crops}'
-train_dataloader = dict(batch_size=8, num_workers=0, persistent_workers=False,
-                        dataset=dict(data_root=data_root))
-val_dataloader = dict(batch_size=4, num_workers=0, persistent_workers=False,
-                      dataset=dict(data_root=data_root))
-test_dataloader = val_dataloader
-auto_scale_lr = dict(base_batch_size=8)
-''')
-    return path
+def config(classifier):
+    return classifier
 
 
 @pytest.fixture(scope='module')

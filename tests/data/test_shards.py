@@ -23,17 +23,10 @@ from mmseg_edaformer.data.shards import ShardedImages, read_index, write_shards
 from mmseg_edaformer.engine import checks
 from mmseg_edaformer.engine.loop import CountedLoader
 from mmseg_edaformer.errors import ConfigError, DataError
-from tests.conftest import MINI, ROOT
 from tests.engine.training import differences, run_to_end, state, train
 from tests.processes import finish, in_child, run_tool
 
 LOAD = dict(type='mmseg.LoadImageFromFile')
-
-
-@pytest.fixture(scope='module')
-def crops(tmp_path_factory):
-    """Forty images of ten classes for training, ten for validation; read-only."""
-    return pretrain.draw_crops(tmp_path_factory.mktemp('crops') / 'data', train=4, val=1)
 
 
 @pytest.fixture(scope='module')
@@ -351,22 +344,10 @@ def test_memory(packed):
 
 
 @pytest.fixture(scope='module')
-def config(crops, tmp_path_factory):
-    """The small recipe with a small encoder, on folders; an epoch is five steps."""
+def config(classifier):
+    """The small config, on folders."""
     pytest.importorskip('mmpretrain', reason='mmpretrain is not there')
-    path = tmp_path_factory.mktemp('config') / 'mini.py'
-    path.write_text(f'''
-_base_ = ['{ROOT}/configs/eft_t_crops.py']
-model = dict(backbone=dict(**{MINI}, drop_path_rate=0.2), head=dict(in_channels=128))
-data_root = '{crops}'
-train_dataloader = dict(batch_size=8, num_workers=0, persistent_workers=False,
-                        dataset=dict(data_root=data_root))
-val_dataloader = dict(batch_size=4, num_workers=0, persistent_workers=False,
-                      dataset=dict(data_root=data_root))
-test_dataloader = val_dataloader
-auto_scale_lr = dict(base_batch_size=8)
-''')
-    return path
+    return classifier
 
 
 def on_shards(packed):
