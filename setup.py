@@ -19,7 +19,8 @@ setup(
     python_requires='>=3.10',
     packages=find_packages(include=['mmseg_edaformer', 'mmseg_edaformer.*']),
     package_data={'mmseg_edaformer': ['models/*.cpp']},
-    install_requires=['torch>=2.4', 'numpy', 'safetensors', 'rich', 'prettytable', 'packaging'],
+    install_requires=['torch>=2.4', 'numpy', 'safetensors', 'rich', 'prettytable', 'packaging',
+                      'pillow>=10.1'],
     extras_require={
         'openmmlab': ['mmengine>=0.10.3', 'mmsegmentation>=1.2.2', 'mmcv-lite>=2.0.1,<2.2.0',
                       'ftfy', 'regex'],

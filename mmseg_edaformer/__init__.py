@@ -15,9 +15,10 @@ with compat.quiet_imports():
     from .engine import CheckWeightsHook, ProgressHook
     from .isr import ISRHook, ISRRatio, apply_isr, isr, register_isr, remove_isr, report_isr
     from .models import EFT, EDAFormerHead
+    from .predictor import Segmenter
 compat.register_cpu_wrapper()
 compat.find_newest_checkpoints()
 
 __all__ = ['EFT', 'CamVidDataset', 'CheckWeightsHook', 'EDAFormerHead', 'ISRHook', 'ISRRatio',
-           'ProgressHook', 'SyntheticDataset', 'apply_isr', 'isr', 'register_isr', 'remove_isr',
-           'report_isr']
+           'ProgressHook', 'Segmenter', 'SyntheticDataset', 'apply_isr', 'isr', 'register_isr',
+           'remove_isr', 'report_isr']

@@ -1,28 +1,41 @@
-"""Convert the authors' checkpoints, segmentors and ImageNet encoders, for this package."""
+"""Convert checkpoints: the authors' to the names of this package, or any to one file that says all.
+
+With --config the target is a .safetensors that holds weights, config, classes and colours, from
+which tools/predict.py and Segmenter predict without anything else.
+"""
 import argparse
 
-from mmseg_edaformer.engine.convert import convert_file
+from mmseg_edaformer.analysis.benchmark import load_config
+from mmseg_edaformer.engine.convert import convert_file, pack_file
 from mmseg_edaformer.errors import clear_errors
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('source', help='what the authors released: .pth or .safetensors')
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('source', help='what the authors released: .pth or .safetensors; with '
+                        '--config also a checkpoint of a training')
     parser.add_argument('target', help='what to write: .pth or .safetensors')
+    parser.add_argument('--config', help='the config that the source was trained with')
     parser.add_argument('--quiet', action='store_true', help='leave out the list of keys')
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
-    conversion = convert_file(args.source, args.target)
-    if not args.quiet:
-        for old, new in conversion.renamed.items():
-            print(f'{old} -> {new}')
-        for old, reason in conversion.dropped.items():
-            print(f'{old} dropped: {reason}')
-    print(f'{len(conversion.renamed)} keys converted, {len(conversion.dropped)} dropped')
-    print(conversion.advice)
+    if args.config:
+        packed = pack_file(args.source, args.target, load_config(args.config, None))
+        print(f'{packed.model["type"]}, {len(packed.classes)} classes: predict with '
+              f'tools/predict.py INPUT --model {args.target} --out DIR')
+    else:
+        conversion = convert_file(args.source, args.target)
+        if not args.quiet:
+            for old, new in conversion.renamed.items():
+                print(f'{old} -> {new}')
+            for old, reason in conversion.dropped.items():
+                print(f'{old} dropped: {reason}')
+        print(f'{len(conversion.renamed)} keys converted, {len(conversion.dropped)} dropped')
+        print(conversion.advice)
     print(f'written: {args.target}')
 
 

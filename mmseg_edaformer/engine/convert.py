@@ -1,20 +1,49 @@
-"""The authors' checkpoints, under the names of this package."""
+"""Checkpoints in other forms: the authors' under the names of this package, and single files.
+
+A single file is a .safetensors with all that a prediction needs. What it says besides the weights
+is JSON that names classes from a short list: no code, no files, no addresses.
+"""
+import json
 import re
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmseg.registry import DATASETS, MODELS
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from .. import __version__
+from ..data.audit import inner_datasets
+from ..errors import CheckpointError, ConfigError
 from ..files import replacing
 from ..models import EFT, EDAFormerHead
 from ..models.eft import ARCHITECTURES
-from .checkpoint import load_from_file
+from ..pretrain import is_classifier
+from .checkpoint import CheckWeightsHook, load_from_file
+
+DESCRIPTION_FORMAT = 1
+"""The form of the descriptions that are written here; larger ones are of a future version."""
+
+_KEY = 'mmseg_edaformer'
+_DESCRIBED = {
+    'EncoderDecoder', 'StreamedEncoderDecoder', 'SegDataPreProcessor', 'BatchPreProcessor', 'EFT',
+    'EDAFormerHead', 'MixVisionTransformer', 'SegformerHead', 'LVT', 'FeedFormerHead', 'BN',
+    'SyncBN', 'LN', 'ReLU', 'GELU', 'LoadImageFromFile', 'Resize', 'ResizeToMultiple',
+    'PackSegInputs'}
+"""What a file may name. mmengine imports and calls anything else that a ``type`` names."""
+_TRAINING = ('init_cfg', 'pretrained', 'train_cfg', 'loss_decode', 'auxiliary_head')
+"""What only training needs; most can name files, some of which would be unpickled."""
+_READING = ('type', 'to_float32', 'color_type', 'imdecode_backend')
+"""What a described LoadImageFromFile may be told."""
 
 _RENAMED: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r'^patch_embed(\d)\.', lambda m: f'stages.{int(m[1]) - 1}.patch_embed.'),
@@ -60,6 +89,19 @@ class Conversion:
                   f'a config with model.backbone.arch={sizes["arch"]} and '
                   f'model.decode_head.num_classes={sizes["num_classes"]}')
         return f'EDAFormer {sizes["arch"]}, {sizes["num_classes"]} classes: use {config}'
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a prediction needs besides weights.
+
+    ``model`` is the config of the segmentor without what only training needs; ``pipeline`` that of
+    its test images without labels; ``classes`` are names, ``palette`` their colours, RGB.
+    """
+    model: dict[str, Any]
+    pipeline: list[dict[str, Any]]
+    classes: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
 
 
 def convert_state_dict(source: Mapping[str, Tensor]) -> Conversion:
@@ -174,22 +216,218 @@ def convert_file(source: str | Path, target: str | Path) -> Conversion:
         raise CheckpointError(f'{target}: write to a .pth or a .safetensors file')
     content = load_from_file(source, map_location='cpu')
     conversion = convert_state_dict(content['state_dict'])
-    meta = content.get('meta') or {}
-    classes = meta.get('CLASSES') or (meta.get('dataset_meta') or {}).get('classes')
-    palette = meta.get('PALETTE') or (meta.get('dataset_meta') or {}).get('palette')
+    classes, palette = _stored_classes(content['meta'])
+    meta = dict(dataset_meta=dict(classes=classes, palette=palette)) if classes else {}
+    _write(target, conversion.state_dict, meta)
+    return conversion
+
+
+def pack_file(source: str | Path, target: str | Path, cfg: Config) -> Description:
+    """Write weights, config, classes and palette to one file, from which `Segmenter` predicts.
+
+    Args:
+        source: A checkpoint of a training, or one that the authors released.
+        target: A .safetensors file; it appears only when all went well.
+        cfg: The config that the checkpoint was trained with.
+
+    Raises:
+        CheckpointError: The source is not a whole checkpoint of that config, or the target has
+            another suffix.
+        ConfigError: The config is not a segmentor's, or names more than can be told as data.
+    """
+    target = Path(target)
+    if target.suffix != '.safetensors':
+        raise CheckpointError(f'{target}: with a config, write to a .safetensors file')
+    content = load_from_file(source, map_location='cpu')
+    if any('.linear_pred.' in name for name in content['state_dict']):
+        content['state_dict'] = convert_state_dict(content['state_dict']).state_dict
+    found = describe(cfg, content['meta'])
+    told = dict(format=DESCRIPTION_FORMAT, version=__version__, model=found.model,
+                pipeline=[{name: value for name, value in step.items() if name in _READING}
+                          if step['type'] == 'LoadImageFromFile' else step
+                          for step in found.pipeline],
+                classes=found.classes, palette=found.palette)
+    try:
+        description = _parse(json.loads(json.dumps(told)))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f'{cfg.filename} cannot be told as data ({error}): keep the checkpoint '
+                          'and its config together instead') from error
+    model = load_model(description, content)
+    _write(target, model.state_dict(), {_KEY: json.dumps(told), 'format': 'pt'})
+    return description
+
+
+def read_description(path: str | Path) -> Description:
+    """Read what `pack_file` wrote beside the weights; nothing in it is executed.
+
+    Raises:
+        CheckpointError: The file says nothing, or more than is read as data.
+    """
+    try:
+        with safe_open(path, 'pt') as file:
+            text = (file.metadata() or {}).get(_KEY)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f'{path} cannot be read: {error}') from error
+    if text is None:
+        raise CheckpointError(f'{path} holds weights alone: give the config and this file as its '
+                              'checkpoint, or have tools/convert_checkpoint.py --config CONFIG '
+                              'write one that says all')
+    try:
+        return _parse(json.loads(text))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f'{path} is refused: what it says of its model is not what '
+                              f'tools/convert_checkpoint.py writes ({error})') from error
+
+
+def describe(cfg: Config, meta: Mapping[str, Any]) -> Description:
+    """What a prediction needs of a config, and of the ``meta`` of its checkpoint.
+
+    The names of the classes are the checkpoint's, or else those of the config's test set.
+
+    Raises:
+        ConfigError: The config is not a segmentor's, or has no test pipeline.
+    """
+    # Test-time augmentation wraps the model, also in the config that it leaves in a work dir.
+    model = (cfg.get('model') or {}).get('module') or cfg.get('model') or {}
+    head = model.get('decode_head')
+    head = head[-1] if isinstance(head, (list, tuple)) else head
+    if is_classifier(cfg) or not head or not head.get('num_classes'):
+        raise ConfigError(f'{cfg.filename} has no model that predicts a class for each pixel: give '
+                          'the config of a segmentor')
+    datasets = cfg.get('test_dataloader') or cfg.get('val_dataloader') or {}
+    parts = [part for _, part in inner_datasets(datasets.get('dataset') or {})]
+    dataset: dict[str, Any] = parts[0] if parts else {}
+    pipeline = dataset.get('pipeline')
+    if not pipeline or any(step['type'] == 'TestTimeAug' for step in pipeline):
+        pipeline = cfg.get('test_pipeline')
+    if not pipeline or pipeline[0]['type'] != 'LoadImageFromFile':
+        begin = pipeline[0]['type'] if pipeline else 'nothing'
+        raise ConfigError(f'{cfg.filename} has a test pipeline that begins with {begin} and not '
+                          'with LoadImageFromFile: it cannot be told how images are made ready')
+    init_default_scope('mmseg')
+    names = _stored_classes(meta)
+    if dataset.get('type') and not _fit(names[0], head['num_classes']):
+        own = DATASETS.build({**dataset, 'lazy_init': True}).metainfo
+        names = own.get('classes'), own.get('palette')
+    steps = [_plain(step) for step in pipeline if not step['type'].startswith('LoadAnnotations')]
+    for name in ('skip_list', 'blank', 'ignore_empty'):  # a bad image is never to be a blank one
+        steps[0].pop(name, None)
+    return Description(_plain(model), steps,
+                       *_name_classes(*names, head['num_classes']))
+
+
+def load_model(description: Description, content: Mapping[str, Any]) -> nn.Module:
+    """The described segmentor with the weights of a checkpoint, in eval mode on the CPU.
+
+    Raises:
+        CheckpointError: The weights are not those of this model.
+    """
+    init_default_scope('mmseg')
+    config = dict(description.model)
+    if config['type'] == 'EncoderDecoder':  # the same labels, in less time and memory
+        config['type'] = 'StreamedEncoderDecoder'
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)  # mmseg's, of its own defaults
+        model: nn.Module = MODELS.build(config)
+    runner: Any = SimpleNamespace(model=model, _train_loop=None)  # all that the hook looks at
+    CheckWeightsHook().after_load_checkpoint(runner, dict(content))
+    own = model.state_dict()
+    state = {name.removeprefix('module.'): value for name, value in content['state_dict'].items()}
+    model.load_state_dict({name: value for name, value in state.items() if name in own},
+                          strict=False)
+    return model.eval()
+
+
+def _write(target: Path, weights: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
+    """Write a checkpoint whole; of a .safetensors ``meta`` is the metadata where it is text."""
     try:
         with replacing(target) as partial:
             if target.suffix == '.safetensors':
-                save_file({name: tensor.contiguous()
-                           for name, tensor in conversion.state_dict.items()}, partial)
+                texts = {name: value for name, value in meta.items() if isinstance(value, str)}
+                save_file({name: tensor.contiguous() for name, tensor in weights.items()}, partial,
+                          texts or None)
             else:
-                new_meta = dict(dataset_meta=dict(classes=classes, palette=palette)
-                                ) if classes else {}
-                torch.save(dict(state_dict=conversion.state_dict, meta=new_meta), partial)
+                torch.save(dict(state_dict=weights, meta=meta), partial)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f'{target} cannot be written, nothing is left of it '
                               f'({str(error).splitlines()[0]}): is the disk full?') from error
-    return conversion
+
+
+def _parse(told: Any) -> Description:
+    """A description from JSON.
+
+    Raises:
+        ValueError: It is none, or it asks for more than `_DESCRIBED`.
+    """
+    if not isinstance(told, dict) or not isinstance(told.get('format'), int):
+        raise ValueError('it does not say in which form it is')
+    if told['format'] > DESCRIPTION_FORMAT:
+        raise ValueError('it is of a newer version: upgrade mmseg_edaformer')
+    model, pipeline = _checked(told.get('model')), _checked(told.get('pipeline'))
+    if not isinstance(model, dict) or not isinstance(model.get('decode_head'), dict):
+        raise ValueError('it has no model')
+    if not isinstance(pipeline, tuple) or not pipeline or not all(
+            isinstance(step, dict) and 'type' in step for step in pipeline):
+        raise ValueError('it has no pipeline')
+    first = pipeline[0]
+    if first['type'] != 'LoadImageFromFile' or not first.keys() <= set(_READING):
+        raise ValueError('its pipeline does not begin with a plain LoadImageFromFile')
+    classes, palette = told.get('classes') or (), told.get('palette')
+    if not _fit(classes, model['decode_head'].get('num_classes')):
+        raise ValueError('it does not name each class of the model')
+    return Description(model, list(pipeline), *_name_classes(classes, palette, len(classes)))
+
+
+def _checked(value: Any) -> Any:
+    """JSON with tuples for its lists, as mmseg wants them.
+
+    Raises:
+        ValueError: It names a class outside of `_DESCRIBED`, or has what only training needs.
+    """
+    if isinstance(value, list):
+        return tuple(_checked(each) for each in value)
+    if isinstance(value, dict):
+        for name in value:
+            if name in _TRAINING or name.startswith('_') or name in ('skip_list', 'backend_args'):
+                raise ValueError(f'{name[:60]!r} is not to be in it')
+        if 'type' in value and str(value['type']) not in _DESCRIBED:
+            raise ValueError(f'{str(value["type"])[:60]!r} is not among what it may name')
+        return {name: _checked(each) for name, each in value.items()}
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """A part of a config in dicts of Python, a copy without what only training needs."""
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items() if name not in _TRAINING}
+    return type(value)(map(_plain, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _stored_classes(meta: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Names and colours of the classes that a checkpoint knows, as it has them."""
+    stored = meta.get('dataset_meta') or {}
+    return (meta.get('CLASSES') or stored.get('classes'),
+            meta.get('PALETTE') or stored.get('palette'))
+
+
+def _fit(names: Any, count: Any) -> bool:
+    return (isinstance(names, Sequence) and not isinstance(names, str) and len(names) == count and
+            all(isinstance(name, str) for name in names))
+
+
+def _name_classes(names: Any, palette: Any, count: int
+                  ) -> tuple[tuple[str, ...], tuple[tuple[int, int, int], ...]]:
+    """A printable name and a colour for each class, made up where there is none."""
+    if not _fit(names, count):
+        names = [f'class {index}' for index in range(count)]
+    try:
+        colours: np.ndarray = np.array(palette).reshape(count, 3)
+    except ValueError:
+        colours = np.zeros(3)
+    if colours.dtype.kind not in 'iu' or not ((colours >= 0) & (colours < 256)).all():
+        colours = np.random.default_rng(0).integers(0, 256, (count, 3))
+    return (tuple(''.join(ch if ch.isprintable() else '?' for ch in name[:60]) for name in names),
+            tuple((int(r), int(g), int(b)) for r, g, b in colours))
 
 
 def _ffn_ratio(dim: int, hidden: int) -> float:

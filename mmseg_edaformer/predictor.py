@@ -1,0 +1,763 @@
+"""Pictures and videos in, label maps and overlays out."""
+import glob
+import hashlib
+import io
+import json
+import math
+import os
+import sys
+import time
+from argparse import Namespace
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from mmengine.dataset import Compose
+from mmengine.registry import init_default_scope
+from mmengine.runner import CheckpointLoader
+from mmseg.registry import TRANSFORMS
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
+from prettytable import PrettyTable
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from . import __version__
+from .data.transforms import MAX_PIXELS
+from .engine import launch, load_from_file
+from .engine.allocator import keep_freed_memory
+from .engine.convert import Description, describe, load_model, read_description
+from .errors import CheckpointError, ConfigError, DataError
+from .files import remove_partial_files, replacing, write_file
+from .isr import ISRRatio, apply_isr, remove_isr
+
+PICTURES = frozenset({'.avif', '.bmp', '.gif', '.jp2', '.jpeg', '.jpg', '.pgm', '.png', '.ppm',
+                      '.tga', '.tif', '.tiff', '.webp'})
+"""What files of a folder end in that are taken for pictures."""
+VIDEOS = frozenset({'.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm', '.wmv'})
+"""What a file ends in that is taken for a video."""
+
+_BATCH_PIXELS = 2 ** 23  # of the inputs that the network sees at once
+_WINDOW_PIXELS = 2 ** 25  # of the pictures that wait for others of their size
+_COUNTED = 2 ** 22
+_TEXT = 'mmseg_edaformer'
+_SHOWN = 20
+
+
+@dataclass(frozen=True, eq=False)
+class Segmentation:
+    """What was found in one picture.
+
+    ``labels`` (H x W) are indices into ``classes``, uint8, or int16 of more than 256 classes;
+    ``picture`` (H x W x 3, uint8, BGR) is what they belong to, upright; ``palette`` holds the
+    colours of the classes, RGB.
+    """
+    labels: np.ndarray
+    picture: np.ndarray
+    classes: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The share of the pixels that each class has, the largest first; those that occur."""
+        return _shares(count_pixels(self.labels, len(self.classes)), self.classes)
+
+    @property
+    def mask(self) -> Image.Image:
+        """The labels as a picture in the colours of the classes whose pixel values are labels.
+
+        Of more than 256 classes it is one of 16 bits without colours.
+        """
+        if self.labels.dtype != np.uint8:
+            return Image.fromarray(self.labels.astype(np.uint16))
+        mask = Image.fromarray(self.labels)
+        mask.putpalette(bytes(np.array(self.palette, np.uint8)))
+        return mask
+
+    def overlay(self, opacity: float = 0.5) -> Image.Image:
+        """The picture, tinted in the colours of the classes."""
+        return Image.fromarray(self.draw(opacity)[..., ::-1])
+
+    def draw(self, opacity: float = 0.5) -> np.ndarray:
+        """The `overlay` as OpenCV has pictures, H x W x 3, BGR."""
+        if self.labels.dtype == np.uint8:
+            table = np.zeros((256, 1, 3), np.uint8)
+            table[:len(self.palette), 0] = np.array(self.palette, np.uint8)[:, ::-1]
+            colours = cv2.applyColorMap(self.labels, table)
+        else:
+            colours = np.array(self.palette, np.uint8)[self.labels, ::-1]
+        return cv2.addWeighted(self.picture, 1 - opacity, colours, opacity, 0)
+
+
+class Segmenter:
+    """Predicts pictures of any size, one or many, as mmseg's ``inference_model`` does.
+
+    The label maps are those of mmseg, and of `tools/test.py`, pixel for pixel.
+
+    Args:
+        model: A work dir, a config, or a .safetensors that tools/convert_checkpoint.py --config
+            wrote, which needs nothing else.
+        checkpoint: Of a config; of a work dir by default its best one, or else its last one.
+        device: Such as 'cpu' or 'cuda:1'; by default the first GPU, if there is one.
+        isr: What `ISRRatio.parse` reads; hooks of the config are not looked at.
+        batch_size: So many images of equal size are predicted at once, by default 8 on a GPU and 1
+            on a CPU, where more are not faster; large ones are fewer.
+
+    Raises:
+        UserError: The model, the checkpoint or the device is not there, or they do not fit.
+    """
+
+    def __init__(self, model: str | Path, checkpoint: str | Path | None = None, *,
+                 device: str | None = None, isr: ISRRatio | int | str = 'none',
+                 batch_size: int | None = None) -> None:
+        if batch_size is not None and batch_size < 1:
+            raise ConfigError(f'batch_size {batch_size}: it must be 1 or more')
+        self.device = _find_device(device)
+        self.batch_size = batch_size or (1 if self.device.type == 'cpu' else 8)
+        self.description, self.model, self.source = _load(Path(model), checkpoint)
+        self.model.to(self.device)
+        init_default_scope('mmseg')
+        self._read_file = TRANSFORMS.build(self.description.pipeline[0])
+        self._prepare = Compose(self.description.pipeline[1:])
+        self.isr = isr  # type: ignore[assignment]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        return self.description.classes
+
+    @property
+    def isr(self) -> ISRRatio:
+        """The ISR ratio, which can be set at any time: an `ISRRatio` or what its parse reads."""
+        return self._isr
+
+    @isr.setter
+    def isr(self, ratio: ISRRatio | int | str) -> None:
+        parsed = ISRRatio.parse(ratio)
+        if parsed == ISRRatio.parse('none'):  # also of models in which there is nothing to reduce
+            remove_isr(self.model)
+        else:
+            apply_isr(self.model, parsed)
+        self._isr = parsed
+
+    def __call__(self, source: Any, skipped: dict[str, str] | None = None) -> Any:
+        """Predict a picture, or many one after the other.
+
+        Args:
+            source: A picture: a path, an array (H x W x 3, uint8, BGR as OpenCV and mmseg have it)
+                or one of PIL. Or many: a list of them or any other iterable, a folder with all that
+                is below it, a pattern such as ``'photos/*.jpg'``, or a video.
+            skipped: Pictures that cannot be read are put in here, with the reason, and passed over;
+                otherwise the first one is an error.
+
+        Returns:
+            A `Segmentation`; of many an iterator over them, which reads and predicts as it goes and
+            keeps none of them.
+
+        Raises:
+            DataError: There is no such file, or it is no picture and no video.
+        """
+        if isinstance(source, (np.ndarray, Image.Image)):
+            return next(self.stream([source]))
+        if not isinstance(source, (str, Path)):
+            return self.stream(source, skipped)
+        path = Path(source)
+        if path.is_file() and path.suffix.lower() in VIDEOS:
+            return self.stream(Video(path), skipped)
+        files = [file for file, _ in find_pictures(source)]
+        return next(self.stream(files)) if path.is_file() else self.stream(files, skipped)
+
+    def stream(self, items: Iterable[Any],
+               skipped: dict[str, str] | None = None) -> Iterator[Segmentation]:
+        """Predict pictures in their order, those of equal size together.
+
+        Memory does not grow with their number: a thread reads a few ahead.
+
+        Args:
+            items: Paths, arrays or pictures of PIL.
+            skipped: As of a call.
+
+        Raises:
+            DataError: One cannot be read, after all before it were predicted.
+        """
+        window: list[tuple[np.ndarray, dict[str, Any]]] = []
+        pixels = 0
+        for item, ready in _ahead(self._ready, items, self.batch_size):
+            try:
+                window.append(ready.result())
+                pixels += math.prod(window[-1][0].shape[:2])
+            except DataError as error:
+                if skipped is None:
+                    yield from self._predict(window)
+                    raise
+                skipped[str(item) if isinstance(item, (str, Path)) else 'a picture'] = str(error)
+            if pixels >= _WINDOW_PIXELS or len(window) >= (
+                    4 * self.batch_size if self.batch_size > 1 else 1):
+                yield from self._predict(window)
+                window, pixels = [], 0
+        yield from self._predict(window)
+
+    def fingerprint(self) -> str:
+        """What decides over the labels: model, weights and ratio, as a hash."""
+        found = hashlib.sha256(json.dumps([asdict(self.description), str(self.isr)],
+                                          default=str).encode())
+        for name, value in self.model.state_dict().items():
+            found.update(name.encode())
+            found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return found.hexdigest()
+
+    def _ready(self, item: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        """A picture, and what the model wants of it."""
+        if isinstance(item, (str, Path)):
+            results = self._read_file(dict(img_path=str(item)))
+            image = results['img']
+        else:
+            image = _as_array(item)
+            results = dict(img_path=None, img=image, img_shape=image.shape[:2],
+                           ori_shape=image.shape[:2])
+        picture = image.astype(np.uint8, copy=False)
+        if picture.ndim == 2 or picture.shape[2] == 1:
+            picture = cv2.cvtColor(picture, cv2.COLOR_GRAY2BGR)
+        return picture[..., :3], self._prepare(results)
+
+    def _predict(self, window: Sequence[tuple[np.ndarray, dict[str, Any]]]
+                 ) -> Iterator[Segmentation]:
+        sizes: dict[tuple[int, ...], list[int]] = {}
+        for index, (_, data) in enumerate(window):
+            sizes.setdefault(tuple(data['inputs'].shape), []).append(index)
+        labels: dict[int, np.ndarray] = {}
+        for shape, indices in sizes.items():
+            step = max(1, min(self.batch_size, _BATCH_PIXELS // math.prod(shape[1:])))
+            for start in range(0, len(indices), step):
+                part = indices[start:start + step]
+                labels.update(zip(part, self._labels([window[index][1] for index in part])))
+        for index, (picture, _) in enumerate(window):
+            yield Segmentation(labels[index], picture, self.classes, self.description.palette)
+
+    def _labels(self, batch: Sequence[dict[str, Any]]) -> list[np.ndarray]:
+        """Label maps of images of one size; in halves where they do not fit into memory."""
+        data = {name: [each[name] for each in batch] for name in ('inputs', 'data_samples')}
+        model: Any = self.model
+        try:
+            with torch.no_grad():
+                if hasattr(model, 'predict_labels'):
+                    maps = model.predict_labels(**model.data_preprocessor(data, False))
+                else:
+                    dtype = torch.uint8 if len(self.classes) <= 256 else torch.int16
+                    maps = [sample.pred_sem_seg.data[0].to(dtype)
+                            for sample in model.test_step(data)]
+                return [labels.cpu().numpy() for labels in maps]
+        except torch.cuda.OutOfMemoryError:
+            if len(batch) == 1:
+                height, width = batch[0]['inputs'].shape[1:]
+                raise DataError(f'an image of {width}x{height} pixels does not fit into the memory '
+                                f'of {self.device}: set isr to auto, or take device cpu') from None
+        half = len(batch) // 2
+        return self._labels(batch[:half]) + self._labels(batch[half:])
+
+
+class Video:
+    """The frames of a video, H x W x 3, BGR; each iteration begins with the first.
+
+    Attributes:
+        size: Width and height in pixels.
+        rate: Frames per second.
+        frames: How many there are, as far as the file says; None where it does not.
+
+    Raises:
+        DataError: The file is not there, or OpenCV cannot decode a frame of it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            # OpenCV would also open an address, or look for a numbered series of pictures.
+            raise DataError(f'no such video: {path}')
+        with self._open() as capture:
+            width, height = (int(capture.get(which)) for which in (
+                cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))
+            rate, count = (capture.get(which) for which in (
+                cv2.CAP_PROP_FPS, cv2.CAP_PROP_FRAME_COUNT))
+            if width * height > MAX_PIXELS:
+                raise DataError(f'video {path} has frames of {width}x{height} pixels, more than '
+                                f'{MAX_PIXELS}: make it smaller')
+            first = capture.read()[1]
+        if first is None:
+            raise DataError(f'video cannot be decoded: {path} ({self.path.stat().st_size} bytes): '
+                            'it is damaged, no video, or in a format that OpenCV lacks: convert it '
+                            'to .mp4')
+        self.size = first.shape[1], first.shape[0]
+        self.rate = rate if math.isfinite(rate) and 0 < rate <= 1000 else 25.
+        self.frames = int(count) if math.isfinite(count) and count > 0 else None
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        with self._open() as capture:
+            while (frame := capture.read()[1]) is not None:
+                yield frame
+
+    @contextmanager
+    def _open(self) -> Iterator[cv2.VideoCapture]:
+        os.environ.setdefault('OPENCV_FFMPEG_LOGLEVEL', '-8')  # what it says of damage is said here
+        log: Any = cv2.utils.logging
+        level = log.getLogLevel()
+        log.setLogLevel(log.LOG_LEVEL_SILENT)
+        try:
+            capture = cv2.VideoCapture(str(self.path), cv2.CAP_FFMPEG)
+        finally:
+            log.setLogLevel(level)
+        try:
+            yield capture
+        finally:
+            capture.release()
+
+
+def find_pictures(source: str | Path, without: Path | None = None) -> list[tuple[Path, str]]:
+    """The pictures that a path means, and what each is called within it.
+
+    Args:
+        source: A file, whatever it ends in; a folder, with all that is below it and ends as
+            pictures do, but nothing hidden; or a pattern such as ``photos/**/*.jpg``.
+        without: A folder to pass over, such as that of the results.
+
+    Raises:
+        DataError: There is none.
+    """
+    path = Path(source)
+    if path.is_dir():
+        found = []
+        for where, folders, names in os.walk(path):
+            folders[:] = sorted(name for name in folders if not name.startswith('.') and
+                                Path(where, name).resolve() != without)
+            found += [Path(where, name) for name in sorted(names)
+                      if not name.startswith('.') and Path(name).suffix.lower() in PICTURES]
+        if not found:
+            raise DataError(f'no picture in the folder {path}: nothing below it ends in '
+                            f'{", ".join(sorted(PICTURES))}')
+        return [(file, file.relative_to(path).as_posix()) for file in found]
+    if path.exists():
+        return [(path, path.name)]
+    if not glob.has_magic(str(source)):
+        raise DataError(f'no such file or folder: {source}')
+    found = [Path(name) for name in sorted(glob.glob(str(source), recursive=True))
+             if not os.path.isdir(name)]
+    if not found:
+        raise DataError(f'no file matches {source}')
+    plain = list(path.parts[:-1])
+    while any(map(glob.has_magic, plain)):
+        plain.pop()
+    return [(file, file.relative_to(Path(*plain)).as_posix()) for file in found]
+
+
+def predict_pictures(segmenter: Segmenter, sources: Sequence[str | Path],
+                     out: str | Path) -> dict[str, Any]:
+    """Write masks and overlays of pictures to a folder; a run that was stopped goes on.
+
+    A mask is a PNG of one channel in the colours of the classes. It is written last and whole, and
+    notes of which picture, weights and ratio it is; those that are there and would come out the
+    same are left alone. Of more than one picture, those that cannot be read are passed over.
+
+    Args:
+        segmenter: What predicts.
+        sources: Files, folders and patterns, see `find_pictures`.
+        out: Gets ``masks``, ``overlays``, ``legend.png`` and ``summary.json``.
+
+    Returns:
+        What the summary holds.
+
+    Raises:
+        DataError: There is no picture, not one can be read, or two would get the same name.
+        ConfigError: The folder cannot be written to.
+    """
+    out = Path(out)
+    files = [each for source in sources for each in find_pictures(source, out.resolve())]
+    targets = _name_targets(files)
+    with _writing(out):
+        write_file(out / 'legend.png', _encode(draw_legend(segmenter)))
+        for folder in {out / kind / Path(name).parent for kind in ('masks', 'overlays')
+                       for name in targets.values()}:
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_partial_files(folder)
+    summary = _Summary(segmenter, out)
+    base = segmenter.fingerprint()
+    notes = {path: _note(base, path, target) for path, target in targets.items()}
+    ahead = []
+    for path, target in targets.items():
+        labels = _read_mask(out / 'masks' / f'{target}.png', notes[path])
+        if labels is None:
+            ahead.append(path)
+        else:
+            summary.add(path, target, labels)
+    summary.kept = len(targets) - len(ahead)
+    lost = summary.skipped if len(targets) > 1 else None
+    with _writing(out), _bar('predict', len(targets), summary.kept) as advance:
+        waiting = iter(ahead)
+        for result in segmenter.stream(ahead, lost):
+            path = next(path for path in waiting if str(path) not in summary.skipped)
+            target = targets[path]
+            _write_overlay(out / 'overlays' / target, result)
+            write_file(out / 'masks' / f'{target}.png', _encode(result.mask, notes[path]))
+            summary.add(path, target, result.labels)
+            advance(len(summary.pictures) + len(summary.skipped))
+    if not summary.pictures:
+        raise DataError('not one picture can be read: ' + next(iter(summary.skipped.values())))
+    return summary.write()
+
+
+def predict_video(segmenter: Segmenter, source: str | Path, out: str | Path, *,
+                  masks: bool = False) -> dict[str, Any]:
+    """Write the overlays of a video to another one, which has the same pace and no sound.
+
+    It is written whole; one that is there and would come out the same is left alone.
+
+    Args:
+        segmenter: What predicts.
+        source: The video.
+        out: Gets a video called after it, ``legend.png`` and ``summary.json``.
+        masks: Whether to write the mask of each frame to ``masks`` as well.
+
+    Returns:
+        What the summary holds.
+
+    Raises:
+        DataError: The video cannot be decoded.
+        ConfigError: The folder cannot be written to.
+    """
+    out, video = Path(out), Video(source)
+    target = out / f'{video.path.stem}_overlay.mp4'
+    note = _note(segmenter.fingerprint(), video.path, f'{target.name} {masks}')
+    before = _read_json(out / 'summary.json')
+    if target.is_file() and before.get('note') == note:
+        return before
+    summary = _Summary(segmenter, out)
+    with _writing(out):
+        write_file(out / 'legend.png', _encode(draw_legend(segmenter)))
+    # Where the video is replaced, the summary is not to speak for the new one yet.
+    (out / 'summary.json').unlink(missing_ok=True)
+    count = 0
+    with _writing(out), replacing(target) as partial, _bar('frames', video.frames) as advance:
+        writer = cv2.VideoWriter(str(partial), cv2.VideoWriter.fourcc(*'mp4v'), video.rate,
+                                 video.size)
+        try:
+            if not writer.isOpened():
+                raise ConfigError(f'{target} cannot be written: this OpenCV has no MPEG-4 encoder')
+            for result in segmenter.stream(video):
+                writer.write(result.draw())
+                if masks:
+                    write_file(out / 'masks' / video.path.stem / f'{count:06}.png',
+                               _encode(result.mask))
+                summary.count(result.labels)
+                count += 1
+                advance(count)
+        finally:
+            writer.release()
+        try:
+            written = Video(partial).frames
+        except DataError:
+            written = 0
+        if written != count:  # the writer is silent about a full disk
+            raise OSError(f'{written} of {count} frames arrived, is the disk full?')
+    return summary.write(note=note, video=target.name, frames=count, frames_expected=video.frames)
+
+
+def describe_summary(summary: dict[str, Any], out: str | Path) -> str:
+    """A summary for a terminal: the classes that were found, what was done, what was not."""
+    rows = PrettyTable(['class', 'share of pixels'], align='l')
+    rows.align['share of pixels'] = 'r'
+    shares = list(summary['shares'].items())
+    for name, share in shares[:_SHOWN]:
+        rows.add_row([name, f'{share:.1%}'])
+    lines = [str(rows)]
+    if len(shares) > _SHOWN:
+        lines.append(f'and {len(shares) - _SHOWN} more classes')
+    for reason in [*summary['skipped'].values()][:_SHOWN]:
+        lines.append(f'skipped: {reason}')
+    if len(summary['skipped']) > _SHOWN:
+        lines.append(f'skipped: {len(summary["skipped"]) - _SHOWN} more, see summary.json')
+    if 'video' in summary:
+        lines.append(f'{summary["frames"]} frames at ISR ratio {summary["isr_ratio"]}: '
+                     f'{Path(out, summary["video"])}')
+        if (summary['frames_expected'] or 0) > summary['frames'] + 1:
+            lines.append(f'The file speaks of {summary["frames_expected"]} frames: it may be cut '
+                         'off')
+    else:
+        done = len(summary['pictures'])
+        lines.append(f'{done} picture{"s" * (done != 1)} at ISR ratio {summary["isr_ratio"]}' +
+                     (f', {summary["kept"]} of them done before' if summary['kept'] else '') +
+                     (f', {len(summary["skipped"])} skipped' if summary['skipped'] else ''))
+        lines.append(f'masks, overlays, legend.png and summary.json are in {out}')
+    return '\n'.join(lines)
+
+
+def count_pixels(labels: np.ndarray, classes: int) -> np.ndarray:
+    """How many pixels each class has."""
+    counts = np.zeros(classes, np.int64)
+    rows = max(1, _COUNTED // labels.shape[1])
+    for start in range(0, len(labels), rows):  # bincount needs eight bytes for each pixel
+        counts += np.bincount(labels[start:start + rows].ravel(), minlength=classes)[:classes]
+    return counts
+
+
+def draw_legend(segmenter: Segmenter) -> Image.Image:
+    """The names of the classes beside their colours, in columns."""
+    font = ImageFont.load_default(16)
+    rows = min(len(segmenter.classes), 25)
+    width = 60 + max(int(font.getlength(name)) for name in segmenter.classes)
+    columns = -(-len(segmenter.classes) // rows)
+    legend = Image.new('RGB', (columns * width, rows * 28 + 12), 'white')
+    pen = ImageDraw.Draw(legend)
+    for index, (name, colour) in enumerate(zip(segmenter.classes, segmenter.description.palette)):
+        x, y = index // rows * width + 10, index % rows * 28 + 10
+        pen.rectangle((x, y, x + 28, y + 20), colour, (90, 90, 90))
+        pen.text((x + 38, y + 10), name, 'black', font, 'lm')
+    return legend
+
+
+class _Summary:
+    """What a run finds, for ``summary.json``."""
+
+    def __init__(self, segmenter: Segmenter, out: Path) -> None:
+        self.segmenter, self.out = segmenter, out
+        self.pictures: dict[str, Any] = {}
+        self.skipped: dict[str, str] = {}
+        self.counts = np.zeros(len(segmenter.classes), np.int64)
+        self.kept = 0
+        self.start = time.perf_counter()
+
+    def count(self, labels: np.ndarray) -> np.ndarray:
+        counts = count_pixels(labels, len(self.segmenter.classes))
+        self.counts += counts
+        return counts
+
+    def add(self, path: Path, target: str, labels: np.ndarray) -> None:
+        self.pictures[str(path)] = dict(mask=f'masks/{target}.png', shares=_shares(
+            self.count(labels), self.segmenter.classes))
+
+    def write(self, **more: Any) -> dict[str, Any]:
+        own = self.segmenter
+        summary = dict(
+            checkpoint=own.source, isr_ratio=_ratio_name(own.isr), device=str(own.device),
+            seconds=round(time.perf_counter() - self.start, 3),
+            versions=dict(mmseg_edaformer=__version__, torch=torch.__version__),
+            classes={name: '#' + bytes(colour).hex()
+                     for name, colour in zip(own.classes, own.description.palette)},
+            shares=_shares(self.counts, own.classes), kept=self.kept, skipped=self.skipped,
+            pictures=dict(sorted(self.pictures.items())), **more)
+        with _writing(self.out):
+            write_file(self.out / 'summary.json', json.dumps(summary, indent=2) + '\n')
+        return summary
+
+
+def _load(model: Path, checkpoint: str | Path | None
+          ) -> tuple[Description, torch.nn.Module, str]:
+    """The description of a model, the model with its weights, and where those are from."""
+    if model.suffix == '.safetensors':
+        if checkpoint is not None:
+            raise ConfigError(f'{model} holds its own weights: leave {checkpoint} out, or give a '
+                              'config with it')
+        content = load_from_file(model, 'cpu')
+        description = read_description(model)
+        try:
+            return description, load_model(description, content), str(model)
+        except CheckpointError:
+            raise
+        except Exception as error:  # of sizes that make no sense
+            raise CheckpointError(f'{model} is refused: its model cannot be built '
+                                  f'({str(error).splitlines()[0][:200]})') from error
+    if model.is_dir():
+        model, checkpoint = _find_in_work_dir(model, checkpoint)
+    if model.suffix == '.pth':
+        raise ConfigError(f'{model} is a checkpoint and does not say what model it is of: give its '
+                          'work dir, or its config and then the checkpoint')
+    if checkpoint is None:
+        raise ConfigError(f'{model}: a config needs a checkpoint')
+    cfg = launch.load_config(Namespace(config=str(model), cfg_options=None, work_dir=None,
+                                       launcher='none', compile=False, local_rank=0))
+    content = CheckpointLoader.load_checkpoint(str(checkpoint), 'cpu', 'silent')
+    description = describe(cfg, content['meta'])
+    return description, load_model(description, content), str(checkpoint)
+
+
+def _find_in_work_dir(folder: Path, checkpoint: str | Path | None) -> tuple[Path, str | Path]:
+    configs = sorted(folder.glob('*.py'))
+    if len(configs) != 1:
+        raise ConfigError(f'{folder} is the work dir of no training, it holds no config' if
+                          not configs else f'{folder} holds several configs, '
+                          f'{", ".join(path.name for path in configs[:4])}: give one of them and '
+                          'its checkpoint')
+    if checkpoint is None:
+        found = sorted(folder.glob('best_*.pth'), key=os.path.getmtime)
+        pointer = folder / 'last_checkpoint'
+        if not found and pointer.is_file():
+            # Relative to the work dir; mmengine's own is absolute, and the folder may have moved.
+            last = folder / pointer.read_text(errors='replace').strip()
+            found = [path for path in (last, folder / last.name) if path.is_file()][:1]
+        if not found:
+            raise CheckpointError(f'{folder} holds no checkpoint of a training: give one')
+        checkpoint = found[-1]
+    return configs[0], checkpoint
+
+
+def _find_device(name: str | None) -> torch.device:
+    if name is None:
+        name = 'cuda' if torch.cuda.is_available() else 'cpu'
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f'device {name} cannot be used: {str(error).splitlines()[0]}') from error
+    if device.type == 'cpu':
+        keep_freed_memory()
+    return device
+
+
+def _as_array(item: Any) -> np.ndarray:
+    """A picture in memory as OpenCV has it: H x W x 3, BGR, uint8.
+
+    Raises:
+        DataError: It is none.
+    """
+    if isinstance(item, Image.Image):
+        if math.prod(item.size) > MAX_PIXELS:
+            raise DataError(f'a picture of {item.width}x{item.height} pixels has more than '
+                            f'{MAX_PIXELS}: make it smaller')
+        if item.mode.startswith(('I', 'F')):
+            raise DataError(f"a picture of PIL's mode {item.mode}: convert it to 8 bits per "
+                            'channel')
+        try:
+            item = np.ascontiguousarray(
+                np.array(ImageOps.exif_transpose(item).convert('RGB'))[..., ::-1])
+        except (OSError, SyntaxError, ValueError) as error:  # it may be read only now
+            raise DataError(f'a picture of PIL cannot be decoded: {error}') from error
+    if not isinstance(item, np.ndarray):
+        raise DataError(f'a {type(item).__name__} is no picture: give a path, an array or one of '
+                        'PIL')
+    if item.dtype != np.uint8 or item.ndim not in (2, 3) or not item.size or (
+            item.ndim == 3 and item.shape[2] not in (1, 3, 4)):
+        raise DataError(f'an array of shape {item.shape} and type {item.dtype} is no picture: it '
+                        'must be H x W x 3, uint8, in the order blue, green, red')
+    if item.ndim == 2 or item.shape[2] == 1:
+        return cv2.cvtColor(item, cv2.COLOR_GRAY2BGR)
+    return np.ascontiguousarray(item[..., :3])
+
+
+def _ahead(function: Any, items: Iterable[Any], count: int) -> Iterator[tuple[Any, Future[Any]]]:
+    """Items and what a function makes of them, computed up to ``count`` items ahead."""
+    waiting: deque[tuple[Any, Future[Any]]] = deque()
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            for item in items:
+                waiting.append((item, thread.submit(function, item)))
+                if len(waiting) > count:
+                    yield waiting.popleft()
+            while waiting:
+                yield waiting.popleft()
+        finally:
+            for _, future in waiting:
+                future.cancel()
+
+
+def _name_targets(files: Sequence[tuple[Path, str]]) -> dict[Path, str]:
+    """What the results of each picture are called, without a suffix.
+
+    Raises:
+        DataError: Two pictures have one name.
+    """
+    stems = Counter(os.path.splitext(name)[0] for _, name in dict(files).items())
+    targets: dict[Path, str] = {}
+    taken: dict[str, Path] = {}
+    for path, name in dict(files).items():
+        stem = os.path.splitext(name)[0]
+        targets[path] = name if stems[stem] > 1 else stem  # a.jpg beside a.png
+        other = taken.setdefault(targets[path], path)
+        if other != path:
+            raise DataError(f'{other} and {path} would be written under one name: predict them '
+                            'into different folders')
+    return targets
+
+
+def _note(base: str, path: Path, target: str) -> str:
+    """What a result notes of the picture and the settings that it is of."""
+    found = path.stat()
+    return hashlib.sha256(
+        f'{base} {target} {found.st_size} {found.st_mtime_ns}'.encode()).hexdigest()
+
+
+def _read_mask(path: Path, note: str) -> np.ndarray | None:
+    """The labels of a mask, if it is there and has this note."""
+    try:
+        with Image.open(path) as mask:
+            return np.array(mask) if mask.info.get(_TEXT) == note else None
+    except (OSError, SyntaxError, ValueError):
+        return None
+
+
+def _encode(picture: Image.Image, note: str | None = None) -> bytes:
+    """A PNG, with a note in it."""
+    info = PngInfo()
+    if note is not None:
+        info.add_text(_TEXT, note)
+    content = io.BytesIO()
+    picture.save(content, 'PNG', pnginfo=info)
+    return content.getvalue()
+
+
+def _write_overlay(target: Path, result: Segmentation) -> None:
+    """Write an overlay as JPEG, or where a side is too long for that as PNG."""
+    drawn = result.draw()
+    suffix = '.jpg' if max(drawn.shape) <= 65500 else '.png'
+    content = cv2.imencode(suffix, drawn, [cv2.IMWRITE_JPEG_QUALITY, 92])[1]
+    write_file(target.with_name(target.name + suffix), content.tobytes())
+
+
+def _shares(counts: np.ndarray, classes: Sequence[str]) -> dict[str, float]:
+    shares: dict[str, float] = {}
+    for index in np.argsort(-counts, kind='stable'):
+        if counts[index]:
+            share = round(float(counts[index] / counts.sum()), 6)
+            shares[classes[index]] = shares.get(classes[index], 0.) + share
+    return shares
+
+
+def _ratio_name(ratio: ISRRatio) -> str:
+    return 'none' if ratio == ISRRatio.parse('none') else str(ratio)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Say of what cannot be written where that was."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f'{out} cannot be written to: {error.strerror or error}. Make room, or '
+                          'give another --out') from error
+
+
+@contextmanager
+def _bar(title: str, total: int | None, done: int = 0) -> Iterator[Any]:
+    """A bar with the time left, where someone watches; gives the function that moves it."""
+    with Progress(TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(),
+                  TaskProgressColumn(show_speed=True), TextColumn('left'), TimeRemainingColumn(),
+                  disable=not sys.stdout.isatty()) as progress:
+        task = progress.add_task(title, total=total, completed=done)
+        yield lambda completed: progress.update(task, completed=completed)

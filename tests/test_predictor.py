@@ -1,0 +1,607 @@
+"""Pictures and videos in, label maps and overlays out: what mmseg predicts, whatever comes in."""
+import gc
+import json
+import os
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.structures import PixelData
+from mmseg.apis import inference_model, init_model
+from mmseg.structures import SegDataSample
+from mmseg.visualization import SegLocalVisualizer
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from mmseg_edaformer import apply_isr
+from mmseg_edaformer.data import synthetic
+from mmseg_edaformer.engine.convert import pack_file
+from mmseg_edaformer.errors import CheckpointError, ConfigError, DataError, RatioError
+from mmseg_edaformer.predictor import (
+    Segmentation,
+    Segmenter,
+    Video,
+    predict_pictures,
+    predict_video,
+)
+from tests.conftest import ROOT, run, write_config
+from tests.processes import run_tool
+
+CLASSES, PALETTE = synthetic.CLASSES, synthetic.PALETTE
+
+
+@pytest.fixture(scope='module')
+def work(scenes, tmp_path_factory):
+    """A work dir: the config, which resizes as ADE20K's do, and weights that see many classes."""
+    folder = tmp_path_factory.mktemp('work')
+    config = write_config(folder, scenes)
+    config.write_text(config.read_text() + '''
+test_pipeline = [
+    dict(type='LoadImageFromFile'), dict(type='Resize', scale=(256, 80), keep_ratio=True),
+    dict(type='ResizeToMultiple', size_divisor=32),
+    dict(type='LoadAnnotations', num_classes=8), dict(type='PackSegInputs')]
+test_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(
+    data_root=data_root, pipeline=test_pipeline))
+''')
+    torch.manual_seed(0)
+    model = init_model(str(config), device='cpu')
+    for module in model.modules():  # so that what is far away matters
+        if isinstance(module, (torch.nn.LayerNorm, torch.nn.BatchNorm2d)):
+            torch.nn.init.normal_(module.bias, 0, 0.5)
+    torch.nn.init.normal_(model.decode_head.conv_seg.weight)
+    image = cv2.imread(str(scenes / 'images' / 'validation' / '00000.png'))
+    with torch.no_grad():  # so that each class wins somewhere
+        logits = model(torch.tensor(image).permute(2, 0, 1)[None].float() / 64 - 2)
+        model.decode_head.conv_seg.bias -= logits.mean((0, 2, 3))
+    torch.save(dict(state_dict=model.state_dict(), meta=dict(dataset_meta=dict(
+        classes=CLASSES, palette=PALETTE))), folder / 'best_mIoU_iter_4.pth')
+    return folder
+
+
+@pytest.fixture(scope='module')
+def segmenter(work):
+    return Segmenter(work, device='cpu')
+
+
+@pytest.fixture(scope='module')
+def mmsegs(work):
+    """mmseg's own EncoderDecoder with the same weights, predicting from a path or an array."""
+    config = str(work / 'mini.py')
+    model = init_model(config, str(work / 'best_mIoU_iter_4.pth'), 'cpu',
+                       dict(model=dict(type='EncoderDecoder')))
+
+    def predict(image):
+        model.cfg = Config.fromfile(config)  # inference_model changes it
+        return inference_model(model, image).pred_sem_seg.data[0].numpy()
+    return predict
+
+
+@pytest.fixture
+def pictures(scenes):
+    return sorted((scenes / 'images' / 'validation').iterdir())
+
+
+def same(one, other):
+    return one.shape == other.shape and bool((one == other).all())
+
+
+def test_paths_arrays_and_pil_are_predicted_as_mmseg_does(segmenter, mmsegs, pictures):
+    for path in pictures:
+        wanted = mmsegs(str(path))
+        assert len(np.unique(wanted)) > 3
+        array = cv2.imread(str(path))
+        assert same(mmsegs(array), wanted)
+        for source in path, str(path), array, Image.open(path):
+            found = segmenter(source)
+            assert same(found.labels, wanted)
+            assert same(found.picture, array)
+
+
+@pytest.mark.parametrize('size', [(40, 200), (200, 30), (1, 90), (64, 96)])
+def test_any_size(segmenter, mmsegs, size):
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    assert same(segmenter(image).labels, mmsegs(image))
+
+
+@pytest.mark.slow
+def test_labels_are_those_of_the_test_tool(work, pictures, tmp_path):
+    checkpoint = work / 'best_mIoU_iter_4.pth'
+    code, output = run_tool('tools/test.py', work / 'mini.py', checkpoint, '--isr-ratio', '2',
+                            '--out', tmp_path / 'test', '--work-dir', tmp_path / 'log')
+    assert code == 0, output
+    segmenter = Segmenter(work / 'mini.py', checkpoint, device='cpu', isr='2')
+    predict_pictures(segmenter, [pictures[0].parent], tmp_path / 'out')
+    for path in pictures:
+        ours, theirs = (Image.open(folder / path.name) for folder in (
+            tmp_path / 'out' / 'masks', tmp_path / 'test'))
+        assert same(np.array(ours), np.array(theirs))
+        # As a picture it has the colours of the classes.
+        assert same(np.array(ours.convert('RGB')), np.array(PALETTE)[np.array(theirs)])
+
+
+def test_many_come_in_order_whatever_their_sizes(work, scenes, tmp_path):
+    single = Segmenter(work, device='cpu')
+    batched = Segmenter(work, device='cpu', batch_size=3)
+    batches = []
+    own = batched.model.predict_labels
+    batched.model.predict_labels = lambda inputs, data_samples: (
+        batches.append(len(inputs)), own(inputs, data_samples))[1]
+    rng = np.random.default_rng(1)
+    images = [synthetic.draw_scene(rng, (64, 96) if i % 3 else (96, 64))[0] for i in range(10)]
+    for image, found in zip(images, batched(images), strict=True):
+        assert same(found.picture, image)
+        assert (found.labels == single(image).labels).mean() > 0.999  # rounds otherwise
+    assert max(batches) == 3
+    assert sum(batches) == 10
+    assert len(batches) < 7
+
+
+@pytest.mark.parametrize('batch_size', [1, 2])
+def test_nothing_is_kept_and_little_read_ahead(work, pictures, batch_size):
+    segmenter = Segmenter(work, device='cpu', batch_size=batch_size)
+    taken = 0
+
+    def endless():
+        nonlocal taken
+        while True:
+            taken += 1
+            yield pictures[taken % 4]
+    results = segmenter(endless())
+    for _ in range(20):
+        next(results)
+    assert taken <= 20 + 6 * batch_size
+    results.close()
+    gc.collect()
+    assert not [each for each in gc.get_objects() if isinstance(each, Segmentation)]
+
+
+def test_what_does_not_fit_into_memory_is_halved(work, pictures, monkeypatch):
+    segmenter = Segmenter(work, device='cpu', batch_size=4)
+    wanted = [found.labels for found in segmenter(pictures)]
+    own, most = segmenter.model.predict_labels, 1
+
+    def predict(inputs, data_samples):
+        if len(inputs) > most:
+            raise torch.cuda.OutOfMemoryError
+        return own(inputs, data_samples)
+    monkeypatch.setattr(segmenter.model, 'predict_labels', predict)
+    found = [found.labels for found in segmenter(pictures)]
+    assert np.mean([(a == b).mean() for a, b in zip(found, wanted, strict=True)]) > 0.999
+    most = 0
+    with pytest.raises(DataError, match=r'an image of 128x96 pixels does not fit .* isr to auto'):
+        segmenter(pictures[0])
+
+
+@pytest.mark.parametrize('orientation', [3, 6, 8])
+def test_pictures_are_upright(segmenter, pictures, tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.open(pictures[0]).save(tmp_path / 'turned.jpg', exif=exif, quality=95)
+    upright = segmenter(cv2.imread(str(tmp_path / 'turned.jpg')))
+    assert upright.labels.shape == ((64, 96) if orientation == 3 else (96, 64))
+    assert same(segmenter(tmp_path / 'turned.jpg').labels, upright.labels)
+    with Image.open(tmp_path / 'turned.jpg') as picture:
+        assert (segmenter(picture).labels == upright.labels).mean() > 0.99  # another JPEG decoder
+
+
+def test_the_ratio_is_a_dial(work, pictures):
+    segmenter = Segmenter(work, device='cpu', isr='optimal')
+    optimal = segmenter(pictures[0]).labels
+    other = Segmenter(work, device='cpu')
+    plain = other(pictures[0]).labels
+    assert not same(plain, optimal)
+    apply_isr(other.model, 'optimal')
+    assert same(other(pictures[0]).labels, optimal)
+    segmenter.isr = 'none'
+    assert same(segmenter(pictures[0]).labels, plain)
+    with pytest.raises(RatioError, match='4 multipliers for the decoder'):
+        segmenter.isr = '2211-2222'
+    assert same(segmenter(pictures[0]).labels, plain)
+    segmenter.isr = 2
+    assert str(segmenter.isr) == '2'
+    assert not same(segmenter(pictures[0]).labels, plain)
+
+
+def test_shares_masks_and_overlays(segmenter, pictures):
+    found = segmenter(pictures[1])
+    wanted = {CLASSES[label]: (found.labels == label).mean() for label in np.unique(found.labels)}
+    assert found.shares == pytest.approx(wanted, abs=1e-6)
+    assert list(found.shares) == sorted(wanted, key=wanted.get, reverse=True)
+    assert same(np.array(found.mask), found.labels)
+    sample = SegDataSample(pred_sem_seg=PixelData(data=torch.tensor(found.labels)[None]))
+    visualizer = SegLocalVisualizer(alpha=0.5)
+    visualizer.dataset_meta = dict(classes=CLASSES, palette=PALETTE)
+    visualizer.add_datasample('', found.picture[..., ::-1], sample, with_labels=False)
+    drawn = np.array(found.overlay()).astype(int)
+    assert np.abs(drawn - visualizer.get_image()).max() <= 1  # mmseg cuts off, OpenCV rounds
+    assert same(np.array(found.overlay(0.)), found.picture[..., ::-1])
+
+
+def test_more_classes_than_a_byte_counts():
+    labels = np.arange(300, dtype=np.int16).reshape(15, 20)
+    palette = tuple((i % 256, i // 256, 7) for i in range(300))
+    found = Segmentation(labels, np.zeros((15, 20, 3), np.uint8), tuple(map(str, range(300))),
+                         palette)
+    assert same(np.array(found.mask), labels)
+    assert same(np.array(found.overlay(1.)).reshape(300, 3), np.array(palette))
+    assert len(found.shares) == 300
+
+
+def test_a_picture_too_large_to_be_decoded_is_refused(segmenter, tmp_path):
+    bomb = tmp_path / 'bomb.png'
+    Image.new('1', (20000, 20000)).save(bomb)
+    with pytest.raises(DataError, match=r'bomb.png .* more than 268435456'):
+        segmenter(bomb)
+    with Image.open(bomb) as picture, pytest.raises(DataError, match='20000x20000'):
+        segmenter(picture)
+
+
+# One file that says all.
+
+@pytest.fixture(scope='module')
+def single(work):
+    """The path of a .safetensors made of the work dir."""
+    pack_file(work / 'best_mIoU_iter_4.pth', work / 'model.safetensors',
+              Config.fromfile(work / 'mini.py'))
+    return work / 'model.safetensors'
+
+
+def test_one_file_predicts_alone(single, segmenter, pictures, tmp_path):
+    shutil.copy(single, tmp_path / 'alone.safetensors')
+    alone = Segmenter(tmp_path / 'alone.safetensors', device='cpu')
+    assert alone.classes == CLASSES
+    assert [list(colour) for colour in alone.description.palette] == PALETTE
+    for path in pictures:
+        assert same(alone(path).labels, segmenter(path).labels)
+
+
+def test_a_segformer_is_told_as_data_too(tmp_path, pictures):
+    config = ROOT / 'configs' / 'segformer_b0_synthetic.py'
+    model = init_model(str(config), device='cpu')
+    torch.nn.init.normal_(model.decode_head.conv_seg.weight)
+    save_file(model.state_dict(), tmp_path / 'weights.safetensors')
+    for source in ([config, tmp_path / 'weights.safetensors'], [tmp_path / 'one.safetensors']):
+        if len(source) == 1:
+            pack_file(tmp_path / 'weights.safetensors', source[0], Config.fromfile(config))
+        segmenter = Segmenter(*source, device='cpu')
+        assert segmenter.classes == CLASSES  # of the data set, where the checkpoint names none
+        assert same(segmenter(pictures[0]).labels,
+                    inference_model(model, str(pictures[0])).pred_sem_seg.data[0].numpy())
+
+
+def told(single, target, change):
+    """A copy of the file with a changed description."""
+    with safe_open(single, 'pt') as file:
+        content = json.loads(file.metadata()['mmseg_edaformer'])
+    text = change(content)
+    save_file(load_file(single), target,
+              dict(mmseg_edaformer=text if isinstance(text, str) else json.dumps(content)))
+    return target
+
+
+HOSTILE = {
+    'a function': lambda c: c['model'].update(backbone=dict(type='os.system',
+                                                            command='touch canary')),
+    'a function deep inside': lambda c: c['model']['decode_head'].update(
+        norm_cfg=dict(type='os.system', command='touch canary')),
+    'another library': lambda c: c['model']['backbone'].update(type='evil.EFT'),
+    'a class that is not listed': lambda c: c['model']['backbone'].update(type='TIMMBackbone'),
+    'no name': lambda c: c['model']['backbone'].update(type=['EFT']),
+    'a pickle to read': lambda c: c['model']['decode_head'].update(loss_decode=dict(
+        type='CrossEntropyLoss', class_weight='weights.pkl')),
+    'weights to fetch': lambda c: c['model']['backbone'].update(init_cfg=dict(
+        type='Pretrained', checkpoint='http://localhost/x.pth')),
+    'a scope': lambda c: c['model'].update(_scope_='evil'),
+    'a step': lambda c: c['pipeline'].insert(1, dict(type='Albu', transforms=[])),
+    'a file to write': lambda c: c['pipeline'][0].update(skip_list='canary'),
+    'no model': lambda c: c.pop('model'),
+    'no pipeline': lambda c: c.pop('pipeline'),
+    'other classes': lambda c: c.update(classes=['a', 'b']),
+    'a newer form': lambda c: c.update(format=99),
+    'senseless sizes': lambda c: c['model']['backbone'].update(embed_dims=[0, -1, 'x', None]),
+    'a word for sizes': lambda c: c['model']['decode_head'].update(in_channels='many'),
+    'no JSON': lambda c: 'import os',
+    'deep JSON': lambda c: '[' * 100000,
+}
+
+
+@pytest.mark.parametrize('change', HOSTILE.values(), ids=HOSTILE)
+def test_what_a_file_says_is_data(single, tmp_path, monkeypatch, change):
+    monkeypatch.chdir(tmp_path)
+    target = told(single, tmp_path / 'hostile.safetensors', change)
+    with pytest.raises(CheckpointError, match=r'hostile.safetensors is refused'):
+        Segmenter(target, device='cpu')
+    assert os.listdir(tmp_path) == ['hostile.safetensors']
+
+
+def test_names_do_a_terminal_no_harm(single, tmp_path):
+    target = told(single, tmp_path / 'x.safetensors', lambda c: c.update(
+        classes=['\x1b[2J', *CLASSES[1:]], palette=[[300, 0, 0]] * 8))
+    segmenter = Segmenter(target, device='cpu')
+    assert segmenter.classes[0] == '?[2J'
+    assert len(set(segmenter.description.palette)) == 8
+
+
+@pytest.mark.parametrize(('arguments', 'error', 'says'), [
+    (['{work}/none.py', '{pth}'], ConfigError, 'config not found: .*none.py'),
+    (['{work}/mini.py'], ConfigError, 'mini.py: a config needs a checkpoint'),
+    (['{work}/mini.py', '{work}/none.pth'], CheckpointError, 'checkpoint not found: .*none.pth'),
+    (['{pth}'], ConfigError, 'is a checkpoint and does not say what model it is of'),
+    (['{work}/empty'], ConfigError, 'empty is the work dir of no training, it holds no config'),
+    (['{root}/configs/edaformer_t_synthetic.py', '{pth}'], CheckpointError,
+     'the checkpoint does not fit the model: .* is 16x3x7x7 in the checkpoint and 32x3x7x7'),
+    (['{root}/configs/eft_t_in1k.py', '{pth}'], ConfigError, 'no model that predicts a class for'),
+    (['{work}/weights.safetensors'], CheckpointError, 'weights.safetensors holds weights alone'),
+    (['{single}', '{pth}'], ConfigError, 'model.safetensors holds its own weights: leave'),
+])
+def test_models_that_are_none(work, single, arguments, error, says):
+    pth = work / 'best_mIoU_iter_4.pth'
+    (work / 'empty').mkdir(exist_ok=True)
+    save_file(load_file(single), work / 'weights.safetensors')
+    with pytest.raises(error, match=says):
+        Segmenter(*(each.format(work=work, pth=pth, single=single, root=ROOT)
+                    for each in arguments), device='cpu')
+
+
+def test_no_such_device_and_no_such_batch(work):
+    with pytest.raises(ConfigError, match=r'device cuda:99 cannot be used: .'):
+        Segmenter(work, device='cuda:99')
+    with pytest.raises(ConfigError, match='batch_size 0: it must be 1 or more'):
+        Segmenter(work, device='cpu', batch_size=0)
+
+
+def test_a_work_dir_without_a_best_checkpoint(work, tmp_path):
+    shutil.copy(work / 'mini.py', tmp_path)
+    with pytest.raises(CheckpointError, match='holds no checkpoint of a training'):
+        Segmenter(tmp_path, device='cpu')
+    shutil.copy(work / 'best_mIoU_iter_4.pth', tmp_path / 'iter_4.pth')
+    (tmp_path / 'last_checkpoint').write_text('/elsewhere/iter_4.pth')
+    assert Segmenter(tmp_path, device='cpu').source == str(tmp_path / 'iter_4.pth')
+    shutil.copy(work / 'mini.py', tmp_path / 'other.py')
+    with pytest.raises(ConfigError, match=r'several configs, mini.py, other.py: give one'):
+        Segmenter(tmp_path, device='cpu')
+
+
+# Input that cannot be predicted.
+
+@pytest.mark.parametrize(('source', 'says'), [
+    ('none.png', 'no such file or folder: .*none.png'),
+    ('*.webp', r'no file matches .*\*.webp'),
+    ('text.jpg', 'image cannot be decoded: .*text.jpg .*no picture is recognised'),
+    ('nothing.png', 'nothing.png .*it is empty'),
+    ('cut.png', 'image cannot be decoded: .*cut.png'),
+    ('void', 'no picture in the folder .*void: nothing below it ends in .avif'),
+    ('text.mp4', 'video cannot be decoded: .*text.mp4'),
+    ('page.pdf', 'page.pdf .*no picture is recognised'),
+    (np.zeros((4, 5)), r'an array of shape \(4, 5\) and type float64 is no picture'),
+    (np.zeros((0, 5, 3), np.uint8), r'shape \(0, 5, 3\)'),
+    (np.zeros((4, 5, 7), np.uint8), r'shape \(4, 5, 7\)'),
+    (Image.new('F', (3, 3)), "PIL's mode F"),
+    ([3], 'a int is no picture'),
+])
+def test_bad_input(segmenter, pictures, tmp_path, source, says):
+    (tmp_path / 'void').mkdir()
+    (tmp_path / 'nothing.png').write_bytes(b'')
+    (tmp_path / 'cut.png').write_bytes(pictures[0].read_bytes()[:900])
+    for name in 'text.jpg', 'text.mp4', 'page.pdf', 'void/notes.txt':
+        (tmp_path / name).write_text('%PDF words' * 20)
+    with pytest.raises(DataError, match=says):
+        list(segmenter(tmp_path / source if isinstance(source, str) else source))
+
+
+def test_a_bad_one_among_many_is_an_error_or_listed(segmenter, pictures, tmp_path):
+    (tmp_path / 'bad.png').write_text('words')
+    many = [pictures[0], tmp_path / 'bad.png', pictures[1]]
+    results = segmenter(many)
+    next(results)
+    with pytest.raises(DataError, match=r'bad.png'):
+        next(results)
+    skipped = {}
+    found = list(segmenter(many, skipped))
+    assert [same(each.labels, segmenter(path).labels)
+            for each, path in zip(found, [pictures[0], pictures[1]], strict=True)] == [True] * 2
+    assert list(skipped) == [str(tmp_path / 'bad.png')]
+
+
+# Folders.
+
+@pytest.fixture
+def photos(pictures, tmp_path):
+    """A folder with a folder in it, two pictures of one name, a bad one, and no pictures."""
+    folder = tmp_path / 'photos'
+    (folder / 'more').mkdir(parents=True)
+    (folder / '.hidden').mkdir()
+    for name, path in zip(['a.png', 'more/b.png', '.hidden/c.png', '._a.png'], pictures):
+        shutil.copy(path, folder / name)
+    Image.open(pictures[3]).save(folder / 'a.jpg')
+    (folder / 'bad.JPG').write_text('words')
+    (folder / 'notes.txt').write_text('words')
+    return folder
+
+
+def written(out):
+    return {str(path.relative_to(out)): (path.stat().st_ino, path.stat().st_mtime_ns)
+            for kind in ('masks', 'overlays') for path in (out / kind).rglob('*.*')}
+
+
+def test_a_folder(segmenter, photos):
+    out = photos / 'results'  # within the input: not to be read again
+    for kept in 0, 3:
+        summary = predict_pictures(segmenter, [photos], out)
+        assert sorted(written(out)) == [
+            'masks/a.jpg.png', 'masks/a.png.png', 'masks/more/b.png',
+            'overlays/a.jpg.jpg', 'overlays/a.png.jpg', 'overlays/more/b.jpg']
+        assert summary['kept'] == kept
+        assert list(summary['skipped']) == [str(photos / 'bad.JPG')]
+    assert json.loads((out / 'summary.json').read_text()) == summary
+    entry = summary['pictures'][str(photos / 'more' / 'b.png')]
+    found = segmenter(photos / 'more' / 'b.png')
+    assert entry == dict(mask='masks/more/b.png', shares=found.shares)
+    assert same(np.array(Image.open(out / entry['mask'])), found.labels)
+    drawn = cv2.imread(str(out / 'overlays' / 'more' / 'b.jpg')).astype(int)
+    assert np.abs(drawn - found.draw()).mean() < 5
+    assert sum(summary['shares'].values()) == pytest.approx(1, abs=1e-4)
+    assert summary['classes']['sky'] == '#6cb4ee'
+    assert Image.open(out / 'legend.png').width > 60
+
+
+def test_it_goes_on_where_it_stopped(work, photos, tmp_path, monkeypatch):
+    segmenter, out = Segmenter(work, device='cpu'), tmp_path / 'out'
+    whole = predict_pictures(segmenter, [photos], tmp_path / 'whole')
+    own, calls = segmenter.model.predict_labels, []
+
+    def predict(*args, **kwargs):
+        calls.append(0)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return own(*args, **kwargs)
+    monkeypatch.setattr(segmenter.model, 'predict_labels', predict)
+    with pytest.raises(KeyboardInterrupt):
+        predict_pictures(segmenter, [photos], out)
+    before = written(out)
+    assert len(before) == 4
+    summary = predict_pictures(segmenter, [photos], out)
+    assert len(calls) == 4
+    assert before.items() <= written(out).items()
+    assert {**summary, 'kept': 0, 'seconds': 0} == {**whole, 'kept': 0, 'seconds': 0}
+    # Another ratio, another picture: done anew.
+    os.utime(photos / 'a.png', (1, 1))
+    assert predict_pictures(segmenter, [photos], out)['kept'] == 2
+    segmenter.isr = 2
+    assert predict_pictures(segmenter, [photos], out)['kept'] == 0
+    (out / 'masks' / 'a.png.png').write_bytes(b'damaged')
+    assert predict_pictures(segmenter, [photos], out)['kept'] == 2
+
+
+def test_one_bad_picture_alone_is_an_error(segmenter, photos, tmp_path):
+    with pytest.raises(DataError, match=r'bad.JPG'):
+        predict_pictures(segmenter, [photos / 'bad.JPG'], tmp_path / 'out')
+    shutil.copy(photos / 'bad.JPG', photos / 'worse.jpg')
+    with pytest.raises(DataError, match=r'not one picture can be read: .*bad.JPG'):
+        predict_pictures(segmenter, [photos / '*.JPG', photos / 'worse.jpg'], tmp_path / 'out')
+
+
+def test_two_pictures_of_one_name(segmenter, photos, tmp_path):
+    shutil.copy(photos / 'a.png', tmp_path)
+    with pytest.raises(DataError, match=r'a.png and .*a.png would be written under one name'):
+        predict_pictures(segmenter, [photos / 'a.png', tmp_path / 'a.png'], tmp_path / 'out')
+
+
+def test_an_output_that_cannot_be_written(segmenter, pictures, tmp_path):
+    (tmp_path / 'file').write_text('')
+    for out in tmp_path / 'file', tmp_path / 'file' / 'below':
+        with pytest.raises(ConfigError, match='cannot be written to'):
+            predict_pictures(segmenter, [pictures[0]], out)
+
+
+# Videos.
+
+@pytest.fixture
+def clip(pictures, tmp_path):
+    """A video of twelve frames, and the frames as they are decoded."""
+    path = tmp_path / 'clip.mp4'
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*'mp4v'), 12.5, (96, 64))
+    for index in range(12):
+        writer.write(cv2.imread(str(pictures[index // 3])))
+    writer.release()
+    capture = cv2.VideoCapture(str(path))
+    return path, [capture.read()[1] for _ in range(12)]
+
+
+def test_a_video(segmenter, clip, tmp_path):
+    path, frames = clip
+    wanted = [segmenter(frame) for frame in frames]
+    assert all(same(found.labels, each.labels)
+               for found, each in zip(segmenter(path), wanted, strict=True))
+    out = tmp_path / 'out'
+    summary = predict_video(segmenter, path, out, masks=True)
+    assert (summary['video'], summary['frames']) == ('clip_overlay.mp4', 12)
+    overlays = Video(out / 'clip_overlay.mp4')
+    assert (overlays.frames, overlays.size, overlays.rate) == (12, (96, 64), 12.5)
+    for index, (overlay, each) in enumerate(zip(overlays, wanted, strict=True)):
+        assert np.abs(overlay.astype(int) - each.draw()).mean() < 8
+        mask = Image.open(out / 'masks' / 'clip' / f'{index:06}.png')
+        assert same(np.array(mask), each.labels)
+    inode = (out / 'clip_overlay.mp4').stat().st_ino
+    assert predict_video(segmenter, path, out, masks=True) == summary
+    assert (out / 'clip_overlay.mp4').stat().st_ino == inode
+    assert predict_video(segmenter, path, out)['frames'] == 12  # asks for something else
+    assert (out / 'clip_overlay.mp4').stat().st_ino != inode
+    assert sorted(os.listdir(out)) == ['clip_overlay.mp4', 'legend.png', 'masks', 'summary.json']
+
+
+def test_a_video_that_stops_half_way_leaves_no_half_video(work, clip, tmp_path, monkeypatch):
+    segmenter = Segmenter(work, device='cpu')
+    own, calls = segmenter.model.predict_labels, []
+
+    def predict(*args, **kwargs):
+        calls.append(0)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return own(*args, **kwargs)
+    monkeypatch.setattr(segmenter.model, 'predict_labels', predict)
+    with pytest.raises(KeyboardInterrupt):
+        predict_video(segmenter, clip[0], tmp_path / 'out')
+    assert os.listdir(tmp_path / 'out') == ['legend.png']
+
+
+def test_a_cut_video(segmenter, clip, tmp_path):
+    whole = clip[0].read_bytes()
+    (tmp_path / 'cut.mp4').write_bytes(whole[:len(whole) // 2])  # its index is at the end
+    with pytest.raises(DataError, match=r'video cannot be decoded: .*cut.mp4'):
+        predict_video(segmenter, tmp_path / 'cut.mp4', tmp_path / 'out')
+    with pytest.raises(DataError, match='no such video'):
+        Video('http://localhost/clip.mp4')
+    assert not (tmp_path / 'out').exists()
+
+
+# The command lines.
+
+def test_command_line(work, photos, tmp_path):
+    done = run('tools/predict.py', photos, '--model', work, '--out', tmp_path / 'out',
+               '--isr-ratio', 'optimal', '--device', 'cpu')
+    assert f'{work}/best_mIoU_iter_4.pth, 8 classes, on cpu\n' in done.stdout
+    assert '3 pictures at ISR ratio 2211-222, 1 skipped\n' in done.stdout
+    assert f'skipped: image cannot be decoded: {photos}/bad.JPG' in done.stdout
+    assert '| class ' in done.stdout
+    assert 'Warning' not in done.stderr
+
+
+@pytest.mark.slow
+def test_command_line_of_one_file_and_a_video(work, clip, tmp_path):
+    single = tmp_path / 'one.safetensors'
+    code, output = run_tool('tools/convert_checkpoint.py', work / 'best_mIoU_iter_4.pth', single,
+                            '--config', work / 'mini.py')
+    assert code == 0, output
+    assert f'predict with tools/predict.py INPUT --model {single}' in output
+    code, output = run_tool('tools/predict.py', clip[0], '--model', single, '--out',
+                            tmp_path / 'out', '--masks', '--device', 'cpu')
+    assert code == 0, output
+    assert f'12 frames at ISR ratio none: {tmp_path}/out/clip_overlay.mp4' in output
+    for wrong, says in (([clip[0], clip[0]], 'one video at a time'),
+                        ([work / 'no.png', '--masks'], '--masks is for a video'),
+                        ([work / 'no.png'], 'no such file or folder'),
+                        ([work / 'mini.py', '--video'], 'video cannot be decoded')):
+        code, output = run_tool('tools/predict.py', *wrong, '--model', single, '--out',
+                                tmp_path / 'none', '--device', 'cpu')
+        assert code == 1
+        assert output.splitlines()[-1].startswith('error: ')
+        assert says in output
+    assert not (tmp_path / 'none').exists()
+
+
+@pytest.mark.parametrize(('target', 'config', 'says'), [
+    ('x.pth', 'mini.py', 'with a config, write to a .safetensors file'),
+    ('x.safetensors', 'foreign.py', "cannot be told as data .'TimmMaps' is not among"),
+])
+def test_what_cannot_be_one_file(work, tmp_path, target, config, says):
+    cfg = Config.fromfile(work / 'mini.py')
+    if config == 'foreign.py':
+        cfg.model.backbone.type = 'TimmMaps'
+    with pytest.raises((CheckpointError, ConfigError), match=says):
+        pack_file(work / 'best_mIoU_iter_4.pth', tmp_path / target, cfg)
+    assert not os.listdir(tmp_path)

@@ -1,0 +1,56 @@
+"""Segment pictures, folders of them or a video: masks, overlays and what share each class has."""
+import argparse
+from pathlib import Path
+
+from mmseg_edaformer.errors import ConfigError, clear_errors
+from mmseg_edaformer.predictor import (
+    VIDEOS,
+    Segmenter,
+    describe_summary,
+    predict_pictures,
+    predict_video,
+)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog='Run again, it goes on where it was stopped.')
+    parser.add_argument('input', nargs='+',
+                        help='pictures, folders, patterns such as "photos/*.jpg", or one video')
+    parser.add_argument('--model', required=True, help='the work dir of a training, its config, or '
+                        'a .safetensors of tools/convert_checkpoint.py --config')
+    parser.add_argument('--checkpoint', help='.pth or .safetensors, for a config; of a work dir '
+                        'its best or else its last one if none is given')
+    parser.add_argument('--out', required=True, metavar='DIR', help='where the results go')
+    parser.add_argument('--isr-ratio', default='none', metavar='RATIO',
+                        help='as of tools/test.py: none (default), optimal, auto, 2, 2211-222')
+    parser.add_argument('--device', help='cpu, cuda, cuda:1; by default a GPU if there is one')
+    parser.add_argument('--batch-size', type=int, metavar='N', help='predict up to N images of '
+                        'equal size at once (default: 8 on a GPU, 1 on a CPU)')
+    parser.add_argument('--video', action='store_true',
+                        help='the input is a video, whatever its name ends in')
+    parser.add_argument('--masks', action='store_true',
+                        help='of a video, write the mask of each frame as well')
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    video = args.video or Path(args.input[0]).suffix.lower() in VIDEOS
+    if video and len(args.input) > 1:
+        raise ConfigError('one video at a time: give a single input')
+    if args.masks and not video:
+        raise ConfigError('--masks is for a video: pictures always get a mask')
+    segmenter = Segmenter(args.model, args.checkpoint, device=args.device, isr=args.isr_ratio,
+                          batch_size=args.batch_size)
+    print(f'{segmenter.source}, {len(segmenter.classes)} classes, on {segmenter.device}')
+    if video:
+        summary = predict_video(segmenter, args.input[0], args.out, masks=args.masks)
+    else:
+        summary = predict_pictures(segmenter, args.input, args.out)
+    print(describe_summary(summary, args.out))
+
+
+if __name__ == '__main__':
+    with clear_errors():
+        main()
