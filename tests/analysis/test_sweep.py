@@ -1,0 +1,409 @@
+"""Many ratios on the same images: the mIoU of tools/test.py, and what is recommended."""
+import csv
+import json
+import os
+import re
+import shlex
+import signal
+from itertools import combinations, product
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.text import Text
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmseg.evaluation import IoUMetric
+from mmseg.registry import MODELS
+from PIL import Image
+
+from mmseg_edaformer.analysis import sweep
+from mmseg_edaformer.analysis.cost import count_macs
+from mmseg_edaformer.analysis.sweep import Bench, Goal, Row
+from mmseg_edaformer.errors import CheckpointError, ConfigError, DataError, RatioError
+from mmseg_edaformer.isr import ISRRatio, isr
+from tests.conftest import ROOT, write_config
+from tests.processes import finish, in_child, run_tool
+
+
+def save(config):
+    """A checkpoint of random weights whose labels depend on the ratio."""
+    cfg = Config.fromfile(config)
+    init_default_scope('mmseg')
+    torch.manual_seed(3)
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    for module in model.modules():
+        if isinstance(module, (torch.nn.LayerNorm, torch.nn.BatchNorm2d)):
+            torch.nn.init.normal_(module.weight, 1, 0.5)
+            torch.nn.init.normal_(module.bias, 0, 0.5)
+    torch.nn.init.normal_(model.decode_head.conv_seg.weight, 0, 0.5)
+    torch.save(dict(meta={}, state_dict=model.state_dict()), config.with_suffix('.pth'))
+    return str(config), str(config.with_suffix('.pth'))
+
+
+@pytest.fixture(scope='module')
+def edaformer(scenes, tmp_path_factory):
+    return save(write_config(tmp_path_factory.mktemp('edaformer'), scenes))
+
+
+@pytest.fixture(scope='module')
+def segformer(scenes, tmp_path_factory):
+    config = tmp_path_factory.mktemp('segformer') / 'segformer.py'
+    config.write_text(f'''
+_base_ = ['{ROOT}/configs/segformer_b0_synthetic.py']
+model = dict(data_preprocessor=dict(size=(64, 64)), backbone=dict(num_layers=[1, 1, 1, 1]))
+test_dataloader = dict(num_workers=0, persistent_workers=False,
+                       dataset=dict(data_root='{scenes}'))
+''')
+    return save(config)
+
+
+def miou_of_test(model, folder, ratio):
+    """The mIoU that tools/test.py prints, of two decimals."""
+    code, output = run_tool('tools/test.py', *model, '--isr-ratio', ratio, '--work-dir', folder,
+                            '--json', folder / 'figures.json')
+    assert code == 0, output
+    return round(json.loads((folder / 'figures.json').read_text())['metrics']['mIoU'], 3)
+
+
+def silent(*model, **options):
+    return sweep.sweep(*model, **{'say': lambda text: None, **options})
+
+
+def test_figures_are_those_of_the_test_tool(edaformer, tmp_path):
+    rows = silent(*edaformer, ratios=['4', '2221-441', 'none'], out=tmp_path / 'out')
+    assert [row.isr_ratio for row in rows] == ['none', '2221-441', '4']  # by their cost
+    assert len({round(row.miou, 2) for row in rows}) == 3
+    for row in rows:
+        if row.isr_ratio != '4':
+            assert round(row.miou, 2) == miou_of_test(edaformer, tmp_path, row.isr_ratio)
+    model = MODELS.build(Config.fromfile(edaformer[0]).model)
+    for row in rows:
+        with isr(model, row.isr_ratio):
+            assert row.gmacs == count_macs(model, (64, 96)) / 1e9
+        assert row.change == row.miou - rows[0].miou
+        assert row.ms == pytest.approx(rows[0].ms * row.time_vs_none)
+        assert row.peak_mib > sum(p.numel() for p in model.parameters()) * 4 / 2**20
+        assert row.change_low is None  # of 4 images
+    assert rows[0].time_vs_none == 1
+    with open(tmp_path / 'out/sweep.csv', newline='') as file:
+        table = list(csv.DictReader(file))
+    assert [line['isr_ratio'] for line in table] == ['none', '2221-441', '4']
+    assert float(table[1]['miou']) == pytest.approx(rows[1].miou, abs=1e-6)
+    figures = json.loads((tmp_path / 'out/sweep.json').read_text())
+    assert figures['images'] == figures['images_of_test_set'] == 4
+    assert figures['input_size'] == [64, 96]
+    assert figures['rows'][2]['gmacs'] == pytest.approx(rows[2].gmacs, abs=1e-6)
+    assert Image.open(tmp_path / 'out/sweep.png').size == (1320, 624)
+
+
+def test_segformer(segformer, tmp_path, monkeypatch):
+    """An encoder alone: ratios that differ in the decoder are one."""
+    monkeypatch.setattr(sweep, '_MOST', 2)
+    monkeypatch.setattr(sweep, '_WORTH', 0.)  # on small images no stage costs much
+    texts = []
+    rows = sweep.sweep(*segformer, ratios=['2211-222', '2211-333', 'greedy'], out=tmp_path,
+                       goal=Goal(max_drop=100), say=texts.append)
+    names = [row.isr_ratio for row in rows]
+    assert 'none' in names
+    assert '2211-1' in names
+    assert {name.partition('-')[2] for name in names} == {'', '1'}
+    assert len(names) == len(set(names)) > 5
+    best = min(rows, key=lambda row: row.gmacs)
+    line = shlex.join(['python', 'tools/test.py', *segformer, '--isr-ratio', best.isr_ratio])
+    assert texts[-1].splitlines()[-1] == line
+    assert round(rows[names.index('2211-1')].miou, 2) == miou_of_test(segformer, tmp_path,
+                                                                     '2211-1')
+    assert json.loads((tmp_path / 'sweep.json').read_text())['recommended'] == best.isr_ratio
+
+
+@pytest.mark.parametrize('nan_to_num', [None, 0])
+def test_mean_iou_is_mmsegs(nan_to_num):
+    rng = np.random.default_rng(0)
+    metric = IoUMetric(nan_to_num=nan_to_num)
+    metric.dataset_meta = dict(classes='abcdef')
+    areas = []
+    for _ in range(5):
+        label, predicted = (torch.from_numpy(rng.integers(0, 5, (9, 9))) for _ in range(2))
+        label[0] = 255
+        found = IoUMetric.intersect_and_union(predicted, label, 6, 255)
+        metric.results.append(found)
+        areas.append(torch.stack(found[:2]).numpy())
+    wanted = metric.compute_metrics(metric.results)['mIoU']  # the sixth class does not occur
+    assert round(float(sweep.mean_iou(np.sum(areas, 0), nan_to_num)), 2) == wanted
+
+
+def test_interval_is_paired_and_that_of_a_plain_bootstrap():
+    rng = np.random.default_rng(0)
+    union = rng.integers(50, 1000, (30, 4))
+    trained = np.stack([(union * rng.uniform(0.2, 0.9, (30, 4))).astype(int), union], 1)
+    worse = trained.copy()
+    worse[:, 0] -= (trained[:, 0] * rng.uniform(0, 0.1, (30, 4))).astype(int)
+    assert sweep.change_interval(trained, trained) == (0, 0)
+    low, high = sweep.change_interval(worse, trained)
+    plain = []
+    for _ in range(2000):
+        drawn = rng.integers(0, 30, 30)
+        iou = [100 * (each[drawn, 0].sum(0) / each[drawn, 1].sum(0)).mean()
+               for each in (worse, trained)]
+        plain.append(iou[0] - iou[1])
+    assert (low, high) == pytest.approx(np.percentile(plain, [2.5, 97.5]), abs=0.12)
+    assert low < sweep.mean_iou(worse.sum(0)) - sweep.mean_iou(trained.sum(0)) < high < 0
+    # The ratios' own mIoU vary much more than their difference.
+    assert high - low < np.ptp([sweep.mean_iou(part.sum(0)) for part in np.split(trained, 5)]) / 2
+
+
+def test_pareto():
+    points = [(3, 40.), (2, 40.), (2, 39.), (1, 30.), (5, 41.), (1, 30.)]
+    assert sweep.pareto(points) == [False, True, False, True, True, True]
+
+
+class Known(Bench):
+    """A bench whose GMACs and losses are known: each stage adds its own, by its multiplier."""
+
+    def __init__(self, saves, loses, stages):
+        self.saves, self.loses, self.stages, self.passes = saves, loses, stages, []
+
+    def ratio(self, value):
+        ratio = ISRRatio.parse(value)
+        own = [each for kind, count in self.stages.items()
+               for each in ratio.for_stages(kind, count)]
+        if len(set(own)) == 1:
+            return ISRRatio.parse(own[0])
+        count = self.stages['encoder']
+        return ISRRatio(tuple(own[:count]), tuple(own[count:]) or (1,))
+
+    def _sum(self, ratio, values):
+        own = [each for kind, count in self.stages.items()
+               for each in ratio.for_stages(kind, count)]
+        return sum(value * (1 - 1 / each) for value, each in zip(values, own))
+
+    def gmacs(self, ratio):
+        return 10 - self._sum(ratio, self.saves)
+
+    def milliseconds(self, ratio):
+        return 5 * self.gmacs(ratio)
+
+    def miou(self, ratio):
+        return 50 - self._sum(ratio, self.loses)
+
+    def measure(self, ratios):
+        self.passes.append([sweep.ratio_name(ratio) for ratio in ratios])
+
+
+def rows_of(bench, ratios):
+    return [Row(sweep.ratio_name(ratio), 1, bench.miou(ratio), bench.miou(ratio) - 50, None, None,
+                bench.gmacs(ratio), bench.milliseconds(ratio), 1.) for ratio in ratios]
+
+
+def all_ratios(bench):
+    encoder, decoder = (list(product(range(1, 5), repeat=bench.stages[kind]))
+                        for kind in ('encoder', 'decoder'))
+    return [bench.ratio(ISRRatio(e, d)) for e in encoder for d in decoder]
+
+
+@pytest.fixture
+def known():
+    # The second stage saves most for its loss; the last one costs much and saves nothing.
+    return Known((2., 4., 1., 0.), (2., 1., 0.5, 3.), dict(encoder=2, decoder=2))
+
+
+def test_greedy_search_for_a_drop(known):
+    goal = Goal(max_drop=1.2)
+    tried = sweep.search(known, [known.ratio(2)], goal, greedy=True)
+    best = sweep.recommend(rows_of(known, tried), goal)
+    assert known.passes[0] == ['none', '2', '21-11', '12-11', '11-21']  # the last saves nothing
+    assert known.passes[2] == ['22-11', '13-11', '12-21']  # 12-11 was the best step
+    optimum = min((ratio for ratio in all_ratios(known) if 50 - known.miou(ratio) <= 1.2),
+                  key=known.gmacs)
+    assert best.isr_ratio == sweep.ratio_name(optimum)
+    assert len(set(best.isr_ratio) - {'-'}) > 1  # not uniform
+
+
+@pytest.mark.parametrize('goal', [Goal(budget_gmacs=5.5), Goal(budget_ms=27.5)])
+def test_greedy_search_for_a_budget(known, goal):
+    tried = sweep.search(known, [], goal, greedy=True)
+    rows = rows_of(known, tried)
+    best = sweep.recommend(rows, goal)
+    assert best.gmacs <= 5.5
+    optimum = max((ratio for ratio in all_ratios(known) if known.gmacs(ratio) <= 5.5),
+                  key=known.miou)
+    assert best.miou == pytest.approx(known.miou(optimum), abs=0.3)
+    uniform = [row for row in rows_of(known, map(known.ratio, range(1, 5))) if row.gmacs <= 5.5]
+    assert best.miou > max(row.miou for row in uniform)
+
+
+def test_search_ends(known):
+    tried = sweep.search(known, [], Goal(), greedy=True)
+    assert min(map(known.gmacs, tried)) <= known.gmacs(known.ratio(2))
+    assert len(tried) < 25
+    known.passes.clear()
+    assert len(sweep.search(known, [known.ratio(3)], Goal(), greedy=False)) == 2
+    assert known.passes == [['none', '3']]
+    # A drop that nothing exceeds: up to 4 wherever it saves.
+    tried = sweep.search(known, [], Goal(max_drop=50), greedy=True)
+    assert sweep.recommend(rows_of(known, tried), Goal(max_drop=50)).isr_ratio == '44-41'
+    none = sweep.search(known, [], Goal(max_drop=0), greedy=True)
+    assert sweep.recommend(rows_of(known, none), Goal(max_drop=0)).isr_ratio == 'none'
+
+
+def test_budgets_that_cannot_be_met(known):
+    known.size = (64, 96)
+    with pytest.raises(ConfigError, match=r'--budget-gmacs 4: the cheapest ratio here, 4, costs '
+                                          r'4\.750 GMACs'):
+        sweep.search(known, [], Goal(budget_gmacs=4), greedy=True)
+    assert not known.passes
+    goal = Goal(budget_ms=20)
+    tried = sweep.search(known, [], goal, greedy=True)
+    assert len(known.passes) == 1
+    assert sweep.recommend(rows_of(known, tried), goal) is None
+
+
+def test_an_impossible_time_names_the_fastest(edaformer, tmp_path):
+    with pytest.raises(ConfigError, match=r'--budget-ms 0\.001: the fastest ratio here, \S+, '
+                                          r'takes [\d.]+ ms'):
+        silent(*edaformer, ratios=['2'], out=tmp_path, goal=Goal(budget_ms=0.001))
+    assert (tmp_path / 'sweep.csv').is_file()  # the figures are there all the same
+
+
+@pytest.mark.parametrize(('given', 'told'), [
+    (dict(max_drop=1, budget_ms=3), '--max-drop and --budget-ms contradict each other'),
+    (dict(max_drop=-1), r'--max-drop -1: give a number above 0'),
+    (dict(budget_gmacs=0), r'--budget-gmacs 0: give'),
+    (dict(budget_ms=float('nan')), r'--budget-ms nan: give'),
+])
+def test_goals_that_mean_nothing(given, told):
+    with pytest.raises(ConfigError, match=told):
+        Goal(**given)
+
+
+@pytest.mark.parametrize(('options', 'error', 'told'), [
+    (dict(ratios=['2', 'much']), RatioError, "'much' means nothing"),
+    (dict(ratios=['22-222']), RatioError, 'has 2 multipliers for the encoder, which has 4'),
+    (dict(samples=0), ConfigError, '--samples 0: give 1 or more'),
+    (dict(cfg_options={'test_dataloader.dataset.data_root': 'gone'}), DataError,
+     'test set is not where the config says: gone'),
+    (dict(cfg_options={'test_evaluator.type': 'DepthMetric'}), ConfigError, 'has no IoUMetric'),
+    (dict(cfg_options={'model.decode_head.channels': 48}), CheckpointError, 'does not fit'),
+    (dict(goal=Goal(budget_gmacs=1e-6)), ConfigError, r'the cheapest ratio here, \d, costs'),
+])
+def test_clear_errors(options, error, told, edaformer, tmp_path):
+    with pytest.raises(error, match=told):
+        silent(*edaformer, out=tmp_path, **options)
+    assert not list(tmp_path.glob('*'))
+
+
+def test_what_cannot_be_measured(edaformer, tmp_path):
+    with pytest.raises(ConfigError, match='trains a classifier'):
+        silent(f'{ROOT}/configs/eft_t_crops.py', edaformer[1])
+    with pytest.raises(CheckpointError, match=r'checkpoint not found: gone\.pth'):
+        silent(edaformer[0], 'gone.pth')
+    pipeline = [dict(type='LoadImageFromFile'), dict(type='PackSegInputs')]
+    with pytest.raises(DataError, match='has no labels to compare with'):
+        silent(*edaformer, out=tmp_path, ratios=['2'],
+               cfg_options={'test_dataloader.dataset.pipeline': pipeline})
+
+
+def predictions(monkeypatch, until=None, end=KeyboardInterrupt):
+    """Count predictions, and end after so many."""
+    done = []
+    predict = Bench._predict
+
+    def counted(self, data, name, ratio):
+        if len(done) == until:
+            if end is signal.SIGKILL:
+                os.kill(os.getpid(), end)
+            raise end
+        done.append(name)
+        return predict(self, data, name, ratio)
+
+    monkeypatch.setattr(Bench, '_predict', counted)
+    return done
+
+
+def test_an_interrupted_sweep_reports_and_goes_on(edaformer, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, 'draw', lambda *drawn: None)
+    wanted = silent(*edaformer, ratios=['2', '3'], out=tmp_path / 'whole')
+    said = []
+    with monkeypatch.context() as patch:
+        predictions(patch, until=8)
+        with pytest.raises(KeyboardInterrupt):
+            sweep.sweep(*edaformer, ratios=['2', '3'], out=tmp_path / 'out', say=said.append)
+    assert '2 of 4 images, batch 1' in said[0]
+    assert said[-1] == 'Interrupted: the same command goes on from here'
+    with open(tmp_path / 'out/sweep.csv', newline='') as file:
+        assert [(line['isr_ratio'], line['images']) for line in csv.DictReader(file)] == [
+            ('none', '2'), ('2', '2'), ('3', '2')]
+    done = predictions(monkeypatch)
+    rows = silent(*edaformer, ratios=['2', '3'], out=tmp_path / 'out')
+    assert len(done) == 6  # of the other two images
+    assert [(row.isr_ratio, row.miou) for row in rows] == [
+        (row.isr_ratio, row.miou) for row in wanted]
+    # More ratios, another goal: what is there is not predicted again, but none for the times.
+    done.clear()
+    silent(*edaformer, ratios=['2', '4'], goal=Goal(max_drop=99), out=tmp_path / 'out')
+    assert sorted(done) == ['4'] * 4 + ['none'] * 4
+    done.clear()
+    silent(*edaformer, ratios=['2'], out=tmp_path / 'out', samples=3)
+    assert not done
+    silent(*edaformer, ratios=['2'], out=tmp_path / 'out', samples=1,
+           cfg_options={'model.backbone.drop_path_rate': 0.2})
+    assert sorted(done) == ['2', 'none']  # another model: anew
+
+
+def test_a_killed_sweep_goes_on(edaformer, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, '_SAVE_SECONDS', 0.)
+    monkeypatch.setattr(sweep, 'draw', lambda *drawn: None)
+
+    def killed():
+        predictions(monkeypatch, until=7, end=signal.SIGKILL)
+        silent(*edaformer, ratios=['2'], out=tmp_path)
+
+    assert finish(in_child(killed)) == -signal.SIGKILL
+    done = predictions(monkeypatch)
+    rows = silent(*edaformer, ratios=['2'], out=tmp_path)
+    assert len(done) == 2
+    (tmp_path / 'sweep.npz').write_bytes(b'PK\x03\x04 damaged')
+    assert [row.miou for row in silent(*edaformer, ratios=['2'], out=tmp_path)] == [
+        row.miou for row in rows]
+    assert len(done) == 10
+
+
+def test_labels_do_not_overlap(tmp_path, monkeypatch):
+    rng = np.random.default_rng(1)
+    names = [f'{i}{j}11-{k}22' for i, j, k in product(range(1, 4), repeat=3)]
+    costs = rng.uniform(2, 3, (len(names), 2))
+    mious = 40 + 3 * np.log(costs[:, 0]) + rng.normal(0, 0.05, len(names))
+    fronts = [sweep.pareto(list(zip(cost, mious))) for cost in costs.T]
+    rows = [Row(name, 9, miou, 0., None, None, *cost, 1., None, *front) for name, miou, cost, *front
+            in zip(names, mious, costs, *fronts)]
+    named = {names[0], names[5], names[-1]}
+    figures = []
+    monkeypatch.setattr(sweep.plt, 'close', figures.append)
+    sweep.draw(rows, tmp_path / 'x.png', names[5], named)
+    monkeypatch.undo()
+    for axis in figures[0].axes:
+        boxes = {text.get_text(): Text.get_window_extent(text) for text in axis.texts}
+        assert named <= set(boxes)
+        assert len(boxes) >= 6
+        for one, other in combinations(boxes.values(), 2):
+            assert not one.overlaps(other)
+    sweep.plt.close(figures[0])
+
+
+def test_command_line(edaformer, tmp_path):
+    code, told = run_tool('tools/isr_sweep.py', *edaformer, '--max-drop', 100, '--samples', 2,
+                          '--ratios', 'none', '4', '--out', tmp_path, '--cfg-options',
+                          'model.test_cfg.memory_mib=64')
+    assert code == 0, told
+    assert re.search(r'^pass 1: 2 ratios on 2 images in \d+ s$', told, re.M)
+    assert re.search(r'^--max-drop 100: take 4: mIoU [\d.]+ \([+-][\d.]+\), [\d.]+ GMACs '
+                     r'\(-[\d.]+%\)', told, re.M)
+    assert told.splitlines()[-1] == shlex.join([
+        'python', 'tools/test.py', *edaformer, '--isr-ratio', '4', '--cfg-options',
+        'model.test_cfg.memory_mib=64'])
+    code, told = run_tool('tools/isr_sweep.py', *edaformer, '--max-drop', 1, '--budget-ms', 3)
+    assert code == 1
+    assert told == ('error: --max-drop and --budget-ms contradict each other: each asks for a '
+                    'ratio of its own. Give one\n')
