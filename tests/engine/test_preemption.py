@@ -16,7 +16,7 @@ def watch(rank, port):
     os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), RANK=str(rank),
                       WORLD_SIZE='3')
     dist.init_process_group('gloo')
-    Watchdog(patience=1).start()
+    Watchdog(patience=3).start()
     time.sleep(60)
 
 
@@ -30,14 +30,15 @@ def test_a_peer_that_is_gone(tmp_path, number, victim, who):
     start = time.monotonic()
     os.kill(pids[victim], number)
     codes = [finish(pid) for rank, pid in enumerate(pids) if rank != victim]
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < 20
     assert codes == [1, 1]
     if number == signal.SIGSTOP:
         os.kill(pids[victim], signal.SIGKILL)
     assert finish(pids[victim]) == -signal.SIGKILL
-    for rank in set(range(3)) - {victim}:
-        assert re.search(f'error: rank {rank} ends: {who} gave no sign of life for 1 s',
-                         (tmp_path / str(rank)).read_text())
+    found = [re.search(rf'error: rank {rank} ends: (.+) gave no sign of life for 3 s',
+                       (tmp_path / str(rank)).read_text())[1] for rank in {0, 1, 2} - {victim}]
+    # The first names the victim; the other may have noticed the first alone.
+    assert any(re.fullmatch(who, name) for name in found), found
 
 
 def test_what_says_that_a_peer_is_gone(monkeypatch):
