@@ -55,7 +55,11 @@ class StreamedEncoderDecoder(EncoderDecoder):
                 raise ConfigError(f'test_cfg.{name}={self.test_cfg[name]}: it must be positive')
         self.isr_range = None
         if (self.train_cfg or {}).get('isr_range'):
-            self.isr_range = RatioRange(**self.train_cfg['isr_range'])
+            try:
+                self.isr_range = RatioRange(**self.train_cfg['isr_range'])
+            except TypeError as error:
+                raise ConfigError(f'train_cfg.isr_range={self.train_cfg["isr_range"]}: it takes '
+                                  f'ratios, a list, and weight ({error})') from error
             if not self.streamable or type(self.decode_head).loss is not BaseDecodeHead.loss:
                 raise ConfigError(f'train_cfg.isr_range: {type(self.decode_head).__name__} has no '
                                   'logits per pixel that its loss is made of')

@@ -147,6 +147,7 @@ def test_it_keeps_the_ratios_together():
 @pytest.mark.parametrize(('isr_range', 'error', 'message'), [
     (dict(ratios=()), ConfigError, 'list one ratio or more'),
     (dict(ratios='2'), ConfigError, 'list one ratio or more'),
+    (dict(ratio=2), ConfigError, 'it takes ratios, a list, and weight'),
     (dict(ratios=(2,), weight=-1), ConfigError, 'must not be negative'),
     (dict(ratios=('22x',)), RatioError, 'means nothing'),
     (dict(ratios=('221-222',)), RatioError, 'which has 4 stages'),
