@@ -10,6 +10,7 @@ from itertools import combinations, product
 import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot as plt
 from matplotlib.text import Text
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
@@ -380,7 +381,7 @@ def test_labels_do_not_overlap(tmp_path, monkeypatch):
             in zip(names, mious, costs, *fronts)]
     named = {names[0], names[5], names[-1]}
     figures = []
-    monkeypatch.setattr(sweep.plt, 'close', figures.append)
+    monkeypatch.setattr(plt, 'close', figures.append)
     sweep.draw(rows, tmp_path / 'x.png', names[5], named)
     monkeypatch.undo()
     for axis in figures[0].axes:
@@ -389,7 +390,7 @@ def test_labels_do_not_overlap(tmp_path, monkeypatch):
         assert len(boxes) >= 6
         for one, other in combinations(boxes.values(), 2):
             assert not one.overlaps(other)
-    sweep.plt.close(figures[0])
+    plt.close(figures[0])
 
 
 def test_command_line(edaformer, tmp_path):

@@ -1,0 +1,291 @@
+"""What a sweep over ISR ratios tells: its rows, as a table, in words, in files and as a picture."""
+import csv
+import io
+import json
+import math
+import shlex
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import pairwise, product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+import numpy as np
+import torch
+from prettytable import PrettyTable
+
+from ..errors import ConfigError
+from ..files import replacing, write_file
+from .benchmark import Plan, environment
+
+matplotlib.use('Agg')
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
+
+if TYPE_CHECKING:
+    from .sweep import Bench
+
+FEWEST = 10
+"""Images that a confidence interval needs."""
+
+_LINE, _RECOMMENDED, _TRIED = '#33658a', '#b5485d', '#b0b7bf'
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a ratio is to be recommended for; one of the three, or none.
+
+    Args:
+        max_drop: The cheapest ratio that loses at most so much mIoU, in points.
+        budget_ms: The best mIoU within so many milliseconds per image, on this machine.
+        budget_gmacs: The best mIoU within so many GMACs per image.
+
+    Raises:
+        ConfigError: More than one is given, or one is no such number.
+    """
+    max_drop: float | None = None
+    budget_ms: float | None = None
+    budget_gmacs: float | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.given) > 1:
+            raise ConfigError(f'{" and ".join(self.given)} contradict each other: each asks for '
+                              'a ratio of its own. Give one')
+        for flag, value in self.given.items():
+            if not 0 <= value < math.inf or (value == 0 and self.max_drop is None):
+                raise ConfigError(f'{flag} {value:g}: give a number above 0')
+
+    @property
+    def given(self) -> dict[str, float]:
+        """What is given, by the name of its flag."""
+        return {'--' + field.name.replace('_', '-'): getattr(self, field.name)
+                for field in fields(self) if getattr(self, field.name) is not None}
+
+    def __str__(self) -> str:
+        return ' '.join(f'{flag} {value:g}' for flag, value in self.given.items())
+
+
+@dataclass(frozen=True)
+class Row:
+    """One ratio.
+
+    Attributes:
+        isr_ratio: As `tools/test.py --isr-ratio` takes it.
+        images: How many it was measured on.
+        miou: In percent, of these images.
+        change: mIoU above that of the trained ratio, in points; below 0 is a loss.
+        change_low: Lower end of the 95 % interval of ``change``, see `change_interval`; None for
+            fewer than 10 images.
+        change_high: Its upper end.
+        gmacs: Billions of multiply-adds of one image, of the size that the report names.
+        ms: Milliseconds of a whole prediction, from the decoded image to its labels: the median of
+            the trained ratio times ``time_vs_none``.
+        time_vs_none: Median ratio of its time to that of the trained ratio in the same turn.
+        peak_mib: Most memory at once for that image, see `memory.peak_bytes`.
+        pareto_gmacs: Whether no other ratio has both more mIoU and fewer GMACs.
+        pareto_ms: The same of time.
+    """
+    isr_ratio: str
+    images: int
+    miou: float
+    change: float
+    change_low: float | None
+    change_high: float | None
+    gmacs: float
+    ms: float
+    time_vs_none: float
+    peak_mib: float | None = None
+    pareto_gmacs: bool = False
+    pareto_ms: bool = False
+
+
+def table(rows: Sequence[Row], named: set[str]) -> str:
+    """The figures of the named ratios and of those that nothing beats, for a terminal."""
+    hidden = {name for name, value in (('95 % interval', rows[0].change_low),
+                                       ('MiB', rows[0].peak_mib)) if value is None}
+    columns = ('isr_ratio', 'mIoU', 'change', '95 % interval', 'GMACs', 'ms', 'time', 'MiB', 'best')
+    pretty = PrettyTable(columns, align='r')
+    pretty.align['isr_ratio'] = 'l'
+    shown = [row for row in rows if row.isr_ratio in named or row.pareto_gmacs or row.pareto_ms]
+    for row in shown:
+        best = [name for name, is_best in (('GMACs', row.pareto_gmacs), ('ms', row.pareto_ms))
+                if is_best]
+        pretty.add_row([
+            row.isr_ratio, f'{row.miou:.2f}',
+            *(('', '') if row.isr_ratio == 'none' else (f'{row.change:+.2f}', _interval(row))),
+            f'{row.gmacs:.3f}', f'{row.ms:.1f}', f'x {row.time_vs_none:.2f}',
+            '' if row.peak_mib is None else f'{row.peak_mib:.0f}', ', '.join(best)])
+    rest = len(rows) - len(shown)
+    return pretty.get_string(fields=[name for name in columns if name not in hidden]) + (
+        f'\n{rest} more ratio{"s were" if rest > 1 else " was"} tried: others '
+                          'give more for less' if rest else '')
+
+
+def _interval(row: Row) -> str:
+    return '' if row.change_low is None else f'{row.change_low:+.2f} to {row.change_high:+.2f}'
+
+
+def notes(bench: 'Bench', rows: Sequence[Row]) -> list[str]:
+    """What a reader of the table must know."""
+    some = '' if bench.images == len(bench.dataset) else f' of {len(bench.dataset)}'
+    threads = torch.get_num_threads()
+    lines = [
+        f'{bench.images}{some} images, batch 1, '
+        f'{torch.cuda.get_device_name() if bench.device.type == "cuda" else "CPU"}, '
+        f'{threads} thread{"s" if threads > 1 else ""}, torch {torch.__version__}.',
+        'best: no other ratio gives more mIoU for fewer GMACs, or for less time.',
+        'time: median ratio to none, turn by turn; ms: that times the median of none, image to '
+        'labels.']
+    if rows[0].change_low is None:
+        lines.append(f'Too few images for an interval, which needs {FEWEST}.')
+    else:
+        lines.append('95 % interval: of the change, by resampling the images, the same for both.')
+    where = ('what torch allocates' if bench.device.type == 'cuda' else
+             "live tensors, without the kernels' scratch")
+    lines.append(f'GMACs: for {shape(bench)} pixels.' if rows[0].peak_mib is None else
+                 f'GMACs, MiB: for {shape(bench)} pixels; MiB: {where}, with the weights.')
+    return lines
+
+
+def advice(rows: Sequence[Row], goal: Goal, best: Row | None,
+            command: Sequence[str]) -> list[str]:
+    """The recommended ratio in words, and the line that tests it."""
+    if best is None:
+        return []
+    trained = next(row for row in rows if row.isr_ratio == 'none')
+    line = shlex.join(['python', 'tools/test.py', *command[:2], *(
+        [] if best is trained else ['--isr-ratio', best.isr_ratio]), *command[2:]])
+    if best is trained:
+        return [f'{goal}: the trained ratio, none; what is cheaper does not give more within it',
+                line]
+    lines = [f'{goal}: take {best.isr_ratio}: mIoU {best.miou:.2f} ({best.change:+.2f}), '
+             f'{best.gmacs:.3f} GMACs ({best.gmacs / trained.gmacs - 1:+.1%}), {best.ms:.1f} ms '
+             f'(x {best.time_vs_none:.2f})']
+    if goal.max_drop is not None and best.change_low is not None and (
+            -best.change_low > goal.max_drop):
+        lines.append(f'On other images the drop may be as large as {-best.change_low:.2f} (95 % '
+                     'interval): more --samples narrow that')
+    return [*lines, line]
+
+
+def option_words(options: Mapping[str, Any]) -> list[str]:
+    """``--cfg-options`` as a command line has them."""
+    words = [f'{key}={value if isinstance(value, str) else _plain(value)}'
+             for key, value in options.items()]
+    return ['--cfg-options', *words] if words else []
+
+
+def _plain(value: Any) -> str:
+    return str(value).replace("'", '').replace(' ', '')
+
+
+def shape(bench: 'Bench') -> str:
+    """The size of the image whose GMACs and memory are counted."""
+    return f'{bench.size[0]}x{bench.size[1]}'
+
+
+def write(folder: Path, bench: 'Bench', rows: Sequence[Row], goal: Goal, best: Row | None,
+           command: Sequence[str]) -> None:
+    """Write sweep.csv and sweep.json."""
+    figures = [{name: round(value, 6) if isinstance(value, float) else value
+                for name, value in asdict(row).items()} for row in rows]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(figures)
+    write_file(folder / 'sweep.csv', text.getvalue())
+    plan = Plan(device=bench.device.type, keep_memory=True)
+    write_file(folder / 'sweep.json', json.dumps(dict(
+        config=command[0], checkpoint=command[1], cfg_options=command[3:],
+        images=bench.images, images_of_test_set=len(bench.dataset), input_size=bench.size,
+        goal={flag.removeprefix('--'): value for flag, value in goal.given.items()},
+        recommended=best and best.isr_ratio, rows=figures, environment=environment(plan),
+    ), indent=2) + '\n')
+
+
+def draw(rows: Sequence[Row], path: str | Path, recommended: str | None = None,
+         named: Collection[str] = ('none',)) -> None:
+    """Draw mIoU over GMACs and over time, with what nothing beats as a line, as a PNG.
+
+    Args:
+        rows: The figures.
+        path: Where to.
+        recommended: The ratio to mark.
+        named: Ratios to label beside those on the line.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5.2), sharey=True, dpi=120,
+                                layout='constrained')
+    for axis, cost, front, title in (
+            (axes[0], 'gmacs', 'pareto_gmacs', 'GMACs per image'),
+            (axes[1], 'ms', 'pareto_ms', 'ms per image')):
+        points = {row.isr_ratio: (getattr(row, cost), row.miou) for row in rows}
+        best = sorted(points[row.isr_ratio] for row in rows if getattr(row, front))
+        marked = [row.isr_ratio for row in rows if getattr(row, front) or row.isr_ratio in named]
+        others = [point for name, point in points.items() if name not in marked]
+        if others:
+            axis.scatter(*zip(*others), s=14, color=_TRIED, label='tried', zorder=2)
+        axis.plot(*zip(*best), color=_LINE, linewidth=1.4, zorder=3, marker='o', markersize=5,
+                  label='best for its cost')
+        off = [points[name] for name in marked if points[name] not in best]
+        if off:
+            axis.scatter(*zip(*off), s=26, facecolor='white', edgecolor=_LINE, zorder=4,
+                         label='named, but others give more for less')
+        if recommended is not None:
+            axis.scatter(*points[recommended], s=150, marker='*', color=_RECOMMENDED, zorder=5,
+                         label='recommended')
+        axis.set_xlabel(title)
+        axis.grid(color='#e5e5e5', linewidth=0.6)
+        axis.set_axisbelow(True)
+        axis.spines[['top', 'right']].set_visible(False)
+        axis.margins(0.12)
+    axes[0].set_ylabel('mIoU')
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc='outside lower center', ncols=4, frameon=False, fontsize=9)
+    figure.canvas.draw()  # settles the layout, which the labels must not change
+    figure.set_layout_engine('none')
+    for axis, cost, front in ((axes[0], 'gmacs', 'pareto_gmacs'), (axes[1], 'ms', 'pareto_ms')):
+        points = {row.isr_ratio: (getattr(row, cost), row.miou) for row in rows}
+        leaders = [row.isr_ratio for row in rows if getattr(row, front)]
+        _label(axis, points, sorted(points[name] for name in leaders), recommended, named, leaders)
+    with replacing(path) as partial:
+        figure.savefig(partial)
+    plt.close(figure)
+
+
+def _label(axis: Axes, points: Mapping[str, tuple[float, float]],
+           line: Sequence[tuple[float, float]], recommended: str | None, named: Collection[str],
+           leaders: Sequence[str]) -> None:
+    """Label points where there is room: the named ones first, and the others only close by."""
+    figure: Any = axis.figure
+    scale = figure.dpi / 72
+    along = [(1 - t) * np.array(a) + t * np.array(b)
+             for a, b in pairwise(line) for t in np.linspace(0, 1, 40)]
+    taken = [Bbox.from_bounds(x - half, y - half, 2 * half, 2 * half)
+             for half, kind in ((3.5 * scale, points.values()), (scale, along),
+                                (7 * scale, [points[recommended]] if recommended else []))
+             for x, y in (axis.transData.transform(point) for point in kind)]
+    around = [(0, 1), (1, 1), (-1, 1), (0, -1), (1, -1), (-1, -1), (1, 0), (-1, 0)]
+    wanted = [name for name in points if name in named or name in leaders]
+    for name in sorted(wanted, key=lambda name: (name != recommended, name not in named)):
+        far = (7, 12, 20, 30, 42) if name in named else (7, 12)
+        for distance, (right, up) in product(far, around):
+            note = axis.annotate(
+                name, points[name], (right * distance, up * distance), fontsize=8,
+                textcoords='offset points', annotation_clip=False,
+                ha={0: 'center', 1: 'left', -1: 'right'}[right],
+                va={0: 'center', 1: 'bottom', -1: 'top'}[up],
+                color=_RECOMMENDED if name == recommended else '#222222',
+                fontweight='bold' if name == recommended else 'normal',
+                arrowprops=None if distance < 12 else dict(
+                    arrowstyle='-', color='#999999', linewidth=0.6, shrinkA=0, shrinkB=4))
+            note.update_positions(figure.canvas.get_renderer())
+            box = Text.get_window_extent(note)  # without its line
+            inside = (box.x0 >= axis.bbox.x0 and box.x1 <= figure.bbox.x1 and
+                      box.y0 >= axis.bbox.y0 and box.y1 <= figure.bbox.y1)
+            if inside and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            note.remove()
