@@ -28,7 +28,8 @@ soak: .venv/ready
 FORK_TESTS := $(wildcard tests/test_*.py) tests/data tests/engine tests/tools \
 	tests/isr/test_mmseg.py tests/isr/test_hook.py tests/models/test_segmentor.py \
 	tests/models/test_networks.py --ignore tests/engine/test_compile.py \
-	--ignore tests/engine/test_fuzz.py --deselect tests/tools/test_tools.py::test_compiled
+	--ignore tests/engine/test_fuzz.py --ignore tests/data/test_prepare.py \
+	--ignore tests/data/test_shards.py --ignore tests/data/test_synthetic.py --deselect tests/tools/test_tools.py::test_compiled
 
 test-fork: .venv-fork/ready
 	OMP_NUM_THREADS=1 .venv-fork/bin/python -m pytest -q -n 2 $(FORK_TESTS)
@@ -52,7 +53,7 @@ env: .venv/ready
 	.venv/bin/python -m pip install -q --no-deps -e .
 	touch $@
 
-# The libraries whose models ISR reduces: for the tests alone.
+# The libraries whose models ISR reduces and those of export, demo and cluster: for the tests alone.
 .venv/libraries: .venv/ready requirements/lock-libraries.txt
 	.venv/bin/python -m pip install -q --no-deps -r requirements/lock-libraries.txt
 	touch $@

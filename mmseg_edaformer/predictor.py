@@ -9,12 +9,12 @@ import sys
 import time
 from argparse import Namespace
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -55,6 +55,7 @@ _WINDOW_PIXELS = 2 ** 25  # of the pictures that wait for others of their size
 _COUNTED = 2 ** 22
 _TEXT = 'mmseg_edaformer'
 _SHOWN = 20
+_P = TypeVar('_P')
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +74,7 @@ class Segmentation:
     @property
     def shares(self) -> dict[str, float]:
         """The share of the pixels that each class has, the largest first; those that occur."""
-        return _shares(count_pixels(self.labels, len(self.classes)), self.classes)
+        return class_shares(count_pixels(self.labels, len(self.classes)), self.classes)
 
     @property
     def mask(self) -> Image.Image:
@@ -222,7 +223,9 @@ class Segmenter:
     def _ready(self, item: Any) -> tuple[np.ndarray, dict[str, Any]]:
         """A picture, and what the model wants of it."""
         if isinstance(item, (str, Path)):
-            results = self._read_file(dict(img_path=str(item)))
+            # A str may be more than that, see predict_many.
+            results = self._read_file(dict(
+                img_path=item if isinstance(item, str) else str(item)))
             image = results['img']
         else:
             image = _as_array(item)
@@ -324,13 +327,15 @@ class Video:
             capture.release()
 
 
-def find_pictures(source: str | Path, without: Path | None = None) -> list[tuple[Path, str]]:
+def find_pictures(source: str | Path, without: Path | None = None,
+                  endings: Set[str] = PICTURES) -> list[tuple[Path, str]]:
     """The pictures that a path means, and what each is called within it.
 
     Args:
         source: A file, whatever it ends in; a folder, with all that is below it and ends as
             pictures do, but nothing hidden; or a pattern such as ``photos/**/*.jpg``.
         without: A folder to pass over, such as that of the results.
+        endings: What files of a folder are looked for.
 
     Raises:
         DataError: There is none.
@@ -342,10 +347,10 @@ def find_pictures(source: str | Path, without: Path | None = None) -> list[tuple
             folders[:] = sorted(name for name in folders if not name.startswith('.') and
                                 Path(where, name).resolve() != without)
             found += [Path(where, name) for name in sorted(names)
-                      if not name.startswith('.') and Path(name).suffix.lower() in PICTURES]
+                      if not name.startswith('.') and Path(name).suffix.lower() in endings]
         if not found:
             raise DataError(f'no picture in the folder {path}: nothing below it ends in '
-                            f'{", ".join(sorted(PICTURES))}')
+                            f'{", ".join(sorted(endings))}')
         return [(file, file.relative_to(path).as_posix()) for file in found]
     if path.exists():
         return [(path, path.name)]
@@ -383,32 +388,28 @@ def predict_pictures(segmenter: Segmenter, sources: Sequence[str | Path],
     """
     out = Path(out)
     files = [each for source in sources for each in find_pictures(source, out.resolve())]
-    targets = _name_targets(files)
-    with _writing(out):
-        write_file(out / 'legend.png', _encode(draw_legend(segmenter)))
-        for folder in {out / kind / Path(name).parent for kind in ('masks', 'overlays')
-                       for name in targets.values()}:
-            folder.mkdir(parents=True, exist_ok=True)
-            remove_partial_files(folder)
-    summary = _Summary(segmenter, out)
+    targets = name_targets(files)
+    with writing(out):
+        write_file(out / 'legend.png', encode_png(draw_legend(segmenter)))
+        make_folders(out, targets.values())
+    summary = Summary(segmenter, out)
     base = segmenter.fingerprint()
-    notes = {path: _note(base, path, target) for path, target in targets.items()}
+    notes = {path: make_note(base, path, target) for path, target in targets.items()}
     ahead = []
     for path, target in targets.items():
-        labels = _read_mask(out / 'masks' / f'{target}.png', notes[path])
+        labels = read_mask(out / 'masks' / f'{target}.png', notes[path])
         if labels is None:
             ahead.append(path)
         else:
             summary.add(path, target, labels)
     summary.kept = len(targets) - len(ahead)
     lost = summary.skipped if len(targets) > 1 else None
-    with _writing(out), _bar('predict', len(targets), summary.kept) as advance:
+    with writing(out), progress_bar('predict', len(targets), summary.kept) as advance:
         waiting = iter(ahead)
         for result in segmenter.stream(ahead, lost):
             path = next(path for path in waiting if str(path) not in summary.skipped)
             target = targets[path]
-            _write_overlay(out / 'overlays' / target, result)
-            write_file(out / 'masks' / f'{target}.png', _encode(result.mask, notes[path]))
+            write_result(out, target, result, notes[path])
             summary.add(path, target, result.labels)
             advance(len(summary.pictures) + len(summary.skipped))
     if not summary.pictures:
@@ -437,17 +438,18 @@ def predict_video(segmenter: Segmenter, source: str | Path, out: str | Path, *,
     """
     out, video = Path(out), Video(source)
     target = out / f'{video.path.stem}_overlay.mp4'
-    note = _note(segmenter.fingerprint(), video.path, f'{target.name} {masks}')
+    note = make_note(segmenter.fingerprint(), video.path, f'{target.name} {masks}')
     before = _read_json(out / 'summary.json')
     if target.is_file() and before.get('note') == note:
         return before
-    summary = _Summary(segmenter, out)
-    with _writing(out):
-        write_file(out / 'legend.png', _encode(draw_legend(segmenter)))
+    summary = Summary(segmenter, out)
+    with writing(out):
+        write_file(out / 'legend.png', encode_png(draw_legend(segmenter)))
     # Where the video is replaced, the summary is not to speak for the new one yet.
     (out / 'summary.json').unlink(missing_ok=True)
     count = 0
-    with _writing(out), replacing(target) as partial, _bar('frames', video.frames) as advance:
+    with writing(out), replacing(target) as partial, \
+            progress_bar('frames', video.frames) as advance:
         writer = cv2.VideoWriter(str(partial), cv2.VideoWriter.fourcc(*'mp4v'), video.rate,
                                  video.size)
         try:
@@ -457,7 +459,7 @@ def predict_video(segmenter: Segmenter, source: str | Path, out: str | Path, *,
                 writer.write(result.draw())
                 if masks:
                     write_file(out / 'masks' / video.path.stem / f'{count:06}.png',
-                               _encode(result.mask))
+                               encode_png(result.mask))
                 summary.count(result.labels)
                 count += 1
                 advance(count)
@@ -472,7 +474,8 @@ def predict_video(segmenter: Segmenter, source: str | Path, out: str | Path, *,
     return summary.write(note=note, video=target.name, frames=count, frames_expected=video.frames)
 
 
-def describe_summary(summary: dict[str, Any], out: str | Path) -> str:
+def describe_summary(summary: dict[str, Any], out: str | Path,
+                     files: str = 'masks, overlays, legend.png and summary.json') -> str:
     """A summary for a terminal: the classes that were found, what was done, what was not."""
     rows = PrettyTable(['class', 'share of pixels'], align='l')
     rows.align['share of pixels'] = 'r'
@@ -493,12 +496,62 @@ def describe_summary(summary: dict[str, Any], out: str | Path) -> str:
             lines.append(f'The file speaks of {summary["frames_expected"]} frames: it may be cut '
                          'off')
     else:
-        done = len(summary['pictures'])
+        pictures = summary['pictures']
+        done = pictures if isinstance(pictures, int) else len(pictures)
         lines.append(f'{done} picture{"s" * (done != 1)} at ISR ratio {summary["isr_ratio"]}' +
                      (f', {summary["kept"]} of them done before' if summary['kept'] else '') +
                      (f', {len(summary["skipped"])} skipped' if summary['skipped'] else ''))
-        lines.append(f'masks, overlays, legend.png and summary.json are in {out}')
+        lines.append(f'{files} are in {out}')
     return '\n'.join(lines)
+
+
+def make_folders(out: Path, targets: Iterable[str],
+                 kinds: Sequence[str] = ('masks', 'overlays')) -> None:
+    """Make the folders of the results, and clear away what killed runs left half-written."""
+    for folder in {out / kind / Path(target).parent for target in targets for kind in kinds}:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_partial_files(folder)
+
+
+def write_result(out: Path, target: str, result: Segmentation, note: str,
+                 overlay: bool = True) -> None:
+    """Write the overlay and then the mask, whose note says that both are there.
+
+    Args:
+        out: Folder of the results.
+        target: What they are called.
+        result: What was found.
+        note: See `make_note`.
+        overlay: Otherwise one that is there, which would not belong to the mask, is removed.
+    """
+    if overlay:
+        _write_overlay(out / 'overlays' / target, result)
+    else:
+        for suffix in '.jpg', '.png':
+            (out / 'overlays' / f'{target}{suffix}').unlink(missing_ok=True)
+    write_file(out / 'masks' / f'{target}.png', encode_png(result.mask, note))
+
+
+def read_mask(path: Path, *notes: str) -> np.ndarray | None:
+    """The labels of a mask, if it is there and has one of these notes."""
+    try:
+        with Image.open(path) as mask:
+            return np.array(mask) if mask.info.get(_TEXT) in notes else None
+    except (OSError, SyntaxError, ValueError):
+        return None
+
+
+def make_note(base: str, path: str | Path, target: str) -> str:
+    """What a mask notes of the picture and the settings that it is of.
+
+    Args:
+        base: The fingerprint of the `Segmenter`.
+        path: The file that the picture is in; its size and time count.
+        target: What the results are called, and all else that decides over them.
+    """
+    found = os.stat(path)
+    return hashlib.sha256(
+        f'{base} {target} {found.st_size} {found.st_mtime_ns}'.encode()).hexdigest()
 
 
 def count_pixels(labels: np.ndarray, classes: int) -> np.ndarray:
@@ -525,8 +578,15 @@ def draw_legend(segmenter: Segmenter) -> Image.Image:
     return legend
 
 
-class _Summary:
-    """What a run finds, for ``summary.json``."""
+class Summary:
+    """What a run finds, for ``summary.json``.
+
+    Attributes:
+        pictures: What was found in each, by its name.
+        skipped: Why others could not be read, by their names.
+        counts: Pixels of each class in all of them.
+        kept: How many were done before.
+    """
 
     def __init__(self, segmenter: Segmenter, out: Path) -> None:
         self.segmenter, self.out = segmenter, out
@@ -537,15 +597,18 @@ class _Summary:
         self.start = time.perf_counter()
 
     def count(self, labels: np.ndarray) -> np.ndarray:
+        """Count the pixels of each class; returns them for this picture."""
         counts = count_pixels(labels, len(self.segmenter.classes))
         self.counts += counts
         return counts
 
     def add(self, path: Path, target: str, labels: np.ndarray) -> None:
-        self.pictures[str(path)] = dict(mask=f'masks/{target}.png', shares=_shares(
+        """Note what was found in a picture."""
+        self.pictures[str(path)] = dict(mask=f'masks/{target}.png', shares=class_shares(
             self.count(labels), self.segmenter.classes))
 
     def write(self, **more: Any) -> dict[str, Any]:
+        """Write ``summary.json``, with other entries or in place of its own; returns it."""
         own = self.segmenter
         summary = dict(
             checkpoint=own.source, isr_ratio=_ratio_name(own.isr), device=str(own.device),
@@ -553,9 +616,10 @@ class _Summary:
             versions=dict(mmseg_edaformer=__version__, torch=torch.__version__),
             classes={name: '#' + bytes(colour).hex()
                      for name, colour in zip(own.classes, own.description.palette)},
-            shares=_shares(self.counts, own.classes), kept=self.kept, skipped=self.skipped,
-            pictures=dict(sorted(self.pictures.items())), **more)
-        with _writing(self.out):
+            shares=class_shares(self.counts, own.classes), kept=self.kept, skipped=self.skipped,
+            pictures=dict(sorted(self.pictures.items())))
+        summary.update(more)
+        with writing(self.out):
             write_file(self.out / 'summary.json', json.dumps(summary, indent=2) + '\n')
         return summary
 
@@ -669,15 +733,18 @@ def _ahead(function: Any, items: Iterable[Any], count: int) -> Iterator[tuple[An
                 future.cancel()
 
 
-def _name_targets(files: Sequence[tuple[Path, str]]) -> dict[Path, str]:
+def name_targets(files: Sequence[tuple[_P, str]]) -> dict[_P, str]:
     """What the results of each picture are called, without a suffix.
+
+    Args:
+        files: The pictures, and what each is called within its folder.
 
     Raises:
         DataError: Two pictures have one name.
     """
     stems = Counter(os.path.splitext(name)[0] for _, name in dict(files).items())
-    targets: dict[Path, str] = {}
-    taken: dict[str, Path] = {}
+    targets: dict[_P, str] = {}
+    taken: dict[str, _P] = {}
     for path, name in dict(files).items():
         stem = os.path.splitext(name)[0]
         targets[path] = name if stems[stem] > 1 else stem  # a.jpg beside a.png
@@ -688,23 +755,7 @@ def _name_targets(files: Sequence[tuple[Path, str]]) -> dict[Path, str]:
     return targets
 
 
-def _note(base: str, path: Path, target: str) -> str:
-    """What a result notes of the picture and the settings that it is of."""
-    found = path.stat()
-    return hashlib.sha256(
-        f'{base} {target} {found.st_size} {found.st_mtime_ns}'.encode()).hexdigest()
-
-
-def _read_mask(path: Path, note: str) -> np.ndarray | None:
-    """The labels of a mask, if it is there and has this note."""
-    try:
-        with Image.open(path) as mask:
-            return np.array(mask) if mask.info.get(_TEXT) == note else None
-    except (OSError, SyntaxError, ValueError):
-        return None
-
-
-def _encode(picture: Image.Image, note: str | None = None) -> bytes:
+def encode_png(picture: Image.Image, note: str | None = None) -> bytes:
     """A PNG, with a note in it."""
     info = PngInfo()
     if note is not None:
@@ -722,7 +773,8 @@ def _write_overlay(target: Path, result: Segmentation) -> None:
     write_file(target.with_name(target.name + suffix), content.tobytes())
 
 
-def _shares(counts: np.ndarray, classes: Sequence[str]) -> dict[str, float]:
+def class_shares(counts: np.ndarray, classes: Sequence[str]) -> dict[str, float]:
+    """The share of the pixels that each class has, the largest first; those that occur."""
     shares: dict[str, float] = {}
     for index in np.argsort(-counts, kind='stable'):
         if counts[index]:
@@ -744,7 +796,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _writing(out: Path) -> Iterator[None]:
+def writing(out: Path) -> Iterator[None]:
     """Say of what cannot be written where that was."""
     try:
         yield
@@ -754,7 +806,7 @@ def _writing(out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _bar(title: str, total: int | None, done: int = 0) -> Iterator[Any]:
+def progress_bar(title: str, total: int | None, done: int = 0) -> Iterator[Any]:
     """A bar with the time left, where someone watches; gives the function that moves it."""
     with Progress(TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(),
                   TaskProgressColumn(show_speed=True), TextColumn('left'), TimeRemainingColumn(),

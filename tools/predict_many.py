@@ -1,0 +1,48 @@
+"""Segment very many pictures, in folders or shards, on all cores or GPUs of many machines."""
+import argparse
+
+from mmseg_edaformer.errors import clear_errors
+from mmseg_edaformer.predict_many import predict_many
+from mmseg_edaformer.predictor import describe_summary
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog='Run again, it goes on where it was stopped.')
+    parser.add_argument('input', help='a folder or a pattern: of pictures, of .tar as WebDataset '
+                        'has them, or of .parquet')
+    parser.add_argument('--model', required=True, help='the work dir of a training, its config, or '
+                        'a .safetensors of tools/convert_checkpoint.py --config')
+    parser.add_argument('--checkpoint', help='.pth or .safetensors, for a config; of a work dir '
+                        'its best or else its last one if none is given')
+    parser.add_argument('--out', required=True, metavar='DIR', help='where the results go')
+    parser.add_argument('--isr-ratio', default='none', metavar='RATIO',
+                        help='as of tools/test.py: none (default), optimal, auto, 2, 2211-222')
+    parser.add_argument('--workers', type=int, metavar='N', help='models at once (default: one for '
+                        'each GPU, or without one for each core)')
+    parser.add_argument('--threads', type=int, default=1, metavar='N',
+                        help='cores of each worker (default: 1)')
+    parser.add_argument('--address', help='of a running Ray: auto, or ray://host:10001 (default: '
+                        'one is started on this machine)')
+    parser.add_argument('--overlays', action='store_true', help='write overlays as well')
+    parser.add_argument('--batch-size', type=int, metavar='N', help='predict up to N images of '
+                        'equal size at once (default: 8 on a GPU, 1 on a CPU)')
+    parser.add_argument('--column', metavar='NAME', help='of a .parquet, where the pictures are '
+                        '(default: image); of a .tar, what their names end in, such as jpg')
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    summary = predict_many(
+        args.input, args.model, args.out, checkpoint=args.checkpoint, isr=args.isr_ratio,
+        workers=args.workers, threads=args.threads, address=args.address, overlays=args.overlays,
+        batch_size=args.batch_size, column=args.column)
+    print(describe_summary(summary, args.out, 'masks, overlays, legend.png, manifest.jsonl and '
+                           'summary.json' if args.overlays else
+                           'masks, legend.png, manifest.jsonl and summary.json'))
+
+
+if __name__ == '__main__':
+    with clear_errors():
+        main()
