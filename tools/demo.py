@@ -1,0 +1,38 @@
+"""Serve a web page: a picture in, its prediction out, with the ISR ratio on sliders."""
+import argparse
+
+from mmseg_edaformer import demo
+from mmseg_edaformer.errors import clear_errors
+from mmseg_edaformer.predictor import Segmenter
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--model', required=True, help='the work dir of a training, its config, or '
+                        'a .safetensors of tools/convert_checkpoint.py --config')
+    parser.add_argument('--checkpoint', help='.pth or .safetensors, for a config; of a work dir '
+                        'its best or else its last one if none is given')
+    parser.add_argument('--device', help='cpu, cuda, cuda:1; by default a GPU if there is one')
+    parser.add_argument('--host', default='127.0.0.1', metavar='ADDRESS',
+                        help='where to listen: by default for this machine alone, 0.0.0.0 lets '
+                        'everyone in who can reach it')
+    parser.add_argument('--port', type=int, default=7860, help='default 7860; 0 for a free one')
+    parser.add_argument('--max-upload', type=float, default=20, metavar='MB',
+                        help='refuse larger files (default 20 megabytes)')
+    parser.add_argument('--max-side', type=int, default=demo.MAX_SIDE, metavar='PIXELS',
+                        help='reduce larger pictures to this, at their longer side (default '
+                        f'{demo.MAX_SIDE})')
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    segmenter = Segmenter(args.model, args.checkpoint, device=args.device)
+    print(f'{segmenter.source}, {len(segmenter.classes)} classes, on {segmenter.device}')
+    demo.serve(segmenter, host=args.host, port=args.port, max_upload=args.max_upload,
+               max_side=args.max_side)
+
+
+if __name__ == '__main__':
+    with clear_errors():
+        main()
