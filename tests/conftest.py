@@ -52,6 +52,7 @@ val_dataloader = dict(batch_size=4, num_workers=0, persistent_workers=False,
                       dataset=dict(data_root=data_root))
 test_dataloader = val_dataloader
 auto_scale_lr = dict(base_batch_size=8)
+report = False
 ''')
     return path
 
@@ -111,5 +112,6 @@ param_scheduler = [dict(type='ConstantLR', factor=1., by_epoch=False)]
 train_cfg = dict(max_iters={iterations}, val_interval={iterations})
 default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval={iterations}))
 auto_scale_lr = dict(base_batch_size=2)
+report = False
 ''')
     return config

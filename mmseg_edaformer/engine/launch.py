@@ -27,6 +27,7 @@ from . import checks
 from .allocator import keep_freed_memory
 from .backbone_weights import check_backbone
 from .compile import compile_model
+from .evaluation import explain
 from .preemption import EXIT_PREEMPTED, Preempted, Watchdog, is_lost_peer
 from .saving import find_checkpoint
 
@@ -88,6 +89,12 @@ def add_hook(cfg: Config, hook: dict[str, Any], *, replace: bool = True) -> None
         cfg.custom_hooks = [*others, hook]
 
 
+def add_report(cfg: Config) -> None:
+    """Have a run leave report.html in its work dir, unless the config says ``report = False``."""
+    if cfg.get('report', True):
+        add_hook(cfg, dict(type='EvaluationHook'), replace=False)
+
+
 def build_runner(cfg: Config) -> Runner:
     """Start the process group where there is one, and build the runner that the config names.
 
@@ -138,6 +145,7 @@ def prepare_train(cfg: Config, *, resume: bool = False, load_from: str | None = 
             print_log(f'Resuming from {found}{again}', logger='current')
             cfg.resume, cfg.load_from = True, found
     add_hook(cfg, dict(type='PreemptionHook'), replace=False)
+    add_report(cfg)
     if skip_nonfinite is not None and skip_nonfinite < 0:
         raise ConfigError(f'--skip-nonfinite {skip_nonfinite}: give the number of steps, 0 or more')
     if skip_nonfinite is None:
@@ -178,6 +186,7 @@ def train(cfg: Config) -> int:
     watchdog = Watchdog() if cfg.launcher == 'pytorch' else None
     if watchdog is not None:
         watchdog.start()  # before the processes meet, for which all of them are needed
+    compiled = bool(cfg.get('compile'))
     try:
         runner = build_runner(cfg)
         if cfg.launcher in ('slurm', 'mpi'):
@@ -195,7 +204,8 @@ def train(cfg: Config) -> int:
                  f'that logged last says why ({error}); go on with --resume')
     finally:
         if watchdog is not None:
-            watchdog.stop()  # the others may leave now
+            watchdog.stop()  # the others may leave now, and wait while the first one writes
+    explain(runner, compiled=compiled)
     return 0
 
 
@@ -243,6 +253,7 @@ def prepare_test(cfg: Config, checkpoint: str, *, isr_ratio: str | None = None,
     checks.check_compile(cfg)
     if cfg.get('compile') is True:
         cfg.compile = dict(frozen=True)
+    add_report(cfg)
     checks.check_data(cfg, 'test')
 
 
@@ -252,6 +263,7 @@ def evaluate(cfg: Config, json_file: str | None = None, *, bf16: bool = False) -
     The file holds the metrics, the ISR ratio, how many images took how long, and where it ran.
     ``bf16`` keeps and computes all but the normalisation of the images in bfloat16.
     """
+    compiled = bool(cfg.get('compile'))
     runner = build_runner(cfg)
     if bf16:
         model: Any = unwrap(runner.model)
@@ -263,6 +275,7 @@ def evaluate(cfg: Config, json_file: str | None = None, *, bf16: bool = False) -
     seconds = time.perf_counter() - start
     if json_file is not None and is_main_process():
         write_file(json_file, json.dumps(_figures(cfg, runner, metrics, seconds), indent=2) + '\n')
+    explain(runner, compiled=compiled)
     return metrics
 
 

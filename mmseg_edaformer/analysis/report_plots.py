@@ -1,0 +1,138 @@
+"""The pictures of a run's report."""
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import cv2
+import matplotlib
+import numpy as np
+from matplotlib.colors import PowerNorm
+
+from ..engine.evaluation import Example
+from ..files import replacing, write_file
+
+matplotlib.use('Agg')
+from matplotlib import pyplot as plt
+
+NAMED = 40
+"""So many classes can be named at a matrix; more are numbered."""
+
+_LINE, _PALE, _MARKED = '#33658a', '#a9c3d6', '#b5485d'
+_MANY = 200  # points of a curve that are too many to see its course
+_NUMBERED = 15  # classes whose shares fit into a matrix
+_WRONG = (60, 60, 230)  # BGR
+
+
+def draw_curve(points: Mapping[int, float], path: Path, title: str, *, axis_title: str,
+               measured: bool = False) -> None:
+    """Draw one figure of a training over its steps, as a PNG.
+
+    Args:
+        points: The figure by step.
+        path: Where to.
+        title: What it is.
+        axis_title: What the steps are.
+        measured: It is measured now and then: show each point, and mark the highest.
+    """
+    steps, values = np.array(list(points)), np.array(list(points.values()), float)
+    with _figure(path, (5, 3)) as (_, axis):
+        many = not measured and len(values) > _MANY
+        axis.plot(steps, values, color=_PALE if many else _LINE, linewidth=1 if many else 1.6,
+                  marker='o' if measured or len(values) < 3 else None, markersize=4)
+        if many:
+            width = len(values) // 40
+            padded = np.pad(values, width, mode='reflect')
+            windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * width + 1)
+            axis.plot(steps, np.nanmedian(windows, 1), color=_LINE, linewidth=1.8)
+        if measured and np.isfinite(values).any():
+            best = int(np.nanargmax(values))
+            axis.plot(steps[best], values[best], 'o', color=_MARKED, markersize=7)
+            axis.annotate(f'{values[best]:.2f}', (steps[best], values[best]), (0, 7),
+                          textcoords='offset points', ha='center', color=_MARKED, fontsize=10)
+            axis.margins(y=0.18)
+        axis.set_title(_plain(title), loc='left', fontsize=11)
+        axis.set_xlabel(axis_title)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        if len(steps) == 1:
+            axis.set_xticks(steps)
+        axis.grid(color='#e5e5e5', linewidth=0.6)
+        axis.set_axisbelow(True)
+
+
+def draw_matrix(shares: np.ndarray, classes: Sequence[str], path: Path) -> None:
+    """Draw a confusion matrix, as a PNG.
+
+    Args:
+        shares: Of the pixels of each class, the share that each class is predicted for: C x C, 0
+            to 1; a row of nan for a class that does not occur.
+        classes: Their names, where they fit in.
+        path: Where to.
+    """
+    count = len(classes)
+    named, numbered = count <= NAMED, count <= _NUMBERED
+    side = min(max(3.2 + 0.42 * count, 4.5), 9.) if named else 7.5
+    with _figure(path, (side + 0.8, side)) as (figure, axis):
+        axis.set_facecolor('#cccccc')
+        # Few pixels of a class are confused with any other: the root tells them from none.
+        image = axis.imshow(np.ma.masked_invalid(shares), cmap='Blues', norm=PowerNorm(0.5, 0, 1),
+                            interpolation='nearest' if named else 'none')
+        if named:
+            names = [_plain(name if len(name) <= 22 else f'{name[:20]}…') for name in classes]
+            size = 9 if count <= 25 else 7
+            axis.set_xticks(range(count), names, rotation=90, fontsize=size)
+            axis.set_yticks(range(count), names, fontsize=size)
+        for row, column in zip(*np.nonzero(shares >= 0.005)) if numbered else ():
+            share = shares[row, column]
+            axis.text(column, row, f'{100 * share:.0f}', ha='center', va='center', fontsize=8,
+                      color='white' if share > 0.35 else '#222222')
+        axis.set_xlabel('predicted' if named else 'predicted, number of the class')
+        axis.set_ylabel('label' if named else 'label, number of the class')
+        bar = figure.colorbar(image, ax=axis, shrink=0.7, ticks=[0, 0.01, 0.1, 0.25, 0.5, 1])
+        bar.ax.set_yticklabels(['0', '1', '10', '25', '50', '100 %'])
+        bar.outline.set_visible(False)
+        axis.spines[:].set_visible(False)
+
+
+def panels(example: Example, palette: Sequence[tuple[int, int, int]]) -> dict[str, np.ndarray]:
+    """An image, its labels, what was predicted and where that is wrong; h x w x 3, uint8, BGR."""
+    colours = np.array([*palette, (0, 0, 0)], np.uint8)[:, ::-1]  # the last one for -1
+    grey = cv2.cvtColor(example.picture, cv2.COLOR_BGR2GRAY)[..., None].repeat(3, 2)
+    errors = (0.45 * grey + 110).astype(np.uint8)
+    counted = example.truth >= 0
+    errors[counted & (example.truth != example.predicted)] = _WRONG
+    errors[~counted] = 60
+    return {'image': example.picture, 'labels': colours[example.truth],
+            'prediction': colours[example.predicted], 'errors': errors}
+
+
+def encode(picture: np.ndarray, photo: bool = False) -> bytes:
+    """A picture (BGR) as a PNG, or a photo as a JPEG."""
+    kind = ('.jpg', [cv2.IMWRITE_JPEG_QUALITY, 88]) if photo else ('.png', [])
+    return cv2.imencode(kind[0], picture, kind[1])[1].tobytes()
+
+
+def write_row(pictures: Sequence[np.ndarray], path: Path) -> None:
+    """Write pictures of one size side by side, as a PNG."""
+    gap = np.full((len(pictures[0]), 6, 3), 255, np.uint8)
+    row: list[np.ndarray] = [part for picture in pictures for part in (picture, gap)][:-1]
+    write_file(path, encode(np.hstack(row)))
+
+
+@contextmanager
+def _figure(path: Path, size: tuple[float, float]) -> Iterator[tuple[Any, Any]]:
+    figure, axis = plt.subplots(figsize=size, layout='constrained')
+    axis.spines[['top', 'right']].set_visible(False)
+    try:
+        yield figure, axis
+        with replacing(path) as partial, warnings.catch_warnings():
+            warnings.filterwarnings('ignore', message='Glyph .* missing')  # in names of classes
+            figure.savefig(partial, dpi=140)
+    finally:
+        plt.close(figure)
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib does not take for mathematics."""
+    return text.replace('$', r'\$')

@@ -1,0 +1,407 @@
+"""What a run leaves to be looked at: counts against mmseg's metric, curves, the page, its files."""
+import csv
+import json
+import logging
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.structures import PixelData
+from mmseg.evaluation import IoUMetric
+from mmseg.structures import SegDataSample
+
+from mmseg_edaformer.analysis import report, report_sources
+from mmseg_edaformer.engine import evaluation
+from mmseg_edaformer.engine.evaluation import EXAMPLES, Evaluation, EvaluationHook
+from mmseg_edaformer.engine.launch import add_report
+from tests.conftest import write_config
+from tests.processes import run_tool
+
+CLASSES = ('<b>&"', 'road $x^$', 'absent', 'tree', 'lamp')
+PALETTE = tuple((40 * i, 255 - 40 * i, 90) for i in range(len(CLASSES)))
+
+
+def draw_maps(count=12, classes=5, ignore=255):
+    """Labels and predictions of some images; class 2 does not occur, 254 is no class."""
+    draws = np.random.default_rng(3)
+    for _ in range(count):
+        labels = draws.integers(classes, size=(20, 30))
+        labels[labels == 2] = 3
+        predicted = np.where(draws.random(labels.shape) < draws.random(), labels,
+                             draws.integers(classes, size=labels.shape))
+        predicted[predicted == 2] = 0
+        labels[0, :9], labels[1, :5] = ignore, 254
+        yield torch.from_numpy(labels), torch.from_numpy(predicted)
+
+
+def count(maps, classes=CLASSES, palette=PALETTE, **settings):
+    found = Evaluation(classes, palette, **settings)
+    found.size = len(maps)
+    for i, (labels, predicted) in enumerate(maps):
+        found.add(f'{i}<i>.png', labels, predicted,
+                  lambda i=i: np.full((40, 60, 3), 20 * i, np.uint8))
+    return found
+
+
+@pytest.mark.parametrize('ignore', [255, 0])
+def test_counts_are_those_of_mmseg(ignore):
+    maps = list(draw_maps(ignore=ignore))
+    found = count(maps, ignore_index=ignore)
+    areas = [sum(each) for each in zip(*(
+        IoUMetric.intersect_and_union(predicted, labels, len(CLASSES), ignore)
+        for labels, predicted in maps))]
+    for own, area in zip((found.right, found.labelled + found.predicted - found.right,
+                          found.predicted, found.labelled), areas):
+        assert own.tolist() == area.tolist()
+    figures = IoUMetric.total_area_to_metrics(*areas)
+    np.testing.assert_allclose(found.iou, figures['IoU'], rtol=1e-6)
+    np.testing.assert_allclose(found.accuracy, figures['Acc'], rtol=1e-6)
+    assert np.isnan(found.iou[2])
+    assert found.occurs.tolist() == [sum(bool(((labels == i) & (labels != ignore)).any())
+                                         for labels, _ in maps) for i in range(len(CLASSES))]
+
+
+def test_the_score_of_an_image_and_those_that_are_kept():
+    maps = list(draw_maps())
+    found = count(maps)
+    for (labels, predicted), image in zip(maps, found.images):
+        areas = IoUMetric.intersect_and_union(predicted, labels, len(CLASSES), 255)
+        present = areas[3] > 0
+        assert image.miou == pytest.approx(
+            100 * (areas[0][present] / areas[1][present]).mean().item(), rel=1e-5)
+        assert image.accuracy == pytest.approx(100 * (areas[0].sum() / areas[3].sum()).item())
+    scores = sorted(image.miou for image in found.images)
+    assert [each.score.miou for each in found.worst] == scores[:EXAMPLES]
+    assert [each.score.miou for each in found.best] == scores[::-1][:EXAMPLES]
+    example = found.best[0]
+    number = int(example.score.name.partition('<')[0])
+    assert example.picture.shape == (20, 30, 3)
+    assert (example.picture == 20 * number).all()
+    labels, predicted = maps[number]
+    assert (example.truth == torch.where(labels < 5, labels, -1).numpy()).all()
+    assert (example.predicted == predicted.numpy()).all()
+
+
+def test_an_image_without_a_labelled_pixel():
+    found = count([(torch.full((4, 4), 255), torch.zeros(4, 4, dtype=torch.long))])
+    assert np.isnan(found.images[0].miou)
+    assert not found.best
+    assert not found.labelled.any()
+
+
+@pytest.mark.parametrize('images', [11, 12])
+def test_processes_are_summed_without_what_is_given_twice(monkeypatch, images):
+    maps = list(draw_maps(images))
+    parts = []
+    for rank in range(2):
+        monkeypatch.setattr(evaluation, 'get_dist_info', lambda rank=rank: (rank, 2))
+        hook = EvaluationHook()
+        hook.evaluation, hook.seen = Evaluation(CLASSES, PALETTE, size=images), 0
+        for i in range(rank, rank + 2 * 6, 2):  # as mmengine's sampler deals them out
+            labels, predicted = maps[i % images]
+            sample = SegDataSample(metainfo=dict(img_path=f'{i % images}<i>.png'))
+            sample.gt_sem_seg = PixelData(data=labels[None])
+            sample.pred_sem_seg = PixelData(data=predicted[None])
+            inputs = [torch.full((3, 40, 60), 20 * (i % images), dtype=torch.uint8)]
+            hook.after_val_iter(None, 0, dict(inputs=inputs), [sample])
+        parts.append(hook.evaluation)
+    parts[0].merge(parts[1:])
+    whole = count(maps)
+    assert parts[0].matrix.tolist() == whole.matrix.tolist()
+    assert parts[0].images == whole.images
+    assert [each.score for each in parts[0].worst] == [each.score for each in whole.worst]
+    assert parts[0].occurs.tolist() == whole.occurs.tolist()
+    assert (parts[0].best[0].picture == whole.best[0].picture).all()
+
+
+def test_kept_for_a_resumed_run(tmp_path):
+    found = count(list(draw_maps()))
+    found.metrics, found.iteration = {'mIoU': 3.25}, 40
+    found.save(tmp_path / 'counts.npz')
+    again = Evaluation.load(tmp_path / 'counts.npz')
+    assert (again.matrix == found.matrix).all()
+    assert (again.classes, again.palette, again.images) == (CLASSES, PALETTE, found.images)
+    assert (again.iteration, again.metrics) == (40, {'mIoU': 3.25})
+    assert [each.score for each in again.best] == [each.score for each in found.best]
+    assert (again.worst[3].truth == found.worst[3].truth).all()
+    content = (tmp_path / 'counts.npz').read_bytes()
+    for damaged in (content[:200], b'', b'{}'):
+        (tmp_path / 'counts.npz').write_bytes(damaged)
+        assert Evaluation.load(tmp_path / 'counts.npz') is None
+    assert Evaluation.load(tmp_path / 'none.npz') is None
+
+
+def write_scalars(work, start, lines, cut=''):
+    path = work / start / 'vis_data' / 'scalars.json'
+    path.parent.mkdir(parents=True)
+    path.write_text(''.join(json.dumps(line) + '\n' for line in lines) + cut)
+
+
+def train_lines(steps, loss):
+    return [dict(loss=loss, lr=0.1, time=2., data_time=0.5, iter=step, step=step)
+            for step in steps]
+
+
+def test_curves_over_a_resume(tmp_path):
+    # Killed after 50 while it wrote a line, with a checkpoint of 30; then once more at the end.
+    write_scalars(tmp_path, '20260101_000000', [
+        *train_lines((10, 20, 30), 3.), dict(mIoU=5., time=1., step=30),
+        *train_lines((40, 50), 3.), dict(mIoU=float('nan'), time=1., step=50)], '{"loss": 2')
+    write_scalars(tmp_path, '20260101_010000', train_lines((40,), 2.))
+    write_scalars(tmp_path, '20260101_020000', [dict(mIoU=7., time=1., step=40)])
+    (tmp_path / '20260101_030000' / 'vis_data').mkdir(parents=True)  # a test logs none
+    curves = report_sources.read_curves(tmp_path)
+    assert curves.of('loss') == {10: 3., 20: 3., 30: 3., 40: 2.}
+    assert curves.of('mIoU', True) == {30: 5., 40: 7.}
+    assert curves.starts == 3
+    header, lines = report_sources.join_curves(curves)
+    assert header == ['step', 'data_time', 'iter', 'loss', 'lr', 'time', 'val/mIoU', 'val/time']
+    assert lines[2] == [30, 0.5, 30, 3., 0.1, 2., 5., 1.]
+    # Another training in the same folder.
+    write_scalars(tmp_path, '20260102_000000', train_lines((10,), 9.))
+    curves = report_sources.read_curves(tmp_path)
+    assert (curves.of('loss'), curves.of('mIoU', True), curves.starts) == ({10: 9.}, {}, 1)
+
+
+class Page(HTMLParser):
+    """Sees that every tag is closed, and collects what is loaded and what is said."""
+
+    void = {'meta', 'link', 'img', 'br'}
+
+    def __init__(self, path):
+        super().__init__()
+        self.open, self.loads, self.text, self.tags = [], [], [], []
+        self.feed(path.read_text(encoding='utf-8'))
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.loads += [value for name, value in attrs if name in ('src', 'href', 'srcset', 'data')]
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if 'style' not in self.open:
+            self.text.append(data)
+
+    @property
+    def says(self):
+        return ' '.join(' '.join(self.text).split())
+
+
+def check_page(path):
+    """A page that parses and loads nothing."""
+    page = Page(path)
+    assert page.loads
+    assert all(each.startswith('data:') for each in page.loads)
+    assert 'script' not in page.tags
+    assert not re.search(r'url\(|@import', path.read_text(encoding='utf-8').partition('<body')[0])
+    return page
+
+
+def read_csv(path):
+    with path.open(encoding='utf-8', newline='') as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def runner(segmentor, tmp_path):
+    """All of a runner that has tested which a report looks at."""
+    return SimpleNamespace(
+        model=segmentor, hooks=[], work_dir=str(tmp_path), cfg=Config(dict(note='</pre><script>')),
+        test_loop=SimpleNamespace(dataloader=SimpleNamespace(dataset=[])), iter=0, max_iters=0,
+        world_size=1, _load_from='a<b>.pth', logger=logging.getLogger('report'),
+        message_hub=SimpleNamespace(runtime_info={}), log_processor=SimpleNamespace(by_epoch=False))
+
+
+def test_names_are_escaped_and_those_of_an_earlier_report_go(runner, tmp_path):
+    found = count(list(draw_maps()))
+    found.metrics = {'mIoU': 50.}
+    (tmp_path / 'report').mkdir()
+    for name in ('isr.png', 'mine.png'):
+        (tmp_path / 'report' / name).write_bytes(b'')
+    page = check_page(report.write_report(runner, found, 'test', 70., compiled=True))
+    assert 'b' not in page.tags[page.tags.index('section'):]
+    for text in ('<b>&"', 'road $x^$', '<i>.png', 'a<b>.pth', '</pre><script>', '1 min 10 s'):
+        assert text in page.says
+    assert 'compiled anew' in page.says
+    assert not (tmp_path / 'report' / 'isr.png').exists()
+    assert (tmp_path / 'report' / 'mine.png').exists()
+    rows = read_csv(tmp_path / 'report' / 'classes.csv')
+    assert [row['class'] for row in rows] == list(CLASSES)
+    assert float(rows[0]['IoU']) == pytest.approx(100 * found.iou[0], abs=1e-3)
+    assert rows[2]['IoU'] == ''
+    matrix = list(csv.reader((tmp_path / 'report' / 'confusion.csv').open(encoding='utf-8')))
+    counts = [[int(cell) for cell in row[1:]] for row in matrix[1:]]
+    assert counts == found.matrix[:-1, :-1].tolist()
+    assert len(read_csv(tmp_path / 'report' / 'images.csv')) == 12
+
+
+def test_many_classes(runner, tmp_path):
+    names = tuple(f'class {i}' for i in range(171))
+    found = count(list(draw_maps(classes=171)), names, ((1, 2, 3),) * 171)
+    page = check_page(report.write_report(runner, found, 'test', 1.))
+    assert all(f'{i} {name}' in page.says for i, name in enumerate(names))
+    assert 'It could not be measured' in page.says  # the data set has no images
+    picture = cv2.imread(str(tmp_path / 'report' / 'confusion.png'))
+    assert min(picture.shape[:2]) > 4 * 171
+    assert (tmp_path / 'report.html').stat().st_size < 2 ** 20
+
+
+def test_nothing_of_a_report_ends_a_run(runner, tmp_path, monkeypatch, caplog):
+    runner.hooks = [EvaluationHook()]
+    runner.logger.propagate = True
+    monkeypatch.setattr(report, 'read_curves', lambda folder: 1 / 0)
+    evaluation.explain(runner)
+    assert 'whose results are complete' in caplog.text
+    assert 'ZeroDivisionError' in caplog.text
+    assert caplog.records[-1].levelname == 'ERROR'
+    caplog.clear()
+    monkeypatch.undo()
+    (tmp_path / 'report').write_text('a file where the folder belongs')
+    evaluation.explain(runner)
+    assert caplog.records[-1].levelname == 'WARNING'
+    assert re.search(r'results are complete: .*exists', caplog.text)
+
+
+def test_the_switch():
+    for value, expected in ((True, ['EvaluationHook']), (False, [])):
+        cfg = Config(dict(report=value, custom_hooks=[]))
+        add_report(cfg)
+        assert [hook['type'] for hook in cfg.custom_hooks] == expected
+
+
+def tool(*command):
+    code, output = run_tool(*command)
+    assert code == 0, output[-4000:]
+    return output
+
+
+@pytest.fixture(scope='module')
+def trained(scenes, tmp_path_factory):
+    """A config and the work dir of two steps and, resumed, of three more, with the logs."""
+    folder = tmp_path_factory.mktemp('report')
+    config = write_config(folder, scenes)
+    with config.open('a') as file:
+        file.write('report = True\n')
+    logs = [tool('tools/train.py', config, '--work-dir', folder / 'work', *flags, '--cfg-options',
+                 f'train_cfg.max_iters={steps}', f'train_cfg.val_interval={steps}',
+                 f'default_hooks.checkpoint.interval={steps}', f'report={steps > 2}')
+            for steps, flags in ((2, []), (5, ['--resume']))]
+    return config, folder / 'work', logs
+
+
+def test_a_training(trained):
+    _, work, logs = trained
+    assert 'Report: ' not in logs[0]
+    assert f'Report: {work}/report.html' in logs[1]
+    page = check_page(work / 'report.html')
+    steps = read_csv(work / 'report' / 'curves.csv')
+    assert [row['step'] for row in steps] == ['1', '2', '3', '4', '5']
+    assert [bool(row['val/mIoU']) for row in steps] == [False, True, False, False, True]
+    assert 'The run was started 2 times' in page.says
+    # The figures of the page are those of the log.
+    classes = read_csv(work / 'report' / 'classes.csv')
+    table = re.findall(r'\|\s+(\w+)\s+\|\s+([\d.]+|nan)\s+\|\s+([\d.]+|nan)\s+\|', logs[1])
+    assert len(table) == 8
+    for row, (name, iou, accuracy) in zip(classes, table):
+        assert row['class'] == name
+        for own, logged in ((row['IoU'], iou), (row['Acc'], accuracy)):
+            assert float(own or 'nan') == pytest.approx(float(logged), abs=0.006, nan_ok=True)
+    miou = re.search(r'mIoU: ([\d.]+)', logs[1])[1][:-2]
+    assert f'mIoU {miou}' in page.says
+    ratios = {row['isr_ratio']: row for row in read_csv(work / 'report' / 'isr.csv')}
+    assert ratios.keys() == {'none', '2211-222', '2', '3', '4'}
+    assert float(ratios['none']['miou']) == pytest.approx(float(miou), abs=0.006)
+    assert {path.name for path in (work / 'report').iterdir()} >= {
+        'loss.png', 'lr.png', 'metric.png', 'confusion.png', 'isr.png', 'best_1.png',
+        'worst_2.png', 'images.csv', 'confusion.csv'}
+    for text in ('data_preprocessor', 'parameters', 'ISR ratio none', 'iter_5.pth', 'waiting for'):
+        assert text in page.says
+
+
+def test_the_report_of_a_run_killed_before_it(trained, tmp_path):
+    """The last validation is done, so a resumed run does none: its counts are kept."""
+    config, work, _ = trained
+    (work / 'report.html').rename(tmp_path / 'first.html')
+    tool('tools/train.py', config, '--work-dir', work, '--resume', '--cfg-options',
+         'train_cfg.max_iters=5', 'train_cfg.val_interval=5')
+    first, again = Page(tmp_path / 'first.html').says, check_page(work / 'report.html').says
+    section = re.compile(r'Classes Of the validation.*Best 2')
+    assert section.search(again)[0] == section.search(first)[0]
+
+
+@pytest.mark.slow
+def test_a_test_with_a_ratio(trained, tmp_path):
+    config, work, _ = trained
+    tool('tools/test.py', config, work / 'iter_5.pth', '--work-dir', tmp_path, '--isr-ratio', '3',
+         '--json', tmp_path / 'figures.json')
+    page = check_page(tmp_path / 'report.html')
+    miou = json.loads((tmp_path / 'figures.json').read_text())['metrics']['mIoU']
+    assert 'Test of mini' in page.says
+    assert f'mIoU {miou:.2f}' in page.says
+    assert 'ISR ratio 3' in page.says
+    row = next(row for row in read_csv(tmp_path / 'report' / 'isr.csv')
+               if row['isr_ratio'] == '3')
+    assert float(row['miou']) == pytest.approx(miou, abs=0.006)
+    assert 'Curves' not in page.says
+
+
+@pytest.mark.slow
+def test_a_sweep_of_the_checkpoint_is_shown(trained, tmp_path):
+    config, work, _ = trained
+    tool('tools/isr_sweep.py', config, work / 'iter_5.pth', '--ratios', 'none', '2', '5', '--out',
+         tmp_path / 'isr_sweep_5', '--samples', '3')
+    tool('tools/test.py', config, work / 'iter_5.pth', '--work-dir', tmp_path)
+    assert f'From {tmp_path}/isr_sweep_5/sweep.json: 3 of 4 images' in Page(
+        tmp_path / 'report.html').says
+    assert {row['isr_ratio'] for row in read_csv(tmp_path / 'report' / 'isr.csv')} == {
+        'none', '2', '5'}
+
+
+@pytest.mark.slow
+def test_images_without_labels(trained, tmp_path):
+    config, work, _ = trained
+    plain = tmp_path / 'plain.py'
+    plain.write_text(f"""
+_base_ = ['{config}']
+test_dataloader = dict(dataset=dict(pipeline=[
+    dict(type='LoadImageFromFile'), dict(type='PackSegInputs')]))
+test_evaluator = dict(type='IoUMetric', format_only=True, output_dir='{tmp_path}/out')
+""")
+    tool('tools/test.py', plain, work / 'iter_5.pth', '--work-dir', tmp_path)
+    page = check_page(tmp_path / 'report.html')
+    assert 'The 4 images have no labels to compare with' in page.says
+    assert 'GMACs' in page.says
+
+
+@pytest.mark.slow
+def test_a_folder_that_cannot_be_written(trained, tmp_path):
+    config, work, _ = trained
+    (tmp_path / 'report').write_text('a file where the folder belongs')
+    log = tool('tools/test.py', config, work / 'iter_5.pth', '--work-dir', tmp_path)
+    assert 'There is no report of this run, whose results are complete' in log
+    assert 'Traceback' not in log
+
+
+@pytest.mark.slow
+def test_a_classifier(classifier, tmp_path):
+    tool('tools/train.py', classifier, '--work-dir', tmp_path, '--cfg-options',
+         'train_cfg.max_iters=3', 'train_cfg.val_interval=3', 'default_hooks.logger.interval=1',
+         'report=True')
+    page = check_page(tmp_path / 'report.html')
+    for text in ('accuracy/top1', 'tools/compare_isr.py', 'Configuration', 'Environment', 'GMACs'):
+        assert text in page.says
+    assert {path.name for path in (tmp_path / 'report').iterdir()} == {
+        'curves.csv', 'loss.png', 'lr.png', 'metric.png', 'validation.npz'}
+    assert Path(tmp_path / 'report.html').stat().st_size < 2 ** 19
