@@ -53,7 +53,7 @@ env: .venv/ready
 	.venv/bin/python -m pip install -q --no-deps -e .
 	touch $@
 
-# The libraries whose models ISR reduces and those of export, demo and cluster: for the tests alone.
+# The libraries whose models ISR reduces, and those of the demo and of a cluster.
 .venv/libraries: .venv/ready requirements/lock-libraries.txt
 	.venv/bin/python -m pip install -q --no-deps -r requirements/lock-libraries.txt
 	touch $@

@@ -30,7 +30,6 @@ setup(
         'pretrain': ['mmpretrain>=1.2.0', 'torchvision'],
         'pretrain-fork': ['onedl-mmpretrain>=1.3.6', 'torchvision'],
         'cityscapes': ['cityscapesscripts'],
-        'export': ['onnx', 'onnxscript', 'onnxruntime', 'openvino', 'nncf'],
         'demo': ['gradio>=6'],
         'cluster': ['ray[data]'],
         'dev': ['pytest', 'pytest-xdist', 'ruff', 'mypy', 'timm', 'torchvision', 'transformers',
