@@ -196,7 +196,7 @@ class Segmenter:
         """
         window: list[tuple[np.ndarray, dict[str, Any]]] = []
         pixels = 0
-        for item, ready in _ahead(self._ready, items, self.batch_size):
+        for item, ready in _ahead(self.load, items, self.batch_size):
             try:
                 window.append(ready.result())
                 pixels += math.prod(window[-1][0].shape[:2])
@@ -220,8 +220,12 @@ class Segmenter:
             found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return found.hexdigest()
 
-    def _ready(self, item: Any) -> tuple[np.ndarray, dict[str, Any]]:
-        """A picture, and what the model wants of it."""
+    def load(self, item: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        """A picture, H x W x 3, BGR, and what the model's ``data_preprocessor`` wants of it.
+
+        Raises:
+            DataError: It cannot be read.
+        """
         if isinstance(item, (str, Path)):
             # A str may be more than that, see predict_many.
             results = self._read_file(dict(

@@ -14,18 +14,10 @@ from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 
 from mmseg_edaformer import register_isr
-from mmseg_edaformer.analysis import visualize as subject
-from mmseg_edaformer.analysis.visualize import (
-    Projection,
-    choose_layers,
-    choose_points,
-    layer_names,
-    look,
-    paint,
-    parse_point,
-    relative_error,
-    visualize,
-)
+from mmseg_edaformer.analysis import sheets, visualize as subject
+from mmseg_edaformer.analysis.attention import choose_layers, layer_names, look
+from mmseg_edaformer.analysis.sheets import Projection, paint, relative_error
+from mmseg_edaformer.analysis.visualize import choose_points, parse_point, visualize
 from mmseg_edaformer.errors import CheckpointError, ConfigError, DataError, RatioError
 from mmseg_edaformer.isr import isr
 from mmseg_edaformer.predictor import Segmenter
@@ -379,11 +371,11 @@ def test_the_panels_are_what_they_say(edaformer, picture, mask, tmp_path):
     silent(segmenter, [picture], tmp_path, ratios=['none'], points=['40,20'], layers=[name],
            labels=mask)
     sheet = np.array(Image.open(tmp_path / '00000_attention.png'))
-    one = subject._Subject(segmenter, picture, ['40,20'], segmenter.isr)
+    one = subject._subject(segmenter, picture, ['40,20'], segmenter.isr)
     seen, _ = look(segmenter.model, one.inputs, [name], [one.to_inputs((40, 20))])
     density = seen[name].density()[0]
-    panel = subject._heat(one, density, seen[name].cells, (300, 200), float(density.max()))
-    subject._cross(panel, one, (40, 20))
+    panel = sheets._heat(one, density, seen[name].cells, (300, 200), float(density.max()))
+    sheets._cross(panel, one, (40, 20))
     x, y = cv2.minMaxLoc(cv2.matchTemplate(sheet, np.array(panel), cv2.TM_SQDIFF))[2]
     assert (sheet[y:y + 200, x:x + 300] == np.array(panel)).all()
     truth = subject._read_labels(mask.parent, picture, (64, 96), 8, False)
