@@ -18,7 +18,7 @@ demo: .venv/ready
 		--picture $(DEMO)/demo.png
 
 test: .venv/libraries
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadgroup
 
 # Kills, fuzzers, memory: what takes minutes.
 soak: .venv/ready

@@ -32,6 +32,7 @@ setup(
         'cityscapes': ['cityscapesscripts'],
         'demo': ['gradio>=6'],
         'cluster': ['ray[data]'],
+        'export': ['onnx', 'onnxscript', 'onnxruntime', 'openvino', 'nncf'],
         'dev': ['pytest', 'pytest-xdist', 'ruff', 'mypy', 'timm', 'torchvision', 'transformers',
                 'mmpretrain', 'playwright'],
     },

@@ -133,6 +133,26 @@ def quiet_imports() -> Iterator[None]:
         yield
 
 
+def decline_telemetry() -> None:
+    """Keep openvino and nncf from telling their makers what is exported here.
+
+    Both send events to Google Analytics unless a file in the home directory declines, and neither
+    has an argument against it; without the package that sends, both do nothing instead. Has to run
+    before they are imported. Can go when they ask first.
+    """
+    sys.modules.setdefault('openvino_telemetry', None)  # type: ignore[arg-type]
+
+
+def is_exporting() -> bool:
+    """Whether torch.export traces: other runtimes read its graph, so it must hold plain operators.
+
+    torch before 2.7 cannot tell, and this says no. ``torch.compiler.is_exporting`` can take its
+    place when torch 2.6 is no longer served.
+    """
+    import torch
+    return torch.compiler.is_compiling() and getattr(torch.compiler, 'is_exporting', bool)()
+
+
 @functools.cache
 def allow_mmengine_checkpoints() -> list[Any]:
     """Let ``torch.load(weights_only=True)`` read the checkpoints that mmengine writes.

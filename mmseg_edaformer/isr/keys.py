@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..compat import is_exporting
 from . import pooling
 from .pooling import Grid, Layout
 
@@ -19,9 +20,10 @@ class PooledKeys:
         self.left = pooling.num_keys(layout, total, ratio)
         self.grid: Grid | None = layout.grids[0] if len(layout.grids) == 1 else None
         self.cells: Grid = pooling.cells(layout.grids[0], ratio)
-        # Even cells weigh alike, so that log n cancels and no mask costs a fast kernel.
+        # Even cells weigh alike, so that log n cancels and no mask costs a fast kernel. A graph for
+        # any size must not rest on the one that it was traced with.
         sizes = layout.sizes(total)
-        self.uneven = sizes[0] + sizes[-1] > 0 or any(
+        self.uneven = is_exporting() or sizes[0] + sizes[-1] > 0 or any(
             side % ratio for grid in layout.grids for side in grid)
 
     def tokens(self, x: Tensor) -> Tensor:

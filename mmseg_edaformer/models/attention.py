@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..compat import is_exporting
 from ..errors import ConfigError
 from ..isr.keys import MergedKeys
 from ..isr.pooling import Grid, Layout, cells, merging, pool_map
@@ -126,7 +127,7 @@ class EmbeddingFreeAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         kv = self.pooled(x)
         if x.device.type == 'cpu' and not torch.is_grad_enabled() and (
-                self.isr_method != 'bipartite'):
+                self.isr_method != 'bipartite') and not is_exporting():
             return self.proj(attend_by_rows(x, kv, self.num_heads))
         keys = self.split_heads(kv)  # N C H/p W/p -> N h M d
         return self.attend(x, keys, keys)

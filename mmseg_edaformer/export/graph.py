@@ -1,0 +1,156 @@
+"""From a segmentor to the graph that goes into a file.
+
+Shapes: N images of H x W pixels, C classes. The graph takes ``images``, N x H x W x 3, uint8, in
+the order red, green, blue, as pictures are in memory: mean and deviation are inside. It gives
+``labels``, N x H x W, uint8 (int16 of more than 256 classes), or ``logits``, N x C x h x w,
+float32, as the head has them.
+"""
+import hashlib
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from .. import __version__
+from ..errors import ConfigError, UserError
+from ..isr import ISRRatio
+from ..models.segmentor import StreamedEncoderDecoder
+from ..predictor import Segmenter
+
+_TRACED = (613, 741)  # of no cost: nothing is computed; several cells of every sensible pool
+
+
+class Deployed(nn.Module):
+    """What goes into the file: a segmentor from pixels to labels or logits, in plain operators.
+
+    Args:
+        model: The segmentor, in eval mode.
+        labels: Give labels at the size of the images in place of the head's logits.
+
+    Raises:
+        ConfigError: The segmentor does more than can be told in a graph.
+    """
+
+    def __init__(self, model: nn.Module, labels: bool) -> None:
+        super().__init__()
+        if not isinstance(model, StreamedEncoderDecoder) or not model.streamable:
+            head = type(getattr(model, 'decode_head', model)).__name__
+            raise ConfigError(f'{type(model).__name__} with {head} cannot be exported: its labels '
+                              'are not the largest of logits per class')
+        padding: dict[str, Any] = dict(model.data_preprocessor.test_cfg or {})
+        if padding.get('size') or (padding.get('size_divisor') and not labels):
+            raise ConfigError('data_preprocessor.test_cfg pads the images: ' + (
+                'only size_divisor can be exported' if padding.get('size') else
+                'export it with --labels, which are cropped again'))
+        self.model = model.eval()
+        self.labels = labels
+        self.divisor: int = padding.get('size_divisor') or 1
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Predict images, N x H x W x 3, uint8, RGB."""
+        if not self.labels:
+            return self.logits(images)
+        logits = self.full_logits(images)
+        return logits.argmax(1).to(torch.uint8 if logits.shape[1] <= 256 else torch.int16)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """The head's logits, of the padded images where the model has them padded."""
+        preprocessor: Any = self.model.data_preprocessor
+        x = images.permute(0, 3, 1, 2)
+        if not preprocessor.channel_conversion:  # the model was trained on BGR
+            x = x.flip(1)
+        x = x.float()
+        if preprocessor._enable_normalize:
+            x = (x - preprocessor.mean) / preprocessor.std
+        if self.divisor > 1:
+            x = F.pad(x, (0, -x.shape[3] % self.divisor, 0, -x.shape[2] % self.divisor),
+                      value=preprocessor.pad_val)
+        return self.model._forward(x).float()
+
+    def full_logits(self, images: Tensor) -> Tensor:
+        """Logits at the size of the images."""
+        height, width = images.shape[1], images.shape[2]
+        size = (height + -height % self.divisor, width + -width % self.divisor)
+        logits = F.interpolate(self.logits(images), size, None, 'bilinear',
+                               self.model.align_corners)
+        return logits[..., :height, :width]
+
+
+def trace(deployed: Deployed, size: tuple[int, int] | None
+          ) -> tuple[ExportedProgram, tuple[int, int]]:
+    """The graph of a model for any number of images, of one size or of any.
+
+    Returns:
+        The graph, and the smallest height and width that it is right for: below, pools of keys
+        would shrink to their map, which the graph does not tell.
+
+    Raises:
+        ConfigError: torch.export cannot trace the model, or not with an open size.
+    """
+    example = torch.zeros(2, *(size or _TRACED), 3, dtype=torch.uint8)
+    free = Dim.DYNAMIC
+    dynamic: dict[int, Any] = {0: free} if size else {0: free, 1: free, 2: free}
+    try:
+        with torch.no_grad(), quiet():
+            program = torch.export.export(deployed, (example,), dynamic_shapes={'images': dynamic})
+    except UserError:
+        raise
+    except Exception as error:  # whatever a model's own code may raise
+        reason = f'{type(error).__name__}: {(str(error).strip() or "-").splitlines()[0][:200]}'
+        raise ConfigError(
+            'the model cannot be traced for images of any size: give the one that it is to have '
+            f'with --size H,W ({reason})' if size is None else
+            f'torch.export cannot trace this model ({reason}): see what it says of operators, or '
+            'try another --isr-ratio') from error
+    shape = images_of(program).shape
+    if size is not None:
+        return program, size
+    symbols: list[Any] = list(shape[1:3])
+    lowest = max(int(program.range_constraints[side.node.expr].lower) for side in symbols)
+    return program, (lowest, lowest)
+
+
+def describe(segmenter: Segmenter, deployed: Deployed, size: tuple[int, int] | None,
+              minimum: tuple[int, int]) -> dict[str, Any]:
+    """The metadata of a file; plain data."""
+    preprocessor: Any = segmenter.model.data_preprocessor
+    normalised = preprocessor._enable_normalize
+    ratio = segmenter.isr
+    return dict(
+        version=__version__, torch=torch.__version__, checkpoint=Path(segmenter.source).name,
+        sha256=hashlib.sha256(Path(segmenter.source).read_bytes()).hexdigest(),
+        isr_ratio='none' if ratio == ISRRatio.parse('none') else str(ratio),
+        input='images: N x H x W x 3, uint8, RGB, 0 to 255; mean and std are inside',
+        output='labels' if deployed.labels else 'logits',
+        classes=segmenter.classes, palette=segmenter.description.palette,
+        mean=preprocessor.mean.flatten().tolist() if normalised else None,
+        std=preprocessor.std.flatten().tolist() if normalised else None,
+        size=size, minimum=minimum, int8=False,
+        pipeline=[{name: value for name, value in step.items() if not callable(value)}
+                  for step in segmenter.description.pipeline[1:-1]])
+
+
+def images_of(program: ExportedProgram) -> Tensor:
+    """The input of a graph, with its sizes, which may be symbols."""
+    return next(node.meta['val'] for node in program.graph.nodes
+                if node.op == 'placeholder' and node.name == 'images')
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what the exporters say of their own parts off the terminal."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            yield
+    finally:
+        logging.disable(level)

@@ -1,0 +1,235 @@
+"""The formats: how a file of each is written, quantised and run, on the CPU.
+
+Their packages are imported where they are used: what needs none runs without them.
+"""
+import importlib.util
+import json
+import logging
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.export import ExportedProgram
+
+from ..compat import decline_telemetry
+from ..errors import ConfigError
+from ..files import replacing
+from .graph import images_of
+
+KEY = 'mmseg_edaformer'
+"""Under this name a file holds its metadata, as JSON."""
+OPENVINO = '.xml'
+"""What OpenVINO's graph ends in; its weights lie beside it in a .bin."""
+
+Run = Callable[[np.ndarray], np.ndarray]
+"""From images, N x H x W x 3, to labels or logits."""
+Quantise = Callable[[Path, Path, str, list[np.ndarray]], None]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format: ``write`` and ``quantise`` put the metadata into the file, ``load`` returns them.
+
+    ``quantise`` gets the source, the target, the metadata and images; ``load`` a number of threads.
+    """
+    name: str
+    suffix: str
+    packages: tuple[str, ...]
+    write: Callable[[ExportedProgram, Path, str], None]
+    load: Callable[[Path, int], tuple[Run, str]]
+    quantise: Quantise | None = None
+
+    def check(self, *more: str) -> None:
+        """See that its packages are there.
+
+        Raises:
+            ConfigError: One is not; the message says what to install.
+        """
+        missing = [name for name in (*self.packages, *more)
+                   if importlib.util.find_spec(name) is None]
+        if missing:
+            raise ConfigError(f'{", ".join(missing)} is missing for the format {self.name}: '
+                              'python -m pip install "mmseg_edaformer[export]"')
+
+
+class Exported:
+    """A file that `export` wrote, in its runtime on the CPU.
+
+    Args:
+        path: The .onnx, .xml or .pt2.
+        threads: By default as many as PyTorch has.
+
+    Attributes:
+        metadata: What the file says of itself: ``classes``, ``isr_ratio``, ``output`` and more.
+
+    Raises:
+        ConfigError: The package that runs it is missing, or it is none of `export`'s.
+    """
+
+    def __init__(self, path: str | Path, threads: int | None = None) -> None:
+        path = Path(path)
+        kind = next((kind for kind in FORMATS.values() if kind.suffix == path.suffix), None)
+        if kind is None or not path.is_file():
+            raise ConfigError(f'{path} is no file that ends in '
+                              f'{", ".join(kind.suffix for kind in FORMATS.values())}')
+        kind.check()
+        self._run, text = kind.load(path, threads or torch.get_num_threads())
+        if not text:
+            raise ConfigError(f'{path} does not say what it is: tools/export.py did not write it')
+        self.metadata: dict[str, Any] = json.loads(text)
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Labels or logits of images, N x H x W x 3, uint8, RGB.
+
+        Raises:
+            ConfigError: They are no such images, or of a size that the file is not for.
+        """
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
+            raise ConfigError(f'{images.dtype} of {images.shape} are no images: N x H x W x 3, '
+                              'uint8, are wanted')
+        size, (height, width) = self.metadata['size'], self.metadata['minimum']
+        if list(images.shape[1:3]) != size if size else (
+                images.shape[1] < height or images.shape[2] < width):
+            raise ConfigError(f'the images have {images.shape[1]}x{images.shape[2]} pixels, the '
+                              f'file is for {height}x{width}{"" if size else " and more"}: resize '
+                              'them, or export it with another --size or --isr-ratio')
+        return self._run(np.ascontiguousarray(images))
+
+
+@contextmanager
+def placing(out: Path) -> Iterator[Path]:
+    """`replacing` for a file that may have another one with its weights beside it."""
+    with replacing(out) as partial:
+        if out.suffix != OPENVINO:
+            yield partial
+            return
+        with replacing(out.with_suffix('.bin')):  # partial's name with that suffix
+            yield partial
+            # While the weights take their name, no graph stands beside those of another.
+            out.unlink(missing_ok=True)
+
+
+def _write_pt2(program: ExportedProgram, path: Path, told: str) -> None:
+    torch.export.save(program, path, extra_files={KEY: told})
+
+
+def _load_pt2(path: Path, threads: int) -> tuple[Run, str]:
+    files = {KEY: ''}
+    # Guards of the trace keep a batch of one from some models that can do it.
+    module = torch.export.load(path, extra_files=files).module(check_guards=False)
+
+    def run(images: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return module(torch.from_numpy(images)).numpy()
+    return run, files[KEY]
+
+
+def _write_onnx(program: ExportedProgram, path: Path, told: str) -> None:
+    import onnx
+    output = json.loads(told)['output']
+    made = torch.onnx.export(program, (), input_names=['images'], output_names=[output],
+                             dynamo=True, verbose=False)
+    assert made is not None
+    model = made.model_proto
+    symbols = {str(side): name for side, name in zip(
+        images_of(program).shape, ('batch', 'height', 'width')) if not isinstance(side, int)}
+    del model.graph.value_info[:]  # sizes of what lies between, in those symbols
+    for value in (*model.graph.input, *model.graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_param = re.sub(r'\w+', lambda found: symbols.get(
+                    found.group(), found.group()), dim.dim_param)
+    onnx.helper.set_model_props(model, {KEY: told})
+    onnx.save_model(model, path)
+
+
+def _load_onnx(path: Path, threads: int) -> tuple[Run, str]:
+    import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    # Threads that wait in a loop would take the time of the others, when several take turns.
+    options.add_session_config_entry('session.intra_op.allow_spinning', '0')
+    session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+    return (lambda images: session.run(None, {'images': images})[0],
+            session.get_modelmeta().custom_metadata_map.get(KEY, ''))
+
+
+def _quantise_onnx(source: Path, target: Path, told: str, images: list[np.ndarray]) -> None:
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+
+        def __init__(self) -> None:
+            self.images = iter(images)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            image = next(self.images, None)
+            return None if image is None else {'images': image}
+
+    folded = source.with_name('folded.onnx')  # weights that are made of others become plain ones
+    quant_pre_process(source, folded, skip_symbolic_shape=True)
+    quantize_static(folded, target, Reader(), per_channel=True, weight_type=QuantType.QInt8,
+                    activation_type=QuantType.QUInt8, op_types_to_quantize=['Conv', 'MatMul'])
+    model = onnx.load(target)
+    onnx.helper.set_model_props(model, {KEY: told})
+    onnx.save_model(model, target)
+
+
+def _openvino() -> Any:
+    decline_telemetry()
+    import openvino
+    return openvino
+
+
+def _write_openvino(program: ExportedProgram, path: Path, told: str) -> None:
+    openvino = _openvino()
+    with tempfile.TemporaryDirectory() as folder:
+        # As exact and as fast as from the program itself, and with the names of what is in it.
+        _write_onnx(program, Path(folder) / 'model.onnx', told)
+        _save_openvino(openvino.convert_model(Path(folder) / 'model.onnx'), path, told)
+
+
+def _save_openvino(model: Any, path: Path, told: str) -> None:
+    openvino = _openvino()
+    model.set_rt_info(told, KEY)
+    openvino.save_model(model, path, compress_to_fp16=False)
+
+
+def _load_openvino(path: Path, threads: int) -> tuple[Run, str]:
+    openvino = _openvino()
+    core = openvino.Core()
+    model = core.read_model(path)
+    told = model.get_rt_info(KEY).astype(str) if model.has_rt_info(KEY) else ''
+    # Some processors would compute in bfloat16 by default.
+    compiled = core.compile_model(model, 'CPU', {
+        'INFERENCE_NUM_THREADS': threads, 'INFERENCE_PRECISION_HINT': 'f32',
+        'PERFORMANCE_HINT': 'LATENCY'})
+    return lambda images: compiled([images])[0].copy(), told
+
+
+def _quantise_openvino(source: Path, target: Path, told: str, images: list[np.ndarray]) -> None:
+    openvino = _openvino()
+    import nncf
+    nncf.set_log_level(logging.ERROR)
+    model = nncf.quantize(openvino.Core().read_model(source), nncf.Dataset(images),
+                          preset=nncf.QuantizationPreset.MIXED,
+                          model_type=nncf.ModelType.TRANSFORMER)
+    _save_openvino(model, target, told)
+
+
+FORMATS = {each.name: each for each in (
+    Format('onnx', '.onnx', ('onnx', 'onnxscript', 'onnxruntime'), _write_onnx, _load_onnx,
+           _quantise_onnx),
+    Format('openvino', OPENVINO, ('onnx', 'onnxscript', 'openvino'), _write_openvino,
+           _load_openvino, _quantise_openvino),
+    Format('pt2', '.pt2', (), _write_pt2, _load_pt2))}
+"""The formats by name."""
