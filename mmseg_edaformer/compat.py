@@ -133,6 +133,16 @@ def quiet_imports() -> Iterator[None]:
         yield
 
 
+def swaps_channels(preprocessor: Any) -> bool:
+    """Whether a ``SegDataPreProcessor`` turns the channels of pictures, which come as BGR, around.
+
+    mmseg keeps it as ``channel_conversion``, its fork as mmengine does with an underscore. Can go
+    when one of the two is no longer served.
+    """
+    return bool(getattr(preprocessor, 'channel_conversion', False) or
+                getattr(preprocessor, '_channel_conversion', False))
+
+
 def decline_telemetry() -> None:
     """Keep openvino and nncf from telling their makers what is exported here.
 

@@ -16,6 +16,7 @@ from mmseg.registry import MODELS
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from ..compat import swaps_channels
 from .photometric import distort, draw_distortions
 
 
@@ -73,7 +74,7 @@ class BatchPreProcessor(SegDataPreProcessor):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._non_blocking = True  # matters where the dataloader pins memory
-        self._swap = kwargs.get('bgr_to_rgb', False) or kwargs.get('rgb_to_bgr', False)
+        self._swap = swaps_channels(self)
 
     def forward(self, data: dict[str, Any], training: bool = False) -> dict[str, Any]:
         """Move a batch to the device, distort, normalise and pad it.

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from .. import __version__
+from ..compat import swaps_channels
 from ..errors import ConfigError, UserError
 from ..isr import ISRRatio
 from ..models.segmentor import StreamedEncoderDecoder
@@ -64,7 +65,7 @@ class Deployed(nn.Module):
         """The head's logits, of the padded images where the model has them padded."""
         preprocessor: Any = self.model.data_preprocessor
         x = images.permute(0, 3, 1, 2)
-        if not preprocessor.channel_conversion:  # the model was trained on BGR
+        if not swaps_channels(preprocessor):  # the model was trained on BGR
             x = x.flip(1)
         x = x.float()
         if preprocessor._enable_normalize:
