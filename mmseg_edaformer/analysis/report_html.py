@@ -28,10 +28,11 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 10px;
   margin-top: 16px; }
 .cards div { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
-  padding: 10px 12px; }
+  padding: 10px 12px; overflow-wrap: anywhere; }
 .cards div:first-child { border-color: var(--mark); }
-.cards b { display: block; font-size: 20px; line-height: 1.3; overflow-wrap: anywhere; }
-.cards b.long { font-size: 14px; }
+.cards b { display: block; font-size: 20px; line-height: 1.3; }
+.cards b.long { font-size: 14px; line-height: 1.86; }
+.cards div:has(.long) { grid-column: span 2; }
 .cards span { color: var(--dim); font-size: 13px; }
 .scroll { overflow-x: auto; }
 .tall { max-height: 70vh; overflow-y: auto; }
@@ -105,7 +106,7 @@ def cards(values: Sequence[tuple[str, Any, str]]) -> Raw:
 
 def long(value: Any) -> str:
     """The attribute of a card's value that is a name rather than a number."""
-    return ' class="long"' if len(str(value)) > 14 else ''
+    return ' class="long"' if len(str(value)) > 11 else ''
 
 
 def section(title: str, *parts: Raw | str) -> Raw:
