@@ -312,6 +312,36 @@ def test_differences_are_measured():
     assert found[1].relative == pytest.approx(2.5 / 4)
 
 
+def test_a_full_disk(work, tmp_path):
+    """Simulated by a limit on the size of files, in a process of its own."""
+    pytest.importorskip('openvino')
+    found = run('-c', """
+import resource, signal, sys
+from pathlib import Path
+import numpy as np
+from mmseg_edaformer.errors import UserError
+from mmseg_edaformer.export import export, runtimes
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (200000, 200000))
+work, out = map(Path, sys.argv[1:])
+try:
+    export(work, out / 'model.pt2', format='pt2', size=(64, 96))
+except OSError as error:
+    print('pt2:', error)
+openvino = runtimes._openvino()
+ops = openvino.opset13
+large = ops.result(ops.constant(np.zeros(100000, np.float32)))
+try:
+    with runtimes.placing(out / 'model.xml') as partial:
+        runtimes._save_openvino(openvino.Model([large], []), partial, '{}')
+except UserError as error:
+    print('openvino:', error)
+""", work, tmp_path).stdout
+    assert re.search('^pt2: .*File too large', found, re.M)
+    assert re.search('^openvino: OpenVINO cannot write to .*free some space', found, re.M)
+    assert not list(tmp_path.iterdir())
+
+
 def test_weights_never_stand_beside_the_graph_of_another(tmp_path):
     out = tmp_path / 'model.xml'
     out.write_text('old')

@@ -3,6 +3,7 @@
 Their packages are imported where they are used: what needs none runs without them.
 """
 import importlib.util
+import io
 import json
 import logging
 import re
@@ -116,7 +117,9 @@ def placing(out: Path) -> Iterator[Path]:
 
 
 def _write_pt2(program: ExportedProgram, path: Path, told: str) -> None:
-    torch.export.save(program, path, extra_files={KEY: told})
+    content = io.BytesIO()  # torch aborts the process where a disk is full
+    torch.export.save(program, content, extra_files={KEY: told})
+    path.write_bytes(content.getbuffer())
 
 
 def _load_pt2(path: Path, threads: int) -> tuple[Run, str]:
@@ -201,7 +204,11 @@ def _write_openvino(program: ExportedProgram, path: Path, told: str) -> None:
 def _save_openvino(model: Any, path: Path, told: str) -> None:
     openvino = _openvino()
     model.set_rt_info(told, KEY)
-    openvino.save_model(model, path, compress_to_fp16=False)
+    try:
+        openvino.save_model(model, path, compress_to_fp16=False)
+    except RuntimeError as error:  # its streams do not say why
+        raise ConfigError(f'OpenVINO cannot write to {path.parent} ({error}): free some space, or '
+                          'write elsewhere') from error
 
 
 def _load_openvino(path: Path, threads: int) -> tuple[Run, str]:
