@@ -1,4 +1,5 @@
 """Pictures and videos in, label maps and overlays out."""
+import argparse
 import glob
 import hashlib
 import io
@@ -329,6 +330,14 @@ class Video:
             yield capture
         finally:
             capture.release()
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--model`` and ``--checkpoint`` of the tools, as `Segmenter` takes them."""
+    parser.add_argument('--model', required=True, help='the work dir of a training, its config, or '
+                        'a .safetensors of tools/convert_checkpoint.py --config')
+    parser.add_argument('--checkpoint', help='.pth or .safetensors, for a config; of a work dir '
+                        'its best or else its last one if none is given')
 
 
 def find_pictures(source: str | Path, without: Path | None = None,

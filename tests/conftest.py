@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import pytest
 import torch
 from mmengine.registry import init_default_scope
@@ -90,6 +91,24 @@ def run(*command, cwd=ROOT, check=True, **kwargs):
         raise AssertionError(f'{command} ended with {done.returncode}:\n{done.stdout[-3000:]}\n'
                              f'{done.stderr[-3000:]}')
     return done
+
+
+def seeing_model(config, scenes, init=False):
+    """A model whose weights see many classes in drawn scenes, and for which distant keys matter."""
+    from mmseg.apis import init_model  # which mmcv-lite alone cannot import
+    torch.manual_seed(0)
+    model = init_model(str(config), device='cpu')
+    if init:
+        model.init_weights()
+    for module in model.modules():
+        if isinstance(module, (torch.nn.LayerNorm, torch.nn.BatchNorm2d)):
+            torch.nn.init.normal_(module.bias, 0, 0.5)
+    torch.nn.init.normal_(model.decode_head.conv_seg.weight)
+    image = cv2.imread(str(scenes / 'images' / 'validation' / '00000.png'))
+    with torch.no_grad():  # so that each class wins somewhere
+        logits = model(torch.tensor(image).permute(2, 0, 1)[None].float() / 64 - 2)
+        model.decode_head.conv_seg.bias -= logits.mean((0, 2, 3))
+    return model
 
 
 def write_config(folder, scenes, iterations=4, **model):

@@ -29,7 +29,7 @@ from mmseg_edaformer.data import synthetic
 from mmseg_edaformer.errors import ConfigError, DataError, RatioError
 from mmseg_edaformer.isr import ISRRatio
 from mmseg_edaformer.predictor import Segmentation, Segmenter
-from tests.conftest import ROOT, write_config
+from tests.conftest import ROOT, seeing_model, write_config
 from tests.processes import finish, in_child
 
 RATIO = ISRRatio.parse('4111-111')
@@ -40,16 +40,7 @@ def work(scenes, tmp_path_factory):
     """A work dir with weights by which many classes are seen and distant keys matter."""
     folder = tmp_path_factory.mktemp('work')
     config = write_config(folder, scenes)
-    torch.manual_seed(0)
-    model = init_model(str(config), device='cpu')
-    for module in model.modules():
-        if isinstance(module, (torch.nn.LayerNorm, torch.nn.BatchNorm2d)):
-            torch.nn.init.normal_(module.bias, 0, 0.5)
-    torch.nn.init.normal_(model.decode_head.conv_seg.weight)
-    image = cv2.imread(str(scenes / 'images' / 'validation' / '00000.png'))
-    with torch.no_grad():  # so that each class wins somewhere
-        logits = model(torch.tensor(image).permute(2, 0, 1)[None].float() / 64 - 2)
-        model.decode_head.conv_seg.bias -= logits.mean((0, 2, 3))
+    model = seeing_model(config, scenes)
     torch.save(dict(state_dict=model.state_dict(), meta=dict(dataset_meta=dict(
         classes=synthetic.CLASSES, palette=synthetic.PALETTE))), folder / 'best_mIoU_iter_4.pth')
     return folder

@@ -5,12 +5,10 @@ import json
 import re
 from argparse import Namespace
 
-import cv2
 import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmseg.apis import init_model
 from mmseg.registry import MODELS
 from PIL import Image
 
@@ -20,7 +18,7 @@ from mmseg_edaformer.errors import CheckpointError, ConfigError, DataError
 from mmseg_edaformer.export import FORMATS, Exported, agreement, export
 from mmseg_edaformer.export.runtimes import placing
 from mmseg_edaformer.predictor import Segmenter
-from tests.conftest import ROOT, run, write_config
+from tests.conftest import ROOT, run, seeing_model, write_config
 from tests.processes import run_tool
 
 NEEDS = {'onnx': ('onnxscript', 'onnxruntime'), 'openvino': ('onnxscript', 'openvino'), 'pt2': ()}
@@ -37,17 +35,7 @@ def work(scenes, tmp_path_factory):
 model['backbone']['depths'] = (1, 1, 1, 1)
 model['decode_head']['depths'] = (1, 1, 1)
 """)
-    torch.manual_seed(0)
-    model = init_model(str(config), device='cpu')
-    model.init_weights()
-    for module in model.modules():
-        if isinstance(module, (torch.nn.LayerNorm, torch.nn.BatchNorm2d)):
-            torch.nn.init.normal_(module.bias, 0, 0.5)
-    torch.nn.init.normal_(model.decode_head.conv_seg.weight)
-    image = cv2.imread(str(scenes / 'images' / 'validation' / '00000.png'))
-    with torch.no_grad():
-        logits = model(torch.tensor(image).permute(2, 0, 1)[None].float() / 64 - 2)
-        model.decode_head.conv_seg.bias -= logits.mean((0, 2, 3))
+    model = seeing_model(config, scenes, init=True)
     torch.save(dict(state_dict=model.state_dict(), meta=dict()), folder / 'best_mIoU_iter_4.pth')
     return folder
 
@@ -388,7 +376,7 @@ def test_a_missing_package_is_named(work, tmp_path, monkeypatch, untraced):
 @pytest.mark.parametrize(('wrong', 'message'), [
     (dict(format='tflite'), "format 'tflite' does not exist: use onnx, openvino, pt2"),
     (dict(out='model.onnx'), 'a file of the format pt2 ends in .pt2'),
-    (dict(out='file/model.pt2'), 'model.pt2 cannot be written: .*give another --out'),
+    (dict(out='file/model.pt2'), 'model.pt2 cannot be written to: .*give another --out'),
     (dict(int8=True, calibrate='.'), '--int8 is for onnx and openvino'),
     (dict(calibrate='.'), '--calibrate is for --int8: give both or none'),
     (dict(size=(16, 64)), r'--size 16,64: give height and width in pixels from 32 up'),

@@ -28,7 +28,7 @@ from mmseg_edaformer.predictor import (
     predict_pictures,
     predict_video,
 )
-from tests.conftest import ROOT, run, write_config
+from tests.conftest import ROOT, run, seeing_model, write_config
 from tests.processes import run_tool
 
 CLASSES, PALETTE = synthetic.CLASSES, synthetic.PALETTE
@@ -47,16 +47,7 @@ test_pipeline = [
 test_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(
     data_root=data_root, pipeline=test_pipeline))
 ''')
-    torch.manual_seed(0)
-    model = init_model(str(config), device='cpu')
-    for module in model.modules():  # so that what is far away matters
-        if isinstance(module, (torch.nn.LayerNorm, torch.nn.BatchNorm2d)):
-            torch.nn.init.normal_(module.bias, 0, 0.5)
-    torch.nn.init.normal_(model.decode_head.conv_seg.weight)
-    image = cv2.imread(str(scenes / 'images' / 'validation' / '00000.png'))
-    with torch.no_grad():  # so that each class wins somewhere
-        logits = model(torch.tensor(image).permute(2, 0, 1)[None].float() / 64 - 2)
-        model.decode_head.conv_seg.bias -= logits.mean((0, 2, 3))
+    model = seeing_model(config, scenes)
     torch.save(dict(state_dict=model.state_dict(), meta=dict(dataset_meta=dict(
         classes=CLASSES, palette=PALETTE))), folder / 'best_mIoU_iter_4.pth')
     return folder

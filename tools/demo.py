@@ -3,15 +3,12 @@ import argparse
 
 from mmseg_edaformer import demo
 from mmseg_edaformer.errors import clear_errors
-from mmseg_edaformer.predictor import Segmenter
+from mmseg_edaformer.predictor import Segmenter, add_model_arguments
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--model', required=True, help='the work dir of a training, its config, or '
-                        'a .safetensors of tools/convert_checkpoint.py --config')
-    parser.add_argument('--checkpoint', help='.pth or .safetensors, for a config; of a work dir '
-                        'its best or else its last one if none is given')
+    add_model_arguments(parser)
     parser.add_argument('--device', help='cpu, cuda, cuda:1; by default a GPU if there is one')
     parser.add_argument('--host', default='127.0.0.1', metavar='ADDRESS',
                         help='where to listen: by default for this machine alone, 0.0.0.0 lets '

@@ -8,14 +8,12 @@ from mmengine.logging import MMLogger
 
 from mmseg_edaformer.errors import ConfigError, clear_errors
 from mmseg_edaformer.export import FORMATS, export
+from mmseg_edaformer.predictor import add_model_arguments
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--model', required=True, help='the work dir of a training, its config, or '
-                        'a .safetensors of tools/convert_checkpoint.py --config')
-    parser.add_argument('--checkpoint', help='.pth or .safetensors, for a config; of a work dir '
-                        'its best or else its last one if none is given')
+    add_model_arguments(parser)
     parser.add_argument('--format', required=True, choices=FORMATS)
     parser.add_argument('--out', required=True, metavar='FILE',
                         help='.onnx, .xml (with a .bin beside it) or .pt2')

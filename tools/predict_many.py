@@ -3,7 +3,7 @@ import argparse
 
 from mmseg_edaformer.errors import clear_errors
 from mmseg_edaformer.predict_many import predict_many
-from mmseg_edaformer.predictor import describe_summary
+from mmseg_edaformer.predictor import add_model_arguments, describe_summary
 
 
 def parse_args() -> argparse.Namespace:
@@ -11,10 +11,7 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, epilog='Run again, it goes on where it was stopped.')
     parser.add_argument('input', help='a folder or a pattern: of pictures, of .tar as WebDataset '
                         'has them, or of .parquet')
-    parser.add_argument('--model', required=True, help='the work dir of a training, its config, or '
-                        'a .safetensors of tools/convert_checkpoint.py --config')
-    parser.add_argument('--checkpoint', help='.pth or .safetensors, for a config; of a work dir '
-                        'its best or else its last one if none is given')
+    add_model_arguments(parser)
     parser.add_argument('--out', required=True, metavar='DIR', help='where the results go')
     parser.add_argument('--isr-ratio', default='none', metavar='RATIO',
                         help='as of tools/test.py: none (default), optimal, auto, 2, 2211-222')

@@ -7,17 +7,14 @@ from pathlib import Path
 
 from mmseg_edaformer.analysis.visualize import visualize
 from mmseg_edaformer.errors import clear_errors
-from mmseg_edaformer.predictor import Segmenter
+from mmseg_edaformer.predictor import Segmenter, add_model_arguments
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('pictures', nargs='+', metavar='PICTURE',
                         help='pictures, folders, patterns such as "photos/*.jpg"')
-    parser.add_argument('--model', required=True, help='the work dir of a training, its config, or '
-                        'a .safetensors of tools/convert_checkpoint.py --config')
-    parser.add_argument('--checkpoint', help='.pth or .safetensors, for a config; of a work dir '
-                        'its best or else its last one if none is given')
+    add_model_arguments(parser)
     parser.add_argument('--out', required=True, metavar='DIR', help='where the sheets go')
     parser.add_argument('--isr-ratios', nargs='+', default=['none', 'optimal'], metavar='RATIO',
                         help='as of tools/test.py; the first one is what the others are compared '

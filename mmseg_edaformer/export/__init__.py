@@ -14,7 +14,7 @@ from ..analysis.sweep import mean_iou
 from ..errors import ConfigError
 from ..files import write_file
 from ..isr import ISRRatio
-from ..predictor import Segmenter, find_pictures
+from ..predictor import Segmenter, find_pictures, writing
 from .agreement import Agreement, Pictures, Report, Row, check, fit, read_images, reference
 from .graph import Deployed, describe, quiet, trace
 from .runtimes import FORMATS, Exported, Run, placing
@@ -127,12 +127,9 @@ def _check_arguments(out: Path, kind: str, int8: bool, calibrate: str | Path | N
     FORMATS[kind].check(*(['nncf'] if int8 and kind == 'openvino' else ()))
     if calibrate is not None:
         find_pictures(calibrate)
-    try:
+    with writing(out):
         write_file(out.with_name(f'.{out.name}.writable'), '')
         out.with_name(f'.{out.name}.writable').unlink()
-    except OSError as error:
-        raise ConfigError(f'{out} cannot be written: {error.strerror or error}. Make room, or give '
-                          'another --out') from error
 
 
 def _check_open_size(segmenter: Segmenter) -> None:
