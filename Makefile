@@ -3,7 +3,7 @@ PYTHON ?= python3
 DEMO := work_dirs/demo
 CONFIG := configs/edaformer_t_synthetic.py
 
-.PHONY: demo test soak test-fork test-kernels lint env clean
+.PHONY: demo test soak test-fork test-kernels test-gpu bench-gpu lint env clean
 
 demo: .venv/ready
 	.venv/bin/python tools/prepare_data.py synthetic
@@ -46,6 +46,22 @@ test-kernels: .venv/ready .venv-triton/ready
 	PYTHONPATH=.venv-triton TRITON_INTERPRET=1 OMP_NUM_THREADS=1 \
 		.venv/bin/python -m pytest -q -n 2 tests/models/test_kernels.py
 
+# On a GPU, also on a machine without pip and network: SITE=folder of wheels, or of what they hold.
+# FAKE_CUDA=1: the CPU passes for a GPU, which finds what is not for timing.
+GPU_PYTHON ?= $(if $(SITE),$(PYTHON),$(if $(wildcard .venv/ready),.venv/bin/python,$(PYTHON)))
+GPU_PATH = PYTHONPATH=.$(if $(SITE),:$(if $(wildcard $(SITE)/*.whl),.site,$(SITE))):$$PYTHONPATH
+
+test-gpu: $(if $(wildcard $(SITE)/*.whl),.site/ready)
+	$(GPU_PATH) $(GPU_PYTHON) -m tests.gpu $(if $(FAKE_CUDA),--fake-cuda) $(ARGS)
+
+bench-gpu: $(if $(wildcard $(SITE)/*.whl),.site/ready)
+	$(GPU_PATH) $(GPU_PYTHON) $(if $(FAKE_CUDA),-m tests.fake_cuda) tools/benchmark_gpu.py $(ARGS)
+
+.site/ready: $(wildcard $(SITE)/*.whl)
+	rm -rf .site && mkdir .site
+	for wheel in $^; do $(PYTHON) -m zipfile -e $$wheel .site || exit; done
+	touch $@
+
 lint: .venv/ready
 	.venv/bin/ruff check .
 	.venv/bin/mypy
@@ -77,4 +93,4 @@ env: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-fork work_dirs
+	rm -rf .venv .venv-fork .site work_dirs

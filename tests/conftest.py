@@ -1,4 +1,5 @@
-"""What the tests share: small models, drawn data, quiet registries."""
+"""What the tests share: small models, drawn data, quiet registries, a device."""
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ from mmseg.registry import MODELS
 import mmseg_edaformer
 from mmseg_edaformer import pretrain
 from mmseg_edaformer.data import synthetic
+from mmseg_edaformer.models import layers
+from tests.fake_cuda import fake_cuda
 
 ROOT = Path(mmseg_edaformer.__file__).parents[1]
 
@@ -19,10 +22,36 @@ MINI = dict(embed_dims=(16, 32, 64, 128), depths=(1, 1, 2, 1))
 """Sizes of the small encoder that most tests use."""
 
 
+def pytest_addoption(parser):
+    parser.addoption('--fake-cuda', action='store_true',
+                     help='without a GPU, have the CPU pass for one (tests/fake_cuda.py)')
+
+
 @pytest.fixture(autouse=True)
 def _scope_and_seed():
     init_default_scope('mmseg')
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def cuda(request):
+    """A GPU, for tests marked ``gpu`` that mean nothing without one."""
+    with contextlib.ExitStack() as stack:
+        if not torch.cuda.is_available():
+            if not request.config.getoption('--fake-cuda'):
+                pytest.skip('needs a GPU; --fake-cuda runs it on the CPU')
+            stack.enter_context(fake_cuda())
+            stack.callback(layers._kernels.cache_clear)
+        # Or float32 would be compared with what TF32 makes of it.
+        stack.enter_context(torch.backends.cudnn.flags(enabled=True, allow_tf32=False))
+        yield torch.device('cuda')
+
+
+@pytest.fixture
+def device(request):
+    """A GPU, or the CPU where there is none: for tests marked ``gpu`` that hold on both."""
+    gpu = torch.cuda.is_available() or request.config.getoption('--fake-cuda')
+    return request.getfixturevalue('cuda') if gpu else torch.device('cpu')
 
 
 @pytest.fixture(scope='session')

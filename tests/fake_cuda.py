@@ -1,0 +1,147 @@
+"""A CPU that passes for a GPU, so that code for GPUs is run where there is none.
+
+Tensors that are moved to ``cuda`` are computed on the CPU, but say that they are on a GPU, do not
+mix with others, and are not given to numpy. So the code takes the way that it takes on a GPU, and a
+tensor that was left behind is an error. No kernel of a GPU runs, and times and memory mean nothing.
+
+``python -m tests.fake_cuda tools/benchmark_gpu.py ...`` runs a command line so.
+"""
+import contextlib
+import runpy
+import sys
+import types
+import weakref
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+GPU = torch.device('cuda', 0)
+CPU = torch.device('cpu')
+MIXED = {'copy_', '__getitem__', '__setitem__', 'index_put_', 'to', '__set__', '__get__', 'set_',
+         '_has_compatible_shallow_copy_type'}
+"""What takes tensors of two devices."""
+NUMPY = {'numpy', '__array__'}
+
+
+class FakeCuda(TorchFunctionMode):
+    """Keeps apart what was moved to the GPU, by the storage of each tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages = set()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(func, '__name__', '')
+        if func == Tensor.is_cuda.__get__:
+            return self.holds(args[0])
+        if func == Tensor.is_cpu.__get__:
+            return not self.holds(args[0])
+        if func == Tensor.device.__get__:
+            return GPU if self.holds(args[0]) else func(*args)
+        if func == Tensor.grad.__get__:
+            return self.keep(func(*args), self.holds(args[0]))
+        if name == 'pin_memory':
+            return args[0]
+        if name == '_parse_to':  # of nn.Module.to, which then calls that of its tensors
+            return func(*args, **kwargs)
+        if name == '__deepcopy__':  # whose memo holds tensors of all devices
+            return self.keep(func(*args, **kwargs), self.holds(args[0]))
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        on_gpu = [self.holds(tensor) for tensor in given]
+        if name in NUMPY and any(on_gpu):
+            raise TypeError(f'{name}: the tensor is on {GPU}, and numpy needs it on the CPU')
+        if any(on_gpu) and name not in MIXED and any(
+                tensor.dim() and not there for tensor, there in zip(given, on_gpu)):
+            raise RuntimeError(f'{name}: tensors on {GPU} and on the CPU')
+        args, kwargs, wanted = _devices(name, args, kwargs)
+        try:
+            out = func(*args, **kwargs)
+        except RuntimeError as error:
+            if wanted == GPU and 'DefaultCPUAllocator' in str(error):
+                raise torch.cuda.OutOfMemoryError(str(error)) from error
+            raise
+        if name in ('to', 'cuda', 'cpu') and isinstance(out, Tensor) and wanted is not None and (
+                wanted == GPU) != on_gpu[0] and out.data_ptr() == args[0].data_ptr():
+            out = out.clone()
+        there = any(on_gpu) if wanted is None else wanted == GPU
+        for leaf in tree_leaves(out):
+            self.keep(leaf, there)
+        return out
+
+    def holds(self, tensor):
+        """Whether a tensor is on the GPU; those without memory of their own are not."""
+        try:
+            return tensor.untyped_storage()._cdata in self.storages
+        except (NotImplementedError, RuntimeError):
+            return False
+
+    def keep(self, tensor, there):
+        """Note that a new tensor is on the GPU; returns it."""
+        if there and isinstance(tensor, Tensor) and not self.holds(tensor):
+            storage = tensor.untyped_storage()
+            self.storages.add(storage._cdata)
+            weakref.finalize(storage, self.storages.discard, storage._cdata)
+        return tensor
+
+
+def _devices(name, args, kwargs):
+    """The arguments with the CPU in place of the GPU, and which of the two they ask for, if any."""
+    wanted = None
+    if name in ('cuda', 'cpu'):
+        return args[:1], {}, GPU if name == 'cuda' else CPU
+    leaves, spec = tree_flatten((args, kwargs))
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.device) or (
+        isinstance(leaf, str) and leaf.partition(':')[0] in ('cuda', 'cpu'))]
+    for i in places:
+        device = torch.device(leaves[i])
+        wanted = GPU if device.type == 'cuda' else CPU if device.type == 'cpu' else wanted
+        leaves[i] = CPU if device.type == 'cuda' else leaves[i]
+    return *tree_unflatten(leaves, spec), wanted
+
+
+def _graphs(model=None, **options):
+    """In the place of ``torch.compile``: checks the options, and compiles nothing."""
+    unknown = set(options.get('options') or {}) - set(torch._inductor.list_options())
+    assert not unknown, f'torch.compile has no options {unknown}'
+    return model if model is not None else lambda function: function
+
+
+@contextlib.contextmanager
+def fake_cuda():
+    """Have a GPU within the block."""
+    card = types.SimpleNamespace(
+        name='a CPU that passes for a GPU', total_memory=1 << 46, multi_processor_count=132,
+        major=9, minor=0, L2_cache_size=60 << 20)
+    free = card.total_memory // 2, card.total_memory
+    state = dict(
+        is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0,
+        get_device_name=lambda *_: card.name, get_device_properties=lambda *_: card,
+        get_device_capability=lambda *_: (9, 0), is_bf16_supported=lambda *_: True,
+        synchronize=lambda *_: None, empty_cache=lambda: None, mem_get_info=lambda *_: free,
+        memory_allocated=lambda *_: 0, max_memory_allocated=lambda *_: 0,
+        memory_reserved=lambda *_: 0, reset_peak_memory_stats=lambda *_: None,
+        is_current_stream_capturing=lambda: False, set_device=lambda *_: None, get_rng_state=lambda *_: torch.get_rng_state(),
+        set_rng_state=lambda value, *_: torch.set_rng_state(value), manual_seed=lambda *_: None,
+        manual_seed_all=lambda *_: None)
+    autocast = torch.autocast.__init__
+
+    def on_cpu(self, device_type, *args, **kwargs):
+        autocast(self, 'cpu' if device_type == 'cuda' else device_type, *args, **kwargs)
+
+    with (mock.patch.multiple(torch.cuda, **state), mock.patch('torch.compile', _graphs),
+          mock.patch.object(torch.autocast, '__init__', on_cpu), FakeCuda()):
+        yield GPU
+
+
+def main():
+    sys.argv = sys.argv[1:]
+    with fake_cuda():
+        runpy.run_path(sys.argv[0], run_name='__main__')
+
+
+if __name__ == '__main__':
+    main()
