@@ -119,14 +119,15 @@ def fake_cuda():
     free = card.total_memory // 2, card.total_memory
     state = dict(
         is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0,
+        set_device=lambda *_: None, synchronize=lambda *_: None, empty_cache=lambda: None,
         get_device_name=lambda *_: card.name, get_device_properties=lambda *_: card,
         get_device_capability=lambda *_: (9, 0), is_bf16_supported=lambda *_: True,
-        synchronize=lambda *_: None, empty_cache=lambda: None, mem_get_info=lambda *_: free,
+        is_current_stream_capturing=lambda: False, mem_get_info=lambda *_: free,
         memory_allocated=lambda *_: 0, max_memory_allocated=lambda *_: 0,
         memory_reserved=lambda *_: 0, reset_peak_memory_stats=lambda *_: None,
-        is_current_stream_capturing=lambda: False, set_device=lambda *_: None, get_rng_state=lambda *_: torch.get_rng_state(),
-        set_rng_state=lambda value, *_: torch.set_rng_state(value), manual_seed=lambda *_: None,
-        manual_seed_all=lambda *_: None)
+        get_rng_state=lambda *_: torch.get_rng_state(),
+        set_rng_state=lambda value, *_: torch.set_rng_state(value),
+        manual_seed=lambda *_: None, manual_seed_all=lambda *_: None)
     autocast = torch.autocast.__init__
 
     def on_cpu(self, device_type, *args, **kwargs):
