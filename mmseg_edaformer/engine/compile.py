@@ -1,8 +1,11 @@
 """Compiled networks, for one size or for many."""
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 
 def compile_model(model: nn.Module, *, fixed_size: bool = False, frozen: bool = False,
@@ -37,4 +40,17 @@ def compile_model(model: nn.Module, *, fixed_size: bool = False, frozen: bool = 
         settings = dict(dynamic=False, backend='cudagraphs')
     for part in (segmentor.backbone, segmentor.decode_head):
         # Not part.compile(): mmseg's heads call self.forward, which that leaves as it is.
-        part.forward = torch.compile(part.forward, **settings)
+        forward = torch.compile(part.forward, **settings)
+        part.forward = _copying(forward) if on_gpu and (fixed_size or graphs) else forward
+
+
+def _copying(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return copies of a forward's outputs, whose memory the next CUDA graph overwrites.
+
+    The decode head's graph would overwrite the backbone's maps before it reads them: torch raises
+    for that (pytorch/pytorch#160281).
+    """
+    @functools.wraps(forward)
+    def copied(*args: Any, **kwargs: Any) -> Any:
+        return tree_map_only(Tensor, Tensor.clone, forward(*args, **kwargs))
+    return copied
