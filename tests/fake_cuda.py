@@ -28,10 +28,7 @@ NUMPY = {'numpy', '__array__'}
 
 class FakeCuda(TorchFunctionMode):
     """Keeps apart what was moved to the GPU, by the storage of each tensor."""
-
-    def __init__(self):
-        super().__init__()
-        self.storages = set()
+    storages = set()  # of all instances: caches of tensors outlive a test
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
