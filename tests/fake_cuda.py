@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 GPU = torch.device('cuda', 0)
 CPU = torch.device('cpu')
@@ -43,7 +43,8 @@ class FakeCuda(TorchFunctionMode):
             return self.keep(func(*args), self.holds(args[0]))
         if name == 'pin_memory':
             return args[0]
-        if name == '_parse_to':  # of nn.Module.to, which then calls that of its tensors
+        # nn.Module.to asks _parse_to, and then calls that of its tensors.
+        if name == '_parse_to' or func is torch.device:
             return func(*args, **kwargs)
         if name == '__deepcopy__':  # whose memo holds tensors of all devices
             return self.keep(func(*args, **kwargs), self.holds(args[0]))
@@ -116,22 +117,31 @@ def fake_cuda():
     free = card.total_memory // 2, card.total_memory
     state = dict(
         is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0,
-        set_device=lambda *_: None, synchronize=lambda *_: None, empty_cache=lambda: None,
-        get_device_name=lambda *_: card.name, get_device_properties=lambda *_: card,
-        get_device_capability=lambda *_: (9, 0), is_bf16_supported=lambda *_: True,
-        is_current_stream_capturing=lambda: False, mem_get_info=lambda *_: free,
-        memory_allocated=lambda *_: 0, max_memory_allocated=lambda *_: 0,
-        memory_reserved=lambda *_: 0, reset_peak_memory_stats=lambda *_: None,
-        get_rng_state=lambda *_: torch.get_rng_state(),
+        set_device=lambda *_, **__: None, synchronize=lambda *_, **__: None,
+        empty_cache=lambda: None,
+        get_device_name=lambda *_, **__: card.name, get_device_properties=lambda *_, **__: card,
+        get_device_capability=lambda *_, **__: (9, 0), is_bf16_supported=lambda *_, **__: True,
+        is_current_stream_capturing=lambda: False, mem_get_info=lambda *_, **__: free,
+        memory_allocated=lambda *_, **__: 0, max_memory_allocated=lambda *_, **__: 0,
+        memory_reserved=lambda *_, **__: 0, reset_peak_memory_stats=lambda *_, **__: None,
+        get_rng_state=lambda *_, **__: torch.get_rng_state(),
         set_rng_state=lambda value, *_: torch.set_rng_state(value),
-        manual_seed=lambda *_: None, manual_seed_all=lambda *_: None)
-    autocast = torch.autocast.__init__
+        manual_seed=lambda *_, **__: None, manual_seed_all=lambda *_, **__: None)
+    autocast, load = torch.autocast.__init__, torch.load
+
+    def load_to(*args, map_location=None, **kwargs):
+        device = torch.device(map_location) if isinstance(map_location, str) else map_location
+        if getattr(device, 'type', None) != 'cuda':
+            return load(*args, map_location=map_location, **kwargs)
+        return tree_map_only(Tensor, lambda tensor: tensor.to(GPU),
+                             load(*args, map_location=CPU, **kwargs))
 
     def on_cpu(self, device_type, *args, **kwargs):
         autocast(self, 'cpu' if device_type == 'cuda' else device_type, *args, **kwargs)
 
     with (mock.patch.multiple(torch.cuda, **state), mock.patch('torch.compile', _graphs),
-          mock.patch.object(torch.autocast, '__init__', on_cpu), FakeCuda()):
+          mock.patch.object(torch.autocast, '__init__', on_cpu), mock.patch('torch.load', load_to),
+          mock.patch('mmengine.device.utils.DEVICE', 'cuda'), FakeCuda()):
         yield GPU
 
 
