@@ -4,11 +4,12 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config
+from mmengine.utils import ManagerMixin
 
 from mmseg_edaformer import compat
 from mmseg_edaformer.engine import launch
 from tests.conftest import write_config
-from tests.processes import finish, in_child
+from tests.processes import finish, forget, in_child
 
 OPTIONS = {
     'train_cfg.max_iters': 12, 'train_cfg.val_interval': 6,
@@ -35,8 +36,19 @@ custom_hooks = [dict(type='CheckWeightsHook')]
     return path
 
 
-def train(config, work, *, resume=True, options=None, before=None, **flags):
-    """What tools/train.py does; ``before`` is called with the config before the runner is built."""
+def train(config, work, **keywords):
+    """What tools/train.py does, in a process of its own; arguments as for `train_here`."""
+    code = train_here(config, work, **keywords)
+    compat.leave_distributed(code)
+    sys.exit(code)
+
+
+def train_here(config, work, *, resume=True, options=None, before=None, **flags):
+    """What tools/train.py does, in this process, as on a GPU, with which no process may fork.
+
+    ``before`` is called with the config before the runner is built. Returns the exit code.
+    """
+    forget(ManagerMixin)
     torch.set_num_threads(1)
     cfg = Config.fromfile(str(config))
     cfg.merge_from_dict({**OPTIONS, **(options or {})})
@@ -45,9 +57,7 @@ def train(config, work, *, resume=True, options=None, before=None, **flags):
     launch.prepare_train(cfg, resume=resume, **flags)
     if before is not None:
         before(cfg)
-    code = launch.train(cfg)
-    compat.leave_distributed(code)
-    sys.exit(code)
+    return launch.train(cfg)
 
 
 def run_to_end(config, work, **keywords):
@@ -56,6 +66,12 @@ def run_to_end(config, work, **keywords):
     code = finish(in_child(train, config, work, log=log, **keywords))
     assert code == 0, log.read_text()[-4000:]
     return log.read_text()
+
+
+def losses(work, name='iter_12.pth'):
+    """The loss of each iteration up to a checkpoint."""
+    content = torch.load(Path(work) / name, weights_only=True)
+    return content['message_hub']['log_scalars']['train/loss'].data[0]
 
 
 def state(work, name='iter_12.pth'):
