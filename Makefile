@@ -55,7 +55,8 @@ test-gpu: $(if $(wildcard $(SITE)/*.whl),.site/ready)
 	$(GPU_PATH) $(GPU_PYTHON) -m tests.gpu $(if $(FAKE_CUDA),--fake-cuda) $(ARGS)
 
 bench-gpu: $(if $(wildcard $(SITE)/*.whl),.site/ready)
-	$(GPU_PATH) $(GPU_PYTHON) $(if $(FAKE_CUDA),-m tests.fake_cuda) tools/benchmark_gpu.py $(ARGS)
+	$(GPU_PATH) $(GPU_PYTHON) $(if $(FAKE_CUDA),-m tests.fake_cuda) tools/benchmark_gpu.py \
+		$(if $(FAKE_CUDA),--size 64 96 --batch-size 1 2 --repeats 1 --steps 6 --gemm 512 --out work_dirs/fake) $(ARGS)
 
 .site/ready: $(wildcard $(SITE)/*.whl)
 	rm -rf .site && mkdir .site

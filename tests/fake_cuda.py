@@ -7,8 +7,10 @@ tensor that was left behind is an error. No kernel of a GPU runs, and times and 
 ``python -m tests.fake_cuda tools/benchmark_gpu.py ...`` runs a command line so.
 """
 import contextlib
+import functools
 import runpy
 import sys
+import time
 import types
 import weakref
 from unittest import mock
@@ -101,11 +103,35 @@ def _devices(name, args, kwargs):
     return *tree_unflatten(leaves, spec), wanted
 
 
-def _graphs(model=None, **options):
+class _Event:
+    """In the place of ``torch.cuda.Event``."""
+
+    def __init__(self, enable_timing=False):
+        assert enable_timing
+        self.time = None
+
+    def record(self):
+        self.time = time.perf_counter()
+
+    def elapsed_time(self, end):
+        return 1e3 * (end.time - self.time)
+
+
+def _compile(model=None, **options):
     """In the place of ``torch.compile``: checks the options, and compiles nothing."""
     unknown = set(options.get('options') or {}) - set(torch._inductor.list_options())
     assert not unknown, f'torch.compile has no options {unknown}'
-    return model if model is not None else lambda function: function
+    if model is None:
+        return _compile
+    if isinstance(model, torch.nn.Module):
+        return model
+
+    @functools.wraps(model)
+    def compiled(*args, **kwargs):
+        return model(*args, **kwargs)
+
+    compiled._torchdynamo_orig_callable = model
+    return compiled
 
 
 @contextlib.contextmanager
@@ -121,7 +147,7 @@ def fake_cuda():
         empty_cache=lambda: None,
         get_device_name=lambda *_, **__: card.name, get_device_properties=lambda *_, **__: card,
         get_device_capability=lambda *_, **__: (9, 0), is_bf16_supported=lambda *_, **__: True,
-        is_current_stream_capturing=lambda: False, mem_get_info=lambda *_, **__: free,
+        Event=_Event, is_current_stream_capturing=lambda: False, mem_get_info=lambda *_, **__: free,
         memory_allocated=lambda *_, **__: 0, max_memory_allocated=lambda *_, **__: 0,
         memory_reserved=lambda *_, **__: 0, reset_peak_memory_stats=lambda *_, **__: None,
         get_rng_state=lambda *_, **__: torch.get_rng_state(),
@@ -139,7 +165,7 @@ def fake_cuda():
     def on_cpu(self, device_type, *args, **kwargs):
         autocast(self, 'cpu' if device_type == 'cuda' else device_type, *args, **kwargs)
 
-    with (mock.patch.multiple(torch.cuda, **state), mock.patch('torch.compile', _graphs),
+    with (mock.patch.multiple(torch.cuda, **state), mock.patch('torch.compile', _compile),
           mock.patch.object(torch.autocast, '__init__', on_cpu), mock.patch('torch.load', load_to),
           mock.patch('mmengine.device.utils.DEVICE', 'cuda'), FakeCuda()):
         yield GPU

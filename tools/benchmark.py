@@ -33,7 +33,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--device', choices=benchmark.DEVICES,
                         default='cuda' if torch.cuda.is_available() else 'cpu',
                         help='meta: parameters and multiply-adds alone, without any timing')
-    parser.add_argument('--compile', action='store_true', help='torch.compile every model')
+    parser.add_argument('--execution', choices=benchmark.EXECUTIONS, default='eager',
+                        help='of every model: as it is, as CUDA graphs, or compiled')
     parser.add_argument('--threads', type=int, metavar='N', help='threads of torch on the CPU')
     parser.add_argument('--allocator', choices=('keep', 'system'), default='keep',
                         help='on the CPU, keep freed memory as tools/train.py and tools/test.py '
@@ -75,10 +76,10 @@ def main() -> None:
     plan = benchmark.Plan(
         sizes=[benchmark.parse_size(size) for size in args.size or ['512']],
         batch_sizes=args.batch_size, modes=args.mode, dtypes=args.dtype, device=args.device,
-        compile=args.compile, repeats=args.repeats, seconds=args.seconds,
-        limits=args.limits, keep_memory=args.allocator == 'keep')
+        repeats=args.repeats, seconds=args.seconds, limits=args.limits,
+        keep_memory=args.allocator == 'keep')
     contenders = benchmark.load_contenders(args.config, args.checkpoint, args.compare,
-                                           args.isr_ratio, args.cfg_options)
+                                           args.isr_ratio, args.cfg_options, args.execution)
     torch.set_num_threads(args.threads or torch.get_num_threads())
     for note in benchmark.left_out(contenders):
         print(note)

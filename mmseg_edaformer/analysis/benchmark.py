@@ -16,7 +16,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
 from itertools import product
@@ -44,11 +44,14 @@ from ..engine.allocator import keep_freed_memory
 from ..engine.compile import compile_model
 from ..errors import CheckpointError, ConfigError, RatioError
 from ..isr import ISRRatio, apply_isr
+from ..models.native import allow_kernels
 from .cost import count_macs
 from .memory import count_activations, peak_bytes
 
 NONE = ISRRatio.parse('none')
 MODES, DTYPES, DEVICES = ('eval', 'train'), ('float32', 'bfloat16'), ('cpu', 'cuda', 'meta')
+EXECUTIONS = {'eager': {}, 'graphed': dict(graphs=True), 'compiled': dict(fixed_size=True)}
+"""Ways to run a network, and what `compile_model` is told for them."""
 _LEAST_ROUNDS = 5
 
 Key = TypeVar('Key', bound=Hashable)
@@ -66,12 +69,12 @@ class Plan:
         modes: Of `MODES`. Training runs at the trained ratio alone.
         dtypes: Of `DTYPES`.
         device: 'cpu', 'cuda', or 'meta' for costs without any timing.
-        compile: Compile backbone and decoder of every model.
         repeats: Most rounds of a cell.
         seconds: No round is started after these, once there are five.
         limits: Measure the machine's rates too.
         keep_memory: Keep freed memory on the CPU, for the rest of the process, as trainings and
             tests do.
+        costs: Count multiply-adds, and time the input pipelines.
 
     Raises:
         ConfigError: A number is below 1, or there is no GPU.
@@ -81,11 +84,11 @@ class Plan:
     modes: Sequence[str] = ('eval',)
     dtypes: Sequence[str] = ('float32',)
     device: str = 'cpu'
-    compile: bool = False
     repeats: int = 50
     seconds: float = 20.
     limits: bool = False
     keep_memory: bool = False
+    costs: bool = True
 
     def __post_init__(self) -> None:
         if min(*self.batch_sizes, self.repeats) < 1:
@@ -97,11 +100,30 @@ class Plan:
 
 @dataclass(frozen=True)
 class Contender:
-    """One config of a run: its model, in eval mode on the CPU, and the ratios that it runs at."""
+    """One config of a run.
+
+    Attributes:
+        name: Unique within a run.
+        model: In eval mode, on the CPU.
+        ratios: What it runs at.
+        execution: One of `EXECUTIONS`.
+        kernels: Whether this project's own kernels may be used.
+    """
     name: str
     cfg: Config
     model: nn.Module
     ratios: tuple[ISRRatio, ...]
+    execution: str = 'eager'
+    kernels: bool = True
+
+    def run_as(self, execution: str = 'eager', *, kernels: bool = True,
+               ratios: Sequence[str] | None = None) -> 'Contender':
+        """The same model run in another way, under a name that says so."""
+        told = [*([] if execution == 'eager' else [execution]),
+                *([] if kernels else ['plain kernels'])]
+        return replace(self, name=', '.join([self.name, *told]), execution=execution,
+                       kernels=kernels, ratios=self.ratios if ratios is None else tuple(
+                           map(ISRRatio.parse, ratios)))
 
 
 @dataclass(frozen=True)
@@ -129,8 +151,9 @@ class Row:
     width: int
     batch_size: int
     windows: int
-    gmacs: float
+    gmacs: float | None
     params_m: float
+    execution: str = 'eager'
     status: str = 'costs'
     rounds: int | None = None
     pipeline_ms: float | None = None
@@ -183,7 +206,8 @@ def ratio_name(ratio: ISRRatio) -> str:
 
 def load_contenders(config: str, checkpoint: str | None = None, compare: Sequence[str] = (),
                     ratios: Sequence[str] = ('none',),
-                    cfg_options: dict[str, Any] | None = None) -> list[Contender]:
+                    cfg_options: dict[str, Any] | None = None,
+                    execution: str = 'eager') -> list[Contender]:
     """Build the models of a run.
 
     Args:
@@ -192,6 +216,7 @@ def load_contenders(config: str, checkpoint: str | None = None, compare: Sequenc
         compare: More configs, of any mmseg segmentor. One that ISR cannot act on runs as it is.
         ratios: What `ISRRatio.parse` reads.
         cfg_options: Settings of ``config`` to replace.
+        execution: One of `EXECUTIONS`.
 
     Raises:
         ConfigError: A config cannot be read.
@@ -217,7 +242,7 @@ def load_contenders(config: str, checkpoint: str | None = None, compare: Sequenc
         taken = Counter(contender.name.partition(' #')[0] for contender in contenders)
         name = Path(path).stem
         contenders.append(Contender(f'{name} #{taken[name] + 1}' if name in taken else name, cfg,
-                                    model, own))
+                                    model, own, execution))
     return contenders
 
 
@@ -267,7 +292,8 @@ def run(contenders: Sequence[Contender], plan: Plan) -> Iterator[list[Row]]:
         The rows of one cell: every config at every ratio, of one mode, dtype, size and batch.
     """
     costs = {(contender.name, ratio, size): _count(contender, ratio, size)
-             for contender in contenders for ratio in contender.ratios for size in plan.sizes}
+             for contender in contenders for ratio in contender.ratios for size in plan.sizes
+             } if plan.costs else {}
     if plan.device == 'meta':
         for size in plan.sizes:
             yield [_row(contender, ratio, costs[contender.name, ratio, size], '', '', size, 1)
@@ -278,7 +304,7 @@ def run(contenders: Sequence[Contender], plan: Plan) -> Iterator[list[Row]]:
     torch.backends.cudnn.benchmark = bool(
         (contenders[0].cfg.get('env_cfg') or {}).get('cudnn_benchmark'))
     device = torch.device(plan.device)
-    pipelines = {(mode, size): time_pipelines(contenders, mode, size)
+    pipelines = {(mode, size): time_pipelines(contenders, mode, size) if plan.costs else {}
                  for mode in plan.modes for size in plan.sizes}
     for dtype in plan.dtypes:
         rates = measure_rates(device, getattr(torch, dtype)) if plan.limits else None
@@ -330,6 +356,7 @@ class _Subject:
         self.device = torch.device(plan.device)
         self.ratios = contender.ratios if mode == 'eval' else (NONE,)
         self.model: Any = copy.deepcopy(contender.model).to(self.device)
+        self.kernels = contender.kernels
         self.autocast = dtype == 'bfloat16'
         self.input_dtype = torch.float32
         if mode == 'train':
@@ -338,8 +365,9 @@ class _Subject:
         elif self.autocast and _casts_inputs(self.model):
             self.model.bfloat16()
             self.autocast, self.input_dtype = False, torch.bfloat16
-        if plan.compile:
-            _compile(self.model, len(self.ratios), frozen=mode == 'eval')
+        self.compiled = contender.execution != 'eager'
+        if self.compiled:
+            _compile(self.model, frozen=mode == 'eval', **EXECUTIONS[contender.execution])
 
     def calls(self, mode: str, ratio: ISRRatio, inputs: Tensor) -> dict[str, Prepare]:
         """What to time: the network and the whole, in training the whole alone."""
@@ -347,7 +375,7 @@ class _Subject:
         views = windows(self.model, size)
 
         def network() -> Callable[[], Any]:
-            set_ratio(self.model, ratio)
+            self.prepare(ratio)
             images = inputs.to(self.input_dtype)
 
             def call() -> Any:
@@ -356,7 +384,7 @@ class _Subject:
             return call
 
         def predict() -> Callable[[], Any]:
-            set_ratio(self.model, ratio)
+            self.prepare(ratio)
             images, samples = inputs.to(self.input_dtype), data_samples(size, len(inputs))
 
             def call() -> Any:
@@ -365,6 +393,7 @@ class _Subject:
             return call
 
         def train() -> Callable[[], Any]:
+            self.prepare(ratio)
             self.optim.zero_grad()  # of a step that ran out of memory
             labels = torch.randint(self.model.num_classes, (len(inputs), 1, *size),
                                    device=self.device)
@@ -378,6 +407,11 @@ class _Subject:
             return call
 
         return dict(total=train) if mode == 'train' else dict(network=network, total=predict)
+
+    def prepare(self, ratio: ISRRatio) -> None:
+        """Turn to this subject's ratio and kernels, of which others in turn may have others."""
+        set_ratio(self.model, ratio)
+        allow_kernels(self.kernels)
 
     def precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)
@@ -407,12 +441,12 @@ def _optim_cfg(contender: Contender) -> dict[str, Any]:
                 type='OptimWrapper')
 
 
-def _compile(model: nn.Module, variants: int, *, frozen: bool) -> None:
+def _compile(model: nn.Module, **how: bool) -> None:
     """Compile backbone and decoder, and keep a compiled version for each ratio."""
     settings = torch._dynamo.config
     limit = 'recompile_limit' if hasattr(settings, 'recompile_limit') else 'cache_size_limit'
-    setattr(settings, limit, max(getattr(settings, limit), 4 * variants))
-    compile_model(model, fixed_size=True, frozen=frozen)
+    setattr(settings, limit, max(getattr(settings, limit), 64))
+    compile_model(model, **how)
 
 
 def data_samples(size: tuple[int, ...], count: int,
@@ -432,7 +466,8 @@ def _measure(contenders: Sequence[Contender], subjects: Mapping[str, _Subject], 
              pipelines: Mapping[str, float | None]) -> list[Row]:
     mode, dtype, size, batch_size = cell
     device = torch.device(plan.device)
-    if plan.compile:
+    compiled = any(subject.compiled for subject in subjects.values())
+    if compiled:
         torch._dynamo.reset()  # every cell compiles for its own size
     inputs = torch.randn(batch_size, 3, *size, generator=torch.Generator().manual_seed(0))
     inputs = inputs.to(device)
@@ -442,19 +477,19 @@ def _measure(contenders: Sequence[Contender], subjects: Mapping[str, _Subject], 
              for phase, prepare in subjects[contender.name].calls(mode, ratio, inputs).items()}
     # A CUDA graph is compiled in the first round, and recorded in the next ones.
     times = take_turns(calls, device, repeats=plan.repeats, seconds=plan.seconds,
-                       warm_up=4 if plan.compile else 2)
+                       warm_up=4 if compiled else 2)
     first = times.get((variants[0][0].name, variants[0][1], 'total'))
     rows = []
     for contender, ratio in variants:
-        cost, subject = costs[contender.name, ratio, size], subjects[contender.name]
+        cost, subject = costs.get((contender.name, ratio, size)), subjects[contender.name]
         network, total = (times.get((contender.name, ratio, phase))
                           for phase in ('network', 'total'))
         network_ms, total_ms = _median_ms(network), _median_ms(total)
         peak = None
-        if total is not None and not plan.compile:  # neither of the two sees into compiled code
+        if total is not None and not subject.compiled:  # neither of the two sees into that
             peak = _peak(calls[contender.name, ratio, 'total'], subject, inputs)
         compute = memory = None
-        if rates is not None:
+        if rates is not None and cost is not None:
             # A training step computes the gradients of inputs and of weights besides.
             macs = batch_size * cost.macs * (1 if mode == 'eval' else 3)
             compute = macs / rates.gmacs_per_s / 1e6
@@ -465,7 +500,7 @@ def _measure(contenders: Sequence[Contender], subjects: Mapping[str, _Subject], 
         rows.append(_row(
             contender, ratio, cost, mode, dtype, size, batch_size,
             status='OOM' if total is None else 'ok', rounds=total and len(total),
-            pipeline_ms=pipelines[contender.name],
+            pipeline_ms=pipelines.get(contender.name),
             network_ms=network_ms, network_p95_ms=_p95_ms(network), total_ms=total_ms,
             post_ms=network_ms and total_ms and total_ms - network_ms,
             total_p95_ms=_p95_ms(total), images_per_s=total_ms and 1e3 * batch_size / total_ms,
@@ -478,11 +513,13 @@ def _measure(contenders: Sequence[Contender], subjects: Mapping[str, _Subject], 
     return rows
 
 
-def _row(contender: Contender, ratio: ISRRatio, cost: _Cost, mode: str, dtype: str,
+def _row(contender: Contender, ratio: ISRRatio, cost: _Cost | None, mode: str, dtype: str,
          size: tuple[int, int], batch_size: int, **measured: Any) -> Row:
     params = sum(parameter.numel() for parameter in contender.model.parameters())
-    return Row(contender.name, ratio_name(ratio), mode, dtype, *size, batch_size, cost.windows,
-               cost.macs / 1e9, params / 1e6, **measured)
+    return Row(contender.name, ratio_name(ratio), mode, dtype, *size, batch_size,
+               len(windows(contender.model, size)), None if cost is None else cost.macs / 1e9,
+               params / 1e6,
+               contender.execution, **measured)
 
 
 def _peak(prepare: Prepare, subject: _Subject, inputs: Tensor) -> int | None:
@@ -565,13 +602,13 @@ def _p95_ms(seconds: Sequence[float] | None) -> float | None:
     return None if seconds is None else 1e3 * float(np.percentile(seconds, 95))
 
 
-def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
+def measure_rates(device: torch.device, dtype: torch.dtype, side: int | None = None) -> Rates:
     """The best rates of a square matrix product and of a copy that no cache holds.
 
-    A copy of n bytes reads n and writes n.
+    A copy of n bytes reads n and writes n. ``side`` is that of the matrices.
     """
     large = device.type == 'cuda'
-    side, size = (8192, 2**30) if large else (2048, 2**28)
+    side, size = side or (8192 if large else 2048), 2**30 if large else 2**28
     left, right = torch.randn(2, side, side, device=device).to(dtype)
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.ones_like(source)
@@ -633,8 +670,7 @@ def environment(plan: Plan) -> dict[str, str]:
     """Where the figures come from: device, threads, settings, versions, commit."""
     device = {'cuda': torch.cuda.get_device_name, 'cpu': _cpu_name,
               'meta': lambda: 'none (costs are counted)'}[plan.device]()
-    found = dict(device=device, threads=str(torch.get_num_threads()),
-                 compile='yes' if plan.compile else 'no')
+    found = dict(device=device, threads=str(torch.get_num_threads()))
     if plan.device == 'cpu':
         found['freed_memory'] = 'kept' if plan.keep_memory else 'left to the system'
     if plan.device == 'cuda':

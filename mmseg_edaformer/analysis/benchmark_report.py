@@ -98,11 +98,12 @@ def _tables(rows: Sequence[Row]) -> list[tuple[list[str], list[list[str]]]]:
     """Heads and bodies of what a cell shows: times, and limits where they were measured."""
     if rows[0].status == 'costs':
         return [(['config', 'ISR', 'params M', 'GMACs', 'vs first'],
-                 [[row.config, row.isr_ratio, f'{row.params_m:.2f}', f'{row.gmacs:.2f}',
-                   f'x {row.gmacs / rows[0].gmacs:.2f}'] for row in rows])]
+                 [[row.config, row.isr_ratio, f'{row.params_m:.2f}', f'{row.gmacs or 0.:.2f}',
+                   f'x {(row.gmacs or 0.) / (rows[0].gmacs or 1.):.2f}'] for row in rows])]
     columns: list[tuple[str, Callable[[Row], str]]] = [
         ('config', lambda row: row.config), ('ISR', lambda row: row.isr_ratio),
-        ('GMACs', lambda row: f'{row.gmacs:.2f}'), ('pipeline', lambda row: _ms(row.pipeline_ms)),
+        ('GMACs', lambda row: '' if row.gmacs is None else f'{row.gmacs:.2f}'),
+        ('pipeline', lambda row: _ms(row.pipeline_ms)),
         ('network', lambda row: _ms(row.network_ms)), ('post', lambda row: _ms(row.post_ms)),
         ('total', lambda row: 'OOM' if row.status == 'OOM' else _ms(row.total_ms)),
         ('p95', lambda row: _ms(row.total_p95_ms)), ('images/s', lambda row: _ms(row.images_per_s)),
@@ -219,12 +220,12 @@ def draw(cells: Sequence[Sequence[Row]], environment: Mapping[str, str]) -> byte
 def _chart_title(rows: Sequence[Row], environment: Mapping[str, str]) -> str:
     if rows[0].status == 'costs':
         return 'Multiply-adds of one image'
-    dtypes = ', '.join(dict.fromkeys(row.dtype for row in rows))
-    compiled = ', compiled' if environment['compile'] == 'yes' else ''
+    settings = dict.fromkeys([*(row.dtype for row in rows),
+                              *(row.execution for row in rows if row.execution != 'eager')])
     count = environment['threads']
     threads = ('' if 'cudnn_benchmark' in environment else
                f', {count} thread{"s" if count != "1" else ""}')
-    return f'{environment["device"]}{threads}, {dtypes}{compiled}, torch {environment["torch"]}'
+    return f'{environment["device"]}{threads}, {", ".join(settings)}, torch {environment["torch"]}'
 
 
 def _draw_bars(axis: Axes, cell: Sequence[Row], named: bool) -> None:

@@ -404,8 +404,8 @@ class _Report:
         dumped = self.work_dir / (Path(cfg.filename).name if cfg.filename else '')
         text = dumped.read_text(encoding='utf-8') if dumped.is_file() else cfg.pretty_text
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
-        found = {'command': shlex.join(sys.argv), **environment(Plan(
-            device=device, compile=self.compiled, keep_memory=True)),
+        found = {'command': shlex.join(sys.argv), 'compile': 'yes' if self.compiled else 'no',
+                 **environment(Plan(device=device, keep_memory=True)),
                  **{str(name): str(value) for name, value in collect_env().items()}}
         built = found.pop('PyTorch compiling details', '')
         found.pop('numpy_random_seed', None)  # not that of the run

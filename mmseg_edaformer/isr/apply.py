@@ -105,7 +105,7 @@ def _plan(model: nn.Module, ratio: ISRRatio | int | str, method: str,
     keys: dict[str, int] = {}
     if ratio.auto:
         trace = _Trace(model, crop_size or training_size(model))
-        keys = {name: layer.keys[0] for name, layer in trace.layers.items() if layer.keys}
+        keys = {name: layer.keys[0] for name, layer in trace.layers.items() if layer.keys[0]}
     plan = []
     for part in found.parts:
         try:

@@ -102,8 +102,8 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def gpu_kernels(x: Tensor) -> ModuleType | None:
-    """The Triton kernels, if this tensor is on a GPU where they work."""
-    return _kernels(x.device) if x.is_cuda else None
+    """The Triton kernels, if this tensor is on a GPU on which their self-check has passed."""
+    return _kernels(x.device) if x.is_cuda and native.kernels_allowed() else None
 
 
 @functools.cache
@@ -116,6 +116,7 @@ def _kernels(device: torch.device) -> ModuleType | None:
         kernels.check(device)
     except Exception as error:  # whatever a compiler and a driver of another age may raise
         warnings.warn(f'the Triton kernels do not work on {torch.cuda.get_device_name(device)}, '
-                      f'slower code is used: {type(error).__name__}: {error}', stacklevel=2)
+                      f'slower code is used: {type(error).__name__}: {error}. EDAFORMER_NATIVE=0 '
+                      'silences this', stacklevel=2)
         return None
     return kernels

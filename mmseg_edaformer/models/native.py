@@ -20,6 +20,18 @@ from torch import Tensor
 
 SOURCE = Path(__file__).with_name('native.cpp')
 TYPES = {torch.float32: 'float', torch.bfloat16: 'bfloat16'}
+_allowed = True
+
+
+def kernels_allowed() -> bool:
+    """Whether this project's own kernels may run, here and on GPUs, in place of PyTorch's."""
+    return _allowed and os.environ.get('EDAFORMER_NATIVE') != '0'
+
+
+def allow_kernels(allowed: bool) -> None:
+    """Use this project's own kernels from now on, or do without them, as a comparison needs."""
+    global _allowed
+    _allowed = allowed
 
 
 def attend(x: Tensor, kv: Tensor, num_heads: int) -> Tensor | None:
@@ -53,7 +65,7 @@ def _map(x: Tensor) -> Tensor:
 
 def _call(name: str, tensors: list[Tensor], *sizes: int) -> bool:
     """Call the library's function for the type of the tensors; False where there is none."""
-    library = _library() if tensors[0].dtype in TYPES else None
+    library = _library() if tensors[0].dtype in TYPES and kernels_allowed() else None
     if library is None:
         return False
     getattr(library, f'{name}_{TYPES[tensors[0].dtype]}')(
@@ -64,7 +76,7 @@ def _call(name: str, tensors: list[Tensor], *sizes: int) -> bool:
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     compiler = shutil.which(os.environ.get('CXX', 'g++'))
-    if compiler is None or os.environ.get('EDAFORMER_NATIVE') == '0':
+    if compiler is None:
         return None
     try:
         return ctypes.CDLL(str(_build(compiler)))

@@ -1,0 +1,192 @@
+"""How near a network's operators come to what the device can do.
+
+The operators of a call are recorded as PyTorch dispatches them, and each is then timed by itself on
+tensors of the same sizes. Its *limit* is the longer of two times: its floating-point operations at
+the rate of a large matrix product, and its bytes at the rate of a large copy.
+"""
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils.flop_counter import flop_registry
+
+from .benchmark import Rates
+
+_WORKING_SET = 2 ** 28
+"""Bytes that a timed operator walks through, which no cache holds."""
+_FREE = (torch.ops.aten.empty_like.default, torch.ops.aten.detach.default)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one call of an operator does.
+
+    Attributes:
+        call: Makes its tensors, and returns the call to time.
+        flops: Floating-point operations, of products and convolutions alone; others have 0.
+        bytes: Its inputs and outputs, each once.
+    """
+    call: Callable[[], Callable[[], Any]]
+    flops: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One operator; all figures are for all its calls in one pass.
+
+    Attributes:
+        limit_ms: The longer of the two limits.
+        bound: 'compute' or 'memory', whichever that is.
+    """
+    name: str
+    shapes: str
+    calls: int
+    ms: float
+    gflop: float
+    mb: float
+    limit_ms: float
+    bound: str
+
+
+@dataclass(frozen=True)
+class _Like:
+    """A tensor's sizes, without its content."""
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: str
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> '_Like':
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, str(tensor.device))
+
+    @property
+    def bytes(self) -> int:
+        numbers = 1
+        for size, step in zip(self.shape, self.stride):
+            numbers *= size if step else 1
+        return numbers * self.dtype.itemsize
+
+    def make(self) -> Tensor:
+        """Random numbers; zeros of integers, which index something."""
+        span = 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride))
+        content = torch.zeros(max(span, 1), dtype=self.dtype, device=self.device)
+        if self.dtype.is_floating_point:
+            content.normal_()
+        return content.as_strided(self.shape, self.stride)
+
+    def __str__(self) -> str:
+        return 'x'.join(map(str, self.shape)) or '1'
+
+
+class Recorder(TorchDispatchMode):
+    """Counts the operators of a ``with`` block by name and arguments; views cost nothing.
+
+    Attributes:
+        calls: How often each came.
+        works: What one call of each does.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[Any] = Counter()
+        self.works: dict[Any, Work] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        leaves, spec = tree_flatten((args, kwargs))
+        told = tuple(_Like.of(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        out = func(*args, **kwargs)
+        given, made = ([each for each in found if isinstance(each, _Like)] for found in (
+            told, [_Like.of(leaf) for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]))
+        if not given or not made or func.is_view or func in _FREE:
+            return out
+        name = str(func).removeprefix('aten.').removesuffix('.default')
+        key = name, ' '.join(map(str, given[:3])), told
+        self.calls[key] += 1
+        if key not in self.works:
+
+            def ready() -> Callable[[], Any]:
+                again, named = tree_unflatten([leaf.make() if isinstance(leaf, _Like) else leaf
+                                               for leaf in told], spec)
+                return lambda: func(*again, **named)
+
+            self.works[key] = Work(ready, _flops(func, args, kwargs, out),
+                                   sum(each.bytes for each in (*given, *made)))
+        return out
+
+
+def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+    """By torch's own formulas, but for gradients of convolutions in groups, which they overrate."""
+    if func is torch.ops.aten.convolution_backward.default:
+        grad, _, weight = args[:3]
+        return 2 * grad.numel() * weight[0].numel() * sum(args[-1][:2])
+    count = flop_registry.get(func._overloadpacket)
+    return count(*args, **kwargs, out_val=out) if count else 0
+
+
+def rooflines(call: Callable[[], Any], rates: Rates, device: torch.device, *,
+              others: Mapping[str, Work] | None = None,
+              most: int = 5) -> tuple[list[Row], float]:
+    """The operators on which a call spends the most time.
+
+    Args:
+        call: A pass through a network, or a training step.
+        rates: Of `benchmark.measure_rates` on the same device, in the same dtype.
+        device: Where it runs.
+        others: What the call runs besides that PyTorch's dispatcher does not see, by name.
+        most: So many operators are returned.
+
+    Returns:
+        The rows, the most expensive first, and the milliseconds of all operators together.
+    """
+    call()
+    with Recorder() as recorder:
+        call()
+    rows = [_row(key[0], key[1], count, recorder.works[key], rates, device)
+            for key, count in recorder.calls.items()]
+    rows += [_row(name, '', 1, work, rates, device) for name, work in (others or {}).items()]
+    rows.sort(key=lambda row: -row.ms)
+    return rows[:most], sum(row.ms for row in rows)
+
+
+def _row(name: str, shapes: str, count: int, work: Work, rates: Rates,
+         device: torch.device) -> Row:
+    compute = work.flops / 2e6 / rates.gmacs_per_s
+    memory = work.bytes / 1e6 / rates.gb_per_s
+    return Row(name, shapes, count, 1e3 * count * time_work(work, device),
+               count * work.flops / 1e9, count * work.bytes / 1e6, count * max(compute, memory),
+               'compute' if compute > memory else 'memory')
+
+
+def time_work(work: Work, device: torch.device, repeats: int = 3) -> float:
+    """Seconds of one call, from a queue that never runs empty; caches are cold."""
+    count = max(1, min(8, _WORKING_SET // max(work.bytes, 1)))
+    calls = [work.call() for _ in range(count)]
+    for each in calls:
+        each()
+    return statistics.median(_seconds(calls, device) for _ in range(repeats)) / count
+
+
+def _seconds(calls: Sequence[Callable[[], Any]], device: torch.device) -> float:
+    if device.type != 'cuda':
+        start = time.perf_counter()
+        for call in calls:
+            call()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    for call in calls:
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1e3

@@ -1,0 +1,108 @@
+"""`make bench-gpu` with small models: every part runs, and what it finds is on the page."""
+import json
+import re
+
+import pytest
+import torch
+
+from mmseg_edaformer.analysis import benchmark, gpu_benchmark, roofline
+from mmseg_edaformer.analysis.gpu_page import page
+from mmseg_edaformer.errors import ConfigError
+from tests.conftest import MINI, ROOT
+
+CPU = torch.device('cpu')
+
+
+@pytest.fixture
+def settings(tmp_path, monkeypatch):
+    config = tmp_path / 'mini.py'
+    config.write_text(f"""
+_base_ = ['{ROOT}/configs/edaformer_t_ade.py']
+model = dict(backbone=dict({", ".join(f"{name}={value}" for name, value in MINI.items())}),
+             decode_head=dict(in_channels=(32, 64, 128), channels=32))
+""")
+    monkeypatch.setattr(gpu_benchmark, 'CONFIGS', dict.fromkeys(gpu_benchmark.CONFIGS, config))
+    return gpu_benchmark.Settings([64, 96], [1, 2], 2, 1e4, 0, 1, 3, 256, tmp_path / 'gpu.json')
+
+
+@pytest.mark.gpu
+def test_all_parts(settings, cuda):
+    suite = gpu_benchmark.Suite(settings)
+    said = []
+    assert suite.run(said.append), said
+    found = json.loads(settings.out.read_text())
+    assert len(found['seconds']) == len(said) == len(list(suite.parts()))
+    assert found['failed'] == {}
+    ways = {(row['config'], row['execution'], row['isr_ratio']) for row in found['rows']}
+    assert {('EDAFormer-T', 'eager', ratio) for ratio in ('none', '2211-222', '2', 'auto')} <= ways
+    assert {('EDAFormer-T, graphed', 'graphed', 'auto'), ('SegFormer-B0', 'eager', 'none'),
+            ('EDAFormer-B, compiled', 'compiled', 'none'),
+            ('EDAFormer-T, plain kernels', 'eager', 'none')} <= ways
+    assert {row['dtype'] for row in found['rows']} == {'float32', 'bfloat16'}
+    assert all(row['total_ms'] > 0 for row in found['rows'])
+    assert 0 <= found['training']['share'] <= 1
+    for roof in found['rooflines'].values():
+        assert len(roof['rows']) == 5
+        assert roof['rows'][0]['ms'] >= roof['rows'][4]['ms'] > 0
+    text = page(found)
+    for title in ('In short', 'Prediction', 'Training', 'operators of prediction', 'training step'):
+        assert re.search(rf'^## .*{title}', text, re.M), title
+    assert 'None' not in text
+    assert 'nan' not in text
+
+
+@pytest.mark.gpu
+def test_what_fails_or_does_not_fit_is_named(settings, cuda, monkeypatch):
+    suite = gpu_benchmark.Suite(settings)
+    monkeypatch.setattr(suite, '_rates', lambda: torch.ones(2) @ torch.ones(3))
+    monkeypatch.setattr(suite, 'parts', lambda: iter([
+        gpu_benchmark.Part('rates', 1, suite._rates),
+        gpu_benchmark.Part('long', 1e6, lambda: None)]))
+    said = []
+    assert not suite.run(said.append)
+    assert re.match('RuntimeError: .*size', suite.found['failed']['rates'])
+    assert suite.found['left_out'] == ['long']
+    assert '- rates: RuntimeError' in page(suite.found)
+    assert 'did not fit into 10000 seconds: long.' in page(suite.found)
+
+
+def test_without_a_gpu(settings, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    with pytest.raises(ConfigError, match='no GPU is visible'):
+        gpu_benchmark.Suite(settings)
+    monkeypatch.setattr(gpu_benchmark, 'CONFIGS', dict(a='gone.py'))
+    with pytest.raises(ConfigError, match=r'lacks gone\.py'):
+        gpu_benchmark.Suite(settings)
+
+
+def test_work_of_operators():
+    """Products, a convolution in groups with its gradients, a norm: counted by hand."""
+    a, b = torch.randn(8, 16), torch.randn(16, 32)
+    image = torch.randn(1, 4, 6, 6, requires_grad=True)
+    conv, norm = torch.nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False), torch.ones(16)
+    with roofline.Recorder() as recorder:
+        for _ in range(3):
+            a @ b
+        torch.nn.functional.layer_norm(a.t().t(), (16,), norm)
+        conv(image).sum().backward()
+    works = {name: (recorder.calls[name, shapes, told], work.flops, work.bytes)
+             for (name, shapes, told), work in recorder.works.items()}
+    assert works['mm'] == (3, 2 * 8 * 16 * 32, 4 * (8 * 16 + 16 * 32 + 8 * 32))
+    assert works['convolution'] == (1, 2 * 4 * 36 * 9, 4 * (2 * 4 * 36 + 36))
+    # Gradients of the input and of the weight; that of the output is one number, seen everywhere.
+    assert works['convolution_backward'] == (
+        1, 2 * 2 * 4 * 36 * 9, 4 * (1 + 4 * 36 + 36 + 4 * 36 + 36))
+    assert works['native_layer_norm'][1:] == (0, 4 * (2 * 8 * 16 + 16 + 2 * 8))
+    assert 't' not in works
+
+
+def test_rooflines():
+    a = torch.randn(64, 64)
+    rates = benchmark.Rates(gmacs_per_s=1e-3, gb_per_s=1e3)  # 1 million products a second
+    rows, total = roofline.rooflines(lambda: (a @ a).relu(), rates, CPU, most=1, others=dict(
+        rest=roofline.Work(lambda: lambda: sum(range(10 ** 6)), 10, 4000)))
+    assert [row.name for row in rows] == ['rest']
+    assert total > rows[0].ms > 0
+    [product] = roofline.rooflines(lambda: a @ a, rates, CPU)[0]
+    assert (product.name, product.calls, product.bound) == ('mm', 1, 'compute')
+    assert product.limit_ms == pytest.approx(64 ** 3 / 1e6 * 1e3)
