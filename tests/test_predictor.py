@@ -58,16 +58,16 @@ def segmenter(work):
     return Segmenter(work, device='cpu')
 
 
-@pytest.fixture(scope='module')
-def mmsegs(work):
+@pytest.fixture
+def mmsegs(work, device):
     """mmseg's own EncoderDecoder with the same weights, predicting from a path or an array."""
     config = str(work / 'mini.py')
-    model = init_model(config, str(work / 'best_mIoU_iter_4.pth'), 'cpu',
+    model = init_model(config, str(work / 'best_mIoU_iter_4.pth'), str(device),
                        dict(model=dict(type='EncoderDecoder')))
 
     def predict(image):
         model.cfg = Config.fromfile(config)  # inference_model changes it
-        return inference_model(model, image).pred_sem_seg.data[0].numpy()
+        return inference_model(model, image).pred_sem_seg.data[0].cpu().numpy()
     return predict
 
 
@@ -80,7 +80,9 @@ def same(one, other):
     return one.shape == other.shape and bool((one == other).all())
 
 
-def test_paths_arrays_and_pil_are_predicted_as_mmseg_does(segmenter, mmsegs, pictures):
+@pytest.mark.gpu
+def test_paths_arrays_and_pil_are_predicted_as_mmseg_does(work, device, mmsegs, pictures):
+    segmenter = Segmenter(work, device=str(device))
     for path in pictures:
         wanted = mmsegs(str(path))
         assert len(np.unique(wanted)) > 3
@@ -92,10 +94,12 @@ def test_paths_arrays_and_pil_are_predicted_as_mmseg_does(segmenter, mmsegs, pic
             assert same(found.picture, array)
 
 
-@pytest.mark.parametrize('size', [(40, 200), (200, 30), (1, 90), (64, 96)])
-def test_any_size(segmenter, mmsegs, size):
-    image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
-    assert same(segmenter(image).labels, mmsegs(image))
+@pytest.mark.gpu
+def test_any_size(work, device, mmsegs):
+    segmenter = Segmenter(work, device=str(device))
+    for size in (40, 200), (200, 30), (1, 90), (64, 96):
+        image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+        assert same(segmenter(image).labels, mmsegs(image)), size
 
 
 @pytest.mark.slow
@@ -114,9 +118,10 @@ def test_labels_are_those_of_the_test_tool(work, pictures, tmp_path):
         assert same(np.array(ours.convert('RGB')), np.array(PALETTE)[np.array(theirs)])
 
 
-def test_many_come_in_order_whatever_their_sizes(work, scenes, tmp_path):
-    single = Segmenter(work, device='cpu')
-    batched = Segmenter(work, device='cpu', batch_size=3)
+@pytest.mark.gpu
+def test_many_come_in_order_whatever_their_sizes(work, device):
+    single = Segmenter(work, device=str(device))
+    batched = Segmenter(work, device=str(device), batch_size=3)
     batches = []
     own = batched.model.predict_labels
     batched.model.predict_labels = lambda inputs, data_samples: (
@@ -167,6 +172,40 @@ def test_what_does_not_fit_into_memory_is_halved(work, pictures, monkeypatch):
         segmenter(pictures[0])
 
 
+@pytest.mark.gpu
+def test_a_gpu_that_is_full(work, pictures, cuda, monkeypatch):
+    segmenter = Segmenter(work, device='cuda', batch_size=4)
+    wanted = [found.labels for found in segmenter(pictures)]
+    own, most, sizes = segmenter.model.predict_labels, 2, []
+    more_than_there_is = 2 * torch.cuda.get_device_properties(0).total_memory
+
+    def predict(inputs, data_samples):
+        sizes.append(len(inputs))
+        if len(inputs) > most:
+            torch.empty(more_than_there_is, dtype=torch.uint8, device=inputs.device)
+        return own(inputs, data_samples)
+    monkeypatch.setattr(segmenter.model, 'predict_labels', predict)
+    found = [found.labels for found in segmenter(pictures)]
+    assert sizes == [4, 2, 2]
+    assert np.mean([(a == b).mean() for a, b in zip(found, wanted, strict=True)]) > 0.999
+    most = 0
+    with pytest.raises(DataError, match=r'does not fit into the memory of cuda: set isr to auto'):
+        segmenter(pictures[0])
+
+
+@pytest.mark.gpu
+def test_memory_stays_flat(work, pictures, cuda):
+    segmenter = Segmenter(work, device='cuda')
+    sizes = cv2.imread(str(pictures[0])), cv2.imread(str(pictures[1]))[:, :64]
+    used = {}
+    for number in range(1, 501):
+        segmenter(sizes[number % 2])
+        if number in (20, 500):
+            used[number] = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    assert used[500][0] <= used[20][0]
+    assert used[500][1] <= used[20][1] + (20 << 20)  # one more block of the allocator
+
+
 @pytest.mark.parametrize('orientation', [3, 6, 8])
 def test_pictures_are_upright(segmenter, pictures, tmp_path, orientation):
     exif = Image.Exif()
@@ -179,10 +218,11 @@ def test_pictures_are_upright(segmenter, pictures, tmp_path, orientation):
         assert (segmenter(picture).labels == upright.labels).mean() > 0.99  # another JPEG decoder
 
 
-def test_the_ratio_is_a_dial(work, pictures):
-    segmenter = Segmenter(work, device='cpu', isr='optimal')
+@pytest.mark.gpu
+def test_the_ratio_is_a_dial(work, pictures, device):
+    segmenter = Segmenter(work, device=str(device), isr='optimal')
     optimal = segmenter(pictures[0]).labels
-    other = Segmenter(work, device='cpu')
+    other = Segmenter(work, device=str(device))
     plain = other(pictures[0]).labels
     assert not same(plain, optimal)
     apply_isr(other.model, 'optimal')

@@ -50,7 +50,7 @@ def _copying(forward: Callable[..., Any]) -> Callable[..., Any]:
     The decode head's graph would overwrite the backbone's maps before it reads them: torch raises
     for that (pytorch/pytorch#160281).
     """
-    @functools.wraps(forward)
+    @functools.wraps(forward)  # with torch's mark of what is compiled
     def copied(*args: Any, **kwargs: Any) -> Any:
         return tree_map_only(Tensor, Tensor.clone, forward(*args, **kwargs))
     return copied
