@@ -23,8 +23,8 @@ MINI = dict(embed_dims=(16, 32, 64, 128), depths=(1, 1, 2, 1))
 
 
 def pytest_addoption(parser):
-    parser.addoption('--fake-cuda', action='store_true',
-                     help='without a GPU, have the CPU pass for one (tests/fake_cuda.py)')
+    parser.addoption('--fake-cuda', action='store_true', help='without a GPU, run the tests of the '
+                     'fixture device on a CPU that passes for one too (tests/fake_cuda.py)')
 
 
 @pytest.fixture(autouse=True)
@@ -34,12 +34,10 @@ def _scope_and_seed():
 
 
 @pytest.fixture
-def cuda(request):
-    """A GPU, for tests marked ``gpu`` that mean nothing without one."""
+def cuda():
+    """A GPU, or a CPU that passes for one: for tests marked ``gpu`` of code for GPUs alone."""
     with contextlib.ExitStack() as stack:
         if not torch.cuda.is_available():
-            if not request.config.getoption('--fake-cuda'):
-                pytest.skip('needs a GPU; --fake-cuda runs it on the CPU')
             stack.enter_context(fake_cuda())
             stack.callback(layers._kernels.cache_clear)
         # Or float32 would be compared with what TF32 makes of it.

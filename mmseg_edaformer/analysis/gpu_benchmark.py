@@ -90,9 +90,8 @@ class Suite:
         self.plan = Plan(device='cuda', repeats=settings.repeats, seconds=1.5, costs=False)
         self.device = torch.device('cuda')
         self.found: dict[str, Any] = dict(
-            environment=benchmark.environment(self.plan), settings=asdict(settings) | dict(
-                out=settings.out.name), seconds={}, failed={}, left_out=[], rows=[], rates={},
-            training={}, rooflines={})
+            environment={}, settings=asdict(settings) | dict(out=settings.out.name), seconds={},
+            failed={}, left_out=[], rows=[], rates={}, training={}, rooflines={})
 
     def run(self, say: Callable[[str], None] = print) -> bool:
         """Measure what fits into the budget; returns whether nothing failed."""
@@ -114,6 +113,7 @@ class Suite:
             torch.cuda.empty_cache()
             self.found['seconds'][part.name] = round(time.perf_counter() - start, 1)
             say(f'{part.name}: {self.found["seconds"][part.name]} s')
+            self.found['environment'] = benchmark.environment(self.plan)
             write_file(self.settings.out, json.dumps(self.found, indent=1) + '\n')
         return not self.found['failed']
 
@@ -176,6 +176,8 @@ class Suite:
                 *([self.models['SegFormer-B0']] if model == 'T' else []),
                 ours.run_as(ratios=ratios), ours.run_as(kernels=False, ratios=['none'])]
         megapixels = batch * size ** 2 / 2 ** 20
+        if megapixels > 40:  # the plain version would take seconds a call, or not fit
+            cell = [ours.run_as(ratios=['none', 'optimal', 'auto'])]
         return Part(f'{model}, {size}x{size}, batch {batch}, {dtype}', 12 + megapixels,
                     lambda: self._cell(cell, size, batch, dtype))
 
@@ -198,9 +200,11 @@ class Suite:
               mode: str = 'eval') -> None:
         plan = replace(self.plan, sizes=[(size, size)], batch_sizes=[batch], dtypes=[dtype],
                        modes=[mode])
+        hidden = () if contenders[0].name.startswith('plain') else ('time_vs_first',)
         for rows in benchmark.run(contenders, plan):
             self.found['rows'] += [{name: value for name, value in asdict(row).items()
-                                    if value is not None} for row in rows]
+                                    if value is not None and name not in hidden}
+                                   for row in rows]
 
     def _training(self, model: str, how: str = 'eager') -> None:
         ours, plain = self.models[f'EDAFormer-{model}'], self.models[f'plain {model}']

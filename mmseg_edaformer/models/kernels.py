@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .resize import axis_taps
+from .resize import Chain, axis_taps
 
 MAX_CELL = 8
 """Pixels of a cell along one axis; longer runs are split."""
@@ -229,27 +229,39 @@ def resize_cross_entropy(logits: Tensor, labels: Tensor, rows: Axis, columns: Ax
 
 
 def check(device: torch.device) -> None:
-    """Run every kernel on a small case of this device.
+    """Compare every kernel with plain PyTorch on this device: they are used only after that.
+
+    Two cases: float32 logits resized once, and bfloat16 ones in channels-last memory of more
+    classes than a program holds, of a padded and flipped image that is resized again.
 
     Raises:
         RuntimeError: A result is not that of plain PyTorch.
     """
-    with torch.random.fork_rng(devices=[]):
-        logits = torch.randn(2, 40, 5, 7, device='cpu').to(device)
-        labels = torch.randint(40, (2, 19, 50), device='cpu').to(device)
-    with torch.enable_grad():
-        plain = logits.clone().requires_grad_()
-        full = F.interpolate(plain, labels.shape[1:], mode='bilinear')
-        wanted = F.cross_entropy(full, labels, reduction='sum')
-        wanted_grad, = torch.autograd.grad(wanted, plain)
-    rows, columns = (Axis.of(device, low, size, (0, 0), False, None, False)
-                     for low, size in zip(logits.shape[2:], labels.shape[1:]))
-    found, contested = resize_argmax(logits, rows, columns, torch.uint8,
-                                     logits.new_full((2,), 1e-5))
-    loss, correct, grad = resize_cross_entropy(logits, labels, rows, columns, 255, True)
-    right = full.argmax(1)
-    if not ((found == right) | contested).all() or contested.float().mean() > 0.1 or not (
-            torch.allclose(loss, wanted, rtol=1e-4) and
-            torch.allclose(grad, wanted_grad, rtol=1e-3, atol=1e-3) and
-            abs(correct - (right == labels).sum()) <= contested.sum()):
-        raise RuntimeError('the results differ from those of plain PyTorch')
+    low = 3, 4
+    again = Chain((10, 14), (2, 1, 0, 3), 'horizontal', (9, 17))
+    for classes, dtype, chain in ((40, torch.float32, Chain((9, 19))),
+                                  (150, torch.bfloat16, again)):
+        with torch.random.fork_rng(devices=[]):
+            logits = torch.randn(2, classes, *low, device='cpu').to(device, dtype)
+            labels = torch.randint(classes, (2, *chain.input_size), device='cpu').to(device)
+        labels[:, :2] = 255
+        if dtype == torch.bfloat16:
+            logits = logits.contiguous(memory_format=torch.channels_last)
+        with torch.enable_grad():
+            plain = logits.float().requires_grad_()
+            full = F.interpolate(plain, chain.input_size, mode='bilinear')
+            wanted = F.cross_entropy(full, labels, ignore_index=255, reduction='sum')
+            wanted_grad, = torch.autograd.grad(wanted, plain)
+        right = chain.resize(plain.detach()).argmax(1)
+        rows, columns = (Axis.of(device, *axis) for axis in chain.axes(low, device))
+        found, contested = resize_argmax(logits, rows, columns, torch.uint8,
+                                         plain.new_full((2,), 1e-5))
+        rows, columns = (Axis.of(device, low, size, (0, 0), False, None, False)
+                         for low, size in zip(low, chain.input_size))
+        loss, correct, grad = resize_cross_entropy(logits, labels, rows, columns, 255, True)
+        if not ((found == right) | contested).all() or contested.float().mean() > 0.1 or not (
+                torch.allclose(loss, wanted, rtol=1e-4) and
+                torch.allclose(grad, wanted_grad, rtol=1e-3, atol=1e-3) and
+                abs(correct - (full.argmax(1) == labels).sum()) <= contested.sum() + 1):
+            raise RuntimeError(f'the results for {classes} classes in {dtype} differ from those '
+                               'of plain PyTorch')

@@ -2,7 +2,8 @@
 
 Built once, in a few seconds, when a network first predicts on a CPU, and kept in the user's cache.
 Without a compiler, or with ``EDAFORMER_NATIVE=0`` in the environment, PyTorch's own operators do
-the same: the functions here return None where they cannot.
+the same: the functions here return None where they cannot. The variable turns off the Triton
+kernels of GPUs too.
 """
 import ctypes
 import functools
