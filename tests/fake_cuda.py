@@ -17,6 +17,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
@@ -51,6 +52,9 @@ class FakeCuda(TorchFunctionMode):
         if name == '__deepcopy__':  # whose memo holds tensors of all devices
             return self.keep(func(*args, **kwargs), self.holds(args[0]))
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if any(isinstance(tensor, FakeTensor) for tensor in given):  # torch's, of a traced graph
+            args, kwargs, _ = _devices(name, args, kwargs)
+            return func(*args, **kwargs)
         on_gpu = [self.holds(tensor) for tensor in given]
         if name in NUMPY and any(on_gpu):
             raise TypeError(f'{name}: the tensor is on {GPU}, and numpy needs it on the CPU')

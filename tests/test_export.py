@@ -118,6 +118,22 @@ def test_a_file_predicts_as_the_model_at_any_size_and_number(work, scenes, files
     assert ('Smaller images were enlarged.' in report.notes) == (ratio == RATIO)
 
 
+@pytest.mark.gpu
+def test_a_file_moves_to_the_device(work, scenes, files, request):
+    from torch.export.passes import move_to_device_pass
+    program = torch.export.load(files('pt2', 'none', True)[0])
+    device = request.getfixturevalue('device')  # what is exported before knows nothing of a fake
+    program = move_to_device_pass(program, str(device)).module(check_guards=False)
+    images, segmenter = pictures(scenes, (131, 157), 3), Segmenter(work, device=str(device))
+    with torch.no_grad():
+        found = program(torch.from_numpy(images).to(device))
+    assert found.device.type == device.type
+    wanted = np.stack([segmenter(np.ascontiguousarray(image[..., ::-1])).labels
+                       for image in images])
+    assert len(np.unique(wanted)) > 4
+    assert (found.cpu().numpy() == wanted).mean() > 0.9995
+
+
 def test_the_metadata_say_what_a_file_is(work, scenes, files):
     told = Exported(files('pt2', RATIO, False)[0]).metadata
     assert told['classes'] == list(Segmenter(work, device='cpu').classes)
