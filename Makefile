@@ -52,16 +52,16 @@ GPU_PYTHON ?= $(if $(SITE),$(PYTHON),$(if $(wildcard .venv/ready),.venv/bin/pyth
 GPU_PATH = PYTHONPATH=.$(if $(SITE),:$(if $(wildcard $(SITE)/*.whl),.site,$(SITE))):$$PYTHONPATH
 
 test-gpu: $(if $(wildcard $(SITE)/*.whl),.site/ready)
-	$(GPU_PATH) $(GPU_PYTHON) -m tests.gpu $(if $(FAKE_CUDA),--fake-cuda) $(ARGS)
+	@$(GPU_PATH) $(GPU_PYTHON) -m tests.gpu $(if $(FAKE_CUDA),--fake-cuda) $(ARGS)
 
 bench-gpu: $(if $(wildcard $(SITE)/*.whl),.site/ready)
-	$(GPU_PATH) $(GPU_PYTHON) $(if $(FAKE_CUDA),-m tests.fake_cuda) tools/benchmark_gpu.py \
+	@$(GPU_PATH) $(GPU_PYTHON) $(if $(FAKE_CUDA),-m tests.fake_cuda) tools/benchmark_gpu.py \
 		$(if $(FAKE_CUDA),--size 64 96 --batch-size 1 2 --repeats 1 --steps 6 --gemm 512 --out work_dirs/fake) $(ARGS)
 
 .site/ready: $(wildcard $(SITE)/*.whl)
-	rm -rf .site && mkdir .site
-	for wheel in $^; do $(PYTHON) -m zipfile -e $$wheel .site || exit; done
-	touch $@
+	@rm -rf .site && mkdir .site
+	@for wheel in $^; do $(PYTHON) -m zipfile -e $$wheel .site || exit; done
+	@touch $@
 
 lint: .venv/ready
 	.venv/bin/ruff check .

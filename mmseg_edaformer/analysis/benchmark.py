@@ -309,7 +309,7 @@ def run(contenders: Sequence[Contender], plan: Plan) -> Iterator[list[Row]]:
     for dtype in plan.dtypes:
         rates = measure_rates(device, getattr(torch, dtype)) if plan.limits else None
         for mode in plan.modes:
-            subjects = {contender.name: _Subject(contender, mode, dtype, plan)
+            subjects = {contender.name: Subject(contender, mode, dtype, plan)
                         for contender in contenders}
             for size, batch_size in product(plan.sizes, plan.batch_sizes):
                 yield _measure(contenders, subjects, plan, (mode, dtype, size, batch_size),
@@ -349,7 +349,7 @@ def _spans(length: int, window: int, stride: int) -> list[slice]:
     return [slice(max(end - window, 0), end) for end in ends]
 
 
-class _Subject:
+class Subject:
     """A contender's model on the device, ready for one mode and dtype."""
 
     def __init__(self, contender: Contender, mode: str, dtype: str, plan: Plan) -> None:
@@ -460,7 +460,7 @@ def data_samples(size: tuple[int, ...], count: int,
     return samples
 
 
-def _measure(contenders: Sequence[Contender], subjects: Mapping[str, _Subject], plan: Plan,
+def _measure(contenders: Sequence[Contender], subjects: Mapping[str, Subject], plan: Plan,
              cell: tuple[str, str, tuple[int, int], int],
              costs: Mapping[tuple[str, ISRRatio, tuple[int, int]], _Cost], rates: Rates | None,
              pipelines: Mapping[str, float | None]) -> list[Row]:
@@ -522,7 +522,7 @@ def _row(contender: Contender, ratio: ISRRatio, cost: _Cost | None, mode: str, d
                contender.execution, **measured)
 
 
-def _peak(prepare: Prepare, subject: _Subject, inputs: Tensor) -> int | None:
+def _peak(prepare: Prepare, subject: Subject, inputs: Tensor) -> int | None:
     try:
         return peak_bytes(prepare(), [*subject.resident(), inputs], subject.device)
     except (RuntimeError, MemoryError) as error:

@@ -24,7 +24,7 @@ from ..files import write_file
 from ..models import labels, loss
 from ..models.resize import Chain
 from . import benchmark
-from .benchmark import NONE, Contender, Plan, Rates, _Subject
+from .benchmark import NONE, Contender, Plan, Rates, Subject
 from .roofline import Work, rooflines
 
 ROOT = Path(__file__).parents[2]
@@ -227,7 +227,7 @@ class Suite:
     def _roofline(self, mode: str) -> None:
         size = self.settings.sizes[0]
         batch = self.settings.batch_sizes[-1] if mode == 'eval' else self.settings.train_batch
-        subject = _Subject(self.models['EDAFormer-T'], mode, 'bfloat16', self.plan)
+        subject = Subject(self.models['EDAFormer-T'], mode, 'bfloat16', self.plan)
         inputs = torch.randn(batch, 3, size, size, device=self.device)
         call = subject.calls(mode, NONE, inputs)['total']
         logits = torch.randn(batch, subject.model.num_classes, size // 8, size // 8,

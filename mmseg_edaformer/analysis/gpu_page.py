@@ -22,7 +22,9 @@ def page(found: dict[str, Any]) -> str:
         'against the plain version of the network (`tests/plain.py`, eager) in the same run. '
         "*graphed* replays PyTorch's kernels as a CUDA graph, *compiled* is `torch.compile` with "
         "CUDA graphs, *plain kernels* leaves out this project's own. MiB: most memory at once, of "
-        'eager runs. Not counted: normalising images and copying them to the GPU.', '',
+        'eager runs. In bfloat16 EDAFormer has bfloat16 weights, and the others, and all in '
+        'training, run under autocast. Not counted: normalising images and copying them to the '
+        'GPU.', '',
         *_short(rows), *_evaluation(rows), *_training(rows, found['training']),
         *_rooflines(found['rates'], found['rooflines'])]
     if found['failed']:

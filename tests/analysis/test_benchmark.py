@@ -221,7 +221,7 @@ def test_bfloat16_and_limits(configs):
 def test_training_steps_change_the_weights_of_a_copy(configs):
     contenders = load(configs, 'mini')
     before = {name: value.clone() for name, value in contenders[0].model.state_dict().items()}
-    subject = benchmark._Subject(contenders[0], 'train', 'float32', benchmark.Plan())
+    subject = benchmark.Subject(contenders[0], 'train', 'float32', benchmark.Plan())
     call = subject.calls('train', benchmark.NONE, torch.randn(2, 3, 64, 64))['total']
     call()()
     after = subject.model.state_dict()
