@@ -10,6 +10,7 @@ import torch
 from mmseg_edaformer.engine import find_checkpoint
 from mmseg_edaformer.engine.preemption import EXIT_PREEMPTED
 from tests.conftest import ROOT, run, write_config
+from tests.engine.training import train_here
 from tests.processes import free_port
 
 pytestmark = pytest.mark.slow
@@ -27,7 +28,7 @@ def script(name, *arguments, code=0, **env):
 
 @pytest.fixture(autouse=True)
 def _import_tests(monkeypatch):
-    monkeypatch.setenv('PYTHONPATH', str(ROOT))  # for tests.frozen_norm
+    monkeypatch.setenv('PYTHONPATH', str(ROOT), prepend=os.pathsep)  # for tests.frozen_norm
 
 
 @pytest.fixture(scope='module')
@@ -105,6 +106,38 @@ default_hooks = dict(checkpoint=dict(interval=10))
     figures = re.compile(r'aAcc: ([\d.]+)  mIoU: ([\d.]+)  mAcc: ([\d.]+)')
     assert figures.search(double).groups() == figures.search(single).groups()
     assert double.count('GMACs') == 1  # only one process reports
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('processes', [1, 2])
+def test_batch_norm_of_all_processes(config, device, tmp_path, processes):
+    """On GPUs, over NCCL with SyncBatchNorm: the weights of a run without a launcher."""
+    gpus = torch.cuda.device_count()
+    if processes > max(gpus, 1):
+        pytest.skip(f'needs {processes} GPUs; there are {gpus}')
+    path = config.parent / 'norms.py'
+    path.write_text("""
+_base_ = ['./fixed.py']
+custom_hooks = [dict(type='CheckWeightsHook'), dict(type='NameNormHook')]
+env_cfg = dict(cudnn_benchmark=False)
+default_hooks = dict(checkpoint=dict(interval=1))
+""")
+    # cuDNN and cuBLAS take no TF32 then; in this process the fixture sees to that.
+    log = script('dist_train.sh', path, processes, '--work-dir', tmp_path / 'ranks',
+                 '--cfg-options', f'train_dataloader.batch_size={4 // processes}',
+                 NVIDIA_TF32_OVERRIDE='0')
+    has_gpu = gpus and 'passes for a GPU' not in torch.cuda.get_device_name()
+    assert ('nccl and SyncBatchNorm' if has_gpu else 'gloo and BatchNorm2d') in log
+    assert train_here(path, tmp_path / 'one', options={
+        'train_cfg.max_iters': 4, 'default_hooks.checkpoint.interval': 1,
+        'default_hooks.checkpoint.max_keep_ckpts': 4}) == 0
+    first, one, ranks = (weights(tmp_path / work / f'iter_{number}.pth') for work, number in (
+        ('one', 1), ('one', 4), ('ranks', 4)))
+    assert ranks.keys() == one.keys()
+
+    def distance(some, others):
+        return sum((some[name] - others[name]).double().square().sum() for name in one).sqrt()
+    assert distance(ranks, one) < 0.02 * distance(first, one)
 
 
 def test_two_nodes(config, tmp_path):
