@@ -116,12 +116,27 @@ def predicted(config, checkpoint, folder, *flags, **how):
                      for path in sorted((folder / 'labels').iterdir())])
 
 
+@pytest.mark.gpu
 @pytest.mark.slow
-def test_bfloat16(trained, tmp_path):
+def test_bfloat16_and_prediction(trained, scenes, device, tmp_path):
+    """In processes of their own: a process with a GPU must not fork."""
     config, work, _ = trained
-    labels = [predicted(config, work / 'iter_4.pth', tmp_path / str(len(flags)), *flags)
-              for flags in ([], ['--bf16'])]
-    assert 0.9 < (labels[0] == labels[1]).mean() < 1  # it did compute otherwise
+    labels = [predicted(config, work / 'iter_4.pth', tmp_path / str(len(flags)), '--isr-ratio', '2',
+                        *flags, run=run) for flags in ([], ['--bf16'])]
+    equal = (labels[0] == labels[1]).mean()
+    assert equal > 0.9
+    assert equal < 1 or device.type == 'cuda'  # it did compute otherwise
+    figures = json.loads((tmp_path / '0' / 'figures.json').read_text())
+    name = torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu'
+    name = 'cpu' if 'passes for a GPU' in name else name  # not in those processes
+    assert (figures['isr_ratio'], figures['device']) == ('2', name)
+    output = run('tools/predict.py', scenes / 'images' / 'validation', '--model', config,
+                 '--checkpoint', work / 'iter_4.pth', '--isr-ratio', '2', '--out',
+                 tmp_path / 'predicted').stdout
+    assert f'8 classes, on {"cpu" if name == "cpu" else "cuda"}\n' in output
+    for path, expected in zip(sorted((tmp_path / 'predicted' / 'masks').iterdir()), labels[0],
+                              strict=True):
+        assert (np.array(Image.open(path)) == expected).mean() > 0.999
 
 
 @pytest.mark.slow
