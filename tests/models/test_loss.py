@@ -9,31 +9,38 @@ from mmseg.structures import SegDataSample
 from mmseg_edaformer.models import loss
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize('align_corners', [False, True])
 @pytest.mark.parametrize(('classes', 'low', 'full', 'rows'), [
     (7, (5, 6), (33, 41), 4), (19, (8, 8), (64, 64), 64), (3, (9, 9), (9, 9), 2),
     (150, (1, 3), (8, 8), 3), (5, (16, 12), (10, 30), 7)])
-def test_equals_plain(classes, low, full, rows, align_corners, monkeypatch):
+def test_equals_plain(classes, low, full, rows, align_corners, dtype, device, monkeypatch):
     monkeypatch.setattr(loss, 'BAND_BYTES', rows * classes * full[1] * 4)
     torch.manual_seed(0)
-    logits = torch.randn(2, classes, *low, requires_grad=True)
-    labels = torch.randint(classes, (2, *full))
+    logits = torch.randn(2, classes, *low).to(device, dtype).requires_grad_()
+    labels = torch.randint(classes, (2, *full)).to(device)
     labels[0, :2] = 255
-    resized = F.interpolate(logits, full, None, 'bilinear', align_corners)
+    resized = F.interpolate(logits.float(), full, None, 'bilinear', align_corners)
     expected = F.cross_entropy(resized, labels, ignore_index=255, reduction='sum')
     expected_grad, = torch.autograd.grad(expected * 0.3, logits)
-    found, correct = loss.resize_cross_entropy(logits, labels, ignore_index=255,
-                                               align_corners=align_corners)
-    grad, = torch.autograd.grad(found * 0.3, logits)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
-    torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-5)
-    assert correct == (resized.argmax(1) == labels).sum()
+    for kernels in {loss.gpu_kernels(logits), None}:
+        monkeypatch.setattr(loss, 'gpu_kernels', lambda x, kernels=kernels: kernels)
+        found, correct = loss.resize_cross_entropy(logits, labels, ignore_index=255,
+                                                   align_corners=align_corners)
+        grad, = torch.autograd.grad(found * 0.3, logits)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+        assert grad.dtype == dtype
+        torch.testing.assert_close(grad, expected_grad,
+                                   rtol=1e-4 if dtype == torch.float32 else 2e-2, atol=1e-5)
+        assert correct == (resized.argmax(1) == labels).sum()
 
 
-def test_channels_last_and_bfloat16():
+@pytest.mark.gpu
+def test_channels_last_and_bfloat16(device):
     torch.manual_seed(0)
-    logits = torch.randn(1, 9, 4, 4).bfloat16().to(memory_format=torch.channels_last)
-    labels = torch.randint(9, (1, 16, 16))
+    logits = torch.randn(1, 9, 4, 4).to(device, torch.bfloat16, memory_format=torch.channels_last)
+    labels = torch.randint(9, (1, 16, 16)).to(device)
     expected = F.cross_entropy(F.interpolate(logits.float(), (16, 16), mode='bilinear'), labels,
                                reduction='sum')
     logits.requires_grad_()
@@ -44,6 +51,7 @@ def test_channels_last_and_bfloat16():
 
 
 def test_label_out_of_range_stops():
+    """On a CPU; a GPU gives NaN, which `test_kernels` tests."""
     with pytest.raises(RuntimeError):
         loss.resize_cross_entropy(torch.zeros(1, 3, 2, 2), torch.full((1, 4, 4), 3),
                                   ignore_index=255)
@@ -53,14 +61,15 @@ def samples(labels):
     return [SegDataSample(gt_sem_seg=PixelData(data=label[None])) for label in labels]
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize('avg_non_ignore', [False, True])
 @pytest.mark.parametrize('ignored', [0, 20, 64 * 64])
-def test_head_gives_the_losses_of_mmseg(segmentor, avg_non_ignore, ignored):
-    head = segmentor.decode_head
+def test_head_gives_the_losses_of_mmseg(segmentor, avg_non_ignore, ignored, device):
+    head = segmentor.to(device).decode_head
     head.loss_decode.avg_non_ignore = avg_non_ignore
     torch.manual_seed(0)
-    logits = torch.randn(2, head.num_classes, 8, 8, requires_grad=True)
-    labels = torch.randint(head.num_classes, (2, 64, 64))
+    logits = torch.randn(2, head.num_classes, 8, 8).to(device).requires_grad_()
+    labels = torch.randint(head.num_classes, (2, 64, 64)).to(device)
     labels.view(2, -1)[:, :ignored] = 255
     expected = BaseDecodeHead.loss_by_feat(head, logits, samples(labels))
     found = head.loss_by_feat(logits, samples(labels))
