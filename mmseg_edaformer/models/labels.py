@@ -23,12 +23,16 @@ from .resize import Axis, Chain, axis_taps, find_orders, is_channels_last, resiz
 ROUNDING = 32 * torch.finfo(torch.float32).eps
 """How far apart mmseg's difference of two logits and ours can be, relative to the largest logit:
 two bilinear resizes round at most 23 times by half an eps, for each logit."""
+_LARGEST = torch.finfo(torch.float32).max / 16  # beyond, sums of logits may not be finite
 CACHE = 1 << 20
 """Bytes of a working set that stays in a core's cache."""
 
 
 def label_maps(logits: Tensor, chains: Sequence[Chain], memory: int = 1 << 28) -> list[Tensor]:
     """`label_map` of each image of a batch; at once on a GPU, where all have the same chain.
+
+    There, of two classes within rounding of each other either may be the label. Nearly every image
+    has a few such pixels, and to settle them takes many small kernels.
 
     Args:
         logits: N x C x h x w from the head.
@@ -43,17 +47,12 @@ def label_maps(logits: Tensor, chains: Sequence[Chain], memory: int = 1 << 28) -
     if kernels is None or len(set(chains)) > 1 or _unchanged(axes):
         return [label_map(logits[i:i + 1], chain, memory) for i, chain in enumerate(chains)]
     with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
-        tolerance = ROUNDING * logits.abs().amax((1, 2, 3)).float()
         rows, columns = (kernels.Axis.of(logits.device, *axis) for axis in axes)
-        labels, contested = kernels.resize_argmax(logits, rows, columns, _label_type(logits),
-                                                  tolerance)
-        # The only wait for the GPU. A tolerance that is not finite has all pixels contested.
-        found = torch.stack([contested.flatten(1).sum(1).float(), tolerance]).tolist()
-        return [labels[i] if not count else
-                settle(labels[i], contested[i], logits[i:i + 1].float(), chains[i], limit, memory)
-                if limit < torch.finfo(torch.float32).max * ROUNDING / 16 else
-                _literal(logits[i:i + 1].float(), chains[i], memory)
-                for i, (count, limit) in enumerate(zip(*found))]
+        labels = kernels.resize_argmax(logits, rows, columns, _label_type(logits))
+        # The only wait for the GPU.
+        finite = (logits.abs().amax((1, 2, 3)).float() < _LARGEST).tolist()
+        return [labels[i] if there else _literal(logits[i:i + 1].float(), chains[i], memory)
+                for i, there in enumerate(finite)]
 
 
 def label_map(logits: Tensor, chain: Chain, memory: int = 1 << 28) -> Tensor:
@@ -76,7 +75,7 @@ def label_map(logits: Tensor, chain: Chain, memory: int = 1 << 28) -> Tensor:
         logits = logits.float()
         lowest, largest = (float(value) for value in torch.aminmax(logits))
         scale = max(abs(lowest), abs(largest))
-        finite = scale < torch.finfo(torch.float32).max / 16
+        finite = scale < _LARGEST
         axes = chain.axes(logits.shape[2:], logits.device)
         if finite and _unchanged(axes):
             rows, columns = (axis_taps(*axis)[0][:, 0] for axis in axes)

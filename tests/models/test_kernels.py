@@ -9,8 +9,9 @@ import os
 import pytest
 import torch
 
-from mmseg_edaformer.models import labels, loss
+from mmseg_edaformer.models import labels, layers, loss
 from mmseg_edaformer.models.resize import Chain
+from tests.conftest import run
 
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 RUNS = importlib.util.find_spec('triton') is not None and (
@@ -38,14 +39,65 @@ def test_check():
     kernels.check(DEVICE)
 
 
+@pytest.mark.parametrize('wrong', ['resize_argmax', 'resize_cross_entropy'])
+def test_kernels_that_are_wrong_are_not_used(wrong, monkeypatch):
+    kernel = getattr(kernels, wrong)
+
+    def off(*args):
+        out = kernel(*args)
+        return out + 1 if wrong == 'resize_argmax' else (out[0], out[1], out[2] + 1)
+
+    monkeypatch.setattr(kernels, wrong, off)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'this device')
+    with pytest.warns(UserWarning, match='do not work on this device.*differ from those of plain'):
+        assert layers._kernels.__wrapped__(DEVICE) is None
+
+
+COMPILE = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from mmseg_edaformer.models import kernels
+
+def compile(kernel, capability, logits, **constants):
+    types = dict(labels='*u8' if kernel is kernels._resize_argmax else '*i64', grad='*fp32',
+                 logits=logits, loss='*fp32', correct='*i32')
+    for axis in 'xy':
+        types |= {f'{axis}_weight': '*fp32', f'{axis}_index': '*i32', f'{axis}_start': '*i32',
+                  f'{axis}_length': '*i32'}
+    signature = {name: 'constexpr' if name in constants else types.get(name, 'i32')
+                 for name in kernel.arg_names}
+    triton.compile(triton.compiler.ASTSource(kernel, signature, constants),
+                   target=GPUTarget('cuda', capability, 32))
+
+for capability in 80, 90:
+    for logits in '*fp32', '*bf16':
+        sizes = dict(classes=150, TY=3, TX=2, BY=4, BX=8, BC=kernels.CLASS_BLOCK)
+        compile(kernels._resize_argmax, capability, logits, **sizes)
+        for grad in False, True:
+            compile(kernels._resize_cross_entropy, capability, logits, GRAD=grad, **sizes)
+print('compiled')
+"""
+
+
+@pytest.mark.skipif(DEVICE.type == 'cuda', reason='the other tests compile them')
+def test_they_compile_without_a_gpu(monkeypatch, tmp_path):
+    monkeypatch.delenv('TRITON_INTERPRET')
+    monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
+    assert run('-c', COMPILE).stdout == 'compiled\n'
+
+
 def check_labels(logits, chain):
-    """Compare label maps of a batch with mmseg's resizes, label for label."""
+    """Compare label maps of a batch with mmseg's resizes: the largest class, but for rounding."""
     found = labels.label_maps(logits, [chain] * len(logits))
     assert len(found) == len(logits)
     for i, got in enumerate(found):
-        expected = chain.resize(logits[i:i + 1].float())[0].argmax(0)
+        values = chain.resize(logits[i:i + 1].float())[0]
         assert got.dtype == (torch.uint8 if logits.shape[1] <= 256 else torch.int16)
-        assert torch.equal(got.long(), expected)
+        if values.isnan().any():
+            assert torch.equal(got.long(), values.argmax(0))
+        lost = values.amax(0) - values.gather(0, got.long()[None])[0]
+        assert not (lost > labels.ROUNDING * logits[i].abs().max()).any()
 
 
 @pytest.mark.parametrize('chain', [
