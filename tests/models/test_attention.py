@@ -54,9 +54,10 @@ def test_by_rows_in_bfloat16(compiled, monkeypatch):
     assert error < 0.03
 
 
-def test_gradients_take_the_differentiable_way():
-    layer = attention.EmbeddingFreeAttention(32, 2, 2)
-    x = torch.randn(1, 32, 8, 8)
+@pytest.mark.gpu
+def test_gradients_take_the_differentiable_way(device):
+    layer = attention.EmbeddingFreeAttention(32, 2, 2).to(device)
+    x = torch.randn(1, 32, 8, 8).to(device)
     trained = layer(x)
     trained.sum().backward()
     assert layer.kv.weight.grad is not None
@@ -64,11 +65,12 @@ def test_gradients_take_the_differentiable_way():
         torch.testing.assert_close(layer(x), trained, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize('relu', [True, False])
-def test_padding_changes_nothing(relu, monkeypatch):
+def test_padding_changes_nothing(relu, device, monkeypatch):
     torch.manual_seed(0)
-    ffn = MixFFN(16, 3.8, relu=relu)
-    x = torch.randn(2, 16, 6, 5).to(memory_format=torch.channels_last)
+    ffn = MixFFN(16, 3.8, relu=relu).to(device)
+    x = torch.randn(2, 16, 6, 5).to(device, memory_format=torch.channels_last)
     expected = ffn(x)
     expected.square().sum().backward()
     grads = [p.grad.clone() for p in ffn.parameters()]
@@ -79,6 +81,24 @@ def test_padding_changes_nothing(relu, monkeypatch):
     found.square().sum().backward()
     for p, grad in zip(ffn.parameters(), grads):
         torch.testing.assert_close(p.grad, grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_gpus_pad_only_to_predict(segmentor, dtype, cuda, monkeypatch):
+    """With maps that are large enough, here all; the outputs stay."""
+    segmentor = segmentor.to(cuda, dtype)
+    ffn = MixFFN(16, 3.8, relu=True).to(cuda, dtype)
+    image = torch.randn(2, 3, 64, 96).to(cuda, dtype)
+    x = torch.randn(2, 16, 6, 5).to(cuda, dtype, memory_format=torch.channels_last)
+    with torch.no_grad():
+        expected = segmentor(image), ffn(x)
+        monkeypatch.setattr(blocks, 'ALIGN_FROM', 1)
+        assert blocks._padding(x, 60) == 4
+        for found, before in zip((segmentor(image), ffn(x)), expected):
+            error = (found.float() - before.float()).abs().max() / before.float().std()
+            assert error < (0.05 if dtype == torch.bfloat16 else 1e-4)
+    assert blocks._padding(x, 60) == 0
 
 
 @pytest.mark.skipif(shutil.which('g++') is None, reason='needs g++')
@@ -126,18 +146,19 @@ def test_gelu(shape, compiled, monkeypatch):
         torch.testing.assert_close(gelu(half.clone()), F.gelu(half), rtol=8e-3, atol=1e-6)
 
 
-def test_gelu_where_gradients_flow():
-    x = torch.randn(1, 8, 3, 3, requires_grad=True)
+@pytest.mark.gpu
+def test_gelu_where_gradients_flow(device):
+    x = torch.randn(1, 8, 3, 3).to(device).requires_grad_()
     before = x.detach().clone()
     gelu(x).sum().backward()
     assert torch.equal(x, before)
     assert x.grad is not None
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-def test_gpus_use_a_fused_kernel():
+@pytest.mark.gpu
+def test_a_fused_kernel_takes_it(device):
     """PyTorch raises where none of the allowed kernels takes these shapes and types."""
-    layer = attention.EmbeddingFreeAttention(64, 2, 4).cuda().bfloat16()
-    x = torch.randn(2, 64, 32, 32, device='cuda', dtype=torch.bfloat16)
+    layer = attention.EmbeddingFreeAttention(64, 2, 4).to(device, torch.bfloat16)
+    x = torch.randn(2, 64, 32, 32).to(device, torch.bfloat16)
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]):
         layer(x.to(memory_format=torch.channels_last)).sum().backward()

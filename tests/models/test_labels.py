@@ -54,22 +54,26 @@ def wanted(logits, chain, i):
     return x.squeeze(0).argmax(0)
 
 
-def check(logits, chain, **kwargs):
+def check(logits, chain, kernels=False, **kwargs):
+    """Compare with mmseg; with ``kernels`` also what a GPU does to a whole batch."""
+    maps = labels.label_maps(logits, [chain] * len(logits)) if kernels and logits.is_cuda else []
     for i in range(len(logits)):
-        got = label_map(logits[i:i + 1], chain, **kwargs)
-        assert got.dtype == (torch.uint8 if logits.shape[1] <= 256 else torch.int16)
-        assert torch.equal(got.long(), wanted(logits, chain, i))
+        expected = wanted(logits, chain, i)
+        for got in (label_map(logits[i:i + 1], chain, **kwargs), *maps[i:i + 1]):
+            assert got.dtype == (torch.uint8 if logits.shape[1] <= 256 else torch.int16)
+            assert torch.equal(got.long(), expected)
 
 
 @pytest.mark.parametrize('chain', CHAINS, ids=str)
-@pytest.mark.parametrize('classes', [2, 19, 150, 300])
+@pytest.mark.parametrize('classes', [2, pytest.param(19, marks=pytest.mark.gpu), 150, 300])
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
-def test_equal_to_mmseg(chain, classes, memory_format):
+def test_equal_to_mmseg(chain, classes, memory_format, device):
     for kind in ('smooth', 'random', 'zero', 'integer', 'quantised', 'wide', 'rare'):
-        check(make(kind, classes).contiguous(memory_format=memory_format), chain)
+        check(make(kind, classes).to(device, memory_format=memory_format), chain, kernels=True)
 
 
-def test_equal_whatever_the_sizes():
+@pytest.mark.gpu
+def test_equal_whatever_the_sizes(device):
     draw = random.Random(0)
     for _ in range(150):
         size = draw.choice([(1, 1), (1, 5), (7, 1), (4, 6), (17, 9)])
@@ -81,30 +85,35 @@ def test_equal_whatever_the_sizes():
         logits = make(draw.choice(['smooth', 'random', 'integer']), draw.choice([2, 5, 21]), size)
         if draw.random() < 0.5:
             logits = logits.contiguous(memory_format=torch.channels_last)
-        check(logits, chain, memory=draw.choice([1 << 14, 1 << 28]))
+        check(logits.to(device), chain, memory=draw.choice([1 << 14, 1 << 28]))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
-def test_not_finite(memory_format):
+def test_not_finite(memory_format, device):
     for value in (torch.nan, torch.inf, -torch.inf, 3e38):
-        logits = make('random', 37).contiguous(memory_format=memory_format)
+        logits = make('random', 37).to(device, memory_format=memory_format)
         logits[:, 20, 5, 6] = value
-        for chain in CHAINS:
-            check(logits, chain)
+        for number, chain in enumerate(CHAINS):
+            check(logits, chain, kernels=number % 4 == 0)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize('classes', [51, 54])  # with a last block of 19 classes, or of 6
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
-def test_equal_where_the_arithmetic_is_unknown(memory_format, monkeypatch):
+def test_equal_where_the_arithmetic_is_unknown(memory_format, classes, device, monkeypatch):
     """Another processor may add in an order that is not known: the chain is then followed."""
     monkeypatch.setattr(labels, 'find_orders', lambda *args: None)
     for kind in ('smooth', 'integer'):
         for memory in (1 << 14, 1 << 28):
-            check(make(kind, 51).contiguous(memory_format=memory_format), CHAINS[2], memory=memory)
+            check(make(kind, classes).to(device, memory_format=memory_format), CHAINS[2],
+                  memory=memory)
 
 
-def test_only_contested_labels_can_be_wrong():
+@pytest.mark.gpu
+def test_only_contested_labels_can_be_wrong(device):
     for kind in ('smooth', 'random', 'quantised'):
-        logits = make(kind, 19, batch=1)
+        logits = make(kind, 19, batch=1).to(device)
         for chain in CHAINS:
             tolerance = labels.ROUNDING * logits.abs().max().item()
             found, contested = labels.resize_argmax(logits, chain, tolerance, 1 << 28)
@@ -114,56 +123,61 @@ def test_only_contested_labels_can_be_wrong():
                 assert contested.float().mean() < 1e-3
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize('precision', ['high', 'medium'])
-def test_reduced_precision_of_products_changes_nothing(precision):
+def test_reduced_precision_of_products_changes_nothing(precision, device):
     torch.set_float32_matmul_precision(precision)
     try:
-        with torch.autocast('cpu'):
-            check(make('random', 19), CHAINS[2])
+        with torch.autocast(device.type):
+            check(make('random', 19).to(device), CHAINS[2], kernels=True)
     finally:
         torch.set_float32_matmul_precision('highest')
 
 
-def test_16_bit_logits_count_as_32_bit_ones():
-    logits = make('smooth', 19, batch=1)
+@pytest.mark.gpu
+def test_16_bit_logits_count_as_32_bit_ones(device):
+    logits = make('smooth', 19, batch=1).to(device)
     for dtype in (torch.bfloat16, torch.float16):
         assert torch.equal(label_map(logits.to(dtype), CHAINS[2]),
                            label_map(logits.to(dtype).float(), CHAINS[2]))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize('chain', CHAINS, ids=str)
-def test_taps_are_the_chain(chain):
+def test_taps_are_the_chain(chain, device):
     low = (12, 16)
-    units = torch.eye(12)[None, :, :, None].expand(1, 12, 12, 16)
+    units = torch.eye(12).to(device)[None, :, :, None].expand(1, 12, 12, 16)
     rows, columns = (axis_taps(*axis) for axis in chain.axes(low, units.device))
-    dense = torch.zeros(len(rows[0]), 12).scatter_add_(1, rows[0].long(), rows[1])
+    dense = rows[1].new_zeros(len(rows[0]), 12).scatter_add_(1, rows[0].long(), rows[1])
     torch.testing.assert_close(dense, chain.resize(units)[0, :, :, 0].t())
     for indices, weights in (rows, columns):
         assert indices.dtype == torch.int32
         assert weights.dtype == torch.float32
         assert indices.shape[1] <= 4
         assert (weights >= 0).all()
-        torch.testing.assert_close(weights.sum(1), torch.ones(len(weights)))
+        torch.testing.assert_close(weights.sum(1), torch.ones_like(weights[:, 0]))
 
 
-def test_taps_of_long_axes_are_exact():
+@pytest.mark.gpu
+def test_taps_of_long_axes_are_exact(device):
     """Where compilers fuse the source position, naive weights are off by many roundings."""
     for low, out in ((128, 4000), (192, 6000), (64, 683)):
-        units = torch.eye(low)[None, :, :, None]
-        indices, weights = axis_taps(low, out, (0, 0), False, None, False)
-        dense = torch.zeros(out, low).scatter_add_(1, indices.long(), weights)
+        units = torch.eye(low).to(device)[None, :, :, None]
+        indices, weights = axis_taps(low, out, (0, 0), False, None, False, str(units.device))
+        dense = weights.new_zeros(out, low).scatter_add_(1, indices.long(), weights)
         wanted = F.interpolate(units, (out, 1), mode='bilinear')[0, :, :, 0].t()
         torch.testing.assert_close(dense, wanted, rtol=0, atol=2e-7)
 
 
-def test_single_values_are_bit_for_bit():
+@pytest.mark.gpu
+def test_single_values_are_bit_for_bit(device):
     for memory_format in (torch.contiguous_format, torch.channels_last):
         for chain in CHAINS[:7]:
-            logits = torch.randn(1, 21, 12, 16).contiguous(memory_format=memory_format)
+            logits = torch.randn(1, 21, 12, 16).to(device, memory_format=memory_format)
             orders = resize.find_orders(logits, chain)
             assert orders is not None, 'this torch adds in an order that is not known'
             full = chain.resize(logits)[0]
-            place = torch.cartesian_prod(*(torch.arange(n) for n in full.shape))
+            place = torch.cartesian_prod(*(torch.arange(n) for n in full.shape)).to(device)
             got = resize.resize_at(logits, chain, orders, *place.unbind(1))
             assert torch.equal(got, full.flatten())
 

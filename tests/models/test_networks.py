@@ -28,18 +28,20 @@ def image():
     return torch.randn(2, 3, 64, 96)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize('size', [(32, 32), (33, 47), (64, 64), (101, 35), (16, 200)])
 @pytest.mark.parametrize('batch', [1, 3])
-def test_any_size(segmentor, size, batch):
-    logits = segmentor(torch.randn(batch, 3, *size))
+def test_any_size(segmentor, size, batch, device):
+    logits = segmentor.to(device)(torch.randn(batch, 3, *size).to(device))
     stride8 = tuple(-(-side // 8) for side in size)
     assert logits.shape == (batch, 8, *stride8)
     assert logits.isfinite().all()
 
 
-def test_every_parameter_gets_a_gradient(segmentor, image):
-    segmentor.train()
-    segmentor(image).square().mean().backward()
+@pytest.mark.gpu
+def test_every_parameter_gets_a_gradient(segmentor, image, device):
+    segmentor.to(device).train()
+    segmentor(image.to(device)).square().mean().backward()
     lacking = [name for name, parameter in segmentor.named_parameters()
                if parameter.grad is None or not parameter.grad.abs().sum() > 0]
     # A bias that a norm over batch and space, or a softmax, takes away again has gradient 0.
@@ -77,34 +79,42 @@ def within(event, name):
     return event is not None
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-def test_autocast(segmentor, image, dtype):
+def test_autocast(segmentor, image, dtype, device):
+    segmentor, image = segmentor.to(device), image.to(device)
     with torch.no_grad():
         expected = segmentor(image)
-        with torch.autocast('cpu', dtype=dtype):
+        with torch.autocast(device.type, dtype=dtype):
             found = segmentor(image)
     assert found.dtype == dtype
     assert (found.float() - expected).abs().max() < 0.1 * expected.std()
 
 
-def test_autocast_trains(segmentor, image):
-    segmentor.train()
-    with torch.autocast('cpu', dtype=torch.bfloat16):
-        loss = segmentor(image).float().square().mean()
+@pytest.mark.gpu
+def test_autocast_trains(segmentor, image, device):
+    segmentor.to(device).train()
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        loss = segmentor(image.to(device)).float().square().mean()
     loss.backward()
     assert all(p.grad.isfinite().all() for p in segmentor.parameters())
 
 
-def test_deepcopy_and_pickle_keep_the_ratio(segmentor, image):
-    apply_isr(segmentor, 'optimal')
+@pytest.mark.gpu
+def test_deepcopy_and_pickle_keep_the_ratio(segmentor, image, device):
+    apply_isr(segmentor.to(device), 'optimal')
+    image = image.to(device)
     with torch.no_grad():
         expected = segmentor(image)
-        for clone in (copy.deepcopy(segmentor), pickle.loads(pickle.dumps(segmentor))):
+        for clone in (copy.deepcopy(segmentor),
+                      pickle.loads(pickle.dumps(segmentor)).to(device)):
             assert torch.equal(clone(image), expected)
 
 
-def test_state_dict_fits_any_memory_layout(segmentor, image):
-    other = MODELS.build(segmentor_config()).eval()
+@pytest.mark.gpu
+def test_state_dict_fits_any_memory_layout(segmentor, image, device):
+    segmentor, image = segmentor.to(device), image.to(device)
+    other = MODELS.build(segmentor_config()).to(device).eval()
     other.load_state_dict({name: tensor.contiguous()
                            for name, tensor in segmentor.state_dict().items()})
     with torch.no_grad():
