@@ -14,6 +14,7 @@ from scipy.stats import ks_2samp
 
 from mmseg_edaformer.data import RandomSegCrop, stack_collate
 from mmseg_edaformer.data.photometric import Distortion, distort, distort_batch, draw_distortions
+from mmseg_edaformer.data.rand_augment import Operation, augment_batch
 from mmseg_edaformer.engine.checks import check_data
 from mmseg_edaformer.errors import ConfigError
 from tests.conftest import ROOT
@@ -71,23 +72,27 @@ def mmseg_distort(monkeypatch):
     return distorted
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize('drawn', ONE_BY_ONE, ids=str)
-def test_equal_to_mmseg_when_the_draws_are(mmseg_distort, drawn):
+def test_equal_to_mmseg_when_the_draws_are(mmseg_distort, drawn, device):
     image = picture()
     expected = as_batch(mmseg_distort(image, drawn)).float()
     found = distort(as_batch(image), [drawn])
     assert found.dtype == torch.float32
     assert torch.equal(found, expected)
-    difference = (distort_batch(as_batch(image).float(), [drawn]) - expected).abs()
+    on_device = as_batch(image).to(device)
+    difference = (distort_batch(on_device.float(), [drawn]).cpu() - expected).abs()
     assert difference.max() <= (1 if sum(step is not None for step in drawn) < 3 else 2)
     assert (difference > 0).float().mean() < 1e-3
 
 
-def test_each_image_of_a_batch_is_distorted_in_its_own_way(mmseg_distort):
+@pytest.mark.gpu
+def test_each_image_of_a_batch_is_distorted_in_its_own_way(mmseg_distort, device):
     images = [picture(seed) for seed in range(len(ONE_BY_ONE))]
     expected = as_batch(*map(mmseg_distort, images, ONE_BY_ONE)).float()
     assert torch.equal(distort(as_batch(*images), ONE_BY_ONE), expected)
-    difference = (distort_batch(as_batch(*images).float(), ONE_BY_ONE) - expected).abs()
+    on_device = as_batch(*images).to(device)
+    difference = (distort_batch(on_device.float(), ONE_BY_ONE).cpu() - expected).abs()
     assert difference.max() <= 2
     assert (difference > 0).float().mean() < 1e-3
 
@@ -165,7 +170,8 @@ SIZES = (64, 96), (40, 96), (64, 32), (33, 64)
 @pytest.mark.parametrize('change', [
     {}, dict(size=None, size_divisor=16), dict(size=None, size_divisor=1, bgr_to_rgb=False),
     dict(mean=None, std=None, pad_val=0), dict(size=(96, 128), seg_pad_val=9)], ids=str)
-def test_training_batches_are_those_of_mmseg(mmseg_distort, change):
+@pytest.mark.gpu
+def test_training_batches_are_those_of_mmseg(mmseg_distort, change, device):
     samples = packed(*SIZES)
     batch = stack_collate(copy.deepcopy(samples), photometric=dict(hue_delta=9))
     assert batch['inputs'].dtype == batch['labels'].dtype == torch.uint8
@@ -175,14 +181,47 @@ def test_training_batches_are_those_of_mmseg(mmseg_distort, change):
         sample['inputs'] = as_batch(mmseg_distort(image, drawn))[0]
     settings = {**SETTINGS, **change}
     expected = SegDataPreProcessor(**settings)(pseudo_collate(samples), training=True)
-    found = MODELS.build(dict(settings, type='BatchPreProcessor'))(batch, training=True)
-    assert torch.equal(found['inputs'], expected['inputs'])
+    preprocessor = MODELS.build(dict(settings, type='BatchPreProcessor')).to(device)
+    found = preprocessor(batch, training=True)
+    assert found['inputs'].device.type == device.type
+    if device.type == 'cpu':
+        assert torch.equal(found['inputs'], expected['inputs'])
+    else:  # where the conversion from HSV may differ by a level
+        levels = max(settings['std'] or [1])
+        difference = (found['inputs'].cpu() - expected['inputs']).abs() * levels
+        assert difference.max() <= 2.1
+        assert (difference > 0.01).float().mean() < 1e-3
     for mine, theirs in zip(found['data_samples'], expected['data_samples']):
-        assert torch.equal(mine.gt_sem_seg.data, theirs.gt_sem_seg.data)
+        assert mine.gt_sem_seg.data.device.type == device.type
+        assert torch.equal(mine.gt_sem_seg.data.cpu(), theirs.gt_sem_seg.data)
         assert mine.gt_sem_seg.data.dtype == torch.int64
         for key in ('img_shape', 'padding_size', 'ori_shape'):
             assert tuple(getattr(mine, key)) == tuple(getattr(theirs, key))
         assert mine.pad_shape == tuple(theirs.pad_shape)
+
+
+AUGMENTATIONS = dict(
+    table=np.random.default_rng(0).permutation(256).astype(np.uint8), auto_contrast=None,
+    equalize=None, contrast=1.7, color=0.3, sharpness=1.9,
+    warp=(0.9, 0.2, -3.5, -0.1, 1.1, 4.25, 104., 116., 124.),
+    erase=(5, 9, 30, 41, 10., 20.9, 30., 0., 0., 0.))
+
+
+@pytest.mark.gpu
+def test_augmentations_on_the_device_are_those_of_a_cpu(device):
+    """RandAugment and RandomErasing: `test_rand_augment` compares a CPU with mmpretrain."""
+    drawn = [[Operation(kind, values)] for kind, values in AUGMENTATIONS.items()]
+    drawn += [[], [*drawn[1], *drawn[3], *drawn[7]]]
+    images = as_batch(*(picture(seed) for seed in range(len(drawn)))) // 2 + 20
+    expected = augment_batch(images.clone(), drawn)
+    found = augment_batch(images.to(device, copy=True), drawn)
+    assert found.device.type == device.type
+    for kind, got, wanted, before in zip([*AUGMENTATIONS, 'none', 'several'], found.cpu(),
+                                         expected, images):
+        assert torch.equal(wanted, before) == (kind == 'none')
+        difference = (got.int() - wanted.int()).abs()
+        assert difference.max() <= (kind == 'warp'), kind
+        assert difference.float().mean() < 0.002
 
 
 def test_deterministic_under_a_seed():
