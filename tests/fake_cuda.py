@@ -13,6 +13,7 @@ import sys
 import time
 import types
 import weakref
+from typing import Any
 from unittest import mock
 
 import torch
@@ -27,22 +28,23 @@ MIXED = {'copy_', '__getitem__', '__setitem__', 'index_put_', 'to', '__set__', '
          '_has_compatible_shallow_copy_type'}
 """What takes tensors of two devices."""
 NUMPY = {'numpy', '__array__'}
+GET = {name: getattr(Tensor, name).__get__ for name in ('is_cuda', 'is_cpu', 'device', 'grad')}
 
 
 class FakeCuda(TorchFunctionMode):
     """Keeps apart what was moved to the GPU, by the storage of each tensor."""
-    storages = set()  # of all instances: caches of tensors outlive a test
+    storages: set[int] = set()  # of all instances: caches of tensors outlive a test
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = getattr(func, '__name__', '')
-        if func == Tensor.is_cuda.__get__:
+        if func == GET['is_cuda']:
             return self.holds(args[0])
-        if func == Tensor.is_cpu.__get__:
+        if func == GET['is_cpu']:
             return not self.holds(args[0])
-        if func == Tensor.device.__get__:
+        if func == GET['device']:
             return GPU if self.holds(args[0]) else func(*args)
-        if func == Tensor.grad.__get__:
+        if func == GET['grad']:
             return self.keep(func(*args), self.holds(args[0]))
         if name == 'pin_memory':
             return args[0]
@@ -134,7 +136,7 @@ def _compile(model=None, **options):
     def compiled(*args, **kwargs):
         return model(*args, **kwargs)
 
-    compiled._torchdynamo_orig_callable = model
+    vars(compiled)['_torchdynamo_orig_callable'] = model
     return compiled
 
 
@@ -145,7 +147,7 @@ def fake_cuda():
         name='a CPU that passes for a GPU', total_memory=1 << 46, multi_processor_count=132,
         major=9, minor=0, L2_cache_size=60 << 20)
     free = card.total_memory // 2, card.total_memory
-    state = dict(
+    state: dict[str, Any] = dict(
         is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0,
         set_device=lambda *_, **__: None, synchronize=lambda *_, **__: None,
         empty_cache=lambda: None,
@@ -157,7 +159,8 @@ def fake_cuda():
         get_rng_state=lambda *_, **__: torch.get_rng_state(),
         set_rng_state=lambda value, *_: torch.set_rng_state(value),
         manual_seed=lambda *_, **__: None, manual_seed_all=lambda *_, **__: None)
-    autocast, load = torch.autocast.__init__, torch.load
+    autocast: Any = torch.autocast.__init__
+    load: Any = torch.load
 
     def load_to(*args, map_location=None, **kwargs):
         device = torch.device(map_location) if isinstance(map_location, str) else map_location
