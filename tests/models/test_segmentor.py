@@ -104,11 +104,18 @@ def compare(models, inputs, metas=None, tolerance=0.):
         assert torch.equal(labels.long(), label[0].long())
         assert ours.metainfo == theirs.metainfo
         if tolerance:  # logits differ by rounding
-            near = theirs.seg_logits.data.topk(2, 0).values.diff(dim=0)[0].abs() < tolerance
-            assert near.float().mean() < 0.05
-            label, right = label[0][~near], right[0][~near]
-        assert torch.equal(label, right)
+            assert_clear_labels(label[0], theirs.seg_logits.data, tolerance)
+        else:
+            assert torch.equal(label, right)
     return got, wanted
+
+
+def assert_clear_labels(label, logits, tolerance):
+    """A label map is right wherever the two largest logits differ by more than a tolerance."""
+    best, classes = logits.topk(2, 0)
+    near = best[0] - best[1] < tolerance
+    assert near.float().mean() < 0.05
+    assert torch.equal(label[~near].long(), classes[0][~near])
 
 
 @pytest.mark.parametrize('head', ON_GPU)
@@ -116,12 +123,14 @@ def test_whole(head, device):
     models = build(head, device)
     assert models[0].streamable == (head in STREAMED)
     inputs = torch.randn(2, 3, 80, 96).to(device)
-    got, _ = compare(models, inputs)
+    # On a GPU, of classes within rounding of each other either may be the label.
+    tolerance = 1e-3 if device.type == 'cuda' and head in STREAMED else 0.
+    got, _ = compare(models, inputs, None, tolerance)
     assert len(got[0].pred_sem_seg.data.unique()) > 1
-    for meta in BATCHES.values():
-        compare(models, inputs, [meta] * 2)
-    compare(models, inputs, [BATCHES['enlarged'], BATCHES['reduced']])
-    compare(models, inputs, [BATCHES['padded when testing'], BATCHES['flipped vertically']])
+    for metas in (*([meta] * 2 for meta in BATCHES.values()),
+                  [BATCHES['enlarged'], BATCHES['reduced']],
+                  [BATCHES['padded when testing'], BATCHES['flipped vertically']]):
+        compare(models, inputs, metas, tolerance)
 
 
 @pytest.mark.parametrize('head', [pytest.param('ours', marks=pytest.mark.gpu), 'fcn', 'other'])
@@ -177,7 +186,7 @@ def test_bfloat16_weights(mode, device):
     model.test_cfg.seg_logits = True
     sample = model.predict(inputs)[0]
     assert sample.seg_logits.data.dtype == torch.float32
-    assert torch.equal(sample.pred_sem_seg.data[0], labels.long())
+    assert_clear_labels(labels, sample.seg_logits.data, 1e-3 if device.type == 'cuda' else 1e-9)
 
 
 def augmented(model):
