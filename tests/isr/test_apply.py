@@ -32,8 +32,10 @@ def test_stages_get_their_own_multiplier(segmentor):
             for level in segmentor.decode_head.levels] == [{4}, {5}, {6}]
 
 
+@pytest.mark.gpu
 @torch.no_grad()
-def test_off_is_exact_and_twice_is_once(segmentor, image):
+def test_off_is_exact_and_twice_is_once(segmentor, image, device):
+    segmentor, image = segmentor.to(device), image.to(device)
     before = segmentor(image)
     state = copy.deepcopy(segmentor.state_dict())
     apply_isr(segmentor, 2)

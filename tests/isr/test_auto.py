@@ -25,9 +25,11 @@ def keys(model):
 @pytest.mark.parametrize(('size', 'ratio'), [
     ((64, 64), 1), ((33, 47), 1), ((32, 128), 1), ((64, 128), 1), ((128, 128), 2),
     ((256, 256), 4)])
+@pytest.mark.gpu
 @torch.no_grad()
-def test_it_equals_the_ratio_that_the_size_asks_for(segmentor, size, ratio):
-    image = torch.randn(1, 3, *size)
+def test_it_equals_the_ratio_that_the_size_asks_for(segmentor, size, ratio, device):
+    image = torch.randn(1, 3, *size).to(device)
+    segmentor.to(device)
     with isr(segmentor, ratio):
         expected = segmentor(image)
     state = copy.deepcopy(segmentor.state_dict())

@@ -18,11 +18,13 @@ def sizes(height, width, reductions=(1,), strides=(4, 8, 16, 32)):
 SMALL = dict(embed_dims=8, num_heads=[1, 2, 4, 8])
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize('size', [(128, 192), (136, 200)], ids=str)
-def test_mit(size):
+def test_mit(size, device):
     model = MODELS.build(dict(type='MixVisionTransformer', num_layers=[1, 1, 2, 1],
                               sr_ratios=[8, 4, 2, 1], **SMALL))
-    check_adapter(model, torch.randn(2, 3, *size), sizes(*size, (8, 4, 2, 1)), expected=5)
+    check_adapter(model, torch.randn(2, 3, *size).to(device), sizes(*size, (8, 4, 2, 1)),
+                  expected=5)
 
 
 def shifted(name, ratio):
@@ -31,11 +33,13 @@ def shifted(name, ratio):
     return 1 if odd and ratio == 3 else ratio
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize('size', [(112, 112), (100, 120)], ids=str)
-def test_swin(size):
+def test_swin(size, device):
     model = MODELS.build(dict(type='SwinTransformer', embed_dims=24, depths=[2, 2, 2, 1],
                               num_heads=[1, 2, 3, 4]))
-    check_adapter(model, torch.randn(1, 3, *size), [(7, 7)], ratio_of=shifted, expected=7)
+    check_adapter(model, torch.randn(1, 3, *size).to(device), [(7, 7)], ratio_of=shifted,
+                  expected=7)
 
 
 @pytest.mark.parametrize('size', [(96, 96), (80, 112)], ids=str)

@@ -35,19 +35,24 @@ def build(name, fused=True, **kwargs):
     return model
 
 
-def image(*size):
-    return torch.randn(1, 3, *size)
+def image(*size, device='cpu'):
+    return torch.randn(1, 3, *size).to(device)
+
+
+def on_gpu(*values):
+    """Parameters of a case that stands for others on a GPU."""
+    return pytest.param(*values, marks=pytest.mark.gpu)
 
 
 PLAIN = [
-    ('vit_tiny_patch16_224', 1, dict(dynamic_img_size=True, global_pool='token')),
+    on_gpu('vit_tiny_patch16_224', 1, dict(dynamic_img_size=True, global_pool='token')),
     ('vit_tiny_patch16_224', 4, dict(dynamic_img_size=True, reg_tokens=3)),
     ('vit_tiny_patch16_224', 0, dict(dynamic_img_size=True, class_token=False,
                                      global_pool='avg')),
     ('vit_tiny_patch16_224', 0, dict(dynamic_img_size=True, class_token=False,
                                      global_pool='map')),
     ('deit_tiny_distilled_patch16_224', 2, dict(dynamic_img_size=True)),
-    ('beit_base_patch16_224', 1, {}),
+    on_gpu('beit_base_patch16_224', 1, {}),
     ('beitv2_base_patch16_224', 1, dict(use_rel_pos_bias=False, use_shared_rel_pos_bias=True)),
     ('eva02_tiny_patch14_224', 1, dict(patch_size=16)),
     ('vit_relpos_small_patch16_224', 0, {}),
@@ -61,10 +66,11 @@ BOTH = pytest.mark.parametrize(('size', 'fused'), [((96, 96), True), ((80, 112),
 
 @BOTH
 @pytest.mark.parametrize(('name', 'prefix', 'kwargs'), PLAIN)
-def test_vit(name, prefix, kwargs, size, fused):
+def test_vit(name, prefix, kwargs, size, fused, device):
     model = build(name, fused, img_size=size, **SMALL, **kwargs)
-    check_adapter(model, image(*size), [(size[0] // 16, size[1] // 16)], prefix=prefix,
-                  expected=3 if kwargs.get('global_pool') == 'map' else 2, compiled=fused)
+    check_adapter(model, image(*size, device=device), [(size[0] // 16, size[1] // 16)],
+                  prefix=prefix, expected=3 if kwargs.get('global_pool') == 'map' else 2,
+                  compiled=fused)
 
 
 def windows(model):
@@ -87,16 +93,16 @@ SWIN = dict(embed_dim=24, depths=(2, 2, 1, 1), num_heads=(1, 2, 3, 4), num_class
 
 
 @pytest.mark.parametrize(('name', 'size', 'kwargs', 'fused'), [
-    ('swin_tiny_patch4_window7_224', (112, 112), {}, True),
-    ('swin_tiny_patch4_window7_224', (104, 120), {}, False),
-    ('swinv2_tiny_window8_256', (128, 128), {}, True),
+    on_gpu('swin_tiny_patch4_window7_224', (112, 112), {}, True),
+    on_gpu('swin_tiny_patch4_window7_224', (104, 120), {}, False),
+    on_gpu('swinv2_tiny_window8_256', (128, 128), {}, True),
     ('swinv2_tiny_window8_256', (96, 160), {}, True),
     ('swinv2_cr_tiny_224', (112, 112), dict(window_size=7), True),
 ])
-def test_swin(name, size, kwargs, fused):
+def test_swin(name, size, kwargs, fused, device):
     model = build(name, fused, img_size=size, **SWIN, **kwargs)
     grids, ratio = windows(model)
-    check_adapter(model, image(*size), grids, ratio_of=ratio, expected=6,
+    check_adapter(model, image(*size, device=device), grids, ratio_of=ratio, expected=6,
                   compiled=name == 'swinv2_cr_tiny_224')
 
 
@@ -128,11 +134,11 @@ def test_pvt_v2(name, size, fused):
 
 
 @pytest.mark.parametrize(('size', 'fused'), [((128, 192), True), ((160, 96), False)], ids=str)
-@pytest.mark.parametrize('name', ['twins_pcpvt_small', 'twins_svt_small'])
-def test_twins(name, size, fused):
+@pytest.mark.parametrize('name', ['twins_pcpvt_small', on_gpu('twins_svt_small')])
+def test_twins(name, size, fused, device):
     model = build(name, fused, img_size=size, **PYRAMID)
-    check_adapter(model, image(*size), [(7, 7), *sizes(*size, (8, 4, 2, 1))], expected=5,
-                  compiled=fused and name == 'twins_svt_small')
+    check_adapter(model, image(*size, device=device), [(7, 7), *sizes(*size, (8, 4, 2, 1))],
+                  expected=5, compiled=fused and name == 'twins_svt_small')
 
 
 @pytest.mark.parametrize('cls', [False, True])
@@ -159,13 +165,15 @@ def places(model):
     return order
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize('fused', [True, False], ids=['fused', 'explicit'])
-def test_hiera(fused):
+def test_hiera(fused, device):
     """Windows of 8 and 4, then all tokens; the blocks that change the width see the larger ones."""
     model = build('hiera_tiny_224', fused, img_size=(96, 128), embed_dim=16, stages=(1, 2, 2, 1),
                   num_classes=0)
     grids = [(8, 8), (4, 4), (12, 16), (6, 8)]
-    check_adapter(model, image(96, 128), grids, order=places(model), expected=6, compiled=fused)
+    check_adapter(model, image(96, 128, device=device), grids, order=places(model), expected=6,
+                  compiled=fused)
 
 
 @pytest.mark.parametrize(('name', 'size', 'grids', 'prefix', 'expected', 'kwargs'), [

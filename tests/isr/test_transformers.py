@@ -57,13 +57,15 @@ IMPLEMENTATIONS = pytest.mark.parametrize('implementation', ['sdpa', 'eager'])
 
 @IMPLEMENTATIONS
 @pytest.mark.parametrize('size', [(96, 96), (80, 112)], ids=str)
-@pytest.mark.parametrize('name', PLAIN_VITS)
-def test_plain_vit(name, size, implementation):
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=pytest.mark.gpu) if name == 'DINOv3ViTModel' else name
+    for name in PLAIN_VITS])
+def test_plain_vit(name, size, implementation, device):
     config = dict(PLAIN_VITS[name])
     prefix = config.pop('prefix')
     image_size = list(size) if config.pop('add', False) else 96
     model = build(name, implementation, image_size=image_size, patch_size=16, **PLAIN, **config)
-    check_adapter(model, torch.randn(2, 3, *size), [(size[0] // 16, size[1] // 16)],
+    check_adapter(model, torch.randn(2, 3, *size).to(device), [(size[0] // 16, size[1] // 16)],
                   prefix=prefix, expected=2, compiled=compiles(size, implementation))
 
 
@@ -75,13 +77,14 @@ def test_beit_shared_bias():
     check_adapter(model, torch.randn(2, 3, 80, 112), [(5, 7)], prefix=1, expected=2)
 
 
+@pytest.mark.gpu
 @IMPLEMENTATIONS
 @pytest.mark.parametrize('size', [(128, 192), (136, 200)], ids=str)
-def test_segformer(size, implementation):
+def test_segformer(size, implementation, device):
     model = build('SegformerForSemanticSegmentation SegformerConfig', implementation,
                   decoder_hidden_size=16, sr_ratios=REDUCTIONS, **STAGES)
-    check_adapter(model, torch.randn(2, 3, *size), sizes(*size, REDUCTIONS), expected=5,
-                  pickled=False, compiled=compiles(size, implementation))
+    check_adapter(model, torch.randn(2, 3, *size).to(device), sizes(*size, REDUCTIONS),
+                  expected=5, pickled=False, compiled=compiles(size, implementation))
 
 
 @pytest.mark.parametrize('side', [128, 160])
@@ -113,12 +116,13 @@ def test_cvt(size):
                   compiled=compiles(size))
 
 
+@pytest.mark.gpu
 @IMPLEMENTATIONS
 @pytest.mark.parametrize('size', [(112, 112), (100, 120)], ids=str)
-def test_swin(size, implementation):
+def test_swin(size, implementation, device):
     model = build('SwinModel', implementation, **SWIN)
-    check_adapter(model, torch.randn(1, 3, *size), [(7, 7)], ratio_of=odd_keep, expected=4,
-                  compiled=compiles(size, implementation))
+    check_adapter(model, torch.randn(1, 3, *size).to(device), [(7, 7)], ratio_of=odd_keep,
+                  expected=4, compiled=compiles(size, implementation))
 
 
 @pytest.mark.parametrize('size', [(112, 112), (100, 120)], ids=str)
