@@ -119,6 +119,7 @@ def test_a_file_predicts_as_the_model_at_any_size_and_number(work, scenes, files
 
 
 @pytest.mark.gpu
+@pytest.mark.slow
 def test_a_file_moves_to_the_device(work, scenes, files, request):
     from torch.export.passes import move_to_device_pass
     program = torch.export.load(files('pt2', 'none', True)[0])

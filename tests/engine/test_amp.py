@@ -11,6 +11,7 @@ from tests.engine.training import losses, state, train_here
 
 
 @pytest.mark.gpu
+@pytest.mark.slow
 def test_it_learns_and_resumes(cuda, scenes, tmp_path, monkeypatch):
     dtypes, forward = [], EDAFormerHead.forward
 
