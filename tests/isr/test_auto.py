@@ -131,3 +131,23 @@ def test_compiled_attention_follows_the_size(segmentor, dynamic):
         torch.testing.assert_close(compiled(x), output, atol=1e-4, rtol=1e-4)
     remove_isr(segmentor)
     torch.testing.assert_close(compiled(images[1]), layer(images[1]), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_what_was_not_run_is_left_alone():
+    """Nothing tells how many keys it was trained with."""
+    class Spare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.spare = EFT(MINI), EFT(MINI)
+
+        def forward(self, x):
+            return self.used(x)
+
+    model, image = Spare().eval(), torch.randn(1, 3, 128, 128)
+    expected = model.spare(image)
+    before = model(image)
+    apply_isr(model, 'auto', crop_size=(64, 64))
+    assert not torch.equal(model(image)[0], before[0])
+    for one, other in zip(model.spare(image), expected):
+        assert torch.equal(one, other)
