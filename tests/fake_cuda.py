@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 GPU = torch.device('cuda', 0)
@@ -123,6 +124,33 @@ class _Event:
         return 1e3 * (end.time - self.time)
 
 
+class _Graph(TorchDispatchMode):
+    """In the place of ``torch.cuda.CUDAGraph`` and of the block that records it."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        """Compute all again, into the same memory."""
+        for func, args, kwargs, out in self.calls:
+            for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs))):
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+class _Stream:
+    """In the place of ``torch.cuda.Stream``."""
+
+    def wait_stream(self, stream):
+        assert isinstance(stream, _Stream)
+
+
 def _compile(model=None, **options):
     """In the place of ``torch.compile``: checks the options, and compiles nothing."""
     unknown = set(options.get('options') or {}) - set(torch._inductor.list_options())
@@ -153,7 +181,9 @@ def fake_cuda():
         empty_cache=lambda: None,
         get_device_name=lambda *_, **__: card.name, get_device_properties=lambda *_, **__: card,
         get_device_capability=lambda *_, **__: (9, 0), is_bf16_supported=lambda *_, **__: True,
-        Event=_Event, is_current_stream_capturing=lambda: False, mem_get_info=lambda *_, **__: free,
+        Event=_Event, Stream=_Stream, CUDAGraph=_Graph, graph=lambda graph: graph,
+        current_stream=_Stream, stream=lambda stream: contextlib.nullcontext(),
+        is_current_stream_capturing=lambda: False, mem_get_info=lambda *_, **__: free,
         memory_allocated=lambda *_, **__: 0, max_memory_allocated=lambda *_, **__: 0,
         memory_reserved=lambda *_, **__: 0, reset_peak_memory_stats=lambda *_, **__: None,
         get_rng_state=lambda *_, **__: torch.get_rng_state(),

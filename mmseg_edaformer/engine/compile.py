@@ -1,6 +1,6 @@
 """Compiled networks, for one size or for many."""
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,11 +37,11 @@ def compile_model(model: nn.Module, *, fixed_size: bool = False, frozen: bool = 
         options['triton.cudagraphs'] = True
     settings: dict[str, Any] = dict(dynamic=False if fixed_size else None, options=options or None)
     if graphs:
-        settings = dict(dynamic=False, backend='cudagraphs')
+        settings = dict(dynamic=False, backend=cuda_graphs)
     for part in (segmentor.backbone, segmentor.decode_head):
         # Not part.compile(): mmseg's heads call self.forward, which that leaves as it is.
         forward = torch.compile(part.forward, **settings)
-        part.forward = _copying(forward) if on_gpu and (fixed_size or graphs) else forward
+        part.forward = _copying(forward) if on_gpu and fixed_size else forward
 
 
 def _copying(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -54,3 +54,54 @@ def _copying(forward: Callable[..., Any]) -> Callable[..., Any]:
     def copied(*args: Any, **kwargs: Any) -> Any:
         return tree_map_only(Tensor, Tensor.clone, forward(*args, **kwargs))
     return copied
+
+
+def cuda_graphs(network: Callable[..., Sequence[Tensor]], _: Any) -> Callable[..., Any]:
+    """A backend of ``torch.compile`` that replays a traced network as a CUDA graph, at inference.
+
+    torch's own backend of this kind copies all weights for each replay. Here they are read where
+    they lie, and the graph is recorded again if they lie elsewhere. torch.compile sees to it that
+    sizes, types and all that the Python code depends on, such as the ISR ratio, are those traced.
+
+    Args:
+        network: What was traced: from inputs and weights to outputs.
+    """
+    if torch.is_grad_enabled():
+        return network
+    replay: Callable[..., Sequence[Tensor]] | None = None
+    places: list[int] = []
+
+    def run(*inputs: Any) -> Any:
+        nonlocal replay, places
+        weights = [x for x in inputs if isinstance(x, nn.Parameter)]
+        if not weights or not weights[0].is_cuda:
+            return network(*inputs)
+        found = [weight.data_ptr() for weight in weights]
+        if replay is None or found != places:
+            replay, places = _record(network, inputs), found
+        return replay(*inputs)
+    return run
+
+
+def _record(network: Callable[..., Sequence[Tensor]],
+            inputs: Sequence[Any]) -> Callable[..., Sequence[Tensor]]:
+    """Record a network as a CUDA graph; returns what replays it for other inputs."""
+    own = [x.clone() if isinstance(x, Tensor) and not isinstance(x, nn.Parameter) else x
+           for x in inputs]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # libraries choose their kernels here
+        for _ in range(2):
+            network(*own)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = network(*own)
+
+    def replay(*inputs: Any) -> Sequence[Tensor]:
+        for mine, given in zip(own, inputs):
+            if mine is not given and isinstance(mine, Tensor):
+                mine.copy_(given)
+        graph.replay()
+        return [output.clone() for output in outputs]
+    return replay

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from mmseg_edaformer import apply_isr
 from mmseg_edaformer.compat import compiled_resize
-from mmseg_edaformer.engine.compile import compile_model
+from mmseg_edaformer.engine.compile import compile_model, cuda_graphs
 
 
 @pytest.fixture
@@ -70,6 +70,28 @@ def test_graphs_for_each_size_and_ratio(segmentor, images, device, settings):
             found = [segmentor(image * scale) for scale in (1, 2, 3)]  # none overwrites another
             for output, wanted in zip(found, expected[ratio]):
                 assert_near(output, wanted)
+
+
+@pytest.mark.gpu
+def test_graphs_read_weights_where_they_lie(cuda):
+    layer = torch.nn.Linear(8, 8).to(cuda)
+
+    def network(x, weight, bias):
+        return (F.linear(x, weight, bias).relu_(),)
+
+    assert cuda_graphs(network, None) is network  # gradients are not recorded
+    with torch.no_grad():
+        run = cuda_graphs(network, None)
+        results = []
+        for change in range(6):
+            if change in (2, 3):
+                layer.weight.mul_(-1)
+            elif change > 3:
+                layer.weight.data = torch.randn_like(layer.weight)
+            x = torch.randn(4, 8, device=cuda)
+            results.append((run(x, layer.weight, layer.bias)[0], layer(x).relu()))
+    for found, expected in results:  # and no replay overwrites what an earlier one gave
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.slow
