@@ -38,6 +38,7 @@ def main(arguments):
         print(f'No GPU is visible to torch {torch.__version__}: none of {count.tests} tests was '
               'run. With FAKE_CUDA=1 the CPU runs them in its place.')
         return 0
+    os.environ.setdefault('OMP_NUM_THREADS', '1')  # of the workers
     if importlib.util.find_spec('xdist') and '-n' not in arguments:
         select += ['-n', str(min(4, os.cpu_count() or 1))]
     if torch.cuda.is_available():
