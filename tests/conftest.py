@@ -41,7 +41,8 @@ def cuda():
             stack.enter_context(fake_cuda())
             stack.callback(layers._kernels.cache_clear)
         # Or float32 would be compared with what TF32 makes of it.
-        stack.enter_context(torch.backends.cudnn.flags(enabled=True, allow_tf32=False))
+        stack.enter_context(torch.backends.cudnn.flags(
+            enabled=True, deterministic=True, allow_tf32=False))
         yield torch.device('cuda')
 
 

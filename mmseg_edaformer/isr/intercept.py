@@ -411,7 +411,7 @@ class Interception(TorchFunctionMode):
     def _reshape(self, args: tuple[Any, ...]) -> list[Any]:
         """Arguments of a reshape with the number of keys set to what is left of them."""
         assert self.pool is not None
-        x, *shape = args
+        x, shape = args[0], list(args[1:])
         if len(shape) == 1 and isinstance(shape[0], (tuple, list, torch.Size)):
             shape = list(shape[0])
         pool = self.pool

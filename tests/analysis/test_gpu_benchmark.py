@@ -22,7 +22,7 @@ model = dict(backbone=dict({", ".join(f"{name}={value}" for name, value in MINI.
              decode_head=dict(in_channels=(32, 64, 128), channels=32))
 """)
     monkeypatch.setattr(gpu_benchmark, 'CONFIGS', dict.fromkeys(gpu_benchmark.CONFIGS, config))
-    return gpu_benchmark.Settings([64, 96], [1, 2], 2, 1e4, 0, 1, 3, 256, tmp_path / 'gpu.json')
+    return gpu_benchmark.Settings([64, 96], [1], 2, 1e4, 0, 1, 3, 256, tmp_path / 'gpu.json')
 
 
 @pytest.mark.gpu

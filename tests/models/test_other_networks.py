@@ -72,7 +72,9 @@ def test_one_decoder_on_all_of_them(name):
 
 @torch.no_grad()
 def test_lvt_in_bfloat16():
-    model, image = MODELS.build(SMALL['lvt']).eval(), torch.randn(1, 3, 64, 96)
+    # With 16 channels oneDNN computes a patch embedding wrongly on CPUs with AMX (torch 2.13).
+    model = MODELS.build(dict(SMALL['lvt'], embed_dims=(32, 32, 64, 128))).eval()
+    image = torch.randn(1, 3, 64, 96)
     expected = model(image)
     with torch.autocast('cpu', dtype=torch.bfloat16):
         for x, y in zip(model(image), expected):
