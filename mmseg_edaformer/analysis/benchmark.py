@@ -312,8 +312,12 @@ def run(contenders: Sequence[Contender], plan: Plan) -> Iterator[list[Row]]:
             subjects = {contender.name: Subject(contender, mode, dtype, plan)
                         for contender in contenders}
             for size, batch_size in product(plan.sizes, plan.batch_sizes):
-                yield _measure(contenders, subjects, plan, (mode, dtype, size, batch_size),
-                               costs, rates, pipelines[mode, size])
+                try:
+                    rows = _measure(contenders, subjects, plan, (mode, dtype, size, batch_size),
+                                    costs, rates, pipelines[mode, size])
+                finally:
+                    allow_kernels(True)
+                yield rows
             subjects.clear()
             _free(device)
 
