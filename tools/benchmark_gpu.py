@@ -1,6 +1,8 @@
 """Measure this project on a GPU in a few minutes, and write gpu.json and the page gpu.md."""
 import argparse
+import json
 import os
+import sys
 from pathlib import Path
 
 
@@ -29,32 +31,34 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> int:
-    args = parse_args()
-    import json
-
+def main(args: argparse.Namespace) -> int:
     from mmseg_edaformer.analysis.gpu_benchmark import Settings, Suite
     from mmseg_edaformer.analysis.gpu_page import page
+    from mmseg_edaformer.errors import ConfigError
     from mmseg_edaformer.files import write_file
 
     out = Path(args.out)
     sound = True
     if args.page_of:
-        found = json.loads(Path(args.page_of).read_text())
+        try:
+            found = json.loads(Path(args.page_of).read_text())
+            text = page(found)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f'--page-of {args.page_of}: it is no gpu.json of this tool '
+                              f'({type(error).__name__}: {error})') from error
     else:
         suite = Suite(Settings(
             sorted(set(args.size)), sorted(set(args.batch_size)), args.train_batch, args.seconds,
             args.workers, args.repeats, args.steps, args.gemm, out / 'gpu.json'))
         sound = suite.run()
-        found = suite.found
-    write_file(out / 'gpu.md', page(found))
+        text = page(suite.found)
+    write_file(out / 'gpu.md', text)
     print(f'Written: {out / "gpu.md"}')
     return 0 if sound else 1
 
 
 if __name__ == '__main__':
-    import sys
-
+    arguments = parse_args()  # before what takes seconds to import
     from mmseg_edaformer.errors import clear_errors
     with clear_errors():
-        sys.exit(main())
+        sys.exit(main(arguments))

@@ -86,6 +86,9 @@ class Suite:
             if not (ROOT / path).is_file():
                 raise ConfigError(f'{ROOT} lacks {path}: the benchmark needs a checkout of the '
                                   'repository')
+        if not torch.cuda.is_available():
+            raise ConfigError('no GPU is visible here: check CUDA_VISIBLE_DEVICES and the '
+                              'installed torch. `make bench-gpu FAKE_CUDA=1` tries it on a CPU')
         self.settings = settings
         self.plan = Plan(device='cuda', repeats=settings.repeats, seconds=1.5, costs=False)
         self.device = torch.device('cuda')
