@@ -1,7 +1,7 @@
 """What one forward pass costs, counted without computing it."""
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -9,9 +9,13 @@ import torch
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import UserError
+
+Inputs = tuple[Any, ...] | Mapping[str, Any]
+"""What a model is called with: its arguments, by position or by name."""
 
 
 def count_macs(model: nn.Module, input_size: tuple[int, int] = (512, 512)) -> int:
@@ -30,28 +34,37 @@ def count_macs(model: nn.Module, input_size: tuple[int, int] = (512, 512)) -> in
         return trace_macs(shadow, input_size)
 
 
-def trace_macs(shadow: nn.Module, input_size: tuple[int, int]) -> int:
+def trace_macs(shadow: nn.Module, inputs: tuple[int, int] | Inputs) -> int:
     """`count_macs` for a model that is on the meta device already.
 
     A model that asks for values on the way gets its own weights back and computes.
+
+    Args:
+        shadow: The model.
+        inputs: Height and width in pixels of an image, or what the model is called with.
     """
+    def on(device: torch.device | None) -> Inputs:
+        given = inputs
+        if not isinstance(inputs, Mapping) and isinstance(inputs[0], int):
+            given = example_image(shadow, inputs)
+        return cast(Inputs, tree_map_only(torch.Tensor, lambda x: x.to(
+            device or _place(shadow)[0]), given))
+
     try:
-        return _trace(shadow, torch.empty(1, 3, *input_size, device='meta'))
+        return _trace(shadow, on(torch.device('meta')))
     except UserError:
         raise
     except Exception as error:
-        _materialise(shadow)
-        device = next((p.device for p in shadow.parameters()), torch.device('cpu'))
-        generator = torch.Generator().manual_seed(0)
+        with_weights(shadow)
         try:
-            return _trace(shadow, torch.randn(1, 3, *input_size, generator=generator).to(device))
+            return _trace(shadow, on(None))
         except UserError:
             raise
         except Exception as second:
             raise second from error
 
 
-def _trace(model: nn.Module, image: torch.Tensor) -> int:
+def _trace(model: nn.Module, inputs: Inputs) -> int:
     # torch's counter does not see into the fast path of nn.MultiheadAttention, nor into a fused
     # attention on the CPU, which it takes for 0.
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -59,24 +72,58 @@ def _trace(model: nn.Module, image: torch.Tensor) -> int:
     try:
         with (FlopCounterMode(display=False) as counter, torch.no_grad(),
               sdpa_kernel(SDPBackend.MATH)):
-            _run(model, image)
+            run(model, inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     return counter.get_total_flops() // 2
 
 
-def _run(model: nn.Module, image: torch.Tensor) -> None:
+def run(model: nn.Module, inputs: Inputs) -> None:
+    """Call a model with what it takes, or a segmentor with an image."""
+    if isinstance(inputs, Mapping):
+        model(**inputs)
+        return
     head = getattr(model, 'decode_head', None)
     if head is None or 'batch_data_samples' not in inspect.signature(head.forward).parameters:
-        model(image)
+        model(*inputs)
         return
     # Heads of mmdet ask for the sizes of the images too.
-    size = tuple(image.shape[2:])
+    size = tuple(inputs[0].shape[2:])
     meta = dict(img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size)
-    cast(Any, model).encode_decode(image, [meta] * len(image))
+    cast(Any, model).encode_decode(inputs[0], [meta] * len(inputs[0]))
 
 
-def _materialise(shadow: nn.Module) -> None:
+def example_image(model: nn.Module, size: tuple[int, int] | None = None) -> Inputs:
+    """Random pixels of as many channels as the first convolution of a model takes, in its dtype.
+
+    Args:
+        model: The model.
+        size: Height and width in pixels; by default those that the model declares, or 224.
+    """
+    if size is None:
+        declared = (getattr(place, name, None) for module in model.modules()
+                    for place in (module, getattr(module, 'config', None))
+                    for name in ('img_size', 'image_size'))
+        size = next((_pair(value) for value in declared if value), (224, 224))
+    channels = next((module.in_channels for module in model.modules()
+                     if isinstance(module, nn.Conv2d)), 3)
+    generator = torch.Generator().manual_seed(0)
+    device, dtype = _place(model)
+    return torch.randn(1, channels, *size, generator=generator).to(device, dtype),
+
+
+def _place(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of a model's first floating-point parameter."""
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    return parameter.device, parameter.dtype
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    sides = (value, value) if isinstance(value, int) else tuple(value)[-2:]
+    return int(sides[0]), int(sides[-1])
+
+
+def with_weights(shadow: nn.Module) -> None:
     """Give a model on the meta device the weights that it stands for; buffers are copied."""
     for module in shadow.modules():
         for name, parameter in module.named_parameters(recurse=False):

@@ -3,25 +3,32 @@
 Source: arXiv 2407.17261, section 4. Pooling the keys further leaves the weights, the queries and
 the output's size as they are, so it needs no training and can be undone at any time.
 """
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
+from weakref import WeakKeyDictionary
 
+import torch
 from prettytable import PrettyTable
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..analysis.cost import on_meta, trace_macs
-from ..errors import RatioError
+from ..analysis.cost import Inputs, on_meta, trace_macs, unwrap
+from ..errors import RatioError, UserError
 from .adapters import Attentions, ForeignLayer, Layer, find_attention
 from .intercept import Record, Setting, recording
 from .pooling import check_method
+from .probe import locate
 from .ratio import ISRRatio
 
 
 def apply_isr(model: nn.Module, ratio: ISRRatio | int | str, *, method: str = 'average',
-              crop_size: tuple[int, int] | None = None, strict: bool = False) -> None:
+              crop_size: tuple[int, int] | None = None, strict: bool = False,
+              example_inputs: Inputs | Tensor | None = None) -> None:
     """Pool the keys of a model further, from now on.
 
     The ratio counts from the training pools, so applying twice is applying once. A compiled model
@@ -36,25 +43,34 @@ def apply_isr(model: nn.Module, ratio: ISRRatio | int | str, *, method: str = 'a
         method: How keys are reduced: one of `pooling.METHODS`.
         crop_size: Height and width in pixels of the training images, which the ratio ``auto``
             counts from; by default what `training_size` finds.
-        strict: Attention that ISR does not know, or whose keys lie on no grid that it finds, is an
-            error; otherwise `report_isr` names it.
+        strict: Attention that ISR does not know, whose keys lie on no grid that it finds, or that
+            does not run in the model's first forward, is an error; otherwise `report_isr` names it,
+            and what was reduced but does not run is warned of.
+        example_inputs: What the model is called with, where that is not one image: a tensor, the
+            arguments, or a dictionary of them. ``auto`` resizes their images to the crop size.
+            Attention that is known by the name of its class alone is run on them once, to find out
+            which of its keys are tokens of the image: see `locate`.
 
     Raises:
         RatioError: The ratio does not fit, or the model has nothing to reduce; it is unchanged.
     """
-    for layer, setting in _plan(model, ratio, method, crop_size, strict):
+    plan = _plan(model, ratio, method, crop_size, strict, _as_inputs(example_inputs))
+    for layer, setting in plan:
         layer.setting = setting
+    _watch(model, plan, strict)
 
 
 def remove_isr(model: nn.Module) -> None:
     """Give a model its training pools back, bit for bit."""
     for layer in _layers(find_attention(model)):
         layer.setting = Setting()
+    _watch(model, [], False)
 
 
 @contextmanager
 def isr(model: nn.Module, ratio: ISRRatio | int | str, *, method: str = 'average',
-        crop_size: tuple[int, int] | None = None, strict: bool = False) -> Iterator[None]:
+        crop_size: tuple[int, int] | None = None, strict: bool = False,
+        example_inputs: Inputs | Tensor | None = None) -> Iterator[None]:
     """Pool the keys of a model further within a ``with`` block, also if that ends in an error.
 
     Arguments are those of `apply_isr`.
@@ -62,15 +78,17 @@ def isr(model: nn.Module, ratio: ISRRatio | int | str, *, method: str = 'average
     Raises:
         RatioError: As `apply_isr` does.
     """
-    plan = _plan(model, ratio, method, crop_size, strict)
-    before = [layer.setting for layer, _ in plan]
+    plan = _plan(model, ratio, method, crop_size, strict, _as_inputs(example_inputs))
+    before = [(layer, layer.setting) for layer, _ in plan]
     try:
         for layer, setting in plan:
             layer.setting = setting
+        _watch(model, plan, strict)
         yield
     finally:
-        for (layer, _), setting in zip(plan, before):
+        for layer, setting in before:
             layer.setting = setting
+        _watch(model, before, strict)
 
 
 def training_size(model: nn.Module) -> tuple[int, int]:
@@ -89,11 +107,77 @@ def _layers(found: Attentions) -> list[Layer]:
     return [layer for part in found.parts for layers in part.stages.values() for layer in layers]
 
 
+class _FirstForward:
+    """A forward hook: tells after a model's first forward which reduced layers did not run."""
+
+    def __init__(self, strict: bool) -> None:
+        self.strict = strict
+
+    def __call__(self, model: nn.Module, args: Any, out: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        _watch(model, [], False)
+        idle = [f'{name} ({type(module).__name__})' for name, module in model.named_modules()
+                if not getattr(vars(module).get('isr_reduction'), 'ran', True)]
+        if not idle:
+            return
+        message = (f'ISR changes nothing in {len(idle)} attention layers that '
+                   f'{type(model).__name__} did not run, or whose parts it calls itself: '
+                   f'{", ".join(idle[:3])}{", ..." if len(idle) > 3 else ""}')
+        if self.strict:
+            raise RatioError(message)
+        warnings.warn(message, stacklevel=2)
+
+
+def _watch(model: nn.Module, plan: list[tuple[Layer, Setting]], strict: bool) -> None:
+    """Look at the model's next forward if the plan reduces a layer that has not run yet."""
+    model = unwrap(getattr(model, '_orig_mod', model))
+    for number, hook in list(model._forward_hooks.items()):
+        if isinstance(hook, _FirstForward):
+            del model._forward_hooks[number]
+    if any(not getattr(vars(layer.module).get('isr_reduction'), 'ran', True) for layer, _ in plan):
+        model.register_forward_hook(_FirstForward(strict))
+
+
+_located: WeakKeyDictionary[nn.Module, tuple[int, int] | str] = WeakKeyDictionary()
+"""What `locate` found out, for as long as the attention lives."""
+
+
+def _find(model: nn.Module, inputs: Inputs | None) -> Attentions:
+    """All attention of a model; what stands beside its maps is found out where no table tells."""
+    found = find_attention(model)
+    unclear = [layer for layer in _layers(found)
+               if isinstance(layer, ForeignLayer) and layer.rule.prefix is None]
+    if any(isinstance(_located.get(layer.module, ''), str) and (
+            layer.module not in _located or inputs is not None) for layer in unclear):
+        places = locate(model, inputs)
+        _located.update({layer.module: places[layer.name] for layer in unclear})
+    for layer in unclear:
+        place = _located[layer.module]
+        if isinstance(place, str):
+            found.refuse(layer, place)
+        else:
+            layer.rule = replace(layer.rule, prefix=place[0], suffix=place[1])
+    return found
+
+
+def _as_inputs(inputs: Inputs | Tensor | None) -> Inputs | None:
+    return (inputs,) if isinstance(inputs, Tensor) else inputs
+
+
+def _sized(inputs: Inputs | None, size: tuple[int, int]) -> Inputs | tuple[int, int]:
+    """The inputs with images of another size; the size alone if there are none."""
+    if inputs is None:
+        return size
+    return tree_map_only(Tensor, lambda x: F.interpolate(x, size) if x.dim() == 4 else x, inputs)
+
+
 def _plan(model: nn.Module, ratio: ISRRatio | int | str, method: str,
-          crop_size: tuple[int, int] | None, strict: bool) -> list[tuple[Layer, Setting]]:
+          crop_size: tuple[int, int] | None, strict: bool,
+          inputs: Inputs | None) -> list[tuple[Layer, Setting]]:
     """Each attention layer with the setting that the ratio gives it."""
     ratio, method = ISRRatio.parse(ratio), check_method(method)
-    found = find_attention(model)
+    found = _find(model, inputs)
     if not _layers(found):
         raise RatioError(f'isr_ratio {ratio}: {type(model).__name__} holds no attention that ISR '
                          f'can reduce. Found: {found}. If it has attention of your own, '
@@ -104,7 +188,7 @@ def _plan(model: nn.Module, ratio: ISRRatio | int | str, method: str,
             '. register_isr makes it known, or says that it has nothing to reduce')
     keys: dict[str, int] = {}
     if ratio.auto:
-        trace = _Trace(model, crop_size or training_size(model))
+        trace = _Trace(model, found, _sized(inputs, crop_size or training_size(model)))
         keys = {name: layer.keys[0] for name, layer in trace.layers.items() if layer.keys[0]}
     plan = []
     for part in found.parts:
@@ -156,8 +240,9 @@ class ISRReport:
 
 
 def report_isr(model: nn.Module, ratio: ISRRatio | int | str,
-               input_size: tuple[int, int] = (512, 512), *, method: str = 'average',
-               crop_size: tuple[int, int] | None = None, strict: bool = False) -> ISRReport:
+               input_size: tuple[int, int] | int | None = None, *, method: str = 'average',
+               crop_size: tuple[int, int] | None = None, strict: bool = False,
+               example_inputs: Inputs | Tensor | None = None) -> ISRReport:
     """Find out what a ratio would change, without touching the model.
 
     One pass without and one with the ratio on the meta device, which computes nothing; a model
@@ -166,19 +251,29 @@ def report_isr(model: nn.Module, ratio: ISRRatio | int | str,
     Args:
         model: As for `apply_isr`.
         ratio: As for `apply_isr`.
-        input_size: Height and width in pixels.
+        input_size: Height and width in pixels, or both in one number; by default 512x512, or that
+            of the example.
         method: As for `apply_isr`.
         crop_size: As for `apply_isr`.
         strict: As for `apply_isr`.
+        example_inputs: As for `apply_isr`.
 
     Raises:
-        RatioError: As `apply_isr` does, or the keys of no layer are reduced at this size.
+        RatioError: As `apply_isr` does, or the keys of no layer are reduced at this size, or the
+            model does not run on what it is given.
     """
+    example = _as_inputs(example_inputs)
     plan = [(layer.name, setting)
-            for layer, setting in _plan(model, ratio, method, crop_size, strict)]
-    before = _Trace(model, input_size)
-    after = _Trace(model, input_size, dict(plan))
-    found = find_attention(model)
+            for layer, setting in _plan(model, ratio, method, crop_size, strict, example)]
+    if input_size is None:
+        size = next(((x.shape[-2], x.shape[-1]) for x in tree_leaves(example)
+                     if isinstance(x, Tensor) and x.dim() > 2), (512, 512))
+    else:
+        size = (input_size, input_size) if isinstance(input_size, int) else input_size
+    inputs = example if example is not None and input_size is None else _sized(example, size)
+    found = _find(model, example)
+    before = _Trace(model, found, inputs)
+    after = _Trace(model, found, inputs, dict(plan))
     stages = []
     untouched = {**found.irreducible, **found.unknown}
     for part in found.parts:
@@ -196,7 +291,7 @@ def report_isr(model: nn.Module, ratio: ISRRatio | int | str,
     if not stages:
         raise RatioError(f'isr_ratio {ratio} reduces nothing in {type(model).__name__}: ' +
                          '; '.join(f'{name}: {reason}' for name, reason in untouched.items()))
-    return ISRReport(ISRRatio.parse(ratio), input_size, tuple(stages), (before.macs, after.macs),
+    return ISRReport(ISRRatio.parse(ratio), size, tuple(stages), (before.macs, after.macs),
                      untouched)
 
 
@@ -211,27 +306,44 @@ class _LayerTrace:
 class _Trace:
     """One pass through a copy of a model, with settings by name of the layer, else without ISR."""
 
-    def __init__(self, model: nn.Module, input_size: tuple[int, int],
+    def __init__(self, model: nn.Module, found: Attentions, inputs: Inputs | tuple[int, int],
                  settings: dict[str, Setting] | None = None) -> None:
+        wanted = {layer.name: layer for layer in _layers(found)}
         with on_meta(model) as shadow:
-            layers = _layers(find_attention(shadow))
-            names = [layer.name for layer in _layers(find_attention(model))]
+            _watch(shadow, [], False)
+            layers = {original.name: layer for original, layer in zip(
+                _layers(find_attention(model)), _layers(find_attention(shadow)))
+                if original.name in wanted}
             sizes: dict[nn.Module, tuple[int, int]] = {}
 
             def note_size(module: nn.Module, args: tuple[Tensor, ...]) -> None:
                 sizes[module] = (args[0].shape[2], args[0].shape[3])
 
-            for name, layer in zip(names, layers):
+            for name, layer in layers.items():
                 setting = (settings or {}).get(name, Setting())
                 if isinstance(layer, ForeignLayer):
+                    layer.rule = cast(ForeignLayer, wanted[name]).rule
                     layer.watch(setting)
                 else:
                     layer.setting = setting
                     layer.module.register_forward_pre_hook(note_size)
             with recording() as records:
-                self.macs = trace_macs(shadow, input_size)
+                self.macs = self._macs(shadow, inputs)
             self.layers = {name: self._layer(layer, records, sizes)
-                           for name, layer in zip(names, layers)}
+                           for name, layer in layers.items()}
+
+    @staticmethod
+    def _macs(shadow: nn.Module, inputs: Inputs | tuple[int, int]) -> int:
+        try:
+            return trace_macs(shadow, inputs)
+        except UserError:
+            raise
+        except Exception as error:  # of whatever model this is
+            what = 'x'.join(map(str, inputs)) + ' pixels' if isinstance(
+                inputs, tuple) and isinstance(inputs[0], int) else 'its example_inputs'
+            raise RatioError(
+                f'{type(shadow).__name__} does not run on {what} ({type(error).__name__}: {error})'
+                ': give an input_size or crop_size that it takes, or example_inputs') from error
 
     @staticmethod
     def _layer(layer: Layer, records: dict[nn.Module, Record],

@@ -1,5 +1,5 @@
 """Where the keys of an attention module lie, read from the call of its forward or the model."""
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,24 +29,24 @@ class Call:
         position = reduced.isr_parameters.index(name)
         return self.args[position] if position < len(self.args) else None
 
-    def layout(self, source: 'GridSource', prefix: int | None, total: int,
+    def layout(self, source: 'GridSource', prefixes: Collection[int], total: int,
                suffix: int = 0) -> Layout | None:
         """How ``total`` keys lie, if they do on a grid that the source finds.
 
         Args:
             source: The source.
-            prefix: Single tokens in front; None if that is what a map leaves over.
+            prefixes: How many single tokens may stand in front.
             total: Number of keys.
             suffix: Single tokens behind.
         """
         grids = source.find(self)
         for rows, columns in reversed(grids):
             front = total - suffix - rows * columns
-            if front >= 0 if prefix is None else front == prefix:
+            if front in prefixes:
                 return Layout(((rows, columns),), front, source.order(self, (rows, columns)))
-        if len(grids) > 1 and sum(rows * columns for rows, columns in grids) + (
-                prefix or 0) + suffix == total:
-            return Layout(tuple(grids), prefix or 0)
+        front = total - suffix - sum(rows * columns for rows, columns in grids)
+        if len(grids) > 1 and front in prefixes:
+            return Layout(tuple(grids), front)
         return None
 
 
@@ -111,6 +111,8 @@ class InputMap(GridSource):
 
     def find(self, call: Call) -> list[Grid]:
         x = call.args[0] if call.args else next(iter(call.kwargs.values()))
+        if x.dim() != 4:
+            return list(call.maps)
         rows, columns = x.shape[1:3] if self.channels_last else x.shape[-2:]
         return [(rows, columns), *call.maps]
 

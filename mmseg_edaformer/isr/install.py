@@ -18,6 +18,8 @@ from .pooling import Grid
 
 def install(module: nn.Module, reduction: Reduction) -> None:
     """Reduce a module's keys from now on: its class becomes a subclass that intercepts."""
+    before = vars(module).get('isr_reduction')
+    reduction.ran = before is not None and before.ran
     vars(module)['isr_reduction'] = reduction
     cls: Any = type(module)
     if hasattr(cls, 'isr_original'):
@@ -46,6 +48,10 @@ def uninstall(module: nn.Module) -> None:
 
 def _forward_reduced(original: Any, module: Any, args: tuple[Any, ...],
                      kwargs: dict[str, Any]) -> Any:
+    if any(isinstance(x, torch.fx.Proxy) for x in (*args, *kwargs.values())):
+        raise RatioError(f'torch.fx cannot trace {original.__name__} while ISR reduces it: use '
+                         'torch.export, or call remove_isr first')
+    module.isr_reduction.ran = True
     interception = Interception(module, module.isr_reduction, args, kwargs)
     if torch.compiler.is_compiling():
         if not module.isr_reduction.rule.traceable:
@@ -104,7 +110,12 @@ def _subclass(cls: Any, run: Any) -> type[nn.Module]:
         own = cls.extra_repr(self)
         return ', '.join(filter(None, (own, reduction and f'isr_ratio={reduction.setting.ratio}')))
 
+    def prepare_scriptable(self: nn.Module) -> None:
+        raise RatioError(f'torch.jit.script cannot compile {cls.__name__} while ISR reduces it: '
+                         'use torch.export or torch.jit.trace, or call remove_isr first')
+
     return type(cls.__name__, (cls,), {
+        '__prepare_scriptable__': prepare_scriptable,
         '__module__': cls.__module__, '__qualname__': cls.__qualname__, '__doc__': cls.__doc__,
         'forward': forward, '__reduce_ex__': reduce, 'extra_repr': extra_repr, 'isr_original': cls,
         'isr_parameters': tuple(inspect.signature(cls.forward).parameters)[1:]})

@@ -10,6 +10,7 @@ it works for any module whose keys lie on a grid.
 Source of the formula: `pooling`. Shapes: N keys before, M after; h heads, d channels of each.
 """
 import functools
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -60,11 +61,13 @@ class Reduction:
     """What a reduced module carries besides its weights.
 
     Not a submodule: ``owners`` are modules elsewhere in the model that the grid is read from, and
-    under ``@name`` one around the module that has an attribute of that name.
+    under ``@name`` one around the module that has an attribute of that name. ``ran`` says whether
+    the module's forward was called since.
     """
     setting: Setting
     rule: AttentionRule
     owners: dict[str, nn.Module]
+    ran: bool = False
 
     def recorded(self) -> list[nn.Module]:
         """The modules whose maps are recorded."""
@@ -147,7 +150,7 @@ class Interception(TorchFunctionMode):
                 return func(*self._reshape(args), **kwargs)
             if name in _ADDS:
                 return func(*self._add(args), **kwargs)
-            if name in _SOFTMAX:
+            if name in SOFTMAX:
                 return self._softmax(func, *args, **kwargs)
         return func(*args, **kwargs)
 
@@ -186,7 +189,8 @@ class Interception(TorchFunctionMode):
     def _find(self, keys: Tensor) -> PooledKeys | None:
         """The pool for keys ... x N x d, if they lie on the grid and there is something to do."""
         total = keys.shape[-2]
-        layout = self.call.layout(self.reduction.rule.grid, self._prefix(), total, self._suffix())
+        layout = self.call.layout(self.reduction.rule.grid, self._prefixes(), total,
+                                  self._suffix())
         if layout is None:
             self.seen.append(total)
             return None
@@ -208,9 +212,16 @@ class Interception(TorchFunctionMode):
             return PresentKeys(layout, ratio, setting.method, total, present)
         return PooledKeys(layout, ratio, setting.method, total)
 
-    def _prefix(self) -> int | None:
+    def _prefixes(self) -> tuple[int, ...]:
+        """How many single tokens may stand in front of the grid."""
         prefix = self.reduction.rule.prefix
-        return int(getattr(self.module, prefix)) if isinstance(prefix, str) else prefix
+        if isinstance(prefix, tuple):
+            counts = [part if isinstance(part, int) else
+                      _count(self.call.owners.get(f'@{part}'), part) for part in prefix]
+            return tuple(itertools.accumulate(counts, initial=0))
+        if prefix is None:
+            return ()
+        return (int(getattr(self.module, prefix)) if isinstance(prefix, str) else prefix,)
 
     def _suffix(self) -> int:
         suffix = self.reduction.rule.suffix
@@ -437,12 +448,30 @@ _ATTENTION = {'scaled_dot_product_attention': '_fused',
 _MAPS = {'conv2d', 'avg_pool2d', 'max_pool2d', 'adaptive_avg_pool2d', 'adaptive_max_pool2d'}
 _MIXES = {'linear', 'conv2d'}
 _RESHAPES = {'view', 'reshape'}
-_SOFTMAX = {'softmax'}
+SOFTMAX = {'softmax'}
 _ADDS = {'add', 'add_', '__add__', '__radd__', '__iadd__', 'sub', '__sub__', 'masked_fill',
          'masked_fill_', 'where'}
 _MULTI_HEAD = ('query', 'key', 'value', 'embed_dim_to_check', 'num_heads', 'in_proj_weight',
                'in_proj_bias', 'bias_k', 'bias_v', 'add_zero_attn', 'dropout_p', 'out_proj_weight',
                'out_proj_bias')
+
+
+def resolve(module: nn.Module, path: str) -> tuple[bool, Any]:
+    """Whether there is something at a path of attributes below a module, and what."""
+    value: Any = module
+    for key in path.split('.'):
+        if not hasattr(value, key):
+            return False, None
+        value = getattr(value, key)
+    return True, value
+
+
+def _count(module: nn.Module | None, path: str) -> int:
+    """Tokens that a module declares at a path: a number, or n tokens as 1 x n x C, n x C or C."""
+    value = module and resolve(module, path)[1]
+    if isinstance(value, Tensor):
+        return value.shape[-2] if value.dim() > 1 else 1
+    return int(value or 0)
 
 
 def _projected_keys(call: dict[str, Any]) -> Tensor:

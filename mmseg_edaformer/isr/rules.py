@@ -6,9 +6,13 @@ from .grids import GridSource
 
 @dataclass(frozen=True)
 class AttentionRule:
-    """Attention whose keys lie on a grid; the fields are the arguments of `register_isr`."""
+    """Attention whose keys lie on a grid; the fields are the arguments of `register_isr`.
+
+    ``prefix=None`` waits for `locate`: such a rule reduces nothing until it says how many tokens
+    stand around the grid.
+    """
     grid: GridSource
-    prefix: int | str | None = 0
+    prefix: int | str | tuple[int | str, ...] | None = 0
     suffix: int | str = 0
     projections: tuple[str, ...] = ()
     traceable: bool = True

@@ -293,8 +293,10 @@ def vit(tokens=1, policy=False):
 
     def call(model, x):
         x = x.flatten(2).transpose(1, 2)
-        return model.attn(torch.cat([x[:, :tokens], x], 1))
-    return Model(Attention(), call)
+        return model.attn(torch.cat([model.tokens.expand(len(x), -1, -1), x], 1))
+    model = Model(Attention(), call)
+    model.tokens = nn.Parameter(torch.randn(1, tokens, WIDTH))
+    return model
 
 
 EVEN, ODD = (48, 96), (56, 84)  # maps of 12 x 24 and 14 x 21

@@ -4,18 +4,19 @@ A file is a table of attention classes, by name, so that no library is imported 
 not come from. ``Outer:path`` stands for the module at a path below a class, with * for any index;
 it comes before the module's own class.
 """
+import dataclasses
 import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
 from ...errors import RatioError
-from ..grids import Arguments, GridSource
+from ..grids import Arguments, GridSource, Patches
 from ..install import install, uninstall
-from ..intercept import Reduction, Setting
+from ..intercept import Reduction, Setting, resolve
 from ..rules import AttentionRule, Irreducible, Rule
 from . import edaformer, mmpretrain, mmseg, research, timm, transformers
 
@@ -24,19 +25,24 @@ _registered: dict[str, Rule] = {}
 
 def register_isr(attention_class: type[nn.Module] | str, *,
                  grid: GridSource | str | tuple[str, str] | None = None,
-                 prefix: int | str | None = 0, suffix: int | str = 0,
+                 prefix: int | str | tuple[int | str, ...] | None = 0, suffix: int | str = 0,
                  projections: tuple[str, ...] = (), traceable: bool = True,
                  irreducible: str | None = None) -> None:
     """Tell ISR of an attention module of your own; docs/isr.md takes one from nothing to tested.
 
     Args:
         attention_class: The class whose forward computes the attention; subclasses are meant too.
-            Or its full name, ``package.module.Class``, or its bare name.
+            Or its full name, ``package.module.Class``, or its bare name. Or a place, such as
+            ``Decoder:blocks.*.attn``: what is there in a class, whatever class it has itself.
         grid: Where its keys lie: the name of the argument of its forward that holds (h, w), the
             names of two arguments, or one of `Arguments`, `InputMap`, `OwnMaps`, `Patches` and
             `Window`. Maps that its own convolutions make are found in any case but the last two.
-        prefix: Tokens in front of the grid that must stay, such as a class token: a number, the
-            name of the module's attribute that holds it, or None for whatever there is.
+        prefix: Tokens in front of the grid that must stay, such as a class token: a number, or the
+            name of the module's attribute that holds it. Several of these in a tuple, from the grid
+            outward, may be missing in some layers, the outermost first; names may then be of
+            modules around, and hold the tokens themselves: ``('register_tokens', 'cls_token')``.
+            None finds them out, on both sides: `apply_isr` marks tokens of the map of `Patches` and
+            looks where they come out; see `locate`.
         suffix: Tokens behind the grid that must stay: a number, or the name of the attribute that
             holds it, of the module or of one around it.
         projections: Attributes that are Linear layers to keys and values, such as ``('kv',)`` or
@@ -48,10 +54,14 @@ def register_isr(attention_class: type[nn.Module] | str, *,
         irreducible: Why it has no keys to reduce, in place of a grid.
 
     Raises:
-        RatioError: Neither a grid nor a reason, or both.
+        RatioError: Neither a grid nor a reason, or both; or ``prefix=None`` for another grid than
+            `Patches`.
     """
     if (grid is None) == (irreducible is None):
         raise RatioError('register_isr takes a grid, or why there is nothing to reduce; not both')
+    if grid is not None and prefix is None and not isinstance(grid, Patches):
+        raise RatioError('register_isr finds the tokens around a grid (prefix=None) with '
+                         f'grid=Patches(...) alone, not with {grid!r}: give their number')
     name = attention_class if isinstance(attention_class, str) else _names(attention_class)[0]
     if irreducible is not None or grid is None:
         _registered[name] = Irreducible(irreducible or '')
@@ -112,6 +122,14 @@ class Attentions:
     irreducible: dict[str, str] = field(default_factory=dict)
     unknown: dict[str, str] = field(default_factory=dict)
 
+    def refuse(self, layer: Layer, reason: str) -> None:
+        """Leave a layer alone after all."""
+        for part in self.parts:
+            for layers in part.stages.values():
+                layers[:] = (other for other in layers if other is not layer)
+        self.parts = [part for part in self.parts if any(part.stages.values())]
+        self.unknown[layer.name] = f'{type(layer.module).__name__}: {reason}'
+
     def __str__(self) -> str:
         lines = [f'{part.kind} stage {number}: {len(layers)} x '
                  f'{type(layers[0].module).__name__}' if layers else
@@ -141,10 +159,10 @@ def find_attention(model: nn.Module) -> Attentions:
         if isinstance(rule, AttentionRule):
             owners, missing = _owners(rule, path)
             if missing:
-                found.irreducible[name] = (f'{type(module).__name__}: no {missing} around it to '
-                                           'read its grid from')
+                found.unknown[name] = (f'{type(module).__name__}: no {missing} around it to read '
+                                       'its grid from')
             else:
-                layers.append(ForeignLayer(name, module, rule, owners))
+                layers.append(ForeignLayer(name, module, _unless_foreign(rule, path), owners))
             inside.add(module)
         elif rule is not None:
             found.irreducible[name] = f'{type(module).__name__}: {rule.reason}'
@@ -175,21 +193,44 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, list[nn.Module]]]:
 
 _tables = (_registered, edaformer.RULES, mmseg.RULES, timm.RULES, transformers.RULES,
            mmpretrain.RULES)
-_places = {place: rule for table in _tables for place, rule in table.items() if ':' in place}
-_ends = {place.rpartition(':')[2].rpartition('.')[2] for place in _places}
+_places = {place for table in _tables for place in table if ':' in place}
 
 
 def _rule_of_place(name: str, path: list[nn.Module]) -> Rule | None:
     """The rule for what is at this place in a module around; the nearest one counts."""
     keys = ['*' if key.isdigit() else key for key in name.split('.')]
-    if keys[-1] not in _ends:
-        return None
-    for depth in reversed(range(len(path) - 1)):
+    ends = f':{keys[-1]}', f'.{keys[-1]}'
+    places = {place for place in (*_places, *_registered) if ':' in place and place.endswith(ends)}
+    for depth in reversed(range(len(path) - 1)) if places else ():
         for outer in _names(type(path[depth])):
-            rule = _places.get(f'{outer}:{".".join(keys[depth:])}')
-            if rule is not None:
-                return rule
+            for known in outer, outer.rpartition('.')[2]:
+                place = f'{known}:{".".join(keys[depth:])}'
+                if place in places:
+                    return next(table[place] for table in _tables if place in table)
     return None
+
+
+def _unless_foreign(rule: AttentionRule, path: list[nn.Module]) -> AttentionRule:
+    """A rule of a library that says which tokens its models have, if this is one of its models.
+
+    The same attention within somebody else's model may get its tokens in any order.
+    """
+    if not (isinstance(rule.grid, Patches) and isinstance(rule.prefix, tuple)) or any(
+            rule is own for own in _registered.values()):
+        return rule
+    model = _around(rule.grid.path, path, nn.Module)[0]
+    return rule if _library(model) == _library(path[-1]) else (
+        dataclasses.replace(rule, prefix=None, suffix=0))
+
+
+_HOUSES = {'mmcv': 'mmseg', 'mmdet': 'mmseg', 'mmpretrain': 'mmseg'}
+"""Libraries whose models are built from the attention of another one."""
+
+
+def _library(module: nn.Module | None) -> str:
+    package, *rooms = type(module).__module__.split('.')
+    # Its pretraining shuffles and drops tokens.
+    return 'selfsup' if 'selfsup' in rooms else _HOUSES.get(package, package)
 
 
 def _rule(module: nn.Module) -> Rule | None:
@@ -214,24 +255,28 @@ def _owners(rule: AttentionRule, path: list[nn.Module]) -> tuple[dict[str, nn.Mo
     """The modules that a rule reads from, and the name of one that is not there, if any."""
     names = [rule.grid.owner, f'@{rule.suffix}' if isinstance(rule.suffix, str) else None]
     owners = {name: _owner(name, path) for name in names if name}
-    there = {name: owner for name, owner in owners.items() if owner is not None}
-    return there, next((name for name in owners if name not in there), '')
+    missing = next((name for name in owners if owners[name] is None), '')
+    if isinstance(rule.prefix, tuple):
+        owners |= {f'@{part}': _around(part, path)[0] for part in rule.prefix
+                   if isinstance(part, str)}
+    return {name: owner for name, owner in owners.items() if owner is not None}, missing
 
 
 def _owner(owner: str, path: list[nn.Module]) -> nn.Module | None:
     """The module that a grid is read from, as `GridSource` names it; None if it is not there."""
+    if owner.startswith('@'):
+        return _around(owner[1:], path)[0]
+    return _around(owner, path, nn.Module)[1]
+
+
+def _around(ways: str, path: list[nn.Module], kind: type = object) -> tuple[nn.Module | None, Any]:
+    """The nearest module around with something at one of several paths, and what; None if none."""
     for module in reversed(path):
-        if owner.startswith('@'):
-            if hasattr(module, owner[1:]):
-                return module
-            continue
-        for way in owner.split('|'):
-            target: object = module
-            for key in way.split('.'):
-                target = getattr(target, key, None)
-            if isinstance(target, nn.Module):
-                return target
-    return None
+        for way in ways.split('|'):
+            there, target = resolve(module, way)
+            if there and isinstance(target, kind):
+                return module, target
+    return None, None
 
 
 def _looks_like_attention(module: nn.Module) -> bool:

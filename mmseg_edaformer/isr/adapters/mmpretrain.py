@@ -57,7 +57,7 @@ RULES: dict[str, Rule] = {
     f'{_ATTENTION}.WindowMSAV2': _SHIFTED,
     f'{_ATTENTION}.ChannelMultiheadAttention': _CHANNELS,
     f'{_BACKBONES}.vit_eva02.AttentionWithRoPE':
-        AttentionRule(Arguments(('patch_resolution',)), None),
+        AttentionRule(Arguments(('patch_resolution',)), ('cls_token',)),
     f'{_BACKBONES}.vit_sam.Attention': AttentionRule(InputMap(channels_last=True)),
     f'{_BACKBONES}.davit.DaViTWindowMSA': _SHIFTED,
     f'{_BACKBONES}.davit.ChannelAttention': _CHANNELS,

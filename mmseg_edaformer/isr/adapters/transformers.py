@@ -23,7 +23,7 @@ RULES: dict[str, Rule] = {
     _full('segformer', 'SegformerAttention'): AttentionRule(_SIZE, projections=_PROJECTIONS),
     # A class token joins in the last stage, which nothing in the module tells.
     _full('pvt', 'PvtEfficientSelfAttention'):
-        AttentionRule(_SIZE, None, projections=('key', 'value')),
+        AttentionRule(_SIZE, (1,), projections=('key', 'value')),
     _full('pvt_v2', 'PvtV2SelfAttention'):
         AttentionRule(_SIZE, projections=('key', 'value')),
     _full('cvt', 'CvtSelfAttention'): AttentionRule(OwnMaps(), 'with_cls_token'),

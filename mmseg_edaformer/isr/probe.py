@@ -1,0 +1,195 @@
+"""Where a model puts the tokens of its map among the keys of an attention: marked, and looked for.
+
+What an attention is called does not tell what it is given: a class token in front of the patches,
+detection tokens behind them, the patches of two images, or shuffled ones. So noise is added to some
+of the tokens that the patch embedding makes, and the keys that change are those tokens. Two passes
+for each bit of a token's number, which mark the tokens with and without it, tell which token a key
+is: bit by bit, the one by whose noise it changes more. On the way no attention passes anything on,
+so that no token learns of another.
+"""
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from ..analysis.cost import Inputs, example_image, on_meta, run, with_weights
+from .adapters import ForeignLayer, find_attention
+from .intercept import SOFTMAX, Interception, Reduction, Setting
+from .pooling import Grid
+
+Mark = Callable[[Tensor], Tensor]
+"""Whether to mark tokens, 1 or 0, by their numbers."""
+
+SILENT = 1e-3
+"""What changes less than this, of the largest change, has not changed."""
+
+
+class _Probe(Interception):
+    """Notes the keys of an attention, and lets it give nothing."""
+
+    def __init__(self, module: nn.Module, reduction: Reduction, args: tuple[Any, ...],
+                 kwargs: dict[str, Any], notes: list[Tensor]) -> None:
+        super().__init__(module, reduction, args, kwargs)
+        self.notes = notes
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (),
+                           kwargs: dict[str, Any] | None = None) -> Any:
+        out = super().__torch_function__(func, types, args, kwargs)
+        name = getattr(func, '__name__', '')
+        if name in SOFTMAX or name == 'scaled_dot_product_attention':
+            return torch.zeros_like(out)
+        if name == 'multi_head_attention_forward':
+            return torch.zeros_like(out[0]), out[1]
+        return out
+
+    def _find(self, keys: Tensor) -> None:
+        self.notes.append(keys.float())
+        self.seen.append(keys.shape[-2])
+
+
+class _Marker:
+    """A forward hook that adds noise to some of the tokens of the map that a module gives."""
+
+    def __init__(self) -> None:
+        self.grids: set[Grid | None] = set()
+        self.mark: Mark | None = None
+
+    def __call__(self, module: nn.Module, args: Any, out: Any) -> Tensor | None:
+        if not isinstance(out, Tensor) or out.dim() != 4:
+            self.grids.add(None)
+            return None
+        grid = out.shape[-2], out.shape[-1]
+        self.grids.add(grid)
+        if self.mark is None:
+            return None
+        noise = torch.randn_like(out) * (out.std() + 0.1)
+        marked = self.mark(torch.arange(grid[0] * grid[1], device=out.device))
+        return out + noise * marked.view(grid)
+
+
+def locate(model: nn.Module, inputs: Inputs | None = None) -> dict[str, tuple[int, int] | str]:
+    """Find out how many tokens stand around a map, for the layers whose rule does not tell.
+
+    Args:
+        model: The model. A copy that shares its weights is run, 20 times or so.
+        inputs: What it is called with; by default an image of the size that it declares.
+
+    Returns:
+        By name of the layer, the numbers of keys in front of the map and behind it. Or why it must
+        be left alone: the map's tokens are not there one by one and row by row, or those beside
+        them depend on the image too.
+    """
+    names = [layer.name for layer in _foreign(model)]
+    with on_meta(model) as shadow:
+        with_weights(shadow)
+        inputs = example_image(shadow) if inputs is None else inputs
+        layers = dict(zip(names, _foreign(shadow)))
+        notes: dict[str, list[Tensor]] = {}
+        markers: dict[nn.Module, _Marker] = {}
+        sources: dict[str, _Marker] = {}
+        for name, layer in layers.items():
+            layer.setting = Setting()
+            notes[name] = []
+            layer.module.forward = functools.partial(_silenced, layer, layer.module.forward,
+                                                     notes[name])
+            if layer.rule.prefix is None:
+                owner = layer.owners[str(layer.rule.grid.owner)]
+                sources[name] = markers.setdefault(owner, _Marker())
+        for owner, marker in markers.items():
+            owner.register_forward_hook(marker)
+
+        def keys(inputs: Inputs, mark: Mark | None = None) -> dict[str, list[Tensor]]:
+            for found in notes.values():
+                found.clear()
+            for marker in markers.values():
+                marker.mark = mark
+            with torch.random.fork_rng(), torch.no_grad():
+                torch.manual_seed(0)
+                run(shadow, inputs)
+            return {name: list(notes[name]) for name in sources}
+
+        try:
+            before = keys(inputs)
+            changes = [_changes(keys(tree_map_only(Tensor, _another, inputs)), before)]
+            tokens = max(grid[0] * grid[1] for marker in markers.values() for grid in marker.grids
+                         if grid)
+            for bit in range((tokens - 1).bit_length()):
+                changes += [_changes(keys(inputs, functools.partial(_has_bit, bit, value)), before)
+                            for value in (0, 1)]
+        except Exception as error:  # of whatever model this is
+            reason = (f'to find out where its tokens stand, {type(model).__name__} was run on an '
+                      f'example and failed ({type(error).__name__}: {error}): example_inputs= '
+                      'gives it what it takes')
+            return dict.fromkeys(sources, reason)
+    return {name: _place(marker.grids, [change[name] for change in changes])
+            for name, marker in sources.items()}
+
+
+def _foreign(model: nn.Module) -> list[ForeignLayer]:
+    return [layer for part in find_attention(model).parts for layers in part.stages.values()
+            for layer in layers if isinstance(layer, ForeignLayer)]
+
+
+def _silenced(layer: ForeignLayer, forward: Callable[..., Any], notes: list[Tensor], *args: Any,
+              **kwargs: Any) -> Any:
+    with _Probe(layer.module, Reduction(Setting(), layer.rule, layer.owners), args, kwargs, notes):
+        return forward(*args, **kwargs)
+
+
+def _has_bit(bit: int, value: int, numbers: Tensor) -> Tensor:
+    return (numbers >> bit & 1) == value
+
+
+def _another(x: Tensor) -> Tensor:
+    """Another image in place of one; whatever else is left."""
+    if x.dim() < 3 or x.dtype == torch.bool:
+        return x
+    return torch.randn_like(x) if x.is_floating_point() else x.flip(-1)
+
+
+def _changes(found: dict[str, list[Tensor]],
+             before: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+    """How much each key changed, for each attention that a layer has run."""
+    return {name: [(new - old).abs().transpose(-2, -1).flatten(0, -2).amax(0).cpu()
+                   for new, old in zip(found[name], before[name], strict=True)]
+            for name in before}
+
+
+def _place(grids: set[Grid | None], changes: list[list[Tensor]]) -> tuple[int, int] | str:
+    """How many keys stand before and behind a map.
+
+    Args:
+        grids: Sizes of the maps that were made.
+        changes: By pass (another image; marked by bit 0, unset and set; bit 1; ...) and attention
+            of the layer: how much each key changed.
+    """
+    grid = next(iter(grids), None)
+    if len(grids) != 1 or grid is None:
+        return 'its tokens come from more than one map, or from none'
+    numbers = torch.arange(grid[0] * grid[1])
+    places = set()
+    for another, *marked in zip(*changes):
+        unset, set_ = torch.stack(marked[::2]), torch.stack(marked[1::2])
+        reached = torch.stack(marked).amax(0)
+        alive = reached > SILENT * reached.max()
+        if not alive.any():
+            continue
+        bits = 2 ** torch.arange(len(set_))
+        found = ((set_ > unset) * bits.unsqueeze(-1)).sum(0).where(alive, -1)
+        front = next((front for front in range(len(found) - len(numbers) + 1)
+                      if torch.equal(found[front:front + len(numbers)], numbers)), None)
+        if front is None:
+            return 'the tokens of its map do not stand row by row among its keys'
+        behind = len(found) - front - len(numbers)
+        beside = torch.ones_like(alive)
+        beside[front:front + len(numbers)] = False
+        if (beside & (alive | (another > SILENT * another.max()))).any():
+            return 'what stands beside the tokens of its map depends on the image too'
+        places.add((front, behind))
+    if len(places) != 1:
+        return 'it was not run on an example' if not places else (
+            'its attentions have different tokens beside those of its map')
+    return places.pop()
