@@ -139,8 +139,8 @@ def _watch(model: nn.Module, plan: list[tuple[Layer, Setting]], strict: bool) ->
         model.register_forward_hook(_FirstForward(strict))
 
 
-_located: WeakKeyDictionary[nn.Module, tuple[int, int] | str] = WeakKeyDictionary()
-"""What `locate` found out, for as long as the attention lives."""
+_located: WeakKeyDictionary[nn.Module, dict[str, tuple[int, int] | str]] = WeakKeyDictionary()
+"""What `locate` found out of a model."""
 
 
 def _find(model: nn.Module, inputs: Inputs | None) -> Attentions:
@@ -148,12 +148,12 @@ def _find(model: nn.Module, inputs: Inputs | None) -> Attentions:
     found = find_attention(model)
     unclear = [layer for layer in _layers(found)
                if isinstance(layer, ForeignLayer) and layer.rule.prefix is None]
-    if any(isinstance(_located.get(layer.module, ''), str) and (
-            layer.module not in _located or inputs is not None) for layer in unclear):
-        places = locate(model, inputs)
-        _located.update({layer.module: places[layer.name] for layer in unclear})
+    places = _located.get(model, {})
+    if any(layer.name not in places or inputs is not None and isinstance(places[layer.name], str)
+           for layer in unclear):
+        places = _located[model] = locate(model, inputs)
     for layer in unclear:
-        place = _located[layer.module]
+        place = places[layer.name]
         if isinstance(place, str):
             found.refuse(layer, place)
         else:

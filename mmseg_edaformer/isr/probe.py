@@ -106,19 +106,21 @@ def locate(model: nn.Module, inputs: Inputs | None = None) -> dict[str, tuple[in
                 found.clear()
             for marker in markers.values():
                 marker.mark = mark
-            with torch.random.fork_rng(), torch.no_grad():
-                torch.manual_seed(0)
-                run(shadow, inputs)
+            torch.manual_seed(0)
+            run(shadow, inputs)
             return {name: list(notes[name]) for name in sources}
 
         try:
-            before = keys(inputs)
-            changes = [_changes(keys(tree_map_only(Tensor, _another, inputs)), before)]
-            tokens = max(grid[0] * grid[1] for marker in markers.values() for grid in marker.grids
-                         if grid)
-            for bit in range((tokens - 1).bit_length()):
-                changes += [_changes(keys(inputs, functools.partial(_has_bit, bit, value)), before)
-                            for value in (0, 1)]
+            with torch.random.fork_rng(), torch.no_grad():
+                before = keys(inputs)
+                other = tree_map_only(Tensor, _another, inputs)
+                changes = [_changes(keys(other), before)]
+                tokens = max(grid[0] * grid[1] for marker in markers.values()
+                             for grid in marker.grids if grid)
+                for bit in range((tokens - 1).bit_length()):
+                    for value in (0, 1):
+                        mark = functools.partial(_has_bit, bit, value)
+                        changes.append(_changes(keys(inputs, mark), before))
         except Exception as error:  # of whatever model this is
             reason = (f'to find out where its tokens stand, {type(model).__name__} was run on an '
                       f'example and failed ({type(error).__name__}: {error}): example_inputs= '

@@ -213,24 +213,23 @@ def _rule_of_place(name: str, path: list[nn.Module]) -> Rule | None:
 def _unless_foreign(rule: AttentionRule, path: list[nn.Module]) -> AttentionRule:
     """A rule of a library that says which tokens its models have, if this is one of its models.
 
-    The same attention within somebody else's model may get its tokens in any order.
+    What somebody else builds from a library's attention may give it its tokens in any order.
     """
     if not (isinstance(rule.grid, Patches) and isinstance(rule.prefix, tuple)) or any(
             rule is own for own in _registered.values()):
         return rule
-    model = _around(rule.grid.path, path, nn.Module)[0]
-    return rule if _library(model) == _library(path[-1]) else (
-        dataclasses.replace(rule, prefix=None, suffix=0))
+    foreign = any(_foreign(module) for module in path[:-1])
+    return dataclasses.replace(rule, prefix=None, suffix=0) if foreign else rule
 
 
-_HOUSES = {'mmcv': 'mmseg', 'mmdet': 'mmseg', 'mmpretrain': 'mmseg'}
-"""Libraries whose models are built from the attention of another one."""
-
-
-def _library(module: nn.Module | None) -> str:
+def _foreign(module: nn.Module) -> bool:
+    """Whether a module is not of a library whose models are known, or only of its pretraining."""
     package, *rooms = type(module).__module__.split('.')
-    # Its pretraining shuffles and drops tokens.
-    return 'selfsup' if 'selfsup' in rooms else _HOUSES.get(package, package)
+    # mmpretrain's pretraining shuffles tokens and drops some.
+    return package not in _KNOWN or 'selfsup' in rooms
+
+
+_KNOWN = research.LIBRARIES | {'mmengine', 'mmseg_edaformer'}
 
 
 def _rule(module: nn.Module) -> Rule | None:
