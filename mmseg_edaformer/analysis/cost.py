@@ -43,21 +43,21 @@ def trace_macs(shadow: nn.Module, inputs: tuple[int, int] | Inputs) -> int:
         shadow: The model.
         inputs: Height and width in pixels of an image, or what the model is called with.
     """
-    def on(device: torch.device | None) -> Inputs:
+    def on(device: torch.device, dtype: torch.dtype | None = None) -> Inputs:
         given = inputs
         if not isinstance(inputs, Mapping) and isinstance(inputs[0], int):
             given = example_image(shadow, inputs)
         return cast(Inputs, tree_map_only(torch.Tensor, lambda x: x.to(
-            device or _place(shadow)[0]), given))
+            device, dtype if x.is_floating_point() else None), given))
 
     try:
-        return _trace(shadow, on(torch.device('meta')))
+        return _trace(shadow, on(torch.device('meta'), torch.float))
     except UserError:
         raise
     except Exception as error:
         with_weights(shadow)
         try:
-            return _trace(shadow, on(None))
+            return _trace(shadow, on(_place(shadow)[0]))
         except UserError:
             raise
         except Exception as second:
@@ -153,7 +153,9 @@ def on_meta(model: nn.Module) -> Iterator[nn.Module]:
     # deepcopy takes what the memo holds in place of the weights.
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
-        empty = torch.empty_like(tensor, device='meta')
+        # In float32, since some models only run so, or under autocast.
+        empty = torch.empty_like(tensor, device='meta',
+                                 dtype=torch.float if tensor.is_floating_point() else None)
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(
             tensor, nn.Parameter) else empty
         memo[id(tensor)].isr_origin = tensor
