@@ -146,9 +146,9 @@ def find_samples(source: str | Path, without: Path | None = None, column: str | 
 
 
 def predict_many(source: str | Path, model: str | Path, out: str | Path, *,
-                 checkpoint: str | Path | None = None, isr: str = 'none',
-                 workers: int | None = None, threads: int = 1, address: str | None = None,
-                 overlays: bool = False, batch_size: int | None = None,
+                 checkpoint: str | Path | None = None, isr: str | None = None,
+                 max_side: int | None = None, workers: int | None = None, threads: int = 1,
+                 address: str | None = None, overlays: bool = False, batch_size: int | None = None,
                  column: str | None = None) -> dict[str, Any]:
     """Write the masks of many pictures to a folder, with Ray; a run that was stopped goes on.
 
@@ -157,7 +157,7 @@ def predict_many(source: str | Path, model: str | Path, out: str | Path, *,
 
     Args:
         source: See `find_samples`.
-        model: See `Segmenter`, as ``checkpoint``, ``isr`` and ``batch_size``.
+        model: See `Segmenter`, as ``checkpoint``, ``isr``, ``max_side`` and ``batch_size``.
         out: Gets ``masks``, ``legend.png``, and when all is done ``manifest.jsonl``, a line for
             each picture in their order, and ``summary.json``. Like the model and the pictures it
             must be seen by all machines.
@@ -186,7 +186,8 @@ def predict_many(source: str | Path, model: str | Path, out: str | Path, *,
               for path in (source, model, checkpoint)]
     samples, skipped = find_samples(str(places[0]), out.resolve(), column)
     targets = name_targets([(sample.address, sample.name) for sample in samples])
-    segmenter = Segmenter(str(places[1]), places[2], device='cpu', isr=isr, batch_size=batch_size)
+    segmenter = Segmenter(str(places[1]), places[2], device='cpu', isr=isr, max_side=max_side,
+                          batch_size=batch_size)
     summary = Summary(segmenter, out)
     summary.skipped.update(skipped)
     kinds = ('masks', 'overlays') if overlays else ('masks',)
@@ -198,8 +199,8 @@ def predict_many(source: str | Path, model: str | Path, out: str | Path, *,
         make_folders(out, targets.values(), kinds)
         remove_partial_files(out)
         write_file(token, '')
-    job = _Job(str(places[1]), places[2], isr, batch_size, threads, str(out), overlays, column,
-               segmenter.fingerprint(), (*_roots(samples), str(token)))
+    job = _Job(str(places[1]), places[2], isr, max_side, batch_size, threads, str(out),
+               overlays, column, segmenter.fingerprint(), (*_roots(samples), str(token)))
     try:
         with _connected(address, None if workers is None else workers * threads), \
                 tempfile.TemporaryFile(dir=out) as lines:
@@ -207,6 +208,8 @@ def predict_many(source: str | Path, model: str | Path, out: str | Path, *,
             print(f'{segmenter.source}, {len(segmenter.classes)} classes, on {pool.workers} '
                   f'{"GPU" if pool.gpus else "CPU"} worker{"s" * (pool.workers > 1)} with '
                   f'{threads} thread{"s" * (threads > 1)} each', flush=True)
+            if not pool.gpus:
+                _tell_cost(segmenter, samples[0], column, threads)
             with progress_bar('predict', len(samples)) as advance:
                 order = _collect(pool, samples, targets, summary, lines, advance)
             make_folders(out, targets.values(), kinds)
@@ -227,12 +230,25 @@ def predict_many(source: str | Path, model: str | Path, out: str | Path, *,
         token.unlink(missing_ok=True)
 
 
+def _tell_cost(segmenter: Segmenter, sample: Sample, column: str | None, threads: int) -> None:
+    """Log here what a picture takes a worker, whose own log nobody sees."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        segmenter.tell_cost(next(_open([sample], column)))
+    except DataError:
+        pass  # the worker lists it
+    finally:
+        torch.set_num_threads(before)
+
+
 @dataclass(frozen=True)
 class _Job:
     """What all workers are told; paths are absolute."""
     model: str
     checkpoint: Any
-    isr: str
+    isr: str | None
+    max_side: int | None
     batch_size: int | None
     threads: int
     out: str
@@ -282,7 +298,7 @@ class _Worker:
         torch.set_num_threads(self.job.threads)
         cv2.setNumThreads(self.job.threads)
         self.segmenter = Segmenter(self.job.model, self.job.checkpoint, isr=self.job.isr,
-                                   batch_size=self.job.batch_size)
+                                   max_side=self.job.max_side, batch_size=self.job.batch_size)
         if self.segmenter.fingerprint() != self.job.base:
             raise ConfigError(
                 f'{here} has another model in {self.segmenter.source} than the machine that asks, '
@@ -318,8 +334,8 @@ class _Worker:
 
     def _count(self, index: int, labels: np.ndarray) -> dict[str, Any]:
         counts = count_pixels(labels, len(self.segmenter.classes))
-        return dict(index=index, counts={int(each): int(counts[each])
-                                         for each in np.flatnonzero(counts)})
+        return dict(index=index, reduced=self.segmenter.is_reduced(*labels.shape), counts={
+            int(each): int(counts[each]) for each in np.flatnonzero(counts)})
 
     def _results(self, rows: Sequence[tuple[int, str, Sample]]) -> Iterator[tuple[Any, Any]]:
         """The rows, each with its segmentation or the reason why it has none."""
@@ -430,6 +446,7 @@ def _collect(pool: _Pool, samples: Sequence[Sample], targets: dict[str, str], su
                 for label, pixels in row['counts'].items():
                     counts[int(label)] = pixels
                 summary.counts += counts
+                summary.reduced |= row['reduced']
                 summary.kept += row.get('kept', False)
                 add(index, mask=f'masks/{targets[samples[index].address]}.png',
                     shares=class_shares(counts, summary.segmenter.classes))

@@ -4,9 +4,11 @@ import glob
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import sys
+import threading
 import time
 from argparse import Namespace
 from collections import Counter, deque
@@ -14,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,25 +40,35 @@ from rich.progress import (
 )
 
 from . import __version__
-from .data.transforms import MAX_PIXELS
+from .analysis.cost import count_macs
+from .data.transforms import MAX_PIXELS, allow_pixels
 from .engine import launch, load_from_file
 from .engine.allocator import keep_freed_memory
 from .engine.convert import Description, describe, load_model, read_description
 from .errors import CheckpointError, ConfigError, DataError
 from .files import remove_partial_files, replacing, write_file
 from .isr import ISRRatio, apply_isr, remove_isr
+from .isr.adapters import find_attention
 
 PICTURES = frozenset({'.avif', '.bmp', '.gif', '.jp2', '.jpeg', '.jpg', '.pgm', '.png', '.ppm',
                       '.tga', '.tif', '.tiff', '.webp'})
 """What files of a folder end in that are taken for pictures."""
 VIDEOS = frozenset({'.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm', '.wmv'})
 """What a file ends in that is taken for a video."""
+LARGE = 2048 * 2048
+"""Pixels of an image, and of what the network sees of it at once, above which the default ratio is
+auto: attention is quadratic in them."""
 
 _BATCH_PIXELS = 2 ** 23  # of the inputs that the network sees at once
 _WINDOW_PIXELS = 2 ** 25  # of the pictures that wait for others of their size
 _COUNTED = 2 ** 22
 _TEXT = 'mmseg_edaformer'
 _SHOWN = 20
+_NONE, _AUTO = ISRRatio.parse('none'), ISRRatio.parse('auto')
+_MEGAPIXELS = f'{LARGE / 1e6:.1f} megapixels'
+_QUICK = 2 ** 21  # pixels that are not worth an estimate
+_LONG = 5.  # seconds for one image, from which on the estimate is worth a line
+_LOG = logging.getLogger(__name__)
 _P = TypeVar('_P')
 
 
@@ -104,17 +117,31 @@ class Segmentation:
         return cv2.addWeighted(self.picture, 1 - opacity, colours, opacity, 0)
 
 
+class _Turns:
+    """A lock, and what each thread has set; a copy begins anew."""
+
+    def __init__(self) -> None:
+        self.lock, self.own = threading.Lock(), threading.local()
+
+    def __reduce__(self) -> Any:
+        return _Turns, ()
+
+
 class Segmenter:
     """Predicts pictures of any size, one or many, as mmseg's ``inference_model`` does.
 
-    The label maps are those of mmseg, and of `tools/test.py`, pixel for pixel.
+    The label maps are those of mmseg, and of `tools/test.py`, pixel for pixel. Threads may share
+    one, see `isr`: it predicts for one of them at a time.
 
     Args:
         model: A work dir, a config, or a .safetensors that tools/convert_checkpoint.py --config
             wrote, which needs nothing else.
         checkpoint: Of a config; of a work dir by default its best one, or else its last one.
         device: Such as 'cpu' or 'cuda:1'; by default the first GPU, if there is one.
-        isr: What `ISRRatio.parse` reads; hooks of the config are not looked at.
+        isr: What `ISRRatio.parse` reads; hooks of the config are not looked at. The default is
+            none, and auto for images of which the network sees more than `LARGE` pixels at once.
+        max_side: The network sees larger images scaled down, so that the longer side has this many
+            pixels (up to 31 more, where the pipeline rounds); label maps keep the original size.
         batch_size: So many images of equal size are predicted at once, by default 8 on a GPU and 1
             on a CPU, where more are not faster; large ones are fewer.
 
@@ -123,18 +150,35 @@ class Segmenter:
     """
 
     def __init__(self, model: str | Path, checkpoint: str | Path | None = None, *,
-                 device: str | None = None, isr: ISRRatio | int | str = 'none',
-                 batch_size: int | None = None) -> None:
+                 device: str | None = None, isr: ISRRatio | int | str | None = None,
+                 max_side: int | None = None, batch_size: int | None = None) -> None:
+        if not isinstance(model, (str, Path)):
+            raise ConfigError(f'model {model!r} is no path: give a work dir, a config or a '
+                              '.safetensors')
         if batch_size is not None and batch_size < 1:
             raise ConfigError(f'batch_size {batch_size}: it must be 1 or more')
+        if max_side is not None and max_side < 32:
+            raise ConfigError(f'max_side {max_side}: give 32 or more pixels')
+        allow_pixels(MAX_PIXELS)
         self.device = _find_device(device)
         self.batch_size = batch_size or (1 if self.device.type == 'cpu' else 8)
         self.description, self.model, self.source = _load(Path(model), checkpoint)
         self.model.to(self.device)
         init_default_scope('mmseg')
         self._read_file = TRANSFORMS.build(self.description.pipeline[0])
-        self._prepare = Compose(self.description.pipeline[1:])
+        self.max_side = max_side
+        steps: list[Any] = self.description.pipeline[1:]
+        if max_side is not None:  # what resizes for good has its say first, multiples of 32 later
+            resized = [index for index, step in enumerate(steps, 1)
+                       if 'Resize' in str(step['type']) and 'Multiple' not in str(step['type'])]
+            steps.insert(max(resized, default=0), self._scale_down)
+        self._prepare = Compose(steps)
+        self._turns = _Turns()
+        self._applied = _NONE
+        self._told: dict[ISRRatio, int] = {}
+        self._reduced: dict[tuple[int, int], bool] = {}
         self.isr = isr  # type: ignore[assignment]
+        del self._turns.own.isr  # this thread, too, follows others until it sets one
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -143,17 +187,34 @@ class Segmenter:
 
     @property
     def isr(self) -> ISRRatio:
-        """The ISR ratio, which can be set at any time: an `ISRRatio` or what its parse reads."""
-        return self._isr
+        """The ISR ratio, which can be set at any time: an `ISRRatio` or what its parse reads.
+
+        Setting None brings the default back. A thread that has set a ratio keeps it; the others
+        follow the last one that any thread has set.
+        """
+        return self._ratio or _NONE
 
     @isr.setter
-    def isr(self, ratio: ISRRatio | int | str) -> None:
-        parsed = ISRRatio.parse(ratio)
-        if parsed == ISRRatio.parse('none'):  # also of models in which there is nothing to reduce
-            remove_isr(self.model)
-        else:
-            apply_isr(self.model, parsed)
-        self._isr = parsed
+    def isr(self, ratio: ISRRatio | int | str | None) -> None:
+        parsed = None if ratio is None else ISRRatio.parse(ratio)
+        with self._turns.lock:
+            self._apply(parsed or _NONE)
+            self._isr = self._turns.own.isr = parsed
+
+    @property
+    def _ratio(self) -> ISRRatio | None:
+        """What this thread has set, None for the default."""
+        found: ISRRatio | None = getattr(self._turns.own, 'isr', self._isr)
+        return found
+
+    def is_reduced(self, height: int, width: int) -> bool:
+        """Whether the default ratio is in force and is auto for pictures of this size."""
+        if self._ratio is not None or height * width <= LARGE:
+            return False
+        if (height, width) not in self._reduced:
+            self._reduced[height, width] = self._is_large(
+                self.load(np.zeros((height, width, 3), np.uint8))[1])
+        return self._reduced[height, width]
 
     def __call__(self, source: Any, skipped: dict[str, str] | None = None) -> Any:
         """Predict a picture, or many one after the other.
@@ -213,9 +274,11 @@ class Segmenter:
         yield from self._predict(window)
 
     def fingerprint(self) -> str:
-        """What decides over the labels: model, weights and ratio, as a hash."""
-        found = hashlib.sha256(json.dumps([asdict(self.description), str(self.isr)],
-                                          default=str).encode())
+        """What decides over the labels: model, weights, ratio and largest side, as a hash."""
+        told: list[Any] = [asdict(self.description), str(self._ratio or f'auto above {LARGE}')]
+        if self.max_side is not None:
+            told.append(self.max_side)
+        found = hashlib.sha256(json.dumps(told, default=str).encode())
         for name, value in self.model.state_dict().items():
             found.update(name.encode())
             found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -243,11 +306,11 @@ class Segmenter:
 
     def _predict(self, window: Sequence[tuple[np.ndarray, dict[str, Any]]]
                  ) -> Iterator[Segmentation]:
-        sizes: dict[tuple[int, ...], list[int]] = {}
+        sizes: dict[tuple[Any, ...], list[int]] = {}
         for index, (_, data) in enumerate(window):
-            sizes.setdefault(tuple(data['inputs'].shape), []).append(index)
+            sizes.setdefault((self._is_large(data), *data['inputs'].shape), []).append(index)
         labels: dict[int, np.ndarray] = {}
-        for shape, indices in sizes.items():
+        for (_, *shape), indices in sizes.items():
             step = max(1, min(self.batch_size, _BATCH_PIXELS // math.prod(shape[1:])))
             for start in range(0, len(indices), step):
                 part = indices[start:start + step]
@@ -260,7 +323,8 @@ class Segmenter:
         data = {name: [each[name] for each in batch] for name in ('inputs', 'data_samples')}
         model: Any = self.model
         try:
-            with torch.no_grad():
+            with self._turns.lock, torch.no_grad():
+                self._make_ready(batch[0])
                 if hasattr(model, 'predict_labels'):
                     maps = model.predict_labels(**model.data_preprocessor(data, False))
                 else:
@@ -272,9 +336,100 @@ class Segmenter:
             if len(batch) == 1:
                 height, width = batch[0]['inputs'].shape[1:]
                 raise DataError(f'an image of {width}x{height} pixels does not fit into the memory '
-                                f'of {self.device}: set isr to auto, or take device cpu') from None
+                                f'of {self.device}: set isr to auto or a lower max_side, or take '
+                                'device cpu') from None
         half = len(batch) // 2
         return self._labels(batch[:half]) + self._labels(batch[half:])
+
+    def tell_cost(self, item: Any) -> None:
+        """Log what one picture will take, if that is long, as predicting it does beforehand.
+
+        Raises:
+            DataError: It cannot be read.
+        """
+        _, data = self.load(item)
+        with self._turns.lock, torch.no_grad():
+            self._make_ready(data)
+
+    def _scale_down(self, results: dict[str, Any]) -> dict[str, Any]:
+        """The step of the pipeline that ``max_side`` is."""
+        height, width = results['img'].shape[:2]
+        scale = (self.max_side or math.inf) / max(height, width)
+        if scale < 1:
+            size = max(1, round(width * scale)), max(1, round(height * scale))
+            results['img'] = cv2.resize(results['img'], size, interpolation=cv2.INTER_AREA)
+            results['img_shape'] = results['img'].shape[:2]
+        return results
+
+    def _is_large(self, data: dict[str, Any]) -> bool:
+        """Whether the default ratio of an image is auto."""
+        return (math.prod(data['data_samples'].ori_shape) > LARGE and
+                math.prod(data['inputs'].shape[1:]) > LARGE and
+                math.prod(self._views(data)[0]) > LARGE and
+                any(part.stages for part in find_attention(self.model).parts))
+
+    def _views(self, data: dict[str, Any]) -> tuple[tuple[int, int], int]:
+        """Height and width of what the network sees at once of an image, and how often it looks."""
+        from .analysis.benchmark import windows  # which takes a while
+        height, width = data['inputs'].shape[1:]
+        found = windows(self.model, (height, width))
+        rows, columns = found[0]
+        return (len(range(height)[rows]), len(range(width)[columns])), len(found)
+
+    def _apply(self, ratio: ISRRatio) -> None:
+        if ratio == _NONE:  # also of models in which there is nothing to reduce
+            remove_isr(self.model)
+        else:
+            apply_isr(self.model, ratio)
+        self._applied = ratio
+
+    def _make_ready(self, data: dict[str, Any]) -> None:
+        """Give the model the ratio of this thread and image, and log what takes long."""
+        ratio = self._ratio or (_AUTO if self._is_large(data) else _NONE)
+        if ratio != self._applied:
+            self._apply(ratio)
+        height, width = data['inputs'].shape[1:]
+        if height * width <= self._told.get(ratio, _QUICK):
+            return
+        self._told[ratio] = 4 * height * width  # one line for all that are about as large
+        view, count = self._views(data)
+        seconds = count * self._estimate(view)
+        by_default = self._ratio is None and ratio == _AUTO
+        if by_default or not seconds <= _LONG:
+            duration = ('long' if math.isnan(seconds) else f'about {seconds:.0f} s' if seconds < 100
+                        else f'about {seconds / 60:.0f} min')
+            height, width = data['data_samples'].ori_shape
+            text = (f'an image of {width}x{height} pixels takes {duration} on {self.device} at ISR '
+                    f'ratio {_ratio_name(ratio)}')
+            if by_default:
+                text += (f', the default above {_MEGAPIXELS} (isr none or --isr-ratio none: the '
+                         'model as trained)')
+            less = 'a smaller max_side (--max-side N) takes less'
+            if ratio == self._ratio != _AUTO and math.prod(view) > LARGE:
+                less += ', and so may isr auto (--isr-ratio auto)'
+            _LOG.warning('%s: %s', text, less)
+
+    def _estimate(self, view: tuple[int, int]) -> float:
+        """Seconds of a pass: those of a small one, by how many more multiply-accumulates it has.
+
+        nan where it cannot be told.
+        """
+        model: Any = self.model
+        scale = max(2., math.sqrt(math.prod(view)) / 1024)
+        rows, columns = (max(32, round(side / scale / 32) * 32) for side in view)
+        try:
+            for _ in range(2):  # the first one may compile
+                start = time.perf_counter()
+                getattr(model, 'predict_labels', model.predict)(
+                    torch.zeros(1, 3, rows, columns, device=self.device))
+                if self.device.type == 'cuda':
+                    torch.cuda.synchronize(self.device)
+                seconds = time.perf_counter() - start
+            large, small = (count_macs(model, size, compute=False)
+                            for size in (view, (rows, columns)))
+        except Exception:  # which the prediction itself need not meet
+            return math.nan
+        return seconds * large / small
 
 
 class Video:
@@ -338,6 +493,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
                         'a .safetensors of tools/convert_checkpoint.py --config')
     parser.add_argument('--checkpoint', help='.pth or .safetensors, for a config; of a work dir '
                         'its best or else its last one if none is given')
+
+
+def add_cost_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--isr-ratio`` and ``--max-side`` of the tools, as `Segmenter` takes them."""
+    parser.add_argument('--isr-ratio', metavar='RATIO',
+                        help='as of tools/test.py: none, optimal, auto, 2, 2211-222 (default: '
+                        f'none, and auto for images of more than {_MEGAPIXELS})')
+    parser.add_argument('--max-side', type=int, metavar='N', help='scale larger images down for '
+                        'the network, to N pixels on the longer side; masks keep their size')
 
 
 def find_pictures(source: str | Path, without: Path | None = None,
@@ -598,6 +762,7 @@ class Summary:
         pictures: What was found in each, by its name.
         skipped: Why others could not be read, by their names.
         counts: Pixels of each class in all of them.
+        reduced: Whether a large one was predicted at auto by default.
         kept: How many were done before.
     """
 
@@ -606,6 +771,7 @@ class Summary:
         self.pictures: dict[str, Any] = {}
         self.skipped: dict[str, str] = {}
         self.counts = np.zeros(len(segmenter.classes), np.int64)
+        self.reduced = False
         self.kept = 0
         self.start = time.perf_counter()
 
@@ -613,6 +779,7 @@ class Summary:
         """Count the pixels of each class; returns them for this picture."""
         counts = count_pixels(labels, len(self.segmenter.classes))
         self.counts += counts
+        self.reduced = self.reduced or self.segmenter.is_reduced(*labels.shape)
         return counts
 
     def add(self, path: Path, target: str, labels: np.ndarray) -> None:
@@ -624,7 +791,8 @@ class Summary:
         """Write ``summary.json``, with other entries or in place of its own; returns it."""
         own = self.segmenter
         summary = dict(
-            checkpoint=own.source, isr_ratio=_ratio_name(own.isr), device=str(own.device),
+            checkpoint=own.source, device=str(own.device),
+            isr_ratio=_ratio_name(own.isr) + self.reduced * f' (auto above {_MEGAPIXELS})',
             seconds=round(time.perf_counter() - self.start, 3),
             versions=dict(mmseg_edaformer=__version__, torch=torch.__version__),
             classes={name: '#' + bytes(colour).hex()
@@ -653,6 +821,9 @@ def _load(model: Path, checkpoint: str | Path | None
         except Exception as error:  # of sizes that make no sense
             raise CheckpointError(f'{model} is refused: its model cannot be built '
                                   f'({str(error).splitlines()[0][:200]})') from error
+    if checkpoint is None and not model.exists():
+        raise ConfigError(f'no such file or folder: {model}: give the work dir of a training, a '
+                          'config and its checkpoint, or a .safetensors')
     if model.is_dir():
         model, checkpoint = _find_in_work_dir(model, checkpoint)
     if model.suffix == '.pth':
@@ -664,7 +835,10 @@ def _load(model: Path, checkpoint: str | Path | None
                                        launcher='none', compile=False, local_rank=0))
     content = CheckpointLoader.load_checkpoint(str(checkpoint), 'cpu', 'silent')
     description = describe(cfg, content['meta'])
-    return description, load_model(description, content), str(checkpoint)
+    try:
+        return description, load_model(description, content), str(checkpoint)
+    except CheckpointError as error:
+        raise CheckpointError(f'{checkpoint}: {error}') from error
 
 
 def _find_in_work_dir(folder: Path, checkpoint: str | Path | None) -> tuple[Path, str | Path]:
@@ -820,9 +994,30 @@ def writing(out: Path) -> Iterator[None]:
 
 @contextmanager
 def progress_bar(title: str, total: int | None, done: int = 0) -> Iterator[Any]:
-    """A bar with the time left, where someone watches; gives the function that moves it."""
+    """A bar with the time left where someone watches; gives the function that moves it.
+
+    Elsewhere, as in a log file, lines on stderr: after 10 s, 20 s, 40 s and so on, then every five
+    minutes.
+    """
+    log, watched = sys.stderr, sys.stdout.isatty()
+    plain = not (watched and log.isatty())
+    start = time.monotonic()
+    due = start + 10
+
+    def advance(completed: int) -> None:
+        nonlocal due
+        progress.update(task, completed=completed)
+        now = time.monotonic()
+        if plain and now >= due:
+            due = now + min(now - start, 300)
+            text = f'{title}: {completed}'
+            if total is not None:
+                left = (total - completed) * (now - start) / max(completed - done, 1)
+                text += f' of {total}, {timedelta(seconds=max(round(left), 0))} left'
+            print(text, file=log, flush=True)
+
     with Progress(TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(),
                   TaskProgressColumn(show_speed=True), TextColumn('left'), TimeRemainingColumn(),
-                  disable=not sys.stdout.isatty()) as progress:
+                  disable=not watched) as progress:
         task = progress.add_task(title, total=total, completed=done)
-        yield lambda completed: progress.update(task, completed=completed)
+        yield advance

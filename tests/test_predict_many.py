@@ -17,7 +17,7 @@ import torch
 from mmseg.apis import init_model
 from PIL import Image
 
-from mmseg_edaformer import predict_many as module
+from mmseg_edaformer import predict_many as module, predictor
 from mmseg_edaformer.data import synthetic
 from mmseg_edaformer.errors import CheckpointError, ConfigError, DataError
 from mmseg_edaformer.predict_many import find_samples, predict_many
@@ -225,6 +225,26 @@ def test_other_settings_are_predicted_anew_and_predict_py_goes_on(here, work, ph
     assert (other['kept'], other['isr_ratio']) == (0, '2211-222')
     assert not list((out / 'overlays').iterdir())
     assert other['shares'] != summary['shares'] == wanted['shares']
+
+
+def test_large_images_and_max_side(here, work, photos, tmp_path, caplog, monkeypatch):
+    some = photos / '0[0-2].png'
+    for name, value in dict(LARGE=128 * 160, _QUICK=0).items():
+        monkeypatch.setattr(predictor, name, value)
+    for kept in 0, 2:
+        summary = predict_many(some, work, tmp_path / 'auto')
+        assert summary['isr_ratio'] == 'none (auto above 4.2 megapixels)'
+        assert summary['kept'] == kept
+    assert 'an image of 192x128 pixels takes about 0 s on cpu at ISR ratio auto' in (
+        caplog.messages[0])
+    segmenter = Segmenter(work, device='cpu', isr='auto')
+    predict_pictures(segmenter, [some], tmp_path / 'wanted')
+    assert same(masks(tmp_path / 'auto'), masks(tmp_path / 'wanted'))
+    summary = predict_many(some, work, tmp_path / 'small', max_side=64)
+    assert (summary['isr_ratio'], summary['skipped']) == ('none', {})
+    predict_pictures(Segmenter(work, device='cpu', max_side=64), [some], tmp_path / 'less')
+    assert same(masks(tmp_path / 'small'), masks(tmp_path / 'less'))
+    assert not same(masks(tmp_path / 'small'), masks(tmp_path / 'wanted'))
 
 
 def test_shards(here, work, photos, plain, tmp_path):

@@ -1,8 +1,13 @@
 """Pictures and videos in, label maps and overlays out: what mmseg predicts, whatever comes in."""
+import copy
 import gc
 import json
 import os
 import shutil
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -17,7 +22,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mmseg_edaformer import apply_isr
+from mmseg_edaformer import apply_isr, predictor
 from mmseg_edaformer.data import synthetic
 from mmseg_edaformer.engine.convert import pack_file
 from mmseg_edaformer.errors import CheckpointError, ConfigError, DataError, RatioError
@@ -269,13 +274,172 @@ def test_more_classes_than_a_byte_counts():
     assert len(found.shares) == 300
 
 
-def test_a_picture_too_large_to_be_decoded_is_refused(segmenter, tmp_path):
+def test_a_picture_too_large_to_be_decoded_is_refused(work, tmp_path, monkeypatch):
     bomb = tmp_path / 'bomb.png'
     Image.new('1', (20000, 20000)).save(bomb)
-    with pytest.raises(DataError, match=r'bomb.png .* more than 268435456'):
-        segmenter(bomb)
-    with Image.open(bomb) as picture, pytest.raises(DataError, match='20000x20000'):
-        segmenter(picture)
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 2 ** 26)  # as in a new process
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', Image.DecompressionBombWarning)
+        segmenter = Segmenter(work, device='cpu')
+        with pytest.raises(DataError, match=r'bomb.png .* more than 268435456'):
+            segmenter(bomb)
+        with Image.open(bomb) as picture, pytest.raises(DataError, match='20000x20000'):
+            segmenter(picture)
+
+
+# Large images, for which these tests lower the bounds.
+
+@pytest.fixture
+def whole(work, scenes, tmp_path, monkeypatch):
+    """The config and the checkpoint of a model that sees images at their full size."""
+    monkeypatch.setattr(predictor, 'LARGE', 128 * 128)
+    return write_config(tmp_path, scenes), work / 'best_mIoU_iter_4.pth'
+
+
+@pytest.fixture
+def large():
+    return synthetic.draw_scene(np.random.default_rng(3), (160, 256))[0]
+
+
+def test_large_images_have_auto_by_default(whole, large, pictures, caplog, monkeypatch):
+    small = cv2.imread(str(pictures[0]))
+    default, plain, auto = (Segmenter(*whole, device='cpu', isr=ratio)
+                            for ratio in (None, 'none', 'auto'))
+    assert not same(plain(large).labels, auto(large).labels)
+    monkeypatch.setattr(predictor, '_QUICK', 100 * 100)
+    caplog.clear()
+    for _ in range(2):
+        assert same(default(large).labels, auto(large).labels)
+        assert same(default(small).labels, plain(small).labels)
+    [record] = caplog.records
+    assert record.message.startswith(
+        'an image of 256x160 pixels takes about 0 s on cpu at ISR ratio auto, the default above ')
+    assert str(default.isr) == '1'
+    default.isr = 'none'
+    assert same(default(large).labels, plain(large).labels)
+    default.isr = None
+    assert same(default(large).labels, auto(large).labels)
+    # Where there is nothing to reduce, and in windows that are not large, it is none.
+    with monkeypatch.context() as patch:
+        patch.setattr(predictor, 'find_attention', lambda model: SimpleNamespace(parts=()))
+        assert same(default(large).labels, plain(large).labels)
+    for each in default, plain:
+        each.model.test_cfg.update(mode='slide', crop_size=(96, 96), stride=(64, 64))
+    assert same(default(large).labels, plain(large).labels)
+
+
+def test_the_summary_says_which_ratio_large_images_had(whole, work, large, pictures, tmp_path):
+    cv2.imwrite(str(tmp_path / 'large.png'), large)
+    out = tmp_path / 'out'
+    segmenter = Segmenter(*whole, device='cpu')
+    assert predict_pictures(segmenter, [pictures[0]], out)['isr_ratio'] == 'none'
+    for kept in 0, 1:
+        summary = predict_pictures(segmenter, [tmp_path / 'large.png'], out)
+        assert (summary['kept'], summary['isr_ratio']) == (kept, 'none (auto above 4.2 megapixels)')
+    segmenter.isr = 'none'  # asked for: no mask of auto is taken for it
+    summary = predict_pictures(segmenter, [tmp_path / 'large.png'], out)
+    assert (summary['kept'], summary['isr_ratio']) == (0, 'none')
+    # The pipeline makes it small.
+    assert predict_pictures(Segmenter(work, device='cpu'), [tmp_path / 'large.png'],
+                            tmp_path / 'other')['isr_ratio'] == 'none'
+
+
+def test_what_takes_long_is_said_before(whole, large, caplog, monkeypatch):
+    segmenter = Segmenter(*whole, device='cpu', isr='none')
+    monkeypatch.setattr(predictor, '_QUICK', 90 * 90)
+    segmenter(large)
+    assert not caplog.records
+    monkeypatch.setattr(predictor, '_LONG', 0.)
+    segmenter._told.clear()
+    estimates = iter([7., 400., float('nan')])
+    monkeypatch.setattr(segmenter, '_estimate', lambda view: next(estimates))
+    for image in large, large[:96], np.tile(large, (3, 3, 1)), np.tile(large, (9, 6, 1)):
+        segmenter(image)
+    assert [record.message.partition(':')[0] for record in caplog.records] == [
+        'an image of 256x160 pixels takes about 7 s on cpu at ISR ratio none',
+        'an image of 768x480 pixels takes about 7 min on cpu at ISR ratio none',
+        'an image of 1536x1440 pixels takes long on cpu at ISR ratio none']
+    assert caplog.messages[0].endswith(
+        ': a smaller max_side (--max-side N) takes less, and so may isr auto (--isr-ratio auto)')
+
+
+def test_an_estimate_is_near_and_never_an_error(whole, monkeypatch):
+    segmenter = Segmenter(*whole, device='cpu', isr='none')
+    with torch.no_grad():
+        segmenter._estimate((64, 64))
+        found = segmenter._estimate((640, 960))
+        start = time.perf_counter()
+        segmenter.model.predict_labels(torch.zeros(1, 3, 640, 960))
+        assert 0.05 < found / (time.perf_counter() - start) < 20  # other work runs beside it
+        monkeypatch.setattr(segmenter.model, 'predict_labels', lambda inputs: 1 / 0)
+        assert np.isnan(segmenter._estimate((640, 960)))
+
+
+@pytest.mark.parametrize('resizing', [False, True])
+def test_max_side(whole, work, large, resizing):
+    source = [work] if resizing else whole
+    segmenter = Segmenter(*source, device='cpu', max_side=96)
+    seen, own = [], segmenter.model.predict_labels
+    segmenter.model.predict_labels = lambda inputs, data_samples: (
+        seen.append(tuple(inputs.shape[2:])), own(inputs, data_samples))[1]
+    found = segmenter(large)
+    assert same(found.picture, large)
+    assert found.labels.shape == large.shape[:2]
+    assert same(segmenter(large[:40, :60]).picture, large[:40, :60])
+    assert seen == ([(64, 96), (64, 96)] if resizing else [(60, 96), (40, 60)])
+    plain = Segmenter(*source, device='cpu', isr='none')
+    assert segmenter.fingerprint() != plain.fingerprint()
+    if not resizing:
+        assert same(segmenter(large[:40, :60]).labels, plain(large[:40, :60]).labels)
+        shrunk = plain(cv2.resize(large, (96, 60), interpolation=cv2.INTER_AREA)).labels
+        enlarged = cv2.resize(shrunk, (256, 160), interpolation=cv2.INTER_NEAREST)
+        assert (enlarged == found.labels).mean() > 0.9
+
+
+def test_progress_for_a_log_file(monkeypatch, capsys):
+    now = 0.
+    monkeypatch.setattr(predictor.time, 'monotonic', lambda: now)
+    with predictor.progress_bar('predict', 1000, done=100) as advance:
+        for step in range(1, 901):
+            now = step * 2.
+            advance(100 + step)
+    with predictor.progress_bar('frames', None) as advance:
+        now += 10
+        advance(7)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == ['predict: 105 of 1000, 0:29:50 left', 'predict: 110 of 1000, 0:29:40 left']
+    assert len(lines) == 11
+    assert lines[-1] == 'frames: 7'
+
+
+# Threads.
+
+def test_threads_share_a_segmenter_each_with_its_ratio(whole, pictures):
+    ratios = 'none', 'optimal', 2, '4422-444'
+    images = [cv2.imread(str(path)) for path in pictures]
+    single = Segmenter(*whole, device='cpu')
+    wanted = []
+    for ratio in ratios:
+        single.isr = ratio
+        wanted.append([single(image).labels for image in images])
+    shared = Segmenter(*whole, device='cpu')
+
+    def predict(index):
+        wrong = 0
+        for _ in range(3):
+            shared.isr = ratios[index]
+            wrong += sum(not same(shared(image).labels, labels)
+                         for image, labels in zip(images, wanted[index], strict=True))
+        return wrong
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(predict, range(4))) == [0] * 4
+    # Who has set none follows: this thread, and a new one.
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(setattr, shared, 'isr', 2).result()
+    assert same(shared(images[0]).labels, wanted[2][0])
+    other = copy.deepcopy(shared)  # with a lock of its own
+    shared.isr = 'none'
+    assert same(other(images[0]).labels, wanted[2][0])
 
 
 # One file that says all.
@@ -375,6 +539,8 @@ def test_names_do_a_terminal_no_harm(single, tmp_path):
     (['{root}/configs/eft_t_in1k.py', '{pth}'], ConfigError, 'no model that predicts a class for'),
     (['{work}/weights.safetensors'], CheckpointError, 'weights.safetensors holds weights alone'),
     (['{single}', '{pth}'], ConfigError, 'model.safetensors holds its own weights: leave'),
+    (['{work}/nope'], ConfigError, 'no such file or folder: .*nope: give the work dir of a'),
+    (['{work}/nope.pth'], ConfigError, 'no such file or folder: .*nope.pth'),
 ])
 def test_models_that_are_none(work, single, arguments, error, says):
     pth = work / 'best_mIoU_iter_4.pth'
@@ -385,7 +551,24 @@ def test_models_that_are_none(work, single, arguments, error, says):
                     for each in arguments), device='cpu')
 
 
+@pytest.mark.parametrize(('name', 'value'), [
+    ('decode_head.conv_seg.weight', torch.nan), ('backbone.stages.0.norm.bias', -torch.inf),
+    ('decode_head.fuse_norm.running_mean', torch.nan)])
+def test_weights_that_are_no_numbers(work, tmp_path, name, value):
+    content = torch.load(work / 'best_mIoU_iter_4.pth', weights_only=True)
+    content['state_dict'][name].flatten()[1] = value
+    torch.save(content, tmp_path / 'bad.pth')
+    with pytest.raises(CheckpointError, match=rf'bad.pth: {name} has 1 of \d+ numbers .* that are '
+                                              'nan or infinite: the training diverged'):
+        Segmenter(work / 'mini.py', tmp_path / 'bad.pth', device='cpu')
+
+
 def test_no_such_device_and_no_such_batch(work):
+    for nothing in None, 3:
+        with pytest.raises(ConfigError, match=f'model {nothing} is no path: give a work dir'):
+            Segmenter(nothing)
+    with pytest.raises(ConfigError, match='max_side 8: give 32 or more pixels'):
+        Segmenter(work, device='cpu', max_side=8)
     with pytest.raises(ConfigError, match=r'device cuda:99 cannot be used: .'):
         Segmenter(work, device='cuda:99')
     with pytest.raises(ConfigError, match='batch_size 0: it must be 1 or more'):
@@ -601,7 +784,7 @@ def test_a_cut_video(segmenter, clip, tmp_path):
 
 def test_command_line(work, photos, tmp_path):
     done = run('tools/predict.py', photos, '--model', work, '--out', tmp_path / 'out',
-               '--isr-ratio', 'optimal', '--device', 'cpu')
+               '--isr-ratio', 'optimal', '--max-side', 64, '--device', 'cpu')
     assert f'{work}/best_mIoU_iter_4.pth, 8 classes, on cpu\n' in done.stdout
     assert '3 pictures at ISR ratio 2211-222, 1 skipped\n' in done.stdout
     assert f'skipped: image cannot be decoded: {photos}/bad.JPG' in done.stdout

@@ -6,6 +6,7 @@ from mmseg_edaformer.errors import ConfigError, clear_errors
 from mmseg_edaformer.predictor import (
     VIDEOS,
     Segmenter,
+    add_cost_arguments,
     add_model_arguments,
     describe_summary,
     predict_pictures,
@@ -20,8 +21,7 @@ def parse_args() -> argparse.Namespace:
                         help='pictures, folders, patterns such as "photos/*.jpg", or one video')
     add_model_arguments(parser)
     parser.add_argument('--out', required=True, metavar='DIR', help='where the results go')
-    parser.add_argument('--isr-ratio', default='none', metavar='RATIO',
-                        help='as of tools/test.py: none (default), optimal, auto, 2, 2211-222')
+    add_cost_arguments(parser)
     parser.add_argument('--device', help='cpu, cuda, cuda:1; by default a GPU if there is one')
     parser.add_argument('--batch-size', type=int, metavar='N', help='predict up to N images of '
                         'equal size at once (default: 8 on a GPU, 1 on a CPU)')
@@ -40,8 +40,9 @@ def main() -> None:
     if args.masks and not video:
         raise ConfigError('--masks is for a video: pictures always get a mask')
     segmenter = Segmenter(args.model, args.checkpoint, device=args.device, isr=args.isr_ratio,
-                          batch_size=args.batch_size)
-    print(f'{segmenter.source}, {len(segmenter.classes)} classes, on {segmenter.device}')
+                          max_side=args.max_side, batch_size=args.batch_size)
+    print(f'{segmenter.source}, {len(segmenter.classes)} classes, on {segmenter.device}',
+          flush=True)
     if video:
         summary = predict_video(segmenter, args.input[0], args.out, masks=args.masks)
     else:

@@ -3,7 +3,7 @@ import argparse
 
 from mmseg_edaformer.errors import clear_errors
 from mmseg_edaformer.predict_many import predict_many
-from mmseg_edaformer.predictor import add_model_arguments, describe_summary
+from mmseg_edaformer.predictor import add_cost_arguments, add_model_arguments, describe_summary
 
 
 def parse_args() -> argparse.Namespace:
@@ -13,8 +13,7 @@ def parse_args() -> argparse.Namespace:
                         'has them, or of .parquet')
     add_model_arguments(parser)
     parser.add_argument('--out', required=True, metavar='DIR', help='where the results go')
-    parser.add_argument('--isr-ratio', default='none', metavar='RATIO',
-                        help='as of tools/test.py: none (default), optimal, auto, 2, 2211-222')
+    add_cost_arguments(parser)
     parser.add_argument('--workers', type=int, metavar='N', help='models at once (default: one for '
                         'each GPU, or without one for each core)')
     parser.add_argument('--threads', type=int, default=1, metavar='N',
@@ -33,8 +32,8 @@ def main() -> None:
     args = parse_args()
     summary = predict_many(
         args.input, args.model, args.out, checkpoint=args.checkpoint, isr=args.isr_ratio,
-        workers=args.workers, threads=args.threads, address=args.address, overlays=args.overlays,
-        batch_size=args.batch_size, column=args.column)
+        max_side=args.max_side, workers=args.workers, threads=args.threads, address=args.address,
+        overlays=args.overlays, batch_size=args.batch_size, column=args.column)
     print(describe_summary(summary, args.out, 'masks, overlays, legend.png, manifest.jsonl and '
                            'summary.json' if args.overlays else
                            'masks, legend.png, manifest.jsonl and summary.json'))

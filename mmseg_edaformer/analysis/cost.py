@@ -18,7 +18,8 @@ Inputs = tuple[Any, ...] | Mapping[str, Any]
 """What a model is called with: its arguments, by position or by name."""
 
 
-def count_macs(model: nn.Module, input_size: tuple[int, int] = (512, 512)) -> int:
+def count_macs(model: nn.Module, input_size: tuple[int, int] = (512, 512), *,
+               compute: bool = True) -> int:
     """Count the multiply-accumulates of one image through a model.
 
     Convolutions, linear layers and attention (2 N M C for N queries and M keys of C channels) as
@@ -29,12 +30,15 @@ def count_macs(model: nn.Module, input_size: tuple[int, int] = (512, 512)) -> in
         model: A segmentor, a backbone or any module that takes one N x 3 x H x W tensor; wrapped
             by DDP or compiled just as well.
         input_size: Height and width in pixels.
+        compute: Whether a model that asks for values on the way may run; otherwise its error is
+            raised.
     """
     with on_meta(model) as shadow:
-        return trace_macs(shadow, input_size)
+        return trace_macs(shadow, input_size, compute=compute)
 
 
-def trace_macs(shadow: nn.Module, inputs: tuple[int, int] | Inputs) -> int:
+def trace_macs(shadow: nn.Module, inputs: tuple[int, int] | Inputs, *,
+               compute: bool = True) -> int:
     """`count_macs` for a model that is on the meta device already.
 
     A model that asks for values on the way gets its own weights back and computes.
@@ -55,6 +59,8 @@ def trace_macs(shadow: nn.Module, inputs: tuple[int, int] | Inputs) -> int:
     except UserError:
         raise
     except Exception as error:
+        if not compute:
+            raise
         with_weights(shadow)
         try:
             return _trace(shadow, on(_place(shadow)[0]))

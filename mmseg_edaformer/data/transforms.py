@@ -6,6 +6,7 @@ inference_model look for these names in a pipeline, and every config gains the c
 import io
 import os
 import stat
+import warnings
 from typing import Any
 
 import cv2
@@ -65,6 +66,14 @@ def read_picture(kind: str, path: str, backend_args: dict[str, Any] | None = Non
                         'permissions and its disk') from error
 
 
+def allow_pixels(max_pixels: int) -> None:
+    """Lift Pillow's limit on pixels for the whole process; larger pictures are refused here."""
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels
+        # Up to twice as many Pillow only warns.
+        warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)
+
+
 def check_header(kind: str, path: str, content: bytes, max_pixels: int = MAX_PIXELS,
                  checksums: bool = False) -> str:
     """See by its header that a picture can be decoded, and at what cost.
@@ -86,8 +95,7 @@ def check_header(kind: str, path: str, content: bytes, max_pixels: int = MAX_PIX
         DataError: It is no picture, cut off, too large, or an animation.
     """
     wrong = f'{kind} cannot be decoded: {path} ({len(content)} bytes)'
-    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
-        Image.MAX_IMAGE_PIXELS = max_pixels
+    allow_pixels(max_pixels)
     try:
         with Image.open(io.BytesIO(content)) as header:
             (width, height), mode, format = header.size, header.mode, header.format

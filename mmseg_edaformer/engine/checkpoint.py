@@ -356,6 +356,7 @@ class CheckWeightsHook(Hook):
 
     For test and resume every weight must be there. For a fine-tuning (``load_from``) weights of
     another shape, such as the classifier of other classes, are left as initialised, and said so.
+    Weights that are nan or infinite, as a training that diverged leaves them, are refused.
 
     Raises:
         CheckpointError: The checkpoint does not fit; the message names the weights.
@@ -371,6 +372,14 @@ class CheckWeightsHook(Hook):
                   if not name.endswith('num_batches_tracked')}
         state = checkpoint['state_dict']
         found = {name.removeprefix('module.'): tensor for name, tensor in state.items()}
+        parameters = {name for name, _ in model.named_parameters()}
+        for name in wanted.keys() & found.keys():  # a buffer may be a mask of -inf
+            wrong = ~found[name].isfinite() if name in parameters else found[name].isnan()
+            if wrong.any():
+                raise CheckpointError(
+                    f'{name} has {int(wrong.sum())} of {wrong.numel()} numbers in the checkpoint '
+                    'that are nan or infinite: the training diverged or the file is damaged. Take '
+                    'an older checkpoint')
         missing = [name for name in wanted if name not in found]
         other = [name for name in wanted
                  if name in found and found[name].shape != wanted[name].shape]
