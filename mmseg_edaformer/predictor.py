@@ -365,8 +365,11 @@ class Segmenter:
         """Whether the default ratio of an image is auto."""
         return (math.prod(data['data_samples'].ori_shape) > LARGE and
                 math.prod(data['inputs'].shape[1:]) > LARGE and
-                math.prod(self._views(data)[0]) > LARGE and
-                any(part.stages for part in find_attention(self.model).parts))
+                math.prod(self._views(data)[0]) > LARGE and self._reducible)
+
+    @property
+    def _reducible(self) -> bool:
+        return any(part.stages for part in find_attention(self.model).parts)
 
     def _views(self, data: dict[str, Any]) -> tuple[tuple[int, int], int]:
         """Height and width of what the network sees at once of an image, and how often it looks."""
@@ -405,7 +408,7 @@ class Segmenter:
                 text += (f', the default above {_MEGAPIXELS} (isr none or --isr-ratio none: the '
                          'model as trained)')
             less = 'a smaller max_side (--max-side N) takes less'
-            if ratio == self._ratio != _AUTO and math.prod(view) > LARGE:
+            if ratio != _AUTO and count == 1 and self._reducible:
                 less += ', and so may isr auto (--isr-ratio auto)'
             _LOG.warning('%s: %s', text, less)
 
