@@ -100,6 +100,8 @@ def test_a_model_that_takes_values(attention):
     if isinstance(attention, nn.Module):
         expected += 4 * 48 * 8 * 8
     assert count_macs(model, (6, 8)) == expected
+    with pytest.raises(NotImplementedError):
+        count_macs(model, (6, 8), compute=False)
     assert all(torch.equal(value, state[name]) and value.device.type == 'cpu'
                for name, value in model.state_dict().items())
     assert all(parameter.requires_grad for parameter in model.parameters())
