@@ -149,7 +149,7 @@ def _find(model: nn.Module, inputs: Inputs | None) -> Attentions:
     unclear = [layer for layer in _layers(found)
                if isinstance(layer, ForeignLayer) and layer.rule.prefix is None]
     places = _located.get(model, {})
-    if any(layer.name not in places or inputs is not None and isinstance(places[layer.name], str)
+    if any(layer.name not in places or (inputs is not None and isinstance(places[layer.name], str))
            for layer in unclear):
         places = _located[model] = locate(model, inputs)
     for layer in unclear:
