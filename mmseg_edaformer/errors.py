@@ -3,6 +3,7 @@ import difflib
 import errno
 import inspect
 import os
+import re
 import signal
 import sys
 import time
@@ -16,7 +17,8 @@ class UserError(ValueError):
     def __init__(self, message: str) -> None:
         # A DataLoader worker's error arrives as "Caught X in DataLoader worker ... X: message",
         # built by calling the class with that text: keep the message alone.
-        super().__init__(message.rpartition(f'{type(self).__name__}: ')[2].strip())
+        text = message.rpartition(f'{type(self).__name__}: ')[2].strip()
+        super().__init__('\n'.join(map(shown, text.split('\n'))))
 
 
 class ConfigError(UserError):
@@ -33,6 +35,12 @@ class CheckpointError(UserError):
 
 class RatioError(UserError):
     """An ISR ratio that makes no sense, or not for this model."""
+
+
+def shown(name: object) -> str:
+    """Return a file name for people and JSON: control characters and non-UTF-8 as ``\\xe9``."""
+    return re.sub('[\x00-\x08\x0a-\x1f\x7f-\x9f\ud800-\udfff]',
+                  lambda match: f'\\x{ord(match[0]) & 0xff:02x}', str(name))
 
 
 @contextmanager
@@ -60,6 +68,8 @@ def _message(error: Exception) -> str | None:
     if isinstance(error, OSError):
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return f'{error}: free some space, or write elsewhere'
+        if error.errno == errno.ELOOP:
+            return f'{error}: remove this link, which leads back to itself'
         return str(error) if error.errno in (errno.ENOENT, errno.EACCES, errno.EROFS) else None
     if isinstance(error, TypeError) and 'unexpected keyword argument' in str(error):
         return _explain_misspelling(error)

@@ -1,4 +1,5 @@
 """Writing files so that a kill, a full disk or a lost machine leaves the old one or the new one."""
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f'.{path.stem}.{os.getpid()}.{_MARK}{path.suffix}')
+    partial = path.with_name(f'.{shorten(path.stem, 200)}.{os.getpid()}.{_MARK}{path.suffix}')
     try:
         yield partial
         _flush(partial)
@@ -38,6 +39,14 @@ def write_file(path: str | Path, content: bytes | str) -> None:
     """
     with replacing(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def shorten(name: str, most: int) -> str:
+    """Cut a name of more bytes than ``most``, and end it in its hash: file systems allow 255."""
+    raw = os.fsencode(name)
+    if len(raw) <= most:
+        return name
+    return f'{raw[:most - 17].decode(errors="ignore")}~{hashlib.sha256(raw).hexdigest()[:16]}'
 
 
 def remove_partial_files(folder: str | Path) -> None:

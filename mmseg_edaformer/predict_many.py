@@ -29,7 +29,7 @@ from mmengine.fileio import BaseStorageBackend, register_backend
 
 from . import __version__
 from .data.transforms import MAX_PIXELS
-from .errors import ConfigError, DataError, UserError
+from .errors import ConfigError, DataError, UserError, shown
 from .files import remove_partial_files, replacing, write_file
 from .predictor import (
     PICTURES,
@@ -59,7 +59,7 @@ _BLOCKS = 16  # of each worker, at least: the last ones end at about the same ti
 _RETRIES = 2
 _STORE = 2 ** 27  # bytes; only names and counts are in it
 _ANSWER = 10.  # seconds
-_LONGEST = 200  # bytes of a name between two slashes: 255, less what a suffix needs
+_LONGEST = 2000  # bytes of a name with its folders: 4096, less those of the results
 _ROWS = 16
 _PREFIX = 'sample://'
 _ENVIRONMENT = dict(
@@ -122,6 +122,9 @@ def find_samples(source: str | Path, without: Path | None = None, column: str | 
     samples: list[Sample] = []
     skipped: dict[str, str] = {}
     for path, name in files:
+        if _ending(path) in SHARDS and not path.is_file():
+            skipped[str(path)] = f'{path} is a broken link or no regular file: remove it'
+            continue
         if _ending(path) == '.tar':
             found = _list_tar(path, column, skipped)
         elif _ending(path) == '.parquet':
@@ -184,7 +187,7 @@ def predict_many(source: str | Path, model: str | Path, out: str | Path, *,
     out = Path(os.path.abspath(out))
     places = [os.path.abspath(path) if path is not None and '://' not in str(path) else path
               for path in (source, model, checkpoint)]
-    samples, skipped = find_samples(str(places[0]), out.resolve(), column)
+    samples, skipped = find_samples(str(places[0]), Path(os.path.realpath(out)), column)
     targets = name_targets([(sample.address, sample.name) for sample in samples])
     segmenter = Segmenter(str(places[1]), places[2], device='cpu', isr=isr, max_side=max_side,
                           batch_size=batch_size)
@@ -205,7 +208,7 @@ def predict_many(source: str | Path, model: str | Path, out: str | Path, *,
         with _connected(address, None if workers is None else workers * threads), \
                 tempfile.TemporaryFile(dir=out) as lines:
             pool = _Pool(*_count_workers(workers, threads), job)
-            print(f'{segmenter.source}, {len(segmenter.classes)} classes, on {pool.workers} '
+            print(f'{shown(segmenter.source)}, {len(segmenter.classes)} classes, on {pool.workers} '
                   f'{"GPU" if pool.gpus else "CPU"} worker{"s" * (pool.workers > 1)} with '
                   f'{threads} thread{"s" * (threads > 1)} each', flush=True)
             if not pool.gpus:
@@ -222,7 +225,7 @@ def predict_many(source: str | Path, model: str | Path, out: str | Path, *,
                     lines.seek(start)
                     file.write(lines.readline())
                 for place, reason in skipped.items():
-                    file.write(_line(picture=place, skipped=reason))
+                    file.write(_line(picture=summary.place(place), skipped=reason))
         return summary.write(
             device='cuda' if pool.gpus else 'cpu', workers=pool.workers, threads=threads,
             pictures=done)
@@ -325,11 +328,8 @@ class _Worker:
     def _notes(self, target: str, sample: Sample) -> tuple[str, str]:
         """What a mask notes that has an overlay, as predict_pictures writes it, and one without."""
         place = target if sample.start < 0 else f'{target} {sample.start} {sample.length}'
-        try:
-            first, second = (make_note(self.job.base, sample.file, f'{place}{alone}')
-                             for alone in ('', ' alone'))
-        except OSError:  # which reading it will explain
-            return '', ''
+        first, second = (make_note(self.job.base, sample.file, f'{place}{alone}')
+                         for alone in ('', ' alone'))
         return first, second
 
     def _count(self, index: int, labels: np.ndarray) -> dict[str, Any]:
@@ -424,7 +424,7 @@ def _collect(pool: _Pool, samples: Sequence[Sample], targets: dict[str, str], su
     def add(index: int, **entry: Any) -> None:
         nonlocal count
         starts[index] = lines.tell()
-        lines.write(_line(picture=samples[index].address, **entry))
+        lines.write(_line(picture=summary.place(samples[index].address), **entry))
         count += 1
         advance(count)
 
@@ -448,7 +448,7 @@ def _collect(pool: _Pool, samples: Sequence[Sample], targets: dict[str, str], su
                 summary.counts += counts
                 summary.reduced |= row['reduced']
                 summary.kept += row.get('kept', False)
-                add(index, mask=f'masks/{targets[samples[index].address]}.png',
+                add(index, mask=f'masks/{shown(targets[samples[index].address])}.png',
                     shares=class_shares(counts, summary.segmenter.classes))
     except KeyboardInterrupt:
         print(f'{count} of {len(samples)} pictures are done: run the same again, it goes on',
@@ -631,7 +631,7 @@ def _refused(sample: Sample) -> str | None:
     parts = posixpath.normpath(sample.name.lstrip('/')).split('/')
     if '..' in parts or '.' in parts or '\0' in sample.name:
         return f'{sample.address}: its name leads out of the folder of the results'
-    if max(len(os.fsencode(part)) for part in parts) > _LONGEST:
+    if len(os.fsencode(sample.name)) > _LONGEST:
         return f'{sample.address}: its name is longer than {_LONGEST} bytes'
     return None
 
@@ -686,7 +686,7 @@ def _list_parquet(path: Path, label: str, column: str | None, skipped: dict[str,
     import pyarrow
     from pyarrow import parquet
     try:
-        with parquet.ParquetFile(path) as file:
+        with path.open('rb') as raw, parquet.ParquetFile(raw) as file:
             name, inner = _find_column(path, file.schema_arrow, column)
             names = [None] * file.metadata.num_rows if 'path' not in inner else [
                 row for batch in file.iter_batches(columns=[f'{name}.path'])
@@ -729,8 +729,10 @@ def _read_rows(path: str, column: str | None, rows: Sequence[int]) -> Iterator[A
     from pyarrow import parquet
     done = 0
     try:
-        # Without a buffer a row group, which can be large, would be read as a whole.
-        with parquet.ParquetFile(path, buffer_size=2 ** 20, pre_buffer=False) as file:
+        # Without a buffer a row group, which can be large, would be read as a whole. A file, for
+        # pyarrow takes no path that is not UTF-8.
+        with open(path, 'rb') as raw, parquet.ParquetFile(
+                raw, buffer_size=2 ** 20, pre_buffer=False) as file:
             name, inner = _find_column(path, file.schema_arrow, column)
             first = 0
             for group in range(file.num_row_groups):

@@ -7,6 +7,8 @@ import json
 import logging
 import math
 import os
+import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -14,7 +16,7 @@ from argparse import Namespace
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -45,8 +47,8 @@ from .data.transforms import MAX_PIXELS, allow_pixels
 from .engine import launch, load_from_file
 from .engine.allocator import keep_freed_memory
 from .engine.convert import Description, describe, load_model, read_description
-from .errors import CheckpointError, ConfigError, DataError
-from .files import remove_partial_files, replacing, write_file
+from .errors import CheckpointError, ConfigError, DataError, shown
+from .files import remove_partial_files, replacing, shorten, write_file
 from .isr import ISRRatio, apply_isr, remove_isr
 from .isr.adapters import find_attention
 
@@ -69,6 +71,7 @@ _MEGAPIXELS = f'{LARGE / 1e6:.1f} megapixels'
 _QUICK = 2 ** 21  # pixels that are not worth an estimate
 _LONG = 5.  # seconds for one image, from which on the estimate is worth a line
 _LOG = logging.getLogger(__name__)
+_LONGEST = 235  # bytes of a name between two slashes: 255, less what a suffix needs
 _P = TypeVar('_P')
 
 
@@ -238,10 +241,10 @@ class Segmenter:
         if not isinstance(source, (str, Path)):
             return self.stream(source, skipped)
         path = Path(source)
-        if path.is_file() and path.suffix.lower() in VIDEOS:
+        if os.path.isfile(path) and path.suffix.lower() in VIDEOS:
             return self.stream(Video(path), skipped)
         files = [file for file, _ in find_pictures(source)]
-        return next(self.stream(files)) if path.is_file() else self.stream(files, skipped)
+        return next(self.stream(files)) if os.path.isfile(path) else self.stream(files, skipped)
 
     def stream(self, items: Iterable[Any],
                skipped: dict[str, str] | None = None) -> Iterator[Segmentation]:
@@ -449,7 +452,7 @@ class Video:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        if not self.path.is_file():
+        if not os.path.isfile(path):
             # OpenCV would also open an address, or look for a numbered series of pictures.
             raise DataError(f'no such video: {path}')
         with self._open() as capture:
@@ -476,18 +479,71 @@ class Video:
 
     @contextmanager
     def _open(self) -> Iterator[cv2.VideoCapture]:
-        os.environ.setdefault('OPENCV_FFMPEG_LOGLEVEL', '-8')  # what it says of damage is said here
-        log: Any = cv2.utils.logging
-        level = log.getLogLevel()
-        log.setLogLevel(log.LOG_LEVEL_SILENT)
-        try:
-            capture = cv2.VideoCapture(str(self.path), cv2.CAP_FFMPEG)
-        finally:
-            log.setLogLevel(level)
+        name: Any = os.fsencode(self.path)  # a str that is not UTF-8 crashes OpenCV
+        with _quiet_opencv():
+            capture = cv2.VideoCapture(name, cv2.CAP_FFMPEG)
         try:
             yield capture
         finally:
             capture.release()
+
+
+class _FFmpeg:
+    """Writes frames as H.264 through the command ffmpeg; it is used as ``cv2.VideoWriter`` is."""
+
+    def __init__(self, path: Path, size: tuple[int, int], rate: float) -> None:
+        self.process = subprocess.Popen(
+            ['ffmpeg', '-y', '-loglevel', 'quiet', '-f', 'rawvideo', '-pix_fmt', 'bgr24',
+             '-video_size', '{}x{}'.format(*size), '-framerate', str(rate), '-i', 'pipe:',
+             '-vf', 'crop=trunc(iw/2)*2:trunc(ih/2)*2',  # browsers want two rows to share colours
+             '-c:v', 'h264', '-pix_fmt', 'yuv420p', '-movflags', '+faststart', f'file:{path}'],
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def write(self, frame: np.ndarray) -> None:
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(frame.tobytes())
+        except BrokenPipeError as error:
+            raise OSError('ffmpeg ended too early, is the disk full?') from error
+
+    def release(self) -> None:
+        self.process.communicate()
+
+
+def _open_writer(path: Path, size: tuple[int, int], rate: float) -> tuple[Any, str]:
+    """Return what writes a video, and its codec: 'h264' if ffmpeg or OpenCV has it, or 'mpeg4'.
+
+    Raises:
+        ConfigError: None of them can.
+    """
+    if shutil.which('ffmpeg'):
+        trial = _FFmpeg(path, size, rate)  # it may have no encoder, or one for other hardware
+        with suppress(OSError):
+            trial.write(np.zeros((size[1], size[0], 3), np.uint8))
+        trial.release()
+        if trial.process.returncode == 0:
+            return _FFmpeg(path, size, rate), 'h264'
+    name: Any = os.fsencode(path)
+    for fourcc, codec in ('avc1', 'h264'), ('mp4v', 'mpeg4'):
+        with _quiet_opencv():
+            writer = cv2.VideoWriter(name, cv2.VideoWriter.fourcc(*fourcc), rate, size)
+        if writer.isOpened():
+            return writer, codec
+    raise ConfigError(f'{path.parent} gets no video: neither ffmpeg nor OpenCV can write one of '
+                      '{}x{} pixels: install ffmpeg'.format(*size))
+
+
+@contextmanager
+def _quiet_opencv() -> Iterator[None]:
+    """Keep what OpenCV and its ffmpeg say of damage and of missing codecs off the terminal."""
+    os.environ.setdefault('OPENCV_FFMPEG_LOGLEVEL', '-8')
+    log: Any = cv2.utils.logging
+    level = log.getLogLevel()
+    log.setLogLevel(log.LOG_LEVEL_SILENT)
+    try:
+        yield
+    finally:
+        log.setLogLevel(level)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -513,7 +569,8 @@ def find_pictures(source: str | Path, without: Path | None = None,
 
     Args:
         source: A file, whatever it ends in; a folder, with all that is below it and ends as
-            pictures do, but nothing hidden; or a pattern such as ``photos/**/*.jpg``.
+            pictures do, but nothing hidden and no links to folders; or a pattern such as
+            ``photos/**/*.jpg``.
         without: A folder to pass over, such as that of the results.
         endings: What files of a folder are looked for.
 
@@ -521,7 +578,7 @@ def find_pictures(source: str | Path, without: Path | None = None,
         DataError: There is none.
     """
     path = Path(source)
-    if path.is_dir():
+    if os.path.isdir(path):  # Path's own raise where a name is too long
         found = []
         for where, folders, names in os.walk(path):
             folders[:] = sorted(name for name in folders if not name.startswith('.') and
@@ -532,18 +589,26 @@ def find_pictures(source: str | Path, without: Path | None = None,
             raise DataError(f'no picture in the folder {path}: nothing below it ends in '
                             f'{", ".join(sorted(endings))}')
         return [(file, file.relative_to(path).as_posix()) for file in found]
-    if path.exists():
+    if os.path.lexists(path):  # reading it says where a broken link leads
         return [(path, path.name)]
     if not glob.has_magic(str(source)):
         raise DataError(f'no such file or folder: {source}')
-    found = [Path(name) for name in sorted(glob.glob(str(source), recursive=True))
-             if not os.path.isdir(name)]
-    if not found:
-        raise DataError(f'no file matches {source}')
     plain = list(path.parts[:-1])
     while any(map(glob.has_magic, plain)):
         plain.pop()
-    return [(file, file.relative_to(Path(*plain)).as_posix()) for file in found]
+    root, parts = Path(*plain), path.parts[len(plain):]
+    if '**' in parts:  # glob follows links, without end where one leads back up; pathlib does not
+        if parts[-1] == '**':
+            parts += ('*',)
+        found = [file for file in root.glob('/'.join(parts)) if not any(
+            name.startswith('.') for name in file.relative_to(root).parts)]
+    else:
+        found = [Path(name) for name in glob.glob(str(source))]
+    found = sorted((file for file in found if not os.path.isdir(file) and without not in Path(
+        os.path.realpath(file.parent), file.name).parents), key=str)
+    if not found:
+        raise DataError(f'no file matches {source}')
+    return [(file, file.relative_to(root).as_posix()) for file in found]
 
 
 def predict_pictures(segmenter: Segmenter, sources: Sequence[str | Path],
@@ -552,7 +617,8 @@ def predict_pictures(segmenter: Segmenter, sources: Sequence[str | Path],
 
     A mask is a PNG of one channel in the colours of the classes. It is written last and whole, and
     notes of which picture, weights and ratio it is; those that are there and would come out the
-    same are left alone. Of more than one picture, those that cannot be read are passed over.
+    same are left alone. Of more than one picture, those that cannot be read are passed over. Paths
+    in the summary are relative to its folder.
 
     Args:
         segmenter: What predicts.
@@ -567,7 +633,8 @@ def predict_pictures(segmenter: Segmenter, sources: Sequence[str | Path],
         ConfigError: The folder cannot be written to.
     """
     out = Path(out)
-    files = [each for source in sources for each in find_pictures(source, out.resolve())]
+    files = [each for source in sources
+             for each in find_pictures(source, Path(os.path.realpath(out)))]
     targets = name_targets(files)
     with writing(out):
         write_file(out / 'legend.png', encode_png(draw_legend(segmenter)))
@@ -617,7 +684,8 @@ def predict_video(segmenter: Segmenter, source: str | Path, out: str | Path, *,
         ConfigError: The folder cannot be written to.
     """
     out, video = Path(out), Video(source)
-    target = out / f'{video.path.stem}_overlay.mp4'
+    name = shorten(video.path.stem, _LONGEST)
+    target = out / f'{name}_overlay.mp4'
     note = make_note(segmenter.fingerprint(), video.path, f'{target.name} {masks}')
     before = _read_json(out / 'summary.json')
     if target.is_file() and before.get('note') == note:
@@ -630,15 +698,12 @@ def predict_video(segmenter: Segmenter, source: str | Path, out: str | Path, *,
     count = 0
     with writing(out), replacing(target) as partial, \
             progress_bar('frames', video.frames) as advance:
-        writer = cv2.VideoWriter(str(partial), cv2.VideoWriter.fourcc(*'mp4v'), video.rate,
-                                 video.size)
+        writer, codec = _open_writer(partial, video.size, video.rate)
         try:
-            if not writer.isOpened():
-                raise ConfigError(f'{target} cannot be written: this OpenCV has no MPEG-4 encoder')
             for result in segmenter.stream(video):
-                writer.write(result.draw())
+                writer.write(cv2.resize(result.draw(), video.size))  # a video may change its size
                 if masks:
-                    write_file(out / 'masks' / video.path.stem / f'{count:06}.png',
+                    write_file(out / 'masks' / name / f'{count:06}.png',
                                encode_png(result.mask))
                 summary.count(result.labels)
                 count += 1
@@ -651,7 +716,8 @@ def predict_video(segmenter: Segmenter, source: str | Path, out: str | Path, *,
             written = 0
         if written != count:  # the writer is silent about a full disk
             raise OSError(f'{written} of {count} frames arrived, is the disk full?')
-    return summary.write(note=note, video=target.name, frames=count, frames_expected=video.frames)
+    return summary.write(note=note, video=shown(target.name), codec=codec, frames=count,
+                         frames_expected=video.frames)
 
 
 def describe_summary(summary: dict[str, Any], out: str | Path,
@@ -671,7 +737,10 @@ def describe_summary(summary: dict[str, Any], out: str | Path,
         lines.append(f'skipped: {len(summary["skipped"]) - _SHOWN} more, see summary.json')
     if 'video' in summary:
         lines.append(f'{summary["frames"]} frames at ISR ratio {summary["isr_ratio"]}: '
-                     f'{Path(out, summary["video"])}')
+                     f'{shown(Path(out, summary["video"]))}')
+        if summary.get('codec') != 'h264':
+            lines.append('It is MPEG-4 part 2, which browsers do not play: install ffmpeg, remove '
+                         'the video and run again to get H.264')
         if (summary['frames_expected'] or 0) > summary['frames'] + 1:
             lines.append(f'The file speaks of {summary["frames_expected"]} frames: it may be cut '
                          'off')
@@ -681,7 +750,7 @@ def describe_summary(summary: dict[str, Any], out: str | Path,
         lines.append(f'{done} picture{"s" * (done != 1)} at ISR ratio {summary["isr_ratio"]}' +
                      (f', {summary["kept"]} of them done before' if summary['kept'] else '') +
                      (f', {len(summary["skipped"])} skipped' if summary['skipped'] else ''))
-        lines.append(f'{files} are in {out}')
+        lines.append(f'{files} are in {shown(out)}')
     return '\n'.join(lines)
 
 
@@ -728,10 +797,16 @@ def make_note(base: str, path: str | Path, target: str) -> str:
         base: The fingerprint of the `Segmenter`.
         path: The file that the picture is in; its size and time count.
         target: What the results are called, and all else that decides over them.
+
+    Returns:
+        A hash; '' for a file that is not there, as reading it will explain.
     """
-    found = os.stat(path)
-    return hashlib.sha256(
-        f'{base} {target} {found.st_size} {found.st_mtime_ns}'.encode()).hexdigest()
+    try:
+        found = os.stat(path)
+    except OSError:
+        return ''
+    return hashlib.sha256(os.fsencode(
+        f'{base} {target} {found.st_size} {found.st_mtime_ns}')).hexdigest()
 
 
 def count_pixels(labels: np.ndarray, classes: int) -> np.ndarray:
@@ -776,6 +851,7 @@ class Summary:
         self.counts = np.zeros(len(segmenter.classes), np.int64)
         self.reduced = False
         self.kept = 0
+        self.before = _read_json(out / 'summary.json').get('seconds') or 0.
         self.start = time.perf_counter()
 
     def count(self, labels: np.ndarray) -> np.ndarray:
@@ -787,21 +863,34 @@ class Summary:
 
     def add(self, path: Path, target: str, labels: np.ndarray) -> None:
         """Note what was found in a picture."""
-        self.pictures[str(path)] = dict(mask=f'masks/{target}.png', shares=class_shares(
+        self.pictures[str(path)] = dict(mask=f'masks/{shown(target)}.png', shares=class_shares(
             self.count(labels), self.segmenter.classes))
+
+    def place(self, address: str) -> str:
+        """A path, with a place in a shard after ``#``, relative to the folder of the summary."""
+        path, mark, inside = address.partition('#')
+        folder, name = os.path.split(path)
+        with suppress(ValueError):  # of another drive of Windows
+            folder = os.path.relpath(folder or '.', os.path.realpath(self.out))
+        return shown(os.path.join(folder, name) + mark + inside)
 
     def write(self, **more: Any) -> dict[str, Any]:
         """Write ``summary.json``, with other entries or in place of its own; returns it."""
         own = self.segmenter
+        seconds = time.perf_counter() - self.start
+        if self.kept:  # with what they took; a run that predicts nothing does not count
+            new = more.get('pictures', len(self.pictures)) > self.kept
+            seconds = self.before + seconds * (new or not self.before)
         summary = dict(
-            checkpoint=own.source, device=str(own.device),
+            checkpoint=self.place(own.source), device=str(own.device),
             isr_ratio=_ratio_name(own.isr) + self.reduced * f' (auto above {_MEGAPIXELS})',
-            seconds=round(time.perf_counter() - self.start, 3),
+            seconds=round(seconds, 3),
             versions=dict(mmseg_edaformer=__version__, torch=torch.__version__),
             classes={name: '#' + bytes(colour).hex()
                      for name, colour in zip(own.classes, own.description.palette)},
-            shares=class_shares(self.counts, own.classes), kept=self.kept, skipped=self.skipped,
-            pictures=dict(sorted(self.pictures.items())))
+            shares=class_shares(self.counts, own.classes), kept=self.kept,
+            skipped={self.place(path): reason for path, reason in self.skipped.items()},
+            pictures={self.place(path): self.pictures[path] for path in sorted(self.pictures)})
         summary.update(more)
         with writing(self.out):
             write_file(self.out / 'summary.json', json.dumps(summary, indent=2) + '\n')
@@ -937,7 +1026,8 @@ def name_targets(files: Sequence[tuple[_P, str]]) -> dict[_P, str]:
     taken: dict[str, _P] = {}
     for path, name in dict(files).items():
         stem = os.path.splitext(name)[0]
-        targets[path] = name if stems[stem] > 1 else stem  # a.jpg beside a.png
+        target = name if stems[stem] > 1 else stem  # a.jpg beside a.png
+        targets[path] = '/'.join(shorten(part, _LONGEST) for part in target.split('/'))
         other = taken.setdefault(targets[path], path)
         if other != path:
             raise DataError(f'{other} and {path} would be written under one name: predict them '

@@ -5,7 +5,7 @@ import stat
 
 import pytest
 
-from mmseg_edaformer.files import remove_partial_files, replacing, write_file
+from mmseg_edaformer.files import remove_partial_files, replacing, shorten, write_file
 
 
 def test_written_whole(tmp_path):
@@ -14,6 +14,17 @@ def test_written_whole(tmp_path):
     write_file(path, b'second')
     assert path.read_bytes() == b'second'
     assert [each.name for each in path.parent.iterdir()] == ['a.json']
+
+
+def test_long_names(tmp_path):
+    for name in 'n' * 251 + '.png', 'é' * 125 + '.jpg':
+        write_file(tmp_path / name, name)
+    assert len(os.listdir(tmp_path)) == 2
+    names = [os.fsdecode(b'\xff' * 250), os.fsdecode(b'\xff' * 251), 'é' * 125, 'é' * 124 + 'è']
+    short = [shorten(name, 200) for name in names]
+    assert len({*short}) == 4
+    assert all(len(os.fsencode(name)) <= 200 for name in short)
+    assert shorten('é' * 100, 200) == 'é' * 100
 
 
 def test_rights_are_those_of_any_new_file(tmp_path):

@@ -3,7 +3,9 @@ import copy
 import gc
 import json
 import os
+import re
 import shutil
+import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +32,8 @@ from mmseg_edaformer.predictor import (
     Segmentation,
     Segmenter,
     Video,
+    describe_summary,
+    find_pictures,
     predict_pictures,
     predict_video,
 )
@@ -644,6 +648,18 @@ def photos(pictures, tmp_path):
     return folder
 
 
+def spoil(folder):
+    """Add entries that cannot be read, and pictures of names that are hard to write."""
+    for name, target in ((b'gone.png', b'nowhere'), (b'loop.png', b'loop.png'),
+                         (b'dead\xe8.png', b'\xff')):
+        (folder / os.fsdecode(name)).symlink_to(os.fsdecode(target))
+    os.mkfifo(folder / 'pipe.png')
+    for name in b'\xe9.png', b'n' * 251 + b'.png', b'n' * 250 + b'm.png', b'd' * 255 + b'/d.png':
+        path = folder / os.fsdecode(name)
+        path.parent.mkdir(exist_ok=True)
+        shutil.copy(folder / 'a.png', path)
+
+
 def written(out):
     return {str(path.relative_to(out)): (path.stat().st_ino, path.stat().st_mtime_ns)
             for kind in ('masks', 'overlays') for path in (out / kind).rglob('*.*')}
@@ -651,15 +667,20 @@ def written(out):
 
 def test_a_folder(segmenter, photos):
     out = photos / 'results'  # within the input: not to be read again
+    seconds = 0
     for kept in 0, 3:
         summary = predict_pictures(segmenter, [photos], out)
         assert sorted(written(out)) == [
             'masks/a.jpg.png', 'masks/a.png.png', 'masks/more/b.png',
             'overlays/a.jpg.jpg', 'overlays/a.png.jpg', 'overlays/more/b.jpg']
         assert summary['kept'] == kept
-        assert list(summary['skipped']) == [str(photos / 'bad.JPG')]
+        assert list(summary['skipped']) == ['../bad.JPG']
+        assert 'bad.JPG' in summary['skipped']['../bad.JPG']
+        seconds = seconds or summary['seconds']
+    assert summary['seconds'] == seconds  # of the run that predicted
+    assert os.path.samefile(out / summary['checkpoint'], segmenter.source)
     assert json.loads((out / 'summary.json').read_text()) == summary
-    entry = summary['pictures'][str(photos / 'more' / 'b.png')]
+    entry = summary['pictures']['../more/b.png']
     found = segmenter(photos / 'more' / 'b.png')
     assert entry == dict(mask='masks/more/b.png', shares=found.shares)
     assert same(np.array(Image.open(out / entry['mask'])), found.labels)
@@ -691,11 +712,63 @@ def test_it_goes_on_where_it_stopped(work, photos, tmp_path, monkeypatch):
     assert {**summary, 'kept': 0, 'seconds': 0} == {**whole, 'kept': 0, 'seconds': 0}
     # Another ratio, another picture: done anew.
     os.utime(photos / 'a.png', (1, 1))
-    assert predict_pictures(segmenter, [photos], out)['kept'] == 2
+    more = predict_pictures(segmenter, [photos], out)
+    assert more['kept'] == 2
+    assert more['seconds'] > summary['seconds']
     segmenter.isr = 2
     assert predict_pictures(segmenter, [photos], out)['kept'] == 0
     (out / 'masks' / 'a.png.png').write_bytes(b'damaged')
     assert predict_pictures(segmenter, [photos], out)['kept'] == 2
+
+
+def test_entries_that_are_no_pictures_are_listed(segmenter, photos, tmp_path, capsys):
+    spoil(photos)
+    summary = predict_pictures(segmenter, [photos], tmp_path / 'out')
+    reasons = {os.path.basename(path): reason for path, reason in summary['skipped'].items()}
+    for name, reason in {
+            'gone.png': 'gone.png: it is a link to nowhere, which is not there',
+            'loop.png': 'loop.png (Too many levels of symbolic links)',
+            'pipe.png': 'pipe.png is not a regular file',
+            'dead\\xe8.png': 'dead\\xe8.png: it is a link to \\xff, which is not there',
+            'bad.JPG': 'bad.JPG (5 bytes)'}.items():
+        assert reason in reasons.pop(name)
+    assert not reasons
+    assert len(summary['pictures']) == 7
+    print(describe_summary(summary, tmp_path / os.fsdecode(b'\xff')))
+    assert f'are in {tmp_path}/\\xff\n' in capsys.readouterr().out
+    with pytest.raises(DataError, match=r'gone.png: it is a link to nowhere, which is not there'):
+        predict_pictures(segmenter, [photos / 'gone.png'], tmp_path / 'out')
+
+
+def test_names_that_are_long_or_not_utf8(segmenter, photos, tmp_path):
+    spoil(photos)
+    out = tmp_path / 'out'
+    for kept in 0, 7:
+        summary = predict_pictures(segmenter, [photos], out)
+        assert summary['kept'] == kept
+        read = json.loads((out / 'summary.json').read_bytes().decode())  # without lone surrogates
+        assert json.dumps(read, ensure_ascii=False).encode()
+        names = sorted(os.listdir(os.fsencode(out / 'masks')))
+        assert names[-1] == b'\xe9.png'
+        assert read['pictures']['../photos/\\xe9.png']['mask'] == 'masks/\\xe9.png'
+        long = [name for name in names if name.startswith(b'nn')]
+        assert len(long) == 2
+        assert all(len(name) <= 255 and f'masks/{os.fsdecode(name)}' in {
+            entry['mask'] for entry in read['pictures'].values()} for name in long)
+    assert same(np.array(Image.open(out / 'masks' / os.fsdecode(b'\xe9.png'))),
+                segmenter(photos / 'a.png').labels)
+
+
+def test_links_that_lead_back_up(photos, tmp_path):
+    plain = find_pictures(photos / '**' / '*.png')
+    (photos / 'a_loop').symlink_to('.')
+    (photos / 'more' / 'up').symlink_to('..')
+    assert find_pictures(photos / '**' / '*.png') == plain == [
+        (photos / name, name) for name in ('a.png', 'more/b.png')]
+    assert find_pictures(photos / '**' / '*.png', (photos / 'more').resolve()) == plain[:1]
+    assert len(find_pictures(photos)) == 4
+    with pytest.raises(DataError, match='no such file or folder'):
+        find_pictures('n' * 300)
 
 
 def test_one_bad_picture_alone_is_an_error(segmenter, photos, tmp_path):
@@ -753,6 +826,95 @@ def test_a_video(segmenter, clip, tmp_path):
     assert predict_video(segmenter, path, out)['frames'] == 12  # asks for something else
     assert (out / 'clip_overlay.mp4').stat().st_ino != inode
     assert sorted(os.listdir(out)) == ['clip_overlay.mp4', 'legend.png', 'masks', 'summary.json']
+
+
+@pytest.mark.skipif(not shutil.which('ffmpeg'), reason='needs ffmpeg')
+@pytest.mark.parametrize('size', [(96, 64), (97, 65)])
+def test_ffmpeg_writes_h264(segmenter, clip, tmp_path, size):
+    path = tmp_path / 'odd.avi'
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*'MJPG'), 10, size)
+    for frame in clip[1]:
+        writer.write(cv2.resize(frame, size))
+    writer.release()
+    summary = predict_video(segmenter, path, tmp_path / 'out')
+    assert (summary['codec'], summary['frames']) == ('h264', 12)
+    assert 'MPEG-4' not in describe_summary(summary, tmp_path / 'out')
+    capture = cv2.VideoCapture(str(tmp_path / 'out' / summary['video']))
+    assert int(capture.get(cv2.CAP_PROP_FOURCC)).to_bytes(4, 'little') in (b'avc1', b'h264')
+
+
+@pytest.fixture
+def ffmpeg(tmp_path, monkeypatch):
+    """Give a function that puts a program, or none, in the place of ffmpeg; OpenCV has no H.264."""
+    own = cv2.VideoWriter
+
+    def writer(name, fourcc, *more):
+        return own() if fourcc == own.fourcc(*'avc1') else own(name, fourcc, *more)
+    writer.fourcc = own.fourcc
+    monkeypatch.setattr(cv2, 'VideoWriter', writer)
+    (tmp_path / 'bin').mkdir()
+    monkeypatch.setenv('PATH', str(tmp_path / 'bin'))
+
+    def put(text):
+        (tmp_path / 'bin' / 'ffmpeg').write_text(f'#!{sys.executable}\nimport sys\n{text}')
+        (tmp_path / 'bin' / 'ffmpeg').chmod(0o755)
+    return put
+
+
+def test_the_command_that_writes_h264(segmenter, clip, ffmpeg, tmp_path):
+    ffmpeg(f"""
+import cv2, numpy
+words = sys.argv[1:]
+assert '{tmp_path}/out/.clip_overlay.' in words[-1]
+size, rate = words[words.index('-video_size') + 1], words[words.index('-framerate') + 1]
+for option, value in ('-f', 'rawvideo'), ('-pix_fmt', 'bgr24'), ('-c:v', 'h264'):
+    assert words[words.index(option) + 1] == value
+content = numpy.frombuffer(sys.stdin.buffer.read(), numpy.uint8).reshape(-1, 64, 96, 3)
+open('{tmp_path}/got', 'a').write(f'{{size}} {{rate}} {{len(content)}} ')
+writer = cv2.VideoWriter(words[-1].removeprefix('file:'), cv2.VideoWriter.fourcc(*'mp4v'),
+                         float(rate), (96, 64))
+for frame in content:
+    writer.write(frame)
+writer.release()
+""")
+    summary = predict_video(segmenter, clip[0], tmp_path / 'out')
+    assert summary['codec'] == 'h264'
+    assert (tmp_path / 'got').read_text() == '96x64 12.5 1 96x64 12.5 12 '
+    for overlay, frame in zip(Video(tmp_path / 'out' / summary['video']), clip[1], strict=True):
+        assert np.abs(overlay.astype(int) - segmenter(frame).draw()).mean() < 8
+
+
+@pytest.mark.parametrize('program', [None, 'sys.exit(1)'])
+def test_without_h264_a_note_says_so(segmenter, clip, ffmpeg, tmp_path, program):
+    if program is not None:
+        ffmpeg(program)
+    summary = predict_video(segmenter, clip[0], tmp_path / 'out')
+    assert summary['codec'] == 'mpeg4'
+    told = describe_summary(summary, tmp_path / 'out')
+    assert told.count('MPEG-4 part 2, which browsers do not play: install ffmpeg') == 1
+    assert Video(tmp_path / 'out' / summary['video']).frames == 12
+
+
+def test_ffmpeg_that_dies(segmenter, clip, ffmpeg, tmp_path):
+    ffmpeg('if len(sys.stdin.buffer.read(3 * 64 * 96 * 3)) > 64 * 96 * 3: sys.exit(1)')
+    with pytest.raises(ConfigError, match=r'out cannot be written to: .* is the disk full'):
+        predict_video(segmenter, clip[0], tmp_path / 'out')
+    assert sorted(os.listdir(tmp_path / 'out')) == ['legend.png']
+
+
+@pytest.mark.parametrize(('stem', 'told'), [
+    (b'\xe9', r'\\xe9_overlay'), (b'v' * 251, r'v{218}~[0-9a-f]{16}_overlay')])
+def test_names_of_videos_and_frames_of_another_size(segmenter, clip, tmp_path, monkeypatch, stem,
+                                                    told):
+    path = tmp_path / os.fsdecode(stem + b'.mp4')
+    shutil.copy(clip[0], path)
+    monkeypatch.setattr(Video, '__iter__', lambda self: iter(
+        [*clip[1][:6], *(cv2.resize(frame, (48, 40)) for frame in clip[1][6:])]))
+    summary = predict_video(segmenter, path, tmp_path / 'out', masks=True)
+    assert summary['frames'] == 12
+    assert re.fullmatch(told + '.mp4', summary['video'])
+    [written] = (tmp_path / 'out').glob('*.mp4')
+    assert len(os.listdir(tmp_path / 'out' / 'masks' / written.stem.removesuffix('_overlay'))) == 12
 
 
 def test_a_video_that_stops_half_way_leaves_no_half_video(work, clip, tmp_path, monkeypatch):

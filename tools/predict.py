@@ -2,7 +2,7 @@
 import argparse
 from pathlib import Path
 
-from mmseg_edaformer.errors import ConfigError, clear_errors
+from mmseg_edaformer.errors import ConfigError, clear_errors, shown
 from mmseg_edaformer.predictor import (
     VIDEOS,
     Segmenter,
@@ -41,7 +41,7 @@ def main() -> None:
         raise ConfigError('--masks is for a video: pictures always get a mask')
     segmenter = Segmenter(args.model, args.checkpoint, device=args.device, isr=args.isr_ratio,
                           max_side=args.max_side, batch_size=args.batch_size)
-    print(f'{segmenter.source}, {len(segmenter.classes)} classes, on {segmenter.device}',
+    print(f'{shown(segmenter.source)}, {len(segmenter.classes)} classes, on {segmenter.device}',
           flush=True)
     if video:
         summary = predict_video(segmenter, args.input[0], args.out, masks=args.masks)

@@ -3,6 +3,7 @@
 Of a classification data set it is every image in the folders of its classes, or in its list.
 `audit` looks at all of a config's data sets, `check_samples` at a few masks before a training.
 """
+import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -186,9 +187,33 @@ def _part(name: str, split: str, key: str, dataset_cfg: Any, heads: dict[str, An
     if missing:
         found.append(Finding(name, 'folder missing', tuple((path, '') for path in missing)))
         return part
-    if classifies:
+    try:
+        _list(part, folders, found)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENAMETOOLONG):
+            raise
+        found.append(Finding(name, 'link loop', tuple(
+            (path, '') for folder in folders for path in _find_loops(folder)) or (
+                (str(error.filename), ''),)))
+    return part
+
+
+def _find_loops(folder: str) -> Iterator[str]:
+    """The links in a folder that lead to themselves or to a folder that they are in."""
+    for where, folders, files in os.walk(folder):
+        for path in (os.path.join(where, name) for name in sorted(folders + files)):
+            if os.path.islink(path):
+                target, place = os.path.realpath(path), os.path.realpath(where)
+                if os.path.islink(target) or os.path.commonpath([target, place]) == target:
+                    yield path
+
+
+def _list(part: Part, folders: Sequence[str], found: list[Finding]) -> None:
+    """List the pairs of a data set, and the files that have no partner or are passed over."""
+    name, dataset = part.name, part.dataset
+    if part.targets is not None:
         _list_classes(part, found)
-        return part
+        return
     part.pairs = _pairs(dataset)
     if not part.pairs:
         found.append(Finding(name, 'no images', (
@@ -205,7 +230,6 @@ def _part(name: str, split: str, key: str, dataset_cfg: Any, heads: dict[str, An
         dataset.serialize_data = False
         dataset.full_init()
         part.pairs = [(info['img_path'], info.get('seg_map_path')) for info in dataset.data_list]
-    return part
 
 
 def _list_classes(part: Part, found: list[Finding]) -> None:

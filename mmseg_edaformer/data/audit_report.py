@@ -18,7 +18,7 @@ from prettytable import PrettyTable
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
 from ..files import replacing, write_file
 from ..pretrain import is_classifier
 from .audit import Audit, audit
@@ -161,12 +161,12 @@ def _zero_line(part: Part) -> str:
 
 def _plain(text: str) -> str:
     """Without what would steer a terminal."""
-    return ''.join(ch if ch.isprintable() else '?' for ch in text)
+    return ''.join(ch if ch.isprintable() else '?' for ch in shown(text))
 
 
 def _as_json(cfg: Config, done: Audit, fixed: Sequence[Fixed]) -> dict[str, Any]:
     def items(pairs: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
-        return [{'name': name, 'note': note} for name, note in pairs]
+        return [{'name': shown(name), 'note': shown(note)} for name, note in pairs]
 
     def finding(one: Finding) -> dict[str, Any]:
         return dict(level=one.level, split=one.split, check=one.check,

@@ -13,6 +13,8 @@ from .transforms import IGNORED, LoadSegImage, LoadSegLabels
 
 CHECKS = {
     'folder missing': ('error', 'set data_root and data_prefix, or link your data there'),
+    'link loop': ('error', 'remove these links: what lies beside them cannot be listed and was '
+                  'not looked at'),
     'no images': ('error', 'see data_prefix and img_suffix, or ann_file'),
     'image missing': ('error', 'add the images, or remove their names or their masks'),
     'mask missing': ('error', 'add the masks, or remove the images; see seg_map_suffix'),

@@ -16,7 +16,7 @@ from PIL import Image
 from mmseg_edaformer.data import audit_files, audit_report
 from mmseg_edaformer.data.audit import audit, check_samples, inner_datasets
 from mmseg_edaformer.data.synthetic import CLASSES, PALETTE
-from mmseg_edaformer.errors import ConfigError, DataError
+from mmseg_edaformer.errors import ConfigError, DataError, clear_errors
 from tests.conftest import ROOT, run, write_config
 
 IMAGES, MASKS = 'images/training', 'annotations/training'
@@ -190,6 +190,18 @@ def test_missing_folders_and_empty_splits(cfg, data):
                           ('val', 'image missing'): names('x/validation', 0, 1, 2, 3)}
     cfg.val_dataloader.dataset.data_root = 'gone'
     assert found(cfg, 'val') == {('val', 'folder missing'): {'gone'}}
+
+
+def test_links_that_lead_back(cfg, data):
+    (data / IMAGES / 'up').symlink_to('..')
+    (data / IMAGES / 'loop.png').symlink_to('loop.png')
+    (data / 'annotations/validation/here').symlink_to('.')
+    assert found(cfg, 'train', 'val') == {
+        ('train', 'link loop'): {'training/up', 'training/loop.png'},
+        ('val', 'link loop'): {'validation/here'}}
+    dataset = DATASETS.build(dict(cfg.train_dataloader.dataset, lazy_init=True))
+    with pytest.raises(SystemExit, match=r'Too many levels .*: remove this link'), clear_errors():
+        check_samples(cfg, 'train', dataset)
 
 
 def test_list_of_names(cfg, data):
@@ -483,9 +495,10 @@ def test_names_that_would_steer_a_terminal(cfg, data, tmp_path, capsys):
         out_of_range(data / MASKS / f'{name}.png')
     audit_report.check(cfg, tmp_path / 'out', workers=1)
     told = capsys.readouterr().out
-    for name in ('[red]$x_1$', 'a?b?[31m', '?'):
+    for name in ('[red]$x_1$', r'a\x0ab\x1b[31m', r'\xff'):
         assert f'/{name}.png: 9 (2 pixels)' in told
     assert '\x1b' not in told
+    assert '\\ud' not in (tmp_path / 'out' / 'report.json').read_text()
 
 
 def test_exit_code_without_errors(cfg, data, tmp_path, monkeypatch, capsys):
