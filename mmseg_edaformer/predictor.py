@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -516,12 +515,10 @@ def _open_writer(path: Path, size: tuple[int, int], rate: float) -> tuple[Any, s
     Raises:
         ConfigError: None of them can.
     """
-    if shutil.which('ffmpeg'):
-        trial = _FFmpeg(path, size, rate)  # it may have no encoder, or one for other hardware
-        with suppress(OSError):
-            trial.write(np.zeros((size[1], size[0], 3), np.uint8))
-        trial.release()
-        if trial.process.returncode == 0:
+    with suppress(OSError):  # it may be missing, without encoder, or with one for other hardware
+        trial = _FFmpeg(path, size, rate).process
+        trial.communicate(bytes(3 * size[0] * size[1]))
+        if trial.returncode == 0:
             return _FFmpeg(path, size, rate), 'h264'
     name: Any = os.fsencode(path)
     for fourcc, codec in ('avc1', 'h264'), ('mp4v', 'mpeg4'):
@@ -598,9 +595,9 @@ def find_pictures(source: str | Path, without: Path | None = None,
         plain.pop()
     root, parts = Path(*plain), path.parts[len(plain):]
     if '**' in parts:  # glob follows links, without end where one leads back up; pathlib does not
-        if parts[-1] == '**':
-            parts += ('*',)
-        found = [file for file in root.glob('/'.join(parts)) if not any(
+        pattern = '/'.join(part if part == '**' else part.replace('**', '*') for part in (
+            *parts, *(['*'] if parts[-1] == '**' else [])))
+        found = [file for file in root.glob(pattern) if '/.' in f'/{pattern}' or not any(
             name.startswith('.') for name in file.relative_to(root).parts)]
     else:
         found = [Path(name) for name in glob.glob(str(source))]

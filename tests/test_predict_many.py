@@ -247,6 +247,8 @@ def test_large_images_and_max_side(here, work, photos, tmp_path, caplog, monkeyp
     predict_pictures(Segmenter(work, device='cpu', max_side=64), [some], tmp_path / 'less')
     assert same(masks(tmp_path / 'small'), masks(tmp_path / 'less'))
     assert not same(masks(tmp_path / 'small'), masks(tmp_path / 'wanted'))
+
+
 def test_a_folder_with_entries_that_are_no_pictures(here, work, photos, tmp_path):
     folder, out = tmp_path / 'photos', tmp_path / 'out'
     folder.mkdir()
