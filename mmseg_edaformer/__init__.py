@@ -6,6 +6,7 @@ from . import compat
 
 __version__ = '0.1.0'
 
+compat.provide_home()
 compat.check_environment()
 compat.stub_mmcv_ops()
 compat.allow_mmengine_checkpoints()
@@ -18,6 +19,7 @@ with compat.quiet_imports():
     from .predictor import Segmenter
 compat.register_cpu_wrapper()
 compat.find_newest_checkpoints()
+compat.log_in_utf8()
 
 __all__ = ['EFT', 'CamVidDataset', 'CheckWeightsHook', 'EDAFormerHead', 'ISRHook', 'ISRRatio',
            'ProgressHook', 'Segmenter', 'SyntheticDataset', 'apply_isr', 'isr', 'register_isr',

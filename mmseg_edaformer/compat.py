@@ -4,16 +4,20 @@ Each piece names the upstream problem and when it can go.
 """
 import atexit
 import functools
+import getpass
 import importlib.machinery
 import importlib.util
 import os
+import shlex
 import sys
+import tempfile
 import types
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -37,10 +41,9 @@ def check_environment() -> None:
     Raises:
         ImportError: What is missing or of a wrong version, and the command that mends it.
     """
-    fork = _version('onedl-mmengine') is not None and _version('mmengine') is None
-    stack = 'fork' if fork else 'openmmlab'
+    stack = installed_stack()
     wanted: dict[str, tuple[str, str | None]] = {'torch': ('2.4', None), **STACKS[stack]}
-    if not fork and _version('mmcv') is not None:
+    if stack == 'openmmlab' and _version('mmcv') is not None:
         wanted['mmcv'] = wanted.pop('mmcv-lite')
     wrong = []
     for name, (minimum, below) in wanted.items():
@@ -55,6 +58,59 @@ def check_environment() -> None:
                        for name, (minimum, below) in wanted.items())
         raise ImportError(f'mmseg_edaformer cannot start: {"; ".join(wrong)}. '
                           f'Run: {sys.executable} -m pip install {fix} ftfy regex')
+
+
+def installed_stack() -> str:
+    """Return which of `STACKS` is installed, which is also the name of its extra."""
+    fork = _version('onedl-mmengine') is not None and _version('mmengine') is None
+    return 'fork' if fork else 'openmmlab'
+
+
+def install_command(extra: str) -> str:
+    """Return the command that installs an extra: no package index has this package."""
+    root = Path(__file__).resolve().parents[1]
+    source = (f'-e {shlex.quote(f"{root}[{extra}]")}' if (root / 'setup.py').is_file() else
+              f'"mmseg_edaformer[{extra}] @ git+ADDRESS_OF_THE_REPOSITORY"')
+    return f'{shlex.quote(sys.executable)} -m pip install {source}'
+
+
+def provide_home() -> None:
+    """Give a user who is a bare number, as in containers, a home folder and a name.
+
+    Without HOME, yapf, which mmengine imports, raises at import; without a name, an older torch's
+    compiler does. The folder lies among the temporary files and belongs to this user
+    alone, because libraries are loaded from the cache in it. Can go when both ask for neither.
+    """
+    if os.name == 'nt':
+        return
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ['USER'] = f'uid_{os.getuid()}'
+    if os.path.expanduser('~') == '~':
+        home = os.path.join(tempfile.gettempdir(), f'home_of_{os.getuid()}')
+        with suppress(FileExistsError):
+            os.mkdir(home, 0o700)
+        os.environ['HOME'] = (home if os.lstat(home).st_uid == os.getuid() else
+                              tempfile.mkdtemp(prefix='home_of_'))
+
+
+def log_in_utf8() -> None:
+    """Have runners write their log files as UTF-8, whatever the locale.
+
+    mmengine opens them in the locale's encoding, and under LC_ALL=POSIX without Python's UTF-8 mode
+    a class name such as 'Straße' becomes a traceback in the output and is missing in the file.
+    Can go when mmengine names the encoding.
+    """
+    from mmengine.runner import Runner
+
+    def build_logger(self: Any, *args: Any, _build: Any = Runner.build_logger,
+                     **kwargs: Any) -> Any:
+        # The plain FileHandler has no name in mmengine; this one rotates only if it is told to.
+        kwargs.setdefault('file_handler_cfg', dict(type='RotatingFileHandler', encoding='utf-8'))
+        return _build(self, *args, **kwargs)
+
+    Runner.build_logger = build_logger
 
 
 def declare_torchvision_ops() -> None:

@@ -2,6 +2,7 @@
 import difflib
 import errno
 import inspect
+import io
 import os
 import re
 import signal
@@ -48,7 +49,12 @@ def clear_errors() -> Iterator[None]:
     """End a command line with one clear message and exit code 1 for what the user can mend.
 
     Everything else keeps its traceback: it is a defect, and the traceback is what a report needs.
+    What the terminal's encoding cannot show, such as a class name in an ASCII locale or a file name
+    that is not UTF-8, is printed as an escape.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors='backslashreplace')
     try:
         yield
     except KeyboardInterrupt:
@@ -71,6 +77,9 @@ def _message(error: Exception) -> str | None:
         if error.errno == errno.ELOOP:
             return f'{error}: remove this link, which leads back to itself'
         return str(error) if error.errno in (errno.ENOENT, errno.EACCES, errno.EROFS) else None
+    if isinstance(error, UnicodeEncodeError) and error.encoding == 'ascii':
+        return (f'{error.object[:200]!r} cannot be used, because the locale here knows ASCII '
+                'alone: export PYTHONUTF8=1, or LC_ALL=C.UTF-8')
     if isinstance(error, TypeError) and 'unexpected keyword argument' in str(error):
         return _explain_misspelling(error)
     if isinstance(error, KeyError) and 'is not in the' in str(error):  # of mmengine's registries

@@ -5,11 +5,10 @@ import os
 import sys
 
 import torch
-from mmengine.config import DictAction
-from mmengine.logging import MMLogger
 
 from mmseg_edaformer.analysis import benchmark, benchmark_report as report
 from mmseg_edaformer.analysis.pipeline import describe_pipelines
+from mmseg_edaformer.engine.launch import DictAction
 from mmseg_edaformer.errors import ConfigError, clear_errors
 
 
@@ -60,6 +59,7 @@ def origin(plan: benchmark.Plan) -> str:
 def main() -> None:
     args = parse_args()
     sys.path.insert(0, os.getcwd())  # for the custom_imports of configs
+    from mmengine.logging import MMLogger  # after mmseg_edaformer, which provides a home
     MMLogger.get_current_instance().setLevel(logging.WARNING)
     if args.threads is not None and args.threads < 1:
         raise ConfigError('--threads must be 1 or more')

@@ -41,7 +41,7 @@ def main(args: argparse.Namespace) -> int:
     sound = True
     if args.page_of:
         try:
-            found = json.loads(Path(args.page_of).read_text())
+            found = json.loads(Path(args.page_of).read_text(encoding='utf-8'))
             text = page(found)
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f'--page-of {args.page_of}: it is no gpu.json of this tool '

@@ -3,8 +3,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from mmengine.config import DictAction
-
 from mmseg_edaformer.data import audit_report
 from mmseg_edaformer.engine import launch
 from mmseg_edaformer.errors import clear_errors
@@ -25,7 +23,7 @@ def parse_args() -> argparse.Namespace:
                         'changed since the last time')
     parser.add_argument('--fix', action='store_true', help='write mended copies to DIR/fixed, '
                         'the data stays as it is; not of a classifier')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+    parser.add_argument('--cfg-options', nargs='+', action=launch.DictAction, metavar='KEY=VALUE',
                         help='replace settings of the config')
     parser.set_defaults(work_dir=None, compile=False, launcher='none', local_rank=0)
     args = parser.parse_args()

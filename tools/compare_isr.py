@@ -1,9 +1,8 @@
 """Put the results of tools/test.py at several ISR ratios side by side: a table and a picture."""
 import argparse
 
-from mmengine.config import DictAction
-
 from mmseg_edaformer.analysis import compare
+from mmseg_edaformer.engine.launch import DictAction
 from mmseg_edaformer.errors import clear_errors
 
 

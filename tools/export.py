@@ -4,8 +4,6 @@ import logging
 import os
 import sys
 
-from mmengine.logging import MMLogger
-
 from mmseg_edaformer.errors import ConfigError, clear_errors
 from mmseg_edaformer.export import FORMATS, export
 from mmseg_edaformer.predictor import add_model_arguments
@@ -38,6 +36,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     sys.path.insert(0, os.getcwd())  # for the custom_imports of configs
+    from mmengine.logging import MMLogger  # after mmseg_edaformer, which provides a home
     MMLogger.get_current_instance().setLevel(logging.WARNING)
     size = None
     if args.size is not None:

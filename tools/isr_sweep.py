@@ -4,10 +4,8 @@ import logging
 import os
 import sys
 
-from mmengine.config import DictAction
-from mmengine.logging import MMLogger
-
 from mmseg_edaformer.analysis import sweep
+from mmseg_edaformer.engine.launch import DictAction
 from mmseg_edaformer.errors import clear_errors
 
 
@@ -36,6 +34,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     sys.path.insert(0, os.getcwd())  # for the custom_imports of configs
+    from mmengine.logging import MMLogger  # after mmseg_edaformer, which provides a home
     MMLogger.get_current_instance().setLevel(logging.WARNING)
     goal = sweep.Goal(args.max_drop, args.budget_ms, args.budget_gmacs)
     sweep.sweep(args.config, args.checkpoint, ratios=args.ratios, goal=goal, samples=args.samples,

@@ -303,7 +303,7 @@ def train_from_files(config: Path, folder: Path, batch_size: int, workers: int, 
     launch.prepare_train(cfg, amp=True)
     launch.train(cfg)
     lines = [json.loads(line) for log in (folder / 'work').rglob('scalars.json')
-             for line in log.read_text().splitlines()][steps // 3:]
+             for line in log.read_text(encoding='utf-8').splitlines()][steps // 3:]
     seconds, waited = (float(np.mean([line[name] for line in lines]))
                        for name in ('time', 'data_time'))
     return dict(images_per_s=batch_size / seconds, step_ms=1e3 * seconds, waited_ms=1e3 * waited,
