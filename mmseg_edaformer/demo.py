@@ -23,6 +23,7 @@ import torch
 from mmseg.registry import TRANSFORMS
 
 from .analysis.cost import count_macs
+from .compat import install_command
 from .data.synthetic import draw_scene
 from .errors import ConfigError, DataError, RatioError, UserError
 from .files import write_file
@@ -365,7 +366,7 @@ def _gradio() -> Any:
         return importlib.import_module('gradio')
     except ImportError as error:
         raise ConfigError(f'the page needs gradio, which cannot be imported ({error}): '
-                          'pip install "mmseg_edaformer[demo]"') from error
+                          f'{install_command("demo")}') from error
 
 
 def _guard(gr: Any, page: Any, picture: Any) -> None:

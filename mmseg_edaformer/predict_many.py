@@ -28,6 +28,7 @@ import torch
 from mmengine.fileio import BaseStorageBackend, register_backend
 
 from . import __version__
+from .compat import install_command
 from .data.transforms import MAX_PIXELS
 from .errors import ConfigError, DataError, UserError, shown
 from .files import remove_partial_files, replacing, write_file
@@ -496,7 +497,7 @@ def _import_ray() -> None:
         import ray.data  # noqa: F401
     except ImportError as error:
         raise ConfigError(f'Ray Data is not installed here ({error}): '
-                          'pip install "mmseg_edaformer[cluster]"') from error
+                          f'{install_command("cluster")}') from error
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from . import compat
 from .data.shards import (
     IMAGES,
     INDEX,
@@ -96,10 +97,10 @@ def check_library() -> None:
     try:
         importlib.import_module('mmpretrain.models')
     except Exception as error:  # what it does not declare fails in many ways
+        extra = 'pretrain-fork' if compat.installed_stack() == 'fork' else 'pretrain'
         raise ConfigError(
             f'this config needs mmpretrain, which cannot be imported here ({error}): '
-            'python -m pip install -e ".[pretrain]" (".[pretrain-fork]" with the onedl packages), '
-            'or see what tools/doctor.py says of it') from error
+            f'{compat.install_command(extra)}, or see what tools/doctor.py says of it') from error
 
 
 def check_folders(split: str, dataset: Any, num_classes: int | None) -> list[str]:

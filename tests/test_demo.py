@@ -189,7 +189,7 @@ def test_names_of_classes_are_text():
 
 def test_without_gradio_it_says_what_to_install(segmenter, monkeypatch):
     monkeypatch.setitem(sys.modules, 'gradio', None)
-    with pytest.raises(ConfigError, match=r'pip install "mmseg_edaformer\[demo\]"'):
+    with pytest.raises(ConfigError, match=rf'pip install -e .*{ROOT}\[demo\]'):
         demo.serve(segmenter)
     with pytest.raises(ConfigError, match='--max-upload 0: give a number of megabytes above 0'):
         demo.serve(segmenter, max_upload=0)

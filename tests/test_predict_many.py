@@ -397,7 +397,7 @@ def test_what_cannot_work_is_said_at_once(work, photos, tmp_path, monkeypatch):
             predict_many(photos, work, tmp_path / 'out', address=address)
     assert sorted(os.listdir(tmp_path / 'out')) == ['legend.png', 'masks']
     monkeypatch.setitem(__import__('sys').modules, 'ray', None)
-    with pytest.raises(ConfigError, match=r'pip install "mmseg_edaformer\[cluster\]"'):
+    with pytest.raises(ConfigError, match=rf'pip install -e .*{ROOT}\[cluster\]'):
         predict_many(photos, work, tmp_path / 'out')
 
 

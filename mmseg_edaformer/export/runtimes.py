@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.export import ExportedProgram
 
-from ..compat import decline_telemetry
+from ..compat import decline_telemetry, install_command
 from ..errors import ConfigError
 from ..files import replacing
 from .graph import images_of
@@ -56,7 +56,7 @@ class Format:
                    if importlib.util.find_spec(name) is None]
         if missing:
             raise ConfigError(f'{", ".join(missing)} is missing for the format {self.name}: '
-                              'python -m pip install "mmseg_edaformer[export]"')
+                              f'{install_command("export")}')
 
 
 class Exported:
