@@ -16,7 +16,7 @@ setup(
     long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     license='Apache-2.0',
-    python_requires='>=3.10',
+    python_requires='>=3.11',
     packages=find_packages(include=['mmseg_edaformer', 'mmseg_edaformer.*']),
     package_data={'mmseg_edaformer': ['models/*.cpp']},
     install_requires=['torch>=2.4', 'numpy', 'safetensors', 'rich', 'prettytable', 'packaging',

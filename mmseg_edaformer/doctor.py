@@ -6,7 +6,6 @@ process of its own (`try_all`), which notes each step before it takes it.
 """
 import argparse
 import functools
-import getpass
 import importlib
 import importlib.util
 import json
@@ -48,9 +47,7 @@ compat = load_sibling('compat')
 
 PYTHON = shlex.quote(sys.executable)
 PIP = f'{PYTHON} -m pip'
-EXTRA = 'fork' if compat._version('onedl-mmengine') and not compat._version('mmengine') else (
-    'openmmlab')
-INSTALL = f'{PIP} install -e {shlex.quote(f"{ROOT}[{EXTRA}]")}'
+INSTALL = compat.install_command(compat.installed_stack())
 
 OPENCV = tuple(f'opencv-{kind}' for kind in (
     'python', 'python-headless', 'contrib-python', 'contrib-python-headless'))
@@ -168,8 +165,8 @@ def check_versions(report: Report) -> None:
             *names, *(each for found in stacks.values() for each in found), 'numpy',
             *filter(have, OPENCV), 'safetensors', 'setuptools', *OPTIONAL, 'triton']):
         add(name, have(name) or 'not installed')
-    if not (3, 10) <= sys.version_info[:2] <= (3, 12):
-        report.add('warning', 'Python', 'this Python is not tested: 3.10, 3.11 and 3.12 are',
+    if not (3, 11) <= sys.version_info[:2] <= (3, 13):
+        report.add('warning', 'Python', 'this Python is not tested: 3.11, 3.12 and 3.13 are',
                    'python3.11 -m venv .venv')
     # Not by importlib.util.find_spec, which makes setuptools leave distutils alone from then on.
     if have('pip') is None:
@@ -230,8 +227,7 @@ def _check_pairs(report: Report, have: Callable[[str], str | None]) -> None:
             report.add('warning', 'torch + torchvision',
                        f'torchvision {vision} was not built for torch {torch}: it fails at import, '
                        'and timm and mmpretrain with it',
-                       f'{PIP} install --force-reinstall --no-deps '
-                       f'"torchvision==0.{minor + 15}.*"{_index(torch)}')
+                       _install_torchvision(torch))
     if compat._digits(have('numpy') or '0') >= (2,):
         for name, first in NUMPY2.items():
             found = have(name)
@@ -248,6 +244,13 @@ def _check_pairs(report: Report, have: Callable[[str], str | None]) -> None:
             report.add('warning', 'transformers + mmpretrain', 'mmpretrain fails at import where '
                        'pycocotools and transformers 5 are both installed',
                        f'{PIP} install "transformers<5"')
+
+
+def _install_torchvision(torch: str) -> str:
+    """The command that installs the torchvision that was built for this torch."""
+    minor = (*compat._digits(torch), 0)[1]
+    return (f'{PIP} install --force-reinstall --no-deps "torchvision==0.{minor + 15}.*"'
+            f'{_index(torch)}')
 
 
 def _index(version: str) -> str:
@@ -300,11 +303,7 @@ def check_machine(report: Report) -> None:
 
 
 def _check_caches(report: Report) -> None:
-    try:
-        getpass.getuser()
-    except (KeyError, OSError):
-        report.add('warning', 'cache', 'this user has no name here, which torch\'s compiler asks '
-                   'for', 'export USER=me HOME=/tmp')
+    compat.provide_home()
     home = Path(os.path.expanduser('~'))
     cache = Path(os.environ.get('XDG_CACHE_HOME') or home / '.cache')
     for name, folder, variable in (
@@ -547,7 +546,22 @@ def _import(report: Report, name: str, package: str | None = None) -> str:
             report.add('warning', f'import {name} + {names[0]}', f'Python imports {name} {version} '
                        f'from {folder}, while {names[0]} {found} is installed',
                        _mend(f'import {name}', ''))
+    if name == 'torchvision':
+        _check_build(report, version)
     return f'{version} {folder}'.strip()
+
+
+def _check_build(report: Report, vision: str) -> None:
+    """Compare the build of torchvision, which its metadata may not tell, with torch's."""
+    torch = sys.modules['torch'].__version__
+    builds = {version.partition('+')[2] for version in (torch, vision)}
+    if len(builds) == 2 and '' not in builds:
+        report.add('warning', 'torchvision + import torchvision',
+                   f'torchvision {vision} was not built for torch {torch}: a program that imports '
+                   'it without mmseg_edaformer fails ("operator torchvision::nms does not exist"). '
+                   'What imports mmseg_edaformer first, as all tools here do, works, and timm and '
+                   "mmpretrain with it, but torchvision's own operators (nms, roi_align) do not",
+                   _install_torchvision(torch))
 
 
 def ask_torch(report: Report) -> str:

@@ -247,6 +247,29 @@ test_dataloader = dict(dataset=dict(data_root=data_root, metainfo=dict(
     assert len(says) == 6
 
 
+@pytest.mark.parametrize(('pair', 'mend'), [
+    (('2.13.0+cpu', '0.28.0+cu130'), r'"torchvision==0\.28\.\*" --index-url .*/whl/cpu$'),
+    (('2.6.0+cu124', '0.21.0+cpu'), r'"torchvision==0\.21\.\*" --index-url .*/whl/cu124$'),
+    (('2.13.0+cu130', '0.28.0+cu130'), None), (('2.13.0', '0.28.0+cu130'), None),
+])
+def test_a_torchvision_of_another_build_is_a_warning(monkeypatch, pair, mend):
+    """Its metadata say 0.28.0 alone, and the package works round it, so all looks well."""
+    monkeypatch.setattr(torch, '__version__', pair[0])
+    monkeypatch.setattr(doctor.importlib, 'import_module', lambda name: types.SimpleNamespace(
+        __version__=pair[1], __file__='/site/torchvision/__init__.py'))
+    monkeypatch.setattr(doctor.compat, '_version', {}.get)
+    report = doctor.Report()
+    assert doctor._import(report, 'torchvision', 'torchvision') == f'{pair[1]} /site/torchvision'
+    assert report.ready
+    if mend is None:
+        assert report.findings == []
+    else:
+        [finding] = report.findings
+        assert report.level('torchvision') == report.level('import torchvision') == 'warning'
+        assert f'{pair[1]} was not built for torch {pair[0]}' in finding.what
+        assert re.search(mend, finding.mend)
+
+
 @pytest.fixture(scope='module')
 def checked(scenes, tmp_path_factory):
     """The whole tool on this environment and a config that can run."""
