@@ -167,18 +167,26 @@ class Segmenter:
         self.description, self.model, self.source = _load(Path(model), checkpoint)
         self.model.to(self.device)
         init_default_scope('mmseg')
-        self._read_file = TRANSFORMS.build(self.description.pipeline[0])
         self.max_side = max_side
-        steps: list[Any] = self.description.pipeline[1:]
-        if max_side is not None:  # what resizes for good has its say first, multiples of 32 later
-            resized = [index for index, step in enumerate(steps, 1)
-                       if 'Resize' in str(step['type']) and 'Multiple' not in str(step['type'])]
-            steps.insert(max(resized, default=0), self._scale_down)
-        self._prepare = Compose(steps)
         self._turns = _Turns()
         self._applied = _NONE
         self._told: dict[ISRRatio, int] = {}
         self._reduced: dict[tuple[int, int], bool] = {}
+        try:
+            self._read_file = TRANSFORMS.build(self.description.pipeline[0])
+            steps: list[Any] = self.description.pipeline[1:]
+            if max_side is not None:  # what resizes for good has its say first, multiples of 32 later
+                resized = [index for index, step in enumerate(steps, 1)
+                           if 'Resize' in str(step['type']) and 'Multiple' not in str(step['type'])]
+                steps.insert(max(resized, default=0), self._scale_down)
+            self._prepare = Compose(steps)
+            if Path(model).suffix == '.safetensors':
+                self._rehearse()
+        except Exception as error:  # of values that do not go together
+            if Path(model).suffix != '.safetensors':
+                raise
+            raise CheckpointError(f'{model} is refused: it cannot predict an image '
+                                  f'({_first_line(error)})') from error
         self.isr = isr  # type: ignore[assignment]
         del self._turns.own.isr  # this thread, too, follows others until it sets one
 
@@ -319,6 +327,12 @@ class Segmenter:
                 labels.update(zip(part, self._labels([window[index][1] for index in part])))
         for index, (picture, _) in enumerate(window):
             yield Segmentation(labels[index], picture, self.classes, self.description.palette)
+
+    def _rehearse(self) -> None:
+        """Predict a small part of an image: what a file describes may fit no image at all."""
+        data = self.load(np.zeros((64, 64, 3), np.uint8))[1]
+        data['inputs'] = data['inputs'][:, :64, :64]
+        self._labels([data])
 
     def _labels(self, batch: Sequence[dict[str, Any]]) -> list[np.ndarray]:
         """Label maps of images of one size; in halves where they do not fit into memory."""
@@ -905,11 +919,9 @@ def _load(model: Path, checkpoint: str | Path | None
         description = read_description(model)
         try:
             return description, load_model(description, content), str(model)
-        except CheckpointError:
-            raise
         except Exception as error:  # of sizes that make no sense
             raise CheckpointError(f'{model} is refused: its model cannot be built '
-                                  f'({str(error).splitlines()[0][:200]})') from error
+                                  f'({_first_line(error)})') from error
     if checkpoint is None and not model.exists():
         raise ConfigError(f'no such file or folder: {model}: give the work dir of a training, a '
                           'config and its checkpoint, or a .safetensors')
@@ -928,6 +940,10 @@ def _load(model: Path, checkpoint: str | Path | None
         return description, load_model(description, content), str(checkpoint)
     except CheckpointError as error:
         raise CheckpointError(f'{checkpoint}: {error}') from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
 def _find_in_work_dir(folder: Path, checkpoint: str | Path | None) -> tuple[Path, str | Path]:

@@ -506,6 +506,7 @@ HOSTILE = {
     'a file to write': lambda c: c['pipeline'][0].update(skip_list='canary'),
     'no model': lambda c: c.pop('model'),
     'no pipeline': lambda c: c.pop('pipeline'),
+    'half a pipeline': lambda c: c['pipeline'].pop(),
     'other classes': lambda c: c.update(classes=['a', 'b']),
     'a newer form': lambda c: c.update(format=99),
     'senseless sizes': lambda c: c['model']['backbone'].update(embed_dims=[0, -1, 'x', None]),
@@ -522,6 +523,42 @@ def test_what_a_file_says_is_data(single, tmp_path, monkeypatch, change):
     with pytest.raises(CheckpointError, match=r'hostile.safetensors is refused'):
         Segmenter(target, device='cpu')
     assert os.listdir(tmp_path) == ['hostile.safetensors']
+
+
+@pytest.mark.parametrize(('part', 'name', 'value'), [
+    *(('Resize', 'scale', value) for value in (
+        0, -1, [64, float('nan')], [100000, 100000], 'x', [float('inf'), 64], {})),
+    ('Resize', 'scale_factor', 1000), ('Resize', 'keep_ratio', 'yes'),
+    ('ResizeToMultiple', 'size_divisor', 0), ('data_preprocessor', 'size_divisor', 0),
+    ('data_preprocessor', 'std', [1, 0, 1]), ('data_preprocessor', 'mean', [0, 0, float('nan')]),
+    ('data_preprocessor', 'bgr_to_rgb', 'x'), ('decode_head', 'align_corners', 'x'),
+    ('decode_head', 'in_index', [1, 2, 99]), ('decode_head', 'depths', [1, 1, 10 ** 6]),
+    ('test_cfg', 'mode', 'other'), ('test_cfg', 'stride', [0, 0]),
+    *(('LoadImageFromFile', 'imdecode_backend', value) for value in (
+        'turbojpeg', 'tifffile', 'other', None, [])),
+    ('LoadImageFromFile', 'color_type', 'unchanged')])
+def test_what_no_image_can_be_predicted_with(single, tmp_path, part, name, value):
+    def change(content):
+        steps = {step['type']: step for step in content['pipeline']}
+        if part in ('Resize', 'ResizeToMultiple'):
+            content['pipeline'].insert(1, {'type': part, name: value})
+        else:
+            {**steps, **content['model']}[part][name] = value
+
+    target = told(single, tmp_path / 'hostile.safetensors', change)
+    with pytest.raises(CheckpointError, match=rf'hostile.safetensors is refused: .*\({name}='):
+        Segmenter(target, device='cpu')
+
+
+@pytest.mark.parametrize('change', [
+    lambda c: c['pipeline'][-1].update(meta_keys=['ori_shape']),
+    lambda c: c['pipeline'].insert(1, dict(type='Resize')),
+    lambda c: c['model']['data_preprocessor'].update(mean=[1, 2], std=[1, 1]),
+    lambda c: c['model'].update(test_cfg=dict(mode='slide'))])
+def test_values_that_do_not_go_together(single, tmp_path, change):
+    target = told(single, tmp_path / 'hostile.safetensors', change)
+    with pytest.raises(CheckpointError, match=r'refused: it cannot predict an image \(.+\)'):
+        Segmenter(target, device='cpu')
 
 
 def test_names_do_a_terminal_no_harm(single, tmp_path):

@@ -44,6 +44,26 @@ _TRAINING = ('init_cfg', 'pretrained', 'train_cfg', 'loss_decode', 'auxiliary_he
 """What only training needs; most can name files, some of which would be unpickled."""
 _READING = ('type', 'to_float32', 'color_type', 'imdecode_backend')
 """What a described LoadImageFromFile may be told."""
+_STEPS = ('Resize', 'ResizeToMultiple', 'PackSegInputs')
+"""What may follow it, the last one at the end."""
+_RULES: dict[str, tuple[Any, ...] | range] = {
+    **dict.fromkeys(('align_corners', 'keep_ratio', 'to_float32', 'bgr_to_rgb', 'rgb_to_bgr',
+                     'qkv_bias', 'seg_logits'), (False, True)),
+    'imdecode_backend': ('cv2', 'pillow'),  # others come without a limit on pixels
+    'color_type': tuple(colour + how for colour in ('color', 'grayscale')
+                        for how in ('', '_ignore_orientation')),
+    'mode': ('whole', 'slide'),
+    **dict.fromkeys(('scale', 'size', 'size_divisor', 'crop_size', 'stride', 'in_channels',
+                     'channels', 'num_classes', 'embed_dims'), range(1, 2 ** 14 + 1)),
+    **dict.fromkeys(('depths', 'num_layers', 'num_heads', 'pool_ratios', 'sr_ratios',
+                     'patch_sizes', 'strides'), range(1, 257)),
+    **dict.fromkeys(('in_index', 'out_indices'), range(4))}
+"""Values of arguments by their names; where it is no word also None, or a list of them.
+
+2^14 in height and width are as many pixels as an image may have.
+"""
+_LIMITS = dict(std=(1e-6, 1e6), scale_factor=(1e-3, 4), ffn_ratios=(.1, 64), mlp_ratio=(.1, 64))
+"""Least and largest of numbers that need not be whole; all others lie within a million of 0."""
 
 _RENAMED: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r'^patch_embed(\d)\.', lambda m: f'stages.{int(m[1]) - 1}.patch_embed.'),
@@ -372,27 +392,39 @@ def _parse(told: Any) -> Description:
     first = pipeline[0]
     if first['type'] != 'LoadImageFromFile' or not first.keys() <= set(_READING):
         raise ValueError('its pipeline does not begin with a plain LoadImageFromFile')
+    if pipeline[-1]['type'] != _STEPS[-1] or any(s['type'] not in _STEPS for s in pipeline[1:]):
+        raise ValueError(f'its pipeline does not go on with {" or ".join(_STEPS[:-1])}, if at all, '
+                         f'and end with {_STEPS[-1]}')
     classes, palette = told.get('classes') or (), told.get('palette')
     if not _fit(classes, model['decode_head'].get('num_classes')):
         raise ValueError('it does not name each class of the model')
     return Description(model, list(pipeline), *_name_classes(classes, palette, len(classes)))
 
 
-def _checked(value: Any) -> Any:
-    """JSON with tuples for its lists, as mmseg wants them.
+def _checked(value: Any, name: str = '') -> Any:
+    """JSON with tuples for its lists, as mmseg wants them; ``name`` is that of the argument.
 
     Raises:
-        ValueError: It names a class outside of `_DESCRIBED`, or has what only training needs.
+        ValueError: It names a class outside of `_DESCRIBED`, has what only training needs, or a
+            value that breaks `_RULES` or `_LIMITS`.
     """
-    if isinstance(value, list):
-        return tuple(_checked(each) for each in value)
+    allowed, (low, high) = _RULES.get(name), _LIMITS.get(name, (-1e6, 1e6))
+    word = allowed is not None and isinstance(allowed[0], str)
+    if isinstance(value, list) and not word:
+        return tuple(_checked(each, name) for each in value)
+    if allowed and value not in allowed and (value is not None or word):
+        raise ValueError(f'{name}={value!r:.60}: it must be ' + (
+            f'{allowed[0]} to {allowed[-1]}' if isinstance(allowed, range) else
+            ' or '.join(map(repr, allowed))))
+    if isinstance(value, (int, float)) and not low <= value <= high:  # nan lies nowhere
+        raise ValueError(f'{name}={value!r:.60}: it must be {low:g} to {high:g}')
     if isinstance(value, dict):
         for name in value:
             if name in _TRAINING or name.startswith('_') or name in ('skip_list', 'backend_args'):
                 raise ValueError(f'{name[:60]!r} is not to be in it')
         if 'type' in value and str(value['type']) not in _DESCRIBED:
             raise ValueError(f'{str(value["type"])[:60]!r} is not among what it may name')
-        return {name: _checked(each) for name, each in value.items()}
+        return {name: _checked(each, name) for name, each in value.items()}
     return value
 
 
