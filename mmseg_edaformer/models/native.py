@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..files import write_file
+
 SOURCE = Path(__file__).with_name('native.cpp')
 TYPES = {torch.float32: 'float', torch.bfloat16: 'bfloat16'}
 _allowed = True
@@ -97,19 +99,26 @@ def _build(compiler: str) -> Path:
     key = hashlib.sha256('\n'.join([SOURCE.read_text(), torch.__version__, compiler,
                                     platform.machine(), *flags]).encode()).hexdigest()[:16]
     cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'mmseg_edaformer'
-    library = cache / f'native-{key}.so'
-    if not library.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            unit, partial = Path(folder) / 'native.o', Path(folder) / library.name
-            subprocess.run([compiler, '-O3', '-march=native', '-ffp-contract=fast', '-std=c++20',
-                            '-fPIC', '-fopenmp', '-DAT_PARALLEL_OPENMP=1', f'-I{root}/include',
-                            '-c', SOURCE, '-o', unit], check=True, capture_output=True, text=True)
-            # The OpenMP that torch brought, if it did: two would each have their own threads.
-            openmp = [str(path) for folder in (root / 'lib', root.parent / 'torch.libs')
-                      for path in folder.glob('libgomp*')][:1]
-            subprocess.run([compiler, '-shared', unit, '-o', partial, f'-L{root}/lib',
-                            '-ltorch_cpu', '-lc10', *(openmp or ['-fopenmp'])],
-                           check=True, capture_output=True, text=True)
-            partial.replace(library)
+    for library in cache.glob(f'native-{key}-*.so'):
+        if library == _place(cache, key, library.read_bytes()):  # a damaged one would end Python
+            return library
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        unit, linked = Path(folder) / 'native.o', Path(folder) / 'native.so'
+        subprocess.run([compiler, '-O3', '-march=native', '-ffp-contract=fast', '-std=c++20',
+                        '-fPIC', '-fopenmp', '-DAT_PARALLEL_OPENMP=1', f'-I{root}/include',
+                        '-c', SOURCE, '-o', unit], check=True, capture_output=True, text=True)
+        # The OpenMP that torch brought, if it did: two would each have their own threads.
+        openmp = [str(path) for folder in (root / 'lib', root.parent / 'torch.libs')
+                  for path in folder.glob('libgomp*')][:1]
+        subprocess.run([compiler, '-shared', unit, '-o', linked, f'-L{root}/lib',
+                        '-ltorch_cpu', '-lc10', *(openmp or ['-fopenmp'])],
+                       check=True, capture_output=True, text=True)
+        content = linked.read_bytes()
+    library = _place(cache, key, content)
+    write_file(library, content)
     return library
+
+
+def _place(cache: Path, key: str, content: bytes) -> Path:
+    return cache / f'native-{key}-{hashlib.sha256(content).hexdigest()[:16]}.so'

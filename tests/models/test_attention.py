@@ -1,6 +1,8 @@
 """Attention on a CPU by rows, and the padding that GPUs want, against their plain versions."""
 import functools
 import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -114,6 +116,18 @@ def test_native_is_built_once_and_used(tmp_path, monkeypatch):
     attention.native._library.cache_clear()
     attention.native.attend(x, x, 1)
     assert library.stat().st_mtime_ns == built
+    content = library.read_bytes()
+
+    def compile_again(command, **options):
+        Path(command[command.index('-o') + 1]).write_bytes(content)
+
+    monkeypatch.setattr(subprocess, 'run', compile_again)
+    for damaged in (content[:len(content) // 2], content[:-1], b'', content[:-1] + b'x'):
+        library.unlink()  # this process uses it
+        library.write_bytes(damaged)
+        attention.native._library.cache_clear()
+        torch.testing.assert_close(attention.native.attend(x, x, 1), found)
+        assert library.read_bytes() == content
 
 
 def test_large_scores_do_not_overflow():
