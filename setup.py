@@ -20,7 +20,7 @@ setup(
     packages=find_packages(include=['mmseg_edaformer', 'mmseg_edaformer.*']),
     package_data={'mmseg_edaformer': ['models/*.cpp']},
     install_requires=['torch>=2.4', 'numpy', 'safetensors', 'rich', 'prettytable', 'packaging',
-                      'pillow>=10.1'],
+                      'pillow>=10.1', 'simplejpeg'],
     extras_require={
         'openmmlab': ['mmengine>=0.10.3', 'mmsegmentation>=1.2.2', 'mmcv-lite>=2.0.1,<2.2.0',
                       'ftfy', 'regex'],

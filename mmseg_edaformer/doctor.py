@@ -163,7 +163,7 @@ def check_versions(report: Report) -> None:
         names.remove('mmcv-lite')
     for name in dict.fromkeys([
             *names, *(each for found in stacks.values() for each in found), 'numpy',
-            *filter(have, OPENCV), 'safetensors', 'setuptools', *OPTIONAL, 'triton']):
+            *filter(have, OPENCV), 'safetensors', 'simplejpeg', 'setuptools', *OPTIONAL, 'triton']):
         add(name, have(name) or 'not installed')
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
         report.add('warning', 'Python', 'this Python is not tested: 3.11, 3.12 and 3.13 are',
@@ -172,6 +172,9 @@ def check_versions(report: Report) -> None:
     if have('pip') is None:
         report.add('warning', 'Python', 'pip is missing, which the commands here need',
                    f'{PYTHON} -m ensurepip')
+    if have('simplejpeg') is None:
+        report.add('warning', 'simplejpeg', 'simplejpeg is missing, without which a damaged JPEG '
+                   'is read as if it were whole', f'{PIP} install simplejpeg')
     _check_stack(report, have, stacks)
     _check_pairs(report, have)
 

@@ -20,7 +20,7 @@ GOOD = {'torch': '2.6.0+cu124', 'torchvision': '0.21.0+cu124', 'mmengine': '0.10
         'mmsegmentation': '1.2.2', 'mmcv-lite': '2.1.0', 'numpy': '2.2.0', 'scipy': '1.13.1',
         'opencv-python': '4.10.0.84', 'matplotlib': '3.9.0', 'ftfy': '6.3', 'regex': '2025.1',
         'setuptools': '80.9.0', 'timm': '1.0.31', 'mmpretrain': '1.2.0', 'transformers': '5.1.0',
-        'safetensors': '0.5', 'pip': '24.0'}
+        'safetensors': '0.5', 'simplejpeg': '1.9', 'pip': '24.0'}
 FORK = {**GOOD, 'mmengine': None, 'mmsegmentation': None, 'mmcv-lite': None, 'mmpretrain': None,
         'onedl-mmengine': '0.10.12', 'onedl-mmsegmentation': '1.4.2', 'onedl-mmcv': '2.3.6'}
 
@@ -52,6 +52,8 @@ def test_sound_versions_are_all_right(monkeypatch, installed):
      r'uninstall -y mmengine mmsegmentation mmcv-lite onedl-mmcv && .*\[openmmlab\]'),
     ({'onedl-mmpretrain': '1.3.6'}, 'warning', 'mmpretrain', 'overwrite',
      'uninstall -y mmpretrain onedl-mmpretrain && .* install mmpretrain$'),
+    ({'simplejpeg': None}, 'warning', 'simplejpeg', 'a damaged JPEG is',
+     'install simplejpeg$'),
     ({'mmcv': '2.1.0'}, 'error', 'mmcv-lite', 'overwrite',
      'uninstall -y mmcv mmcv-lite && .* install "mmcv-lite>=2.0.1,<2.2.0"$'),
     ({'mmcv': '2.2.0', 'mmcv-lite': None}, 'error', 'mmcv', 'mmcv 2.2.0 does not fit',

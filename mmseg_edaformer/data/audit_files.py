@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 
 from ..errors import DataError
 from ..files import write_file
-from .transforms import MAX_PIXELS, check_header
+from .transforms import MAX_PIXELS, check_header, simplejpeg
 
 MAX_VALUES = 512
 """So many different labels or colours of a mask are kept."""
@@ -248,4 +248,4 @@ def _write_cache(path: Path, entries: dict[str, Any]) -> None:
 def _seal(body: bytes) -> bytes:
     """What the first line of an undamaged cache of this version says."""
     digest = hashlib.blake2b(body, digest_size=16).hexdigest()
-    return f'data_check {VERSION} {MAX_PIXELS} {digest}'.encode()
+    return f'data_check {VERSION} {MAX_PIXELS} {bool(simplejpeg)} {digest}'.encode()

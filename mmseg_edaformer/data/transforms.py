@@ -5,6 +5,7 @@ inference_model look for these names in a pipeline, and every config gains the c
 """
 import io
 import os
+import re
 import stat
 import warnings
 from typing import Any
@@ -23,6 +24,11 @@ from PIL import Image, UnidentifiedImageError
 from ..errors import DataError
 from .skipping import SkipList
 
+try:
+    import simplejpeg
+except ImportError:  # no wheel for this machine: damaged JPEGs are read as OpenCV reads them
+    simplejpeg = None  # type: ignore[assignment]
+
 IGNORED = 255
 MAX_PIXELS = 2 ** 28
 """Larger pictures are refused before they are decoded: a few KB can hold gigabytes of pixels."""
@@ -30,6 +36,8 @@ MAX_PIXELS = 2 ** 28
 _FORMATS = {'AVIF', 'BMP', 'DIB', 'GIF', 'JPEG', 'JPEG2000', 'MPO', 'PCX', 'PNG', 'PPM', 'SGI',
             'SUN', 'TGA', 'TIFF', 'WEBP'}
 _BLANK = 64
+_HARMLESS = 'JFIF|Adobe|ICC|subsampling|extraneous bytes before marker 0x(db|c[0-2]|e|fe)'
+"""What libjpeg says of JPEGs whose pixels are right, and of CMYK that simplejpeg does not read."""
 _ORIENTATION = 0x0112
 _REMEDY = 'replace it or remove it'
 
@@ -92,7 +100,7 @@ def check_header(kind: str, path: str, content: bytes, max_pixels: int = MAX_PIX
         Pillow's mode of it: 'RGB', 'L', 'P', ..., 'F' for floats.
 
     Raises:
-        DataError: It is no picture, cut off, too large, or an animation.
+        DataError: It is no picture, damaged, too large, or an animation.
     """
     wrong = f'{kind} cannot be decoded: {path} ({len(content)} bytes)'
     allow_pixels(max_pixels)
@@ -124,6 +132,13 @@ def check_header(kind: str, path: str, content: bytes, max_pixels: int = MAX_PIX
     if format in ('JPEG', 'MPO') and not content.endswith(b'\xff\xd9') and (
             content.find(b'\xff\xd9', start) < 0):
         raise DataError(f'{wrong}: it is cut off: {_REMEDY}')
+    if simplejpeg is not None and format in ('JPEG', 'MPO'):
+        try:  # every bit of it is read, but few pixels are computed; OpenCV keeps no warning
+            simplejpeg.decode_jpeg(content, 'GRAY', min_height=1, min_width=1, min_factor=8)
+        except ValueError as error:
+            if not re.search(_HARMLESS, str(error)):
+                raise DataError(f'{wrong}: it is damaged ({error}): save it again if it looks '
+                                f'right, or {_REMEDY}') from error
     return mode
 
 

@@ -2,6 +2,7 @@
 import io
 import multiprocessing
 import os
+import re
 import shutil
 import struct
 import zlib
@@ -270,6 +271,62 @@ def test_no_bit_of_a_png_flips_unnoticed(scenes, tmp_path):
         for kind, right in (('image', image), ('mask', mask)):
             got = read(kind, str(path))
             assert isinstance(got, str) or np.array_equal(got, right), place
+
+
+def damaged(content, rng, count):
+    """Copies of a JPEG of which a bit is another, a byte is missing, or a block is zeros."""
+    scan = content.rfind(b'\xff\xda') + 14
+    for number, place in enumerate(rng.integers(scan, len(content) - 2, count)):
+        copy = bytearray(content)
+        if number % 3 == 0:
+            copy[place] ^= 1 << int(rng.integers(8))
+        elif number % 3 == 1:
+            del copy[place]
+        else:
+            part = copy[place:min(place + 512, len(copy) - 2)]
+            copy[place:place + len(part)] = bytes(len(part))
+        yield bytes(copy)
+
+
+def test_damaged_jpegs(scenes, tmp_path, monkeypatch):
+    """Half are refused, and most of those with many wrong pixels: OpenCV reads every one."""
+    pytest.importorskip('simplejpeg')
+    path = tmp_path / 'file.jpg'
+    noise = np.random.default_rng(SEED).normal(0, 20, (160, 240, 3))
+    with Image.open(scenes / 'images' / 'training' / '00000.png') as picture:
+        grainy = np.array(picture.convert('RGB').resize((240, 160))) + noise
+    whole = encoded(Image.fromarray(grainy.clip(0, 255).astype(np.uint8)), 'JPEG', quality=90)
+    path.write_bytes(whole)
+    right = read('image', str(path)).astype(int)
+    counts = []
+    for checked in (True, False):
+        if not checked:
+            monkeypatch.setattr(transforms, 'simplejpeg', None)
+        refused = wrong = 0
+        for content in damaged(whole, np.random.default_rng(SEED), 99):
+            path.write_bytes(content)
+            got = read('image', str(path))
+            if isinstance(got, str):
+                refused += 1
+                assert re.search(r'it is damaged \(.+\): save it again if it looks right', got)
+            else:
+                wrong += (abs(got - right).max(-1) > 8).mean() > 0.2
+        counts.append((refused, wrong))
+    (refused, wrong), (before, wrong_before) = counts
+    assert refused > 40 > before
+    assert 3 * wrong < wrong_before
+
+
+def test_sloppy_jpegs_are_read(scenes, tmp_path):
+    """What libjpeg warns of, but whose pixels are right."""
+    path = tmp_path / 'file.jpg'
+    whole = encoded(Image.open(scenes / 'images' / 'training' / '00000.png').convert('RGB'), 'JPEG')
+    path.write_bytes(whole)
+    right, table = read('image', str(path)), whole.index(b'\xff\xdb')
+    for content in (whole + b'more' * 99, whole[:-2] + b'\0\0\xff\xd9',
+                    whole[:table] + b'ab' + whole[table:], whole[:11] + b'\7' + whole[12:]):
+        path.write_bytes(content)
+        assert np.array_equal(read('image', str(path)), right)
 
 
 @pytest.mark.parametrize('kind', ['image', 'mask'])
