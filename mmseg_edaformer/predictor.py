@@ -169,13 +169,14 @@ class Segmenter:
         init_default_scope('mmseg')
         self.max_side = max_side
         self._turns = _Turns()
+        self._isr: ISRRatio | None = None
         self._applied = _NONE
         self._told: dict[ISRRatio, int] = {}
         self._reduced: dict[tuple[int, int], bool] = {}
         try:
             self._read_file = TRANSFORMS.build(self.description.pipeline[0])
             steps: list[Any] = self.description.pipeline[1:]
-            if max_side is not None:  # what resizes for good has its say first, multiples of 32 later
+            if max_side is not None:  # after what resizes for good, before multiples of 32
                 resized = [index for index, step in enumerate(steps, 1)
                            if 'Resize' in str(step['type']) and 'Multiple' not in str(step['type'])]
                 steps.insert(max(resized, default=0), self._scale_down)
