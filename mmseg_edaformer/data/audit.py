@@ -25,6 +25,7 @@ from . import audit_files
 from .audit_files import Facts, File
 from .audit_rules import (
     CHECKS,
+    OF_ALL,
     Finding,
     Part,
     check_classes,
@@ -34,6 +35,8 @@ from .audit_rules import (
 )
 from .shards import class_folders
 from .transforms import IGNORED, LoadSegLabels
+
+_SAMPLES = 16, 128, 1024  # so many masks are looked at before a run, until a finding is certain
 
 
 @dataclass
@@ -118,41 +121,49 @@ def audit(cfg: Config, splits: Sequence[str] = ('train', 'val', 'test'), *,
     return Audit(parts, found, facts, read)
 
 
-def check_samples(cfg: Config, split: str, dataset: BaseSegDataset, count: int = 16) -> None:
-    """Look at a few masks of a data set, evenly spread, before a run; warn of what looks wrong.
+def check_samples(cfg: Config, split: str, dataset: BaseSegDataset, *, alone: bool = True) -> None:
+    """Look at a few masks of a data set, evenly spread, before a run, and warn of what is wrong.
+
+    What is an error only if it holds for all masks is looked for in up to 1,024 of them, as long as
+    no mask speaks against it.
 
     Args:
         cfg: The config of the run.
         split: Name for messages.
         dataset: Built, if with ``lazy_init``; not changed.
-        count: So many pairs.
+        alone: Whether the split has no other data set, in which labels could be that it lacks.
 
     Raises:
-        DataError: A mask or an image cannot be read, they differ in size, the mask is of colours,
-            or a label is out of range; a warning where the pipeline has a ``skip_list``.
+        DataError: A finding is an error. It is a warning instead for bad files where the pipeline
+            has a ``skip_list``, and for what holds for all masks of a test set or of one data set
+            of several.
     """
     if _is_remote(dataset) or not dataset.data_prefix.get('seg_map_path'):
         return
-    part = Part(split, split, '', dataset, _loader(dataset, dict(_heads(cfg))), _ignored(cfg))
-    pairs = _pairs(dataset)
-    part.pairs = [pairs[i] for i in sorted({*np.linspace(0, len(pairs) - 1, count).astype(int)})
-                  ] if pairs else []
-    facts = {}
-    for image, mask in part.pairs:
-        facts['image', image] = audit_files.header(image)
-        facts['mask', mask or ''] = audit_files.examine('mask', mask or '')
-    findings = judge_part(part, facts)
+    pairs, loader = _pairs(dataset), _loader(dataset, dict(_heads(cfg)))
+    facts: dict[File, Facts] = {}
+    for count in _SAMPLES:
+        part = Part(split, split, '', dataset, loader, _ignored(cfg))
+        part.pairs = [pairs[i] for i in sorted(
+            {*np.linspace(0, len(pairs) - 1, count).astype(int)})] if pairs else []
+        for image, mask in part.pairs:
+            for file in (('image', image), ('mask', mask or '')):
+                if file not in facts:
+                    facts[file] = (audit_files.header(image) if file[0] == 'image' else
+                                   audit_files.examine(*file))
+        findings = judge_part(part, facts)
+        if not any(finding.check in OF_ALL for finding in findings):
+            break
     for finding in findings:
         name, note = finding.items[0]
         text = (f'the {split} set: {finding.check}: {name}{": " if note else ""}{note}'
                 f' ({len(finding.items)} of {len(part.pairs)} looked at). What to do: '
                 f'{CHECKS[finding.check][1]}; tools/check_data.py looks at all')
-        doubtful = finding.check in ('reduce_zero_label', 'mask of 0 and 255') or (
-            finding.check == 'no label' and len(finding.items) == len(part.pairs))
-        if finding.level == 'error' and not doubtful and not _skips(dataset):
+        harmless = ((split == 'test' or not alone) if finding.check in OF_ALL else
+                    _skips(dataset))
+        if finding.level == 'error' and not harmless:
             raise DataError(text)
-        if doubtful or finding.level == 'error':
-            print_log(text, logger='current', level=30)
+        print_log(text, logger='current', level=30)
 
 
 def _skips(dataset: BaseSegDataset) -> bool:

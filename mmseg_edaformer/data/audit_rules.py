@@ -30,7 +30,7 @@ CHECKS = {
     'palette of other indices': ('warning', 'the colours of these masks are those of the data set, '
                                  'but not at the indices of its classes: --fix goes by colour'),
     'mask of 0 and 255': ('error', '255 means no label, so that the class stored as 255 is lost: '
-                          '--fix turns it into 1'),
+                          'store its index instead, as --fix does for two classes'),
     'perhaps 0 and 255': ('warning', 'these masks hold 0 and 255 alone, others of the set do not. '
                           '255 means no label: if it is a class here, make it 1'),
     'label out of range': ('error', 'see the number of classes, reduce_zero_label and how the masks'
@@ -38,6 +38,8 @@ CHECKS = {
     'more than 8 bits': ('warning', 'the labels fit, but 16 bits wrap around in other tools: --fix '
                          'converts them'),
     'no label': ('warning', 'nothing is learned from masks without a label'),
+    'no label in any mask': ('error', 'nothing can be learned from this set or measured on it: see '
+                             'how the masks were made, reduce_zero_label and ignore_index'),
     'reduce_zero_label': ('warning', 'see whether it is set as the data set needs it'),
     'class without images': ('error', 'add images, or remove its folder from all splits'),
     'passed over': ('warning', 'by their ending or their place they are no images of the data set: '
@@ -56,6 +58,9 @@ CHECKS = {
                     'folders or a list; shards by tools/prepare_data.py shards --check'),
 }
 """Level of each check, and what to do about what it finds."""
+
+OF_ALL = frozenset(('mask of 0 and 255', 'no label in any mask'))
+"""Checks that find something only where it holds for all masks of a data set."""
 
 EXTREME = 8
 """A size is extreme when one side is more than so many times the other, or the image more than so
@@ -236,6 +241,10 @@ def judge_part(part: Part, facts: dict[File, Facts]) -> list[Finding]:
                 part.counts[table[int(value)]] += pixels
             elif _is_valid(part, table, value):
                 part.unlabelled += pixels
+    # Labels of a test set may be withheld.
+    if part.split != 'test' and values and len(found.get('no label', ())) == len(
+            {mask for _, mask in part.pairs}):
+        found['no label in any mask'] = found.pop('no label')
     doubt = _doubt_zero(part) if values and not binary else None
     if doubt:
         found['reduce_zero_label'][f'reduce_zero_label={part.zero_is_no_label}', doubt] = None

@@ -135,7 +135,8 @@ def check_data(cfg: Config, *splits: str) -> None:
         loader = cfg.get(f'{split}_dataloader')
         if not loader:
             continue
-        for _, dataset_cfg in inner_datasets(loader.dataset):
+        inner = list(inner_datasets(loader.dataset))
+        for _, dataset_cfg in inner:
             _check_colours(split, loader, dataset_cfg)
             if not os.path.isdir(dataset_cfg.get('data_root') or '.'):
                 raise DataError(_missing(split, dataset_cfg.data_root))
@@ -147,7 +148,7 @@ def check_data(cfg: Config, *splits: str) -> None:
                 _check_classes(split, dataset, num_classes)
                 if os.environ.get('RANK', '0') == '0':
                     _check_files(split, dataset)
-                    check_samples(cfg, split, dataset)
+                    check_samples(cfg, split, dataset, alone=len(inner) == 1)
             elif is_classifier(cfg) and os.environ.get('RANK', '0') == '0':
                 folders[split] = check_folders(split, dataset, num_classes)
     check_same_classes(folders)

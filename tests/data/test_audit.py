@@ -429,38 +429,68 @@ def build(cfg, split='train'):
     return DATASETS.build({**cfg[f'{split}_dataloader'].dataset, 'lazy_init': True})
 
 
-@pytest.mark.parametrize(('spoil', 'told'), [
+@pytest.fixture
+def told(monkeypatch):
+    """The warnings of the samples."""
+    texts = []
+    monkeypatch.setattr('mmseg_edaformer.data.audit.print_log',
+                        lambda text, **kwargs: texts.append(text))
+    return texts
+
+
+@pytest.mark.parametrize(('spoil', 'check'), [
     (colours, 'mask of colours'), (out_of_range, r'label out of range: .*: 9 \(2 pixels\)'),
-    (smaller, 'sizes differ'), (cut, 'mask unreadable'), (deep, None), (recoloured, None)])
-def test_samples_before_a_run(spoil, told, cfg, data):
+    (smaller, 'sizes differ'), (cut, 'mask unreadable')])
+def test_samples_stop_a_run(spoil, check, cfg, data):
     check_samples(cfg, 'train', build(cfg))
     spoil(data / MASKS / '00000.png')
-    if told is None:
+    with pytest.raises(DataError, match=f'the train set: {check}.*1 of 12 looked at'):
         check_samples(cfg, 'train', build(cfg))
-    else:
-        with pytest.raises(DataError, match=f'the train set: {told}.*1 of 12 looked at'):
-            check_samples(cfg, 'train', build(cfg))
 
 
-def test_samples_warn(cfg, data, monkeypatch):
-    told = []
-    monkeypatch.setattr('mmseg_edaformer.data.audit.print_log',
-                        lambda text, **kwargs: told.append(text.split(':')[1].strip()))
+def test_samples_warn(cfg, data, told):
     cfg.train_dataloader.dataset.reduce_zero_label = True
     check_samples(cfg, 'train', build(cfg))
+    assert told.pop().startswith('the train set: reduce_zero_label: ')
     cfg.train_dataloader.dataset.reduce_zero_label = False
+    deep(data / MASKS / '00000.png')
+    recoloured(data / MASKS / '00001.png')
+    save(data / MASKS / '00002.png', np.full((64, 96), 255, np.uint8))
     check_samples(cfg, 'train', build(cfg))
+    assert [text.split(':')[1].strip() for text in told] == [
+        'more than 8 bits', 'palette of other indices', 'no label']
+    assert found(cfg, 'train').keys() == {('train', text.split(':')[1].strip()) for text in told}
+
+
+@pytest.mark.parametrize(('change', 'check'), [
+    (lambda labels: 255 * (labels == 3), 'mask of 0 and 255'),
+    (lambda labels: 255 + 0 * labels, 'no label in any mask')])
+def test_masks_that_are_wrong_together(change, check, cfg, data, told):
+    """check_data.py and the samples before a run find the same."""
+    relabel(data / MASKS, change)
+    assert found(cfg, 'train')['train', check] == names(MASKS, *range(12))
+    with pytest.raises(DataError, match=f'{check}: .*12 of 12 looked at.*What to do'):
+        check_samples(cfg, 'train', build(cfg))
+    assert not told
+    check_samples(cfg, 'train', build(cfg), alone=False)
+    check_samples(cfg, 'test', build(cfg))
+    assert check in told[0]
+    assert check.split(' in any')[0] in told[1]
+
+
+def test_a_class_that_few_masks_hold(cfg, data, told):
+    """More masks are looked at before a run is stopped for what holds for all of them."""
+    for folder in (IMAGES, MASKS):
+        for index in range(12, 300):
+            (data / folder / f'{index:05d}.png').symlink_to(data / folder / '00000.png')
     relabel(data / MASKS, lambda labels: 255 * (labels == 3))
+    (data / MASKS / '00200.png').unlink()
+    save(data / MASKS / '00200.png', np.ones((64, 96), np.uint8))
     check_samples(cfg, 'train', build(cfg))
-    relabel(data / MASKS, lambda labels: 255 + 0 * labels)
-    check_samples(cfg, 'train', build(cfg))
-    assert told == ['reduce_zero_label', 'mask of 0 and 255', 'no label']
+    assert not told
 
 
-def test_samples_that_a_run_skips_are_warned_of(cfg, data, tmp_path, monkeypatch):
-    told = []
-    monkeypatch.setattr('mmseg_edaformer.data.audit.print_log',
-                        lambda text, **kwargs: told.append(text))
+def test_samples_that_a_run_skips_are_warned_of(cfg, data, tmp_path, told):
     cut(data / MASKS / '00000.png')
     cfg.train_dataloader.dataset.pipeline[1].skip_list = str(tmp_path / 'bad.txt')
     check_samples(cfg, 'train', build(cfg))
