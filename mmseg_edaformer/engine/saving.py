@@ -232,7 +232,7 @@ def find_checkpoint(work_dir: str | Path, since: float = 0.) -> str | None:
     """The newest checkpoint of a run that loads and can be resumed; None where there is none.
 
     What does not load is skipped, and the log says why. The folder may have been moved. Of several
-    runs in one folder it is the last one's.
+    runs in one folder it is the last one's, unless none of those loads.
 
     Args:
         work_dir: Folder of the run.
@@ -256,22 +256,41 @@ def find_checkpoint(work_dir: str | Path, since: float = 0.) -> str | None:
 
 
 def _candidates(work_dir: Path, since: float) -> Iterator[Path]:
-    """Checkpoints of steps, the newest first."""
+    """Checkpoints of steps, those of the last run first, and of these the newest."""
     folders, last, written = [work_dir], math.inf, 0.
-    pointer = work_dir / 'last_checkpoint'
-    if pointer.is_file():
-        # An absolute path is mmengine's; checkpoint.out_dir may lie elsewhere.
-        target = work_dir / pointer.read_text(errors='replace').strip()
-        folders.append(target.parent)
-        last, written = _step(target) or last, pointer.stat().st_mtime
-    found = {}
+    pointed = _pointed(work_dir)
+    if pointed is not None:
+        folders.append(pointed.parent)
+        last = _step(pointed) or last
+        written = (work_dir / 'last_checkpoint').stat().st_mtime
+    found: dict[str, tuple[bool, int, Path]] = {}
     for folder in folders:
-        for path in folder.iterdir() if folder.is_dir() else ():
-            step, changed = _step(path), path.stat().st_mtime
-            # A later step is of an earlier run, unless a kill came before the pointer was written.
-            if step is not None and changed >= since and (step <= last or changed >= written):
-                found[path.resolve()] = step, path
-    return (path for _, path in sorted(found.values(), reverse=True))
+        for path in folder.iterdir() if os.path.isdir(folder) else ():
+            step, changed = _step(path), path.stat().st_mtime if os.path.isfile(path) else 0.
+            if step is not None and changed >= since:
+                # A later step is of an earlier run, unless a kill came before the pointer's turn.
+                of_last_run = step <= last or changed >= written
+                found.setdefault(os.path.realpath(path), (of_last_run, step, path))
+    return (path for *_, path in sorted(found.values(), reverse=True))
+
+
+def _pointed(work_dir: Path) -> Path | None:
+    """The file that last_checkpoint names; None, and a line in the log, where it names none."""
+    pointer = work_dir / 'last_checkpoint'
+    if not os.path.lexists(pointer):
+        return None
+    wrong = 'cannot be read'
+    if os.path.isfile(pointer) and os.access(pointer, os.R_OK):
+        with pointer.open('rb') as file:
+            name = os.fsdecode(file.read(4096)).strip()  # as long as a path can be
+        # checkpoint.out_dir may lie elsewhere; mmengine writes absolute paths, and folders move.
+        for path in (work_dir / name, work_dir / os.path.basename(name)):
+            if os.path.isfile(path) and _step(path) is not None and os.access(path.parent, os.R_OK):
+                return path
+        wrong = f'names {name[:200]!r}, which is no checkpoint'
+    print_log(f'{pointer} {wrong}: the newest one of {work_dir} that loads is taken',
+              logger='current', level=logging.WARNING)
+    return None
 
 
 def _step(path: Path) -> int | None:
@@ -284,7 +303,7 @@ def _why_not(path: Path) -> str | None:
     """Why a checkpoint cannot be resumed, or None."""
     try:
         content = load_from_file(path, map_location='cpu')
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         return str(error)
     if not isinstance((content.get('meta') or {}).get('iter'), int) or 'optimizer' not in content:
         return f'{path} holds weights, but not the state of a training'

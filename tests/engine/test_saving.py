@@ -111,6 +111,63 @@ def test_another_run_in_the_same_folder(work):
     assert find_checkpoint(work, since=now + 60) is None
 
 
+def pointers():
+    """What last_checkpoint may hold by accident or malice, beside sound checkpoints."""
+    for name in ('iter_15.pth', 'iter_0.pth', '/gone/iter_4.pth', '../iter_15.pth', 'iter_15.pth/',
+                 'x' * 256 + '.pth', 'iter_' + '9' * 5000 + '.pth', '9' * 5000, '/' * 5000,
+                 'a/' * 3000 + 'iter_15.pth', 'loop', 'loop/iter_15.pth', 'folder', 'folder_7.pth',
+                 'dangling_99.pth', '/proc/self/root/x/iter_15.pth', '/proc/self/fd/0',
+                 '/proc/1/root/iter_15.pth', '/dev/zero', '/etc/passwd', '.', '..', '/', '', ' ',
+                 '~', '~root/iter_15.pth', 's3://x/iter_15.pth', 'best_mIoU_iter_6.pth',
+                 'iter_30.pth\niter_35.pth', 'iter_\u0663.pth', '\x1b[31m', 'None'):
+        yield name.encode()
+    yield from (b'\0', b'iter_30.pth\0.pth', b'\xff\xfe', b'\xed\xa0\x80', b'\n' * 10000)
+
+
+@pytest.fixture
+def sound(tmp_path):
+    """A folder of checkpoints of steps 30, 35 and 40 that can be resumed."""
+    for step in (30, 35, 40):
+        torch.save(dict(state_dict={'w': torch.ones(2)}, meta=dict(iter=step), optimizer={}),
+                   tmp_path / f'iter_{step}.pth')
+    return tmp_path
+
+
+@pytest.mark.parametrize('content', [*pointers(), 'folder', 'loop', 'pipe'],
+                         ids=lambda content: repr(content[:20]))
+def test_a_pointer_to_no_checkpoint(sound, monkeypatch, content):
+    """The newest sound one is taken, and one line says what is wrong."""
+    said = []
+    monkeypatch.setattr(saving, 'print_log', lambda message, **_: said.append(message))
+    for name, target in (('loop', 'loop'), ('dangling_99.pth', 'none')):
+        (sound / name).symlink_to(target)
+    for name in ('folder', 'folder_7.pth'):
+        (sound / name).mkdir()
+    pointer = sound / 'last_checkpoint'
+    if isinstance(content, bytes):
+        pointer.write_bytes(content)
+    else:
+        {'folder': pointer.mkdir, 'pipe': lambda: os.mkfifo(pointer),
+         'loop': lambda: pointer.symlink_to(pointer)}[content]()
+    assert find_checkpoint(sound) == str(sound / 'iter_40.pth')
+    line, = (line for line in said if not line.startswith('Not resumed: '))
+    assert re.search(r'last_checkpoint (cannot be read|names .*, which is no checkpoint): the '
+                     'newest one of', line, re.S)
+    assert line.isprintable()
+    assert len(line) < 1500
+
+
+def test_a_sound_one_of_an_earlier_run_wins_over_none(sound):
+    """As when a run that started anew left but a damaged one."""
+    now = time.time()
+    for path in sound.iterdir():
+        os.utime(path, (now - 9, now - 9))
+    (sound / 'iter_3.pth').write_text('<html>')
+    (sound / 'last_checkpoint').write_text('iter_3.pth')
+    assert find_checkpoint(sound) == str(sound / 'iter_40.pth')
+    assert find_checkpoint(sound, since=now + 60) is None
+
+
 @HOOKS.register_module()
 class FullDiskHook(Hook):
     """No file may grow over 100 kB between two iterations."""
