@@ -1,10 +1,24 @@
 """Train a segmentor or classifier, with the flags of mmsegmentation's own tool and some more."""
 import argparse
+import os
+import signal
 import sys
 
-from mmseg_edaformer import compat
-from mmseg_edaformer.engine import launch
-from mmseg_edaformer.errors import clear_errors
+
+def end_at_once(number: int, frame: object) -> None:
+    """End with the exit code of a run that can be resumed; there is nothing to save."""
+    os.write(2, f'{signal.Signals(number).name}: stopped while it was not training, so nothing is '
+             'lost; go on with --resume\n'.encode())
+    os._exit(75)  # EXIT_PREEMPTED, which is not imported yet
+
+
+if __name__ == '__main__':  # before the seconds that the imports take; PreemptionHook takes over
+    for name in {'SIGTERM', 'SIGUSR1'} & {*vars(signal)}:
+        signal.signal(getattr(signal, name), end_at_once)
+
+from mmseg_edaformer import compat  # noqa: E402
+from mmseg_edaformer.engine import launch  # noqa: E402
+from mmseg_edaformer.errors import clear_errors  # noqa: E402
 
 
 def parse_args() -> argparse.Namespace:

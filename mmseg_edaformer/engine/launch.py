@@ -5,13 +5,14 @@ import logging
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.dist import get_rank, is_main_process
-from mmengine.logging import print_log
+from mmengine.logging import MMLogger, print_log
 from mmengine.runner import Runner
 from mmseg.registry import RUNNERS
 
@@ -30,6 +31,8 @@ from .compile import compile_model
 from .evaluation import explain
 from .preemption import EXIT_PREEMPTED, Preempted, Watchdog, is_lost_peer
 from .saving import find_checkpoint
+
+_RANKS = dict(pytorch='RANK', slurm='SLURM_PROCID', mpi='OMPI_COMM_WORLD_RANK')
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +61,9 @@ def load_config(args: argparse.Namespace) -> Config:
         ConfigError: There is no such file, it cannot be read, or an option does not fit it.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    if int(os.environ.get(_RANKS.get(args.launcher, ''), 0)):  # the first process warns for all
+        MMLogger.get_current_instance().setLevel(logging.ERROR)
+        warnings.simplefilter('ignore')
     if not Path(args.config).is_file():
         raise ConfigError(f'config not found: {args.config}')
     try:

@@ -1,13 +1,67 @@
-"""A process whose peer is gone without a trace ends, and says why."""
+"""A run that is told to stop before it trains, and one whose peer is gone without a trace."""
+import argparse
 import os
 import re
+import runpy
 import signal
+import subprocess
+import sys
 import time
+import warnings
+from pathlib import Path
 
 import pytest
 
-from mmseg_edaformer.engine.preemption import Watchdog, is_lost_peer
+from mmseg_edaformer.engine import checks, launch
+from mmseg_edaformer.engine.preemption import EXIT_PREEMPTED, Watchdog, is_lost_peer
+from tests.conftest import ROOT
 from tests.processes import finish, free_port, in_child
+
+
+def test_told_to_stop_while_it_imports():
+    process = subprocess.Popen([sys.executable, 'tools/train.py', 'none.py'], cwd=ROOT, text=True,
+                               stderr=subprocess.PIPE)
+    while not caught(process.pid) >> (signal.SIGTERM - 1) & 1:
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.terminate()
+    _, said = process.communicate()
+    assert process.returncode == EXIT_PREEMPTED
+    assert said == ('SIGTERM: stopped while it was not training, so nothing is lost; go on with '
+                    '--resume\n')
+
+
+def caught(pid):
+    """The signals that a process has taken, as bits."""
+    return int(re.search(r'SigCgt:\s*(\w+)', Path(f'/proc/{pid}/status').read_text())[1], 16)
+
+
+def test_told_to_stop_while_it_checks(tmp_path):
+    def main():
+        launch.load_config = lambda args: os.kill(os.getpid(), signal.SIGUSR1)
+        sys.argv = ['tools/train.py', 'none.py']
+        runpy.run_path(f'{ROOT}/tools/train.py', run_name='__main__')
+
+    assert finish(in_child(main, log=tmp_path / 'log')) == EXIT_PREEMPTED
+    assert 'SIGUSR1: stopped' in (tmp_path / 'log').read_text()
+
+
+@pytest.mark.parametrize(('launcher', 'variable'), [
+    ('pytorch', 'RANK'), ('slurm', 'SLURM_PROCID'), ('mpi', 'OMPI_COMM_WORLD_RANK')])
+@pytest.mark.parametrize('rank', [0, 1])
+def test_the_first_process_warns_for_all(tmp_path, launcher, variable, rank):
+    def warn():
+        os.environ[variable] = str(rank)
+        launch.load_config(argparse.Namespace(
+            config=f'{ROOT}/configs/edaformer_t_synthetic.py', work_dir=None, cfg_options=None,
+            compile=False, launcher=launcher, local_rank=0))
+        checks._warn('first')
+        warnings.showwarning = lambda message, *_: print(message)  # pytest keeps them
+        warnings.warn('second', stacklevel=1)
+
+    assert finish(in_child(warn, log=tmp_path / 'log')) == 0
+    log = (tmp_path / 'log').read_text()
+    assert [word in log for word in ('first', 'second')] == [rank == 0] * 2
 
 
 def watch(rank, port):
