@@ -2,7 +2,7 @@
 # one-channel PNG with the class index of each pixel, 255 where there is none.
 _base_ = [
     './_base_/models/edaformer_t.py', './_base_/datasets/ade20k.py',
-    './_base_/schedules/160k.py', './_base_/default_runtime.py'
+    './_base_/schedules/small.py', './_base_/default_runtime.py'  # thousands of images: 160k.py
 ]
 # 1. What the classes are called, and how they are painted.
 metainfo = dict(

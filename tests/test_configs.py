@@ -199,3 +199,12 @@ def test_parameter_groups_are_those_of_the_released_names(size):
 def test_the_template_is_short():
     lines = (ROOT / 'configs' / 'custom_dataset.py').read_text().splitlines()
     assert len(lines) < 40
+
+
+def test_the_template_is_for_few_images_on_one_gpu():
+    cfg = load('custom_dataset')
+    assert cfg.auto_scale_lr.base_batch_size == cfg.train_dataloader.batch_size == 4
+    warmup, poly = cfg.param_scheduler
+    assert warmup.end == poly.begin < cfg.train_cfg.val_interval
+    assert poly.end == cfg.train_cfg.max_iters <= 5000
+    assert cfg.default_hooks.checkpoint.interval == cfg.train_cfg.val_interval

@@ -80,6 +80,18 @@ def check_batch_size(cfg: Config, world_size: int) -> None:
           f'config is for {base}: pass --auto-scale-lr to scale it by {total / base:g}{exact}')
 
 
+def check_epochs(iterations: int, per_step: int, images: int) -> None:
+    """Say how often a training goes through its images, and warn of a schedule for far more."""
+    epochs = iterations * per_step / images
+    text = (f'{iterations:,} iterations of {per_step} images are {epochs:,.1f} epochs of the '
+            f'{images:,} training images')
+    if epochs > 1000:
+        _warn(f'{text}: lower train_cfg.max_iters, and the ends in param_scheduler with it, as '
+              'configs/_base_/schedules/small.py does')
+    else:
+        print_log(text, logger='current')
+
+
 def check_start(cfg: Config) -> None:
     """See where the weights of a training come from.
 

@@ -199,6 +199,9 @@ def train(cfg: Config) -> int:
             watchdog = Watchdog()  # mmengine has found out the ranks by now
             watchdog.start()
         checks.check_batch_size(cfg, runner.world_size)
+        loop: Any = runner.train_loop
+        if getattr(loop, 'samples_per_step', 0):  # counts iterations of batches of one size
+            checks.check_epochs(loop.max_iters, loop.samples_per_step, len(loop.dataloader.dataset))
         runner.train()
     except Preempted as stop:
         runner.logger.warning(str(stop))

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mmseg_edaformer.engine import checks
 from tests.conftest import ROOT, run, write_config
 from tests.processes import run_tool
 
@@ -44,8 +45,18 @@ def test_train_logs_and_saves(trained):
     assert re.search(r'Iter\(train\) \[4/4\].*loss: ', done.stdout)
     assert re.search(r'mIoU: [\d.]+', done.stdout)
     assert 'The encoder starts from random weights' in done.stdout
+    assert '4 iterations of 2 images are 0.7 epochs of the 12 training images' in done.stdout
     assert (work / 'iter_4.pth').is_file()
     assert list(work.glob('best_mIoU*.pth'))
+
+
+@pytest.mark.parametrize(('images', 'warns'), [(639, True), (640, False)])
+def test_a_schedule_for_far_more_images(monkeypatch, images, warns):
+    told = []
+    monkeypatch.setattr(checks, '_warn', told.append)
+    checks.check_epochs(160_000, 4, images)
+    assert [bool(re.search('160,000 iterations of 4 images are 1,001.6 epochs of the 639 training '
+                           'images: lower', text)) for text in told] == [True] * warns
 
 
 @pytest.mark.slow
