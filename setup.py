@@ -33,6 +33,7 @@ setup(
         'demo': ['gradio>=6'],
         'cluster': ['ray[data]'],
         'export': ['onnx', 'onnxscript', 'onnxruntime', 'openvino', 'nncf'],
+        'tensorboard': ['tensorboard'],
         'dev': ['pytest', 'pytest-xdist', 'ruff', 'mypy', 'timm', 'torchvision', 'transformers',
                 'mmpretrain', 'playwright'],
     },

@@ -46,15 +46,16 @@ _FILES = ('curves.csv', 'loss.png', 'lr.png', 'metric.png', 'classes.csv', 'conf
 
 
 def write_report(runner: Runner, evaluation: Evaluation | None, kind: str, seconds: float, *,
-                 compiled: bool = False) -> Path:
+                 compiled: bool = False, final: bool = True) -> Path:
     """Write report.html to the work dir, and what it shows as PNG and CSV below report/.
 
     Args:
-        runner: It has trained or tested.
+        runner: It trains, has trained or has tested.
         evaluation: The last validation or the test.
         kind: 'training' or 'test'.
         seconds: How long this process ran.
         compiled: Whether its network is compiled.
+        final: Whether the run has ended; the ISR curve is measured then.
 
     Returns:
         The path of the page.
@@ -62,14 +63,15 @@ def write_report(runner: Runner, evaluation: Evaluation | None, kind: str, secon
     Raises:
         OSError: A file cannot be written.
     """
-    return _Report(runner, evaluation, kind, seconds, compiled).write()
+    return _Report(runner, evaluation, kind, seconds, compiled, final).write()
 
 
 class _Report:
 
     def __init__(self, runner: Runner, evaluation: Evaluation | None, kind: str, seconds: float,
-                 compiled: bool) -> None:
+                 compiled: bool, final: bool) -> None:
         self.runner, self.kind, self.seconds, self.compiled = runner, kind, seconds, compiled
+        self.final = final
         self.evaluation = evaluation
         self.counted = evaluation is not None and evaluation.matrix is not None
         self.work_dir = Path(runner.work_dir)
@@ -112,8 +114,9 @@ class _Report:
         title = f'{"Training" if self.kind == "training" else "Test"} of {name}'
         path = self.work_dir / 'report.html'
         write_file(path, page.page(title, [
-            f'{time.strftime("%Y-%m-%d %H:%M")}, in {self.work_dir.resolve()}. The pictures and '
-            f'tables lie in {FOLDER}/ as PNG and CSV.'], parts))
+            f'{time.strftime("%Y-%m-%d %H:%M")}, in {self.work_dir.resolve()}. '
+            f'{"" if self.final else "The run goes on. "}The pictures and tables lie in {FOLDER}/ '
+            'as PNG and CSV.'], parts))
         return path
 
     # What is measured
@@ -183,7 +186,7 @@ class _Report:
         if any(isinstance(hook, EMAHook) for hook in self.runner.hooks):
             return ('Not measured, since EMAHook has put the averaged weights away: '
                     'tools/isr_sweep.py measures the checkpoint.')
-        return ''
+        return '' if self.final else 'Measured when the run ends.'
 
     def _ratios(self, bench: LiveBench) -> list[ISRRatio]:
         found = []

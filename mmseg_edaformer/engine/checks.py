@@ -63,6 +63,19 @@ def check_compile(cfg: Config) -> None:
                           'not on the PATH: install it, name another in CXX, or run without it')
 
 
+def check_backends(cfg: Config) -> None:
+    """See that what shows the progress of a run is installed.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    packages = dict(TensorboardVisBackend='tensorboard', WandbVisBackend='wandb')
+    for backend in (cfg.get('visualizer') or {}).get('vis_backends') or ():
+        package = packages.get(backend['type'])
+        if package and importlib.util.find_spec(package) is None:
+            raise ConfigError(f'{backend["type"]} needs {package}: python -m pip install {package}')
+
+
 def check_batch_size(cfg: Config, world_size: int) -> None:
     """Compare the images per step with those that the learning rate was chosen for, and warn."""
     base = (cfg.get('auto_scale_lr') or {}).get('base_batch_size')

@@ -265,26 +265,28 @@ def _shrink(score: ImageScore, labels: Tensor, predicted: Tensor, picture: np.nd
 
 @HOOKS.register_module()
 class EvaluationHook(Hook):
-    """Count what each validation and test gives; the last of them is for the report.
+    """Count what each validation and test gives, and write the report after each validation.
 
     On several processes the counts are summed, without the images that were given twice to make
     their shares equal, as mmseg's IoUMetric does. That of a training is kept in its work dir, for a
     run that is killed after it and resumed.
 
+    Args:
+        compiled: Its network is compiled, and each other ratio would be compiled anew.
+
     Attributes:
         evaluation: The last one; None before.
         kind: 'training' or 'test'.
-        seconds: How long this process ran.
     """
 
     # Before the checkpoint that notes that this validation is done.
     priority = 'LOW'
 
-    def __init__(self) -> None:
+    def __init__(self, compiled: bool = False) -> None:
+        self.compiled = compiled
         self.evaluation: Evaluation | None = None
         self.kind = 'test'
         self.start = time.perf_counter()
-        self.seconds = 0.
 
     def before_run(self, runner: Runner) -> None:
         """Start the clock."""
@@ -337,9 +339,10 @@ class EvaluationHook(Hook):
         """Sum the counts of all processes."""
         self._end(metrics)
 
-    def after_run(self, runner: Runner) -> None:
-        """Stop the clock."""
-        self.seconds = time.perf_counter() - self.start
+    def after_val(self, runner: Runner) -> None:
+        """Write the report of a training that goes on, once its best checkpoint is saved."""
+        if self.kind == 'training' and runner.iter < runner.max_iters:
+            explain(runner, final=False)
 
     def _begin(self, loop: Any) -> None:
         dataset = loop.dataloader.dataset
@@ -392,26 +395,26 @@ def _picture(inputs: Any, index: int, name: str) -> np.ndarray | None:
     return np.repeat(array, 3, 2) if array.shape[2] == 1 else np.ascontiguousarray(array[..., :3])
 
 
-def explain(runner: Runner, *, compiled: bool = False) -> None:
-    """Write the report of a run that has ended well; whatever happens, the run has.
+def explain(runner: Runner, *, final: bool = True) -> None:
+    """Write the report of a run; whatever happens, the run is as before.
 
-    Call it on all processes when none waits for another any more: the first one writes.
+    Call it on all processes: the first one writes, and none waits here.
 
     Args:
-        runner: It has trained or tested.
-        compiled: Its network is compiled, and each other ratio would be compiled anew.
+        runner: It trains, has trained or has tested.
+        final: Whether it has ended well.
     """
     hook = next((hook for hook in runner.hooks if isinstance(hook, EvaluationHook)), None)
     if hook is None or not is_main_process():
         return
     try:
         from ..analysis.report import write_report  # needs matplotlib, which nothing before does
-        path = write_report(runner, hook.evaluation, hook.kind, hook.seconds, compiled=compiled)
+        path = write_report(runner, hook.evaluation, hook.kind, time.perf_counter() - hook.start,
+                            compiled=hook.compiled, final=final)
         runner.logger.info(f'Report: {path}')
     except (UserError, OSError) as error:
-        runner.logger.warning('There is no report of this run, whose results are complete: '
-                              f'{error}')
+        runner.logger.warning(f'There is no report, but the run is as it should be: {error}')
     except Exception:
         # The exit code tells whether the run may be followed by the next one: it may.
-        runner.logger.log(logging.ERROR, 'There is no report of this run, whose results are '
-                          'complete. What follows is a defect of the report:', exc_info=True)
+        runner.logger.log(logging.ERROR, 'There is no report, but the run is as it should be. What '
+                          'follows is a defect of the report:', exc_info=True)

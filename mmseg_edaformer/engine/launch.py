@@ -74,6 +74,11 @@ def load_config(args: argparse.Namespace) -> Config:
         cfg.merge_from_dict(args.cfg_options or {})
     except (KeyError, TypeError, AssertionError) as error:
         raise ConfigError(f'--cfg-options does not fit {args.config}: {error}') from error
+    if cfg.get('visualizer'):  # the command line can give names, but no dicts
+        backends = cfg.visualizer.get('vis_backends') or []
+        cfg.visualizer.vis_backends = [
+            dict(type=backend) if isinstance(backend, str) else backend
+            for backend in ([backends] if isinstance(backends, str) else backends)]
     cfg.launcher = args.launcher
     if args.compile:
         cfg.compile = cfg.get('compile') or True
@@ -98,7 +103,8 @@ def add_hook(cfg: Config, hook: dict[str, Any], *, replace: bool = True) -> None
 def add_report(cfg: Config) -> None:
     """Have a run leave report.html in its work dir, unless the config says ``report = False``."""
     if cfg.get('report', True):
-        add_hook(cfg, dict(type='EvaluationHook'), replace=False)
+        add_hook(cfg, dict(type='EvaluationHook', compiled=bool(cfg.get('compile'))),
+                 replace=False)
 
 
 def build_runner(cfg: Config) -> Runner:
@@ -173,6 +179,7 @@ def prepare_train(cfg: Config, *, resume: bool = False, load_from: str | None = 
         skip_files(cfg, cfg.work_dir)
     checks.check_amp(cfg)
     checks.check_compile(cfg)
+    checks.check_backends(cfg)
     checks.check_start(cfg)
     checks.check_data(cfg, 'train', 'val')
     checks.check_work_dir(cfg.work_dir)
@@ -192,7 +199,6 @@ def train(cfg: Config) -> int:
     watchdog = Watchdog() if cfg.launcher == 'pytorch' else None
     if watchdog is not None:
         watchdog.start()  # before the processes meet, for which all of them are needed
-    compiled = bool(cfg.get('compile'))
     try:
         runner = build_runner(cfg)
         if cfg.launcher in ('slurm', 'mpi'):
@@ -214,7 +220,7 @@ def train(cfg: Config) -> int:
     finally:
         if watchdog is not None:
             watchdog.stop()  # the others may leave now, and wait while the first one writes
-    explain(runner, compiled=compiled)
+    explain(runner)
     return 0
 
 
@@ -260,6 +266,7 @@ def prepare_test(cfg: Config, checkpoint: str, *, isr_ratio: str | None = None,
     if skip_bad_files:
         skip_files(cfg, cfg.work_dir, 'test')
     checks.check_compile(cfg)
+    checks.check_backends(cfg)
     if cfg.get('compile') is True:
         cfg.compile = dict(frozen=True)
     add_report(cfg)
@@ -272,7 +279,6 @@ def evaluate(cfg: Config, json_file: str | None = None, *, bf16: bool = False) -
     The file holds the metrics, the ISR ratio, how many images took how long, and where it ran.
     ``bf16`` keeps and computes all but the normalisation of the images in bfloat16.
     """
-    compiled = bool(cfg.get('compile'))
     runner = build_runner(cfg)
     if bf16:
         model: Any = unwrap(runner.model)
@@ -284,7 +290,7 @@ def evaluate(cfg: Config, json_file: str | None = None, *, bf16: bool = False) -
     seconds = time.perf_counter() - start
     if json_file is not None and is_main_process():
         write_file(json_file, json.dumps(_figures(cfg, runner, metrics, seconds), indent=2) + '\n')
-    explain(runner, compiled=compiled)
+    explain(runner)
     return metrics
 
 

@@ -3,6 +3,7 @@ import csv
 import json
 import logging
 import re
+import signal
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,9 @@ from mmseg_edaformer.engine import evaluation
 from mmseg_edaformer.engine.evaluation import EXAMPLES, Evaluation, EvaluationHook
 from mmseg_edaformer.engine.launch import add_report
 from tests.conftest import write_config
-from tests.processes import run_tool
+from tests.engine.test_resume import sending
+from tests.engine.training import train
+from tests.processes import finish, in_child, run_tool
 
 CLASSES = ('<b>&"', 'road $x^$', 'absent', 'tree', 'lamp')
 PALETTE = tuple((40 * i, 255 - 40 * i, 90) for i in range(len(CLASSES)))
@@ -263,7 +266,7 @@ def test_nothing_of_a_report_ends_a_run(runner, tmp_path, monkeypatch, caplog):
     runner.logger.propagate = True
     monkeypatch.setattr(report, 'read_curves', lambda folder: 1 / 0)
     evaluation.explain(runner)
-    assert 'whose results are complete' in caplog.text
+    assert 'the run is as it should be' in caplog.text
     assert 'ZeroDivisionError' in caplog.text
     assert caplog.records[-1].levelname == 'ERROR'
     caplog.clear()
@@ -271,7 +274,7 @@ def test_nothing_of_a_report_ends_a_run(runner, tmp_path, monkeypatch, caplog):
     (tmp_path / 'report').write_text('a file where the folder belongs')
     evaluation.explain(runner)
     assert caplog.records[-1].levelname == 'WARNING'
-    assert re.search(r'results are complete: .*exists', caplog.text)
+    assert re.search(r'the run is as it should be: .*exists', caplog.text)
 
 
 def test_the_switch():
@@ -328,6 +331,22 @@ def test_a_training(trained):
         'worst_2.png', 'images.csv', 'confusion.csv'}
     for text in ('data_preprocessor', 'parameters', 'ISR ratio none', 'iter_5.pth', 'waiting for'):
         assert text in page.says
+
+
+def test_a_training_that_goes_on(scenes, tmp_path):
+    """Each validation leaves a report, and that of the end takes its place."""
+    options = {'train_cfg.max_iters': 4, 'train_cfg.val_interval': 2, 'report': True,
+               'default_hooks.checkpoint.interval': 2}
+    pid = in_child(train, write_config(tmp_path, scenes), tmp_path / 'work', options=options,
+                   before=sending(3, signal.SIGKILL), log=tmp_path / 'log')
+    assert finish(pid) == -signal.SIGKILL
+    assert f'Report: {tmp_path}/work/report.html' in (tmp_path / 'log').read_text()
+    page = check_page(tmp_path / 'work' / 'report.html')
+    for text in ('The run goes on.', 'iterations 2 of 4', 'best: best_mIoU_iter_2.pth',
+                 'Of the validation after iteration 2', 'Measured when the run ends'):
+        assert text in page.says
+    steps = read_csv(tmp_path / 'work' / 'report' / 'curves.csv')
+    assert [bool(row['val/mIoU']) for row in steps] == [False, True]
 
 
 def test_the_report_of_a_run_killed_before_it(trained, tmp_path):
@@ -390,7 +409,7 @@ def test_a_folder_that_cannot_be_written(trained, tmp_path):
     config, work, _ = trained
     (tmp_path / 'report').write_text('a file where the folder belongs')
     log = tool('tools/test.py', config, work / 'iter_5.pth', '--work-dir', tmp_path)
-    assert 'There is no report of this run, whose results are complete' in log
+    assert 'There is no report, but the run is as it should be: ' in log
     assert 'Traceback' not in log
 
 
