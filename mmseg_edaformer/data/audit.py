@@ -138,14 +138,19 @@ def check_samples(cfg: Config, split: str, dataset: BaseSegDataset, *, alone: bo
             has a ``skip_list``, and for what holds for all masks of a test set or of one data set
             of several.
     """
-    if _is_remote(dataset) or not dataset.data_prefix.get('seg_map_path'):
+    if _is_remote(dataset):
         return
     pairs, loader = _pairs(dataset), _loader(dataset, dict(_heads(cfg)))
+    if not pairs:
+        raise DataError(f'the {split} set: no images: {dataset.ann_file}. What to do: '
+                        f'{CHECKS["no images"][1]}')
+    if not dataset.data_prefix.get('seg_map_path'):
+        return
     facts: dict[File, Facts] = {}
     for count in _SAMPLES:
         part = Part(split, split, '', dataset, loader, _ignored(cfg))
         part.pairs = [pairs[i] for i in sorted(
-            {*np.linspace(0, len(pairs) - 1, count).astype(int)})] if pairs else []
+            {*np.linspace(0, len(pairs) - 1, count).astype(int)})]
         for image, mask in part.pairs:
             for file in (('image', image), ('mask', mask or '')):
                 if file not in facts:

@@ -462,6 +462,14 @@ def test_samples_warn(cfg, data, told):
     assert found(cfg, 'train').keys() == {('train', text.split(':')[1].strip()) for text in told}
 
 
+def test_a_list_of_nothing_stops_a_run(cfg, data):
+    (data / 'none.txt').touch()
+    cfg.train_dataloader.dataset.ann_file = 'none.txt'
+    assert found(cfg, 'train').keys() == {('train', 'no images')}
+    with pytest.raises(DataError, match=r'the train set: no images: .*none\.txt\. What to do'):
+        check_samples(cfg, 'train', build(cfg))
+
+
 @pytest.mark.parametrize(('change', 'check'), [
     (lambda labels: 255 * (labels == 3), 'mask of 0 and 255'),
     (lambda labels: 255 + 0 * labels, 'no label in any mask')])
