@@ -227,7 +227,7 @@ class Interception(TorchFunctionMode):
         suffix = self.reduction.rule.suffix
         if isinstance(suffix, int):
             return suffix
-        return int(getattr(self.call.owners[f'@{suffix}'], suffix))
+        return _count(self.call.owners[f'@{suffix}'], suffix)
 
     def _linear(self, func: Callable[..., Tensor], input: Tensor, weight: Tensor,
                 bias: Tensor | None = None) -> Tensor:

@@ -208,6 +208,9 @@ CONVOLUTIONAL = [
     ('gcvit_xxtiny', (128, 128), [(4, 4), (8, 8)], 12, dict(img_size=128)),
     ('nest_tiny', (112, 112), [(7, 7)], 12, dict(img_size=112)),
     ('caformer_s18', (128, 160), [(8, 10), (4, 5)], 12, {}),
+    ('efficientformer_l1', (224, 224), [(7, 7)], 1, {}),
+    ('lowformer_b0', (224, 160), [(4, 3), (7, 5)], 7, {}),
+    ('cpubone_b0_bfrobust', (224, 160), [(4, 3), (7, 5)], 7, {}),
 ]
 
 
@@ -215,6 +218,52 @@ CONVOLUTIONAL = [
 def test_convolutional(name, size, grids, expected, kwargs):
     model = build(name, False, num_classes=0, **kwargs)
     check_adapter(model, image(*size), grids, ratios=(3,), expected=expected, compiled=False)
+
+
+@pytest.mark.parametrize('stride', [1, 2])
+@pytest.mark.parametrize(('name', 'size', 'grid', 'kwargs'), [
+    ('bottleneck', (80, 112), (5, 7), dict(feat_size=(5, 7), scale_pos_embed=True)),
+    ('bottleneck', (96, 96), (6, 6), dict(feat_size=(6, 6))),
+    ('halo', (128, 192), (6, 6), dict(block_size=4, halo_size=1)),
+])
+def test_in_place_of_convolutions(name, size, grid, kwargs, stride):
+    """Keys of a map, or of windows that overlap; relative positions follow from the queries."""
+    attention = timm.layers.get_attn(name)(16, stride=stride, num_heads=4, **kwargs)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 16, 16), attention)
+    check_adapter(model, image(*size), [grid], expected=1, compiled=False)
+
+
+@pytest.mark.parametrize('fused', [True, False], ids=['fused', 'explicit'])
+@pytest.mark.parametrize('separate', [True, False])
+@pytest.mark.parametrize(('token', 'rotary'), [(False, False), (True, False), (False, True)])
+def test_pooling_of_clip(token, rotary, separate, fused):
+    """One query, behind a token of its own or the mean of the map, pools a map."""
+    from timm.layers import AttentionPool2d, RotAttentionPool2d
+    cls, feature = (RotAttentionPool2d, 'ref_feat_size') if rotary else (
+        AttentionPool2d, 'feat_size')
+    pool = cls(16, **{feature: (5, 7)}, num_heads=4, class_token=token, qkv_separate=separate)
+    pool.fused_attn = fused
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 16, 16), pool)
+    check_adapter(model, image(80, 112), [(5, 7)], prefix=1, expected=1, compiled=False)
+
+
+@pytest.mark.parametrize('distilled', [True, False])
+def test_pit(distilled):
+    """Tokens and maps of three stages, pooled apart."""
+    from timm.models.pit import PoolingVisionTransformer
+    model = PoolingVisionTransformer((80, 112), 16, 8, 'overlap', (12, 12, 12), (1, 2, 1),
+                                     (2, 4, 8), 2.0, distilled=distilled)
+    check_adapter(model, image(80, 112), [(9, 13), (5, 7), (3, 4)], prefix=1 + distilled,
+                  expected=4, compiled=False)
+
+
+@pytest.mark.parametrize('convolutions', [True, False])
+def test_crossvit(convolutions):
+    """Patches of two sizes, whose class tokens see each other's."""
+    from timm.models.crossvit import CrossVit
+    model = CrossVit((72, 96), (1.0, 2 / 3), patch_size=(12, 16), embed_dim=(16, 24),
+                     depth=((1, 2, 0), (1, 1, 1)), num_heads=(2, 2), multi_conv=convolutions)
+    check_adapter(model, image(72, 96), [(6, 8), (3, 4)], prefix=1, expected=9, compiled=False)
 
 
 @BOTH

@@ -6,10 +6,11 @@ import torch
 
 transformers = pytest.importorskip('transformers', reason='this checks models of transformers')
 
+from mmseg_edaformer.errors import RatioError  # noqa: E402
 from mmseg_edaformer.isr import apply_isr, report_isr  # noqa: E402
 from mmseg_edaformer.isr.adapters import find_attention  # noqa: E402
 
-from .check import check_adapter, first  # noqa: E402
+from .check import check_adapter, first, layers  # noqa: E402
 from .test_mmseg import sizes  # noqa: E402
 
 PLAIN = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
@@ -67,6 +68,71 @@ def test_plain_vit(name, size, implementation, device):
     model = build(name, implementation, image_size=image_size, patch_size=16, **PLAIN, **config)
     check_adapter(model, torch.randn(2, 3, *size).to(device), [(size[0] // 16, size[1] // 16)],
                   prefix=prefix, expected=2, compiled=compiles(size, implementation))
+
+
+VISION = [
+    # Copies of a plain ViT in larger models: tokens in front, and layers.
+    ('AltCLIPVisionModel', 1, 2, {}),
+    ('Aimv2VisionModel', 0, 3, {}),
+    ('Blip2VisionModel', 1, 2, {}),
+    ('BlipVisionModel', 1, 2, {}),
+    ('ChineseCLIPVisionModel', 1, 2, {}),
+    ('CLIPSegVisionModel', 1, 2, {}),
+    ('CLIPVisionModel', 1, 2, {}),
+    ('Data2VecVisionModel', 1, 2, dict(use_relative_position_bias=True)),
+    ('FlavaImageModel', 1, 2, {}),
+    ('GitVisionModel', 1, 2, {}),
+    ('IJepaModel', 0, 2, {}),
+    ('InstructBlipVisionModel', 1, 2, {}),
+    ('InternVLVisionModel', 1, 2, {}),
+    ('JanusVisionModel', 0, 2, dict(mlp_ratio=2.0)),
+    ('MetaClip2VisionModel', 1, 2, {}),
+    ('MgpstrModel', 1, 2, dict(image_size=[80, 80])),
+    ('MLCDVisionModel', 1, 2, {}),
+    ('Owlv2VisionModel', 1, 2, {}),
+    ('OwlViTVisionModel', 1, 2, {}),
+    ('PixioModel', 8, 2, {}),
+    ('Sapiens2Backbone Sapiens2Config', 9, 2, {}),
+    ('SiglipVisionModel', 0, 3, {}),
+    ('Tipsv2VisionModel', 2, 2, {}),
+    ('ViTMSNModel', 1, 2, {}),
+    ('VitPoseBackbone VitPoseBackboneConfig', 0, 2, dict(image_size=[80, 80],
+                                                         patch_size=[16, 16])),
+    ('VitDetModel', 0, 2, dict(use_relative_position_embeddings=True)),
+]
+
+
+@pytest.mark.parametrize(('name', 'prefix', 'expected', 'config'), VISION)
+def test_vision_models(name, prefix, expected, config):
+    model = build(name, **{**PLAIN, 'image_size': 80, 'patch_size': 16, **config})
+    check_adapter(model, torch.randn(2, 3, 80, 80), [(5, 5)], prefix=prefix, expected=expected,
+                  compiled=False, pickled=False)
+
+
+SAM = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=80, patch_size=16,
+           window_size=3, global_attn_indexes=[1], mlp_dim=32, output_channels=8)
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize(('name', 'config'), [
+    ('SamVisionModel', SAM),
+    ('SamHQVisionModel', SAM),
+    ('Sam2HieraDetModel Sam2HieraDetConfig', dict(
+        hidden_size=16, num_attention_heads=1, image_size=[96, 96], blocks_per_stage=[1, 2, 1, 1],
+        embed_dim_per_stage=[16, 32, 64, 128], num_attention_heads_per_stage=[1, 2, 4, 8],
+        window_size_per_stage=[8, 4, 6, 3], global_attention_blocks=[2],
+        window_positional_embedding_background_size=[2, 2])),
+    ('Sam3ViTModel', dict(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=80, patch_size=16,
+        window_size=3, global_attn_indexes=[1], intermediate_size=32, pretrain_image_size=80)),
+])
+def test_sam(name, config, implementation):
+    """Windows, padded, and whole maps; keys with relative positions or rotated."""
+    model = build(name, implementation, **config)
+    expected = len(layers(model))
+    size = config['image_size'] if isinstance(config['image_size'], list) else [80, 80]
+    check_adapter(model, torch.randn(1, 3, *size), [(5, 5), (3, 3), (4, 4), (8, 8), (12, 12), (6, 6)],
+                  expected=expected, compiled=False, pickled=False)
 
 
 def test_beit_shared_bias():
@@ -163,6 +229,94 @@ def test_dpt_hybrid():
     model = build('DPTModel', image_size=80, patch_size=16, is_hybrid=True,
                   backbone_config=backbone, backbone_featmap_shape=[1, 32, 5, 5], **PLAIN)
     check_adapter(model, torch.randn(2, 3, 80, 80), [(5, 5)], prefix=1, expected=2, pickled=False)
+
+
+@pytest.mark.parametrize(('name', 'config'), [
+    ('DonutSwinModel', SWIN),
+    ('Swin2SRModel', dict(embed_dim=24, depths=[2, 2], num_heads=[1, 2], window_size=7,
+                          image_size=28, patch_size=1)),
+])
+def test_other_swins(name, config):
+    size = (28, 35) if name == 'Swin2SRModel' else (100, 120)
+    check_adapter(build(name, **config), torch.randn(1, 3, *size), [(7, 7)], ratio_of=odd_keep,
+                  expected=4, compiled=False)
+
+
+@pytest.mark.parametrize('size', [(128, 192), (136, 200)], ids=str)
+def test_glpn(size):
+    model = build('GLPNModel', sr_ratios=REDUCTIONS, **STAGES)
+    check_adapter(model, torch.randn(2, 3, *size), sizes(*size, REDUCTIONS), expected=5,
+                  compiled=False)
+
+
+def test_yolos():
+    """Tokens for detections stand behind the patches."""
+    model = build('YolosModel', image_size=[80, 112], patch_size=16, num_detection_tokens=3,
+                  **PLAIN)
+    check_adapter(model, torch.randn(2, 3, 80, 112), [(5, 7)], prefix=1, suffix=3, expected=2)
+
+
+@pytest.mark.parametrize('name', ['Eomt', 'EomtDinov3'])
+def test_eomt(name):
+    """Queries join in the last block."""
+    model = build(f'{name}ForUniversalSegmentation {name}Config', image_size=80, patch_size=16,
+                  num_queries=6, num_register_tokens=3, num_blocks=1, num_upscale_blocks=1,
+                  **PLAIN)
+    model.attn_mask_probs.zero_()
+    check_adapter(model, torch.randn(1, 3, 80, 80), [(5, 5)], prefix=None, expected=2,
+                  compiled=False, pickled=False)
+
+
+RESNET = dict(depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 8, 16], embedding_size=8,
+              layer_type='basic', out_features=['stage4'])
+
+
+@pytest.mark.parametrize('name', ['ConditionalDetr', 'DabDetr', 'Detr'])
+def test_detr(name):
+    """Its encoder's keys, and those that its queries see; the queries' own stay."""
+    model = build(f'{name}Model', backbone_config=transformers.ResNetConfig(**RESNET),
+                  use_timm_backbone=False, use_pretrained_backbone=False, backbone=None,
+                  d_model=32, hidden_size=32, encoder_layers=1, decoder_layers=2,
+                  encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=32,
+                  decoder_ffn_dim=32, num_queries=5)
+    check_adapter(model, torch.randn(1, 3, 160, 224), [(5, 7)], expected=3, compiled=False,
+                  pickled=False)
+    assert all('queries' in reason for reason in find_attention(model).irreducible.values())
+    assert not find_attention(model).unknown
+
+
+TOWERS = ['Aimv2', 'CLIP', 'CLIPSeg', 'MetaClip2', 'Owlv2', 'OwlViT', 'Siglip']
+
+
+@pytest.mark.parametrize('name', TOWERS)
+def test_words_stay(name):
+    """Of a model for images and words, the tower for images is reduced alone."""
+    tower = dict(PLAIN, image_size=80, patch_size=16, vocab_size=99, max_position_embeddings=9)
+    model = getattr(transformers, f'{name}Model')(getattr(transformers, f'{name}Config')(
+        text_config=tower, vision_config=tower))
+    found = find_attention(model)
+    assert not found.unknown
+    assert sorted(found.irreducible) == sorted(
+        key for key, _ in model.named_modules()
+        if key.startswith('text_model') and key.rpartition('.')[2] in ('self_attn', 'attention'))
+    apply_isr(model, 2, strict=True)
+    words = torch.arange(7).expand(2, -1)
+    assert model(input_ids=words, pixel_values=torch.randn(2, 3, 80, 80)).logits_per_image.isfinite(
+        ).all()
+
+
+@pytest.mark.parametrize(('name', 'reason'), [
+    ('ViTMAEModel', 'shuffled'),
+    ('TableTransformerModel', 'checks the number'),
+    ('Siglip2VisionModel', 'Siglip2Attention is not known'),
+    ('HieraModel', 'HieraMaskUnitAttention is not known'),
+])
+def test_refused(name, reason):
+    """What lies on no grid, or on one that ISR does not find, is refused and named."""
+    with torch.device('meta'):
+        model = build(name)
+    with pytest.raises(RatioError, match=reason):
+        apply_isr(model, 2)
 
 
 def test_small_map_has_no_shift():

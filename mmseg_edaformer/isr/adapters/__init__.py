@@ -18,7 +18,7 @@ from ..grids import Arguments, GridSource, Patches
 from ..install import install, uninstall
 from ..intercept import Reduction, Setting, resolve
 from ..rules import AttentionRule, Irreducible, Rule
-from . import edaformer, mmpretrain, mmseg, research, timm, transformers
+from . import edaformer, mmpretrain, mmseg, research, timm, torchvision, transformers
 
 _registered: dict[str, Rule] = {}
 
@@ -192,7 +192,7 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, list[nn.Module]]]:
 
 
 _tables = (_registered, edaformer.RULES, mmseg.RULES, timm.RULES, transformers.RULES,
-           mmpretrain.RULES)
+           mmpretrain.RULES, torchvision.RULES)
 _places = {place for table in _tables for place in table if ':' in place}
 
 

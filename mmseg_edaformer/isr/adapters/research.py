@@ -120,7 +120,8 @@ RULES: dict[str, tuple[tuple[tuple[str, ...], Rule], ...]] = {
 """For each class the attributes that must be there, and the rule; the first that fits counts."""
 
 
-LIBRARIES = {'mmcv', 'mmdet', 'mmpretrain', 'mmseg', 'timm', 'torch', 'transformers'}
+LIBRARIES = {'mmcv', 'mmdet', 'mmpretrain', 'mmseg', 'segmentation_models_pytorch', 'timm', 'torch',
+             'torchvision', 'transformers'}
 """They have tables of their own; what is not there must not be guessed by its name."""
 
 

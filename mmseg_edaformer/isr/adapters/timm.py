@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..grids import Arguments, Call, GridSource, InputMap, Patches, Window
+from ..grids import Arguments, Call, GridSource, InputMap, OwnMaps, Patches, Window
 from ..pooling import Grid
 from ..rules import AttentionRule, Irreducible, Rule
 
@@ -64,16 +64,30 @@ class Unrolled(GridSource):
         return levels
 
 
+@dataclass(frozen=True)
+class Branches(GridSource):
+    """Maps of several patch embeddings, told apart by their number of patches (CrossViT)."""
+    owner = 'patch_embed'
+
+    def find(self, call: Call) -> list[Grid]:
+        embeddings: Any = call.owners[self.owner]
+        return [(embedding.img_size[0] // embedding.patch_size[0],
+                 embedding.img_size[1] // embedding.patch_size[1]) for embedding in embeddings]
+
+
 def _product(blocks: list[Grid]) -> Grid:
     """Sides of a block of blocks of blocks."""
     return math.prod([block[0] for block in blocks]), math.prod([block[1] for block in blocks])
 
 
-_PATCHES = AttentionRule(Patches('patch_embed.proj'), None)
+_PREFIX = ('num_prefix_tokens',)
+_PATCHES = AttentionRule(Patches('patch_embed.proj'), _PREFIX)
 _SHIFTED = AttentionRule(Window(shift='shift_size'))
 _RESOLUTION = AttentionRule(Window('resolution'))
 _MAP = AttentionRule(InputMap())
 _MAP_LAST = AttentionRule(InputMap(channels_last=True))
+_BRANCHES = AttentionRule(Branches(), 1)
+_POOL = AttentionRule(InputMap(), 1)  # behind a class token, or the mean of the map
 _CHANNELS = Irreducible('its keys are channels, not tokens')
 _LINEAR = Irreducible('it sums up its keys before the queries see them, at a cost linear in them')
 
@@ -81,7 +95,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys((
         'timm.layers.attention.Attention',
         'timm.models.beit.Attention',
-    ), AttentionRule(Patches('patch_embed.proj'), None, projections=('qkv',))),
+    ), AttentionRule(Patches('patch_embed.proj'), _PREFIX, projections=('qkv',))),
     **dict.fromkeys((
         'timm.layers.attention.AttentionRope',
         'timm.layers.attention_pool.AttentionPoolLatent',
@@ -115,7 +129,22 @@ RULES: dict[str, Rule] = {
         'timm.models.levit.AttentionDownsample',
     ), _RESOLUTION),
     **dict.fromkeys((
+        'timm.layers.attention_pool2d.AttentionPool2d',
+        'timm.layers.attention_pool2d.RotAttentionPool2d',
+    ), _POOL),
+    **dict.fromkeys((
+        'timm.models.cpubone.ConvAttention',
+        'timm.models.lowformer.ConvAttention',
+    ), AttentionRule(OwnMaps())),
+    'timm.layers.halo_attn.HaloAttn': AttentionRule(Window('win_size')),
+    'timm.models.crossvit.MultiScaleBlock:blocks.*.*.attn': _BRANCHES,
+    'timm.models.crossvit.CrossAttention': _BRANCHES,
+    'timm.models.pit.Transformer:blocks.*.attn':
+        AttentionRule(Patches('pool.conv|patch_embed.conv'), ('cls_token',),
+                      projections=('qkv',)),
+    **dict.fromkeys((
         'timm.layers.attention2d.Attention2d',
+        'timm.layers.bottleneck_attn.BottleneckAttn',
         'timm.layers.attention2d.MultiQueryAttention2d',
         'timm.models.maxxvit.Attention2d',
         'timm.models.efficientformer_v2.Attention2d',
@@ -130,11 +159,19 @@ RULES: dict[str, Rule] = {
         'timm.models.vision_transformer_sam.Attention',
         'timm.models.volo.Attention',
     ), _MAP_LAST),
-    'timm.models.volo.ClassAttention': AttentionRule(Patches('network.1.proj'), None),
-    'timm.models.metaformer.Attention': AttentionRule(Patches('downsample.conv')),
+    'timm.models.volo.ClassAttention': AttentionRule(Patches('network.1.proj'), ('cls_token',)),
+    **dict.fromkeys((
+        'timm.models.efficientformer.Attention',
+        'timm.models.metaformer.Attention',
+    ), AttentionRule(Patches('downsample.conv'))),
     'timm.models.nest.Attention': AttentionRule(Blocks('block_size')),
     'timm.models.volo.OutlookAttention':
         Irreducible('it has no keys: each query predicts the weights of its neighbours'),
+    **dict.fromkeys((
+        'timm.layers.non_local_attn.BilinearAttnTransform',
+        'timm.layers.selective_kernel.SelectiveKernelAttn',
+        'timm.layers.split_attn.SplitAttn',
+    ), Irreducible('it weighs a map by gates, without keys')),
     **dict.fromkeys((
         'timm.models.davit.ChannelAttention',
         'timm.models.davit.ChannelAttentionV2',

@@ -1,5 +1,5 @@
 """transformers."""
-from ..grids import Arguments, OwnMaps, Patches, Window
+from ..grids import Arguments, InputMap, OwnMaps, Patches, Window
 from ..rules import AttentionRule, Irreducible, Rule
 
 
@@ -14,37 +14,134 @@ _TEXT = Irreducible('its keys are words or queries, which lie on no grid')
 
 _SIZE = Arguments(('height', 'width'))
 _PROJECTIONS = ('k_proj', 'v_proj')
-_PATCHES = AttentionRule(Patches('embeddings.patch_embeddings.projection'), None,
-                         projections=_PROJECTIONS)
-_CONVOLUTION = AttentionRule(Patches('embeddings.patch_embeddings'), None)
+_KEY_VALUE = ('key', 'value')
 _LEVELS = AttentionRule(Patches('pixel_level_module'))
+_SHIFTED = AttentionRule(Window(shift='shift_size'))
+_MAP = AttentionRule(InputMap(channels_last=True))
+
+
+def _patches(*prefix: str, path: str = 'patch_embeddings.projection',
+             projections: tuple[str, ...] = _PROJECTIONS, suffix: str | int = 0) -> AttentionRule:
+    """Patches behind tokens that the embeddings hold, named from the patches outward."""
+    return AttentionRule(Patches(f'embeddings.{path}'),
+                         tuple(f'embeddings.{name}' for name in prefix), suffix, projections)
+
+
+_CLASS = _patches('cls_token')
+_CLIP = _patches('class_embedding', path='patch_embedding')
+_REGISTERS = 'register_tokens', 'cls_token'
+_FEATURES = AttentionRule(Patches('input_projection'))
 
 RULES: dict[str, Rule] = {
     _full('segformer', 'SegformerAttention'): AttentionRule(_SIZE, projections=_PROJECTIONS),
     # A class token joins in the last stage, which nothing in the module tells.
-    _full('pvt', 'PvtEfficientSelfAttention'):
-        AttentionRule(_SIZE, (1,), projections=('key', 'value')),
-    _full('pvt_v2', 'PvtV2SelfAttention'):
-        AttentionRule(_SIZE, projections=('key', 'value')),
+    _full('pvt', 'PvtEfficientSelfAttention'): AttentionRule(_SIZE, (1,), projections=_KEY_VALUE),
+    _full('pvt_v2', 'PvtV2SelfAttention'): AttentionRule(_SIZE, projections=_KEY_VALUE),
+    _full('glpn', 'GLPNEfficientSelfAttention'): AttentionRule(_SIZE, projections=_KEY_VALUE),
     _full('cvt', 'CvtSelfAttention'): AttentionRule(OwnMaps(), 'with_cls_token'),
 
-    _full('vit', 'ViTAttention'): _PATCHES,
-    _full('deit', 'DeiTAttention'): _PATCHES,
-    _full('beit', 'BeitAttention'): _PATCHES,
-    _full('dinov2', 'Dinov2Attention'): _PATCHES,
-    _full('dinov2_with_registers', 'Dinov2WithRegistersAttention'): _PATCHES,
-    _full('dinov3_vit', 'DINOv3ViTAttention'): _CONVOLUTION,
+    **dict.fromkeys((
+        _full('vit', 'ViTAttention'),
+        _full('vit_msn', 'ViTMSNAttention'),
+        _full('beit', 'BeitAttention'),
+        _full('dinov2', 'Dinov2Attention'),
+        _full('internvl', 'InternVLVisionAttention'),
+        _full('pixio', 'PixioAttention'),
+    ), _CLASS),
+    **dict.fromkeys((
+        _full('flava', 'FlavaSelfAttention'),
+        'transformers.models.data2vec.modeling_data2vec_vision.Data2VecVisionSelfAttention',
+    ), _patches('cls_token', projections=_KEY_VALUE)),
+    _full('yolos', 'YolosSelfAttention'):
+        _patches('cls_token', projections=_KEY_VALUE, suffix='embeddings.detection_tokens'),
+    _full('deit', 'DeiTAttention'): _patches('distillation_token', 'cls_token'),
+    _full('ijepa', 'IJepaAttention'): _patches(),
+    _full('vitpose_backbone', 'VitPoseBackboneSelfAttention'): _patches(projections=_KEY_VALUE),
+    _full('mgp_str', 'MgpstrAttention'): _patches('cls_token', path='proj', projections=()),
+    _full('dinov2_with_registers', 'Dinov2WithRegistersAttention'): _patches(*_REGISTERS),
+    _full('tipsv2', 'Tipsv2VisionAttention'): _patches(*_REGISTERS),
+    # Keys are rotated.
+    _full('dinov3_vit', 'DINOv3ViTAttention'):
+        _patches(*_REGISTERS, path='patch_embeddings', projections=()),
+    _full('sapiens2', 'Sapiens2Attention'):
+        _patches(*_REGISTERS, path='patch_embeddings', projections=()),
     _full('dpt', 'DPTSelfAttention'): AttentionRule(
-        Patches('embeddings.patch_embeddings.projection|embeddings.projection'), None,
-        projections=('key', 'value')),
+        Patches('embeddings.patch_embeddings.projection|embeddings.projection'),
+        ('embeddings.cls_token',), projections=_KEY_VALUE),
     # In the last blocks queries stand in front of the other tokens.
-    _full('eomt', 'EomtAttention'): _PATCHES,
+    _full('eomt', 'EomtAttention'): AttentionRule(
+        Patches('embeddings.patch_embeddings.projection'),
+        ('embeddings.register_tokens', 'embeddings.cls_token', 'query.weight'),
+        projections=_PROJECTIONS),
+    _full('eomt_dinov3', 'EomtDinov3Attention'): AttentionRule(
+        Patches('embeddings.patch_embeddings'),
+        ('embeddings.register_tokens', 'embeddings.cls_token', 'query.weight')),
+
+    **dict.fromkeys((f'{_full(family, name)}TextModel:encoder.layers.*.self_attn'
+                     for family, name in (('clip', 'CLIP'), ('clipseg', 'CLIPSeg'),
+                                          ('metaclip_2', 'MetaClip2'), ('siglip', 'Siglip'))),
+                    _TEXT),
+    **dict.fromkeys((f'{_full(family, name)}TextTransformer:encoder.layers.*.self_attn'
+                     for family, name in (('owlvit', 'OwlViT'), ('owlv2', 'Owlv2'))), _TEXT),
+    _full('aimv2', 'Aimv2TextModel:encoder.layers.*.attention'): _TEXT,
+    **dict.fromkeys((
+        _full('altclip', 'AltCLIPAttention'),
+        _full('chinese_clip', 'ChineseCLIPVisionAttention'),
+        _full('clip', 'CLIPAttention'),
+        _full('clipseg', 'CLIPSegAttention'),
+        _full('git', 'GitVisionAttention'),
+        _full('metaclip_2', 'MetaClip2Attention'),
+        _full('owlvit', 'OwlViTAttention'),
+        _full('owlv2', 'Owlv2Attention'),
+    ), _CLIP),
+    **dict.fromkeys((  # one layer makes queries, keys and values, and MLCD rotates keys
+        _full('blip', 'BlipAttention'),
+        _full('blip_2', 'Blip2Attention'),
+        _full('instructblip', 'InstructBlipAttention'),
+        _full('mlcd', 'MLCDAttention'),
+    ), _patches('class_embedding', path='patch_embedding', projections=())),
+    _full('siglip', 'SiglipAttention'): _patches(path='patch_embedding'),
+    _full('siglip', 'SiglipMultiheadAttentionPoolingHead:attention'):
+        AttentionRule(Patches('embeddings.patch_embedding')),
+    _full('janus', 'JanusVisionAttention'): _patches(path='patch_embedding', projections=()),
+    _full('aimv2', 'Aimv2Attention'): _patches(path='patch_embed'),
+    _full('aimv2', 'Aimv2AttentionPoolingHead'): _patches(path='patch_embed'),
+
+    **dict.fromkeys((
+        _full('sam', 'SamVisionAttention'),
+        _full('sam2', 'Sam2MultiScaleAttention'),
+        _full('sam3', 'Sam3ViTRoPEAttention'),
+        _full('sam_hq', 'SamHQVisionAttention'),
+        _full('vitdet', 'VitDetAttention'),
+    ), _MAP),
+    _full('vit_mae', 'ViTMAEAttention'):
+        Irreducible('its keys are some of the patches, shuffled'),
 
     _full('swin', 'SwinAttention'): AttentionRule(Window(shift='shift_size'),
                                                   projections=_PROJECTIONS),
-    _full('swinv2', 'Swinv2SelfAttention'): AttentionRule(Window(shift='shift_size')),
-    'transformers.models.maskformer.modeling_maskformer_swin.MaskFormerSwinSelfAttention':
-        AttentionRule(Window(shift='shift_size')),
+    **dict.fromkeys((
+        _full('swin2sr', 'Swin2SRSelfAttention'),
+        _full('swinv2', 'Swinv2SelfAttention'),
+        'transformers.models.donut.modeling_donut_swin.DonutSwinSelfAttention',
+        'transformers.models.maskformer.modeling_maskformer_swin.MaskFormerSwinSelfAttention',
+    ), _SHIFTED),
+
+    **dict.fromkeys((
+        _full('conditional_detr', 'ConditionalDetrEncoderLayer:self_attn'),
+        _full('conditional_detr', 'ConditionalDetrDecoderLayer:encoder_attn'),
+        _full('dab_detr', 'DabDetrEncoderLayer:self_attn'),
+        _full('dab_detr', 'DabDetrDecoderLayerCrossAttention:cross_attn'),
+        _full('detr', 'DetrEncoderLayer:self_attn'),
+        _full('detr', 'DetrDecoderLayer:encoder_attn'),
+    ), _FEATURES),
+    **dict.fromkeys((
+        _full('conditional_detr', 'ConditionalDetrDecoderLayer:self_attn'),
+        _full('dab_detr', 'DabDetrDecoderLayerSelfAttention:self_attn'),
+        _full('detr', 'DetrDecoderLayer:self_attn'),
+    ), _QUERIES),
+
+    _full('table_transformer', 'TableTransformerAttention'):
+        Irreducible('it checks the number of its keys'),
 
     _full('maskformer', 'MaskFormerDetrCrossAttention'): _LEVELS,
     _full('maskformer', 'MaskFormerDetrSelfAttention'): _QUERIES,

@@ -1,0 +1,19 @@
+"""torchvision, and the encoder that segmentation-models-pytorch has of its own."""
+from ..grids import Arguments, Patches, Window
+from ..rules import AttentionRule, Irreducible, Rule
+
+_MODELS = 'torchvision.models'
+_VIDEO = Irreducible('its keys lie in a volume of several frames')
+
+RULES: dict[str, Rule] = {
+    f'{_MODELS}.vision_transformer.EncoderBlock:self_attention':
+        AttentionRule(Patches('conv_proj'), 1),
+    # SwinV2's as well, which is a subclass.
+    f'{_MODELS}.swin_transformer.ShiftedWindowAttention':
+        AttentionRule(Window(shift='shift_size')),
+    f'{_MODELS}.maxvit.RelativePositionalMultiHeadAttention': AttentionRule(Window('size')),
+    f'{_MODELS}.video.swin_transformer.ShiftedWindowAttention3d': _VIDEO,
+    f'{_MODELS}.video.mvit.MultiscaleAttention': _VIDEO,
+    'segmentation_models_pytorch.encoders.mix_transformer.Attention':
+        AttentionRule(Arguments(('height', 'width')), projections=('kv',)),
+}
