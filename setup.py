@@ -35,6 +35,6 @@ setup(
         'export': ['onnx', 'onnxscript', 'onnxruntime', 'openvino', 'nncf'],
         'tensorboard': ['tensorboard'],
         'dev': ['pytest', 'pytest-xdist', 'ruff', 'mypy', 'timm', 'torchvision', 'transformers',
-                'mmpretrain', 'playwright'],
+                'mmpretrain', 'playwright', 'segmentation-models-pytorch'],
     },
 )

@@ -1,6 +1,7 @@
 """ISR on mmsegmentation's own transformers."""
 import pytest
 import torch
+from mmengine import ConfigDict
 from mmseg.registry import MODELS
 
 from .check import check_adapter
@@ -81,3 +82,27 @@ def test_svt(size):
                               norm_after_stage=False))
     check_adapter(model, torch.randn(2, 3, *size), [(7, 7), *sizes(*size, (8, 4, 2, 1))],
                   expected=8, masked=-500)
+
+
+class SideAdapter(torch.nn.Module):
+    """SAN's small transformer, without the features of CLIP that it can take in."""
+
+    def __init__(self):
+        super().__init__()
+        from mmseg.models.decode_heads.san_head import SideAdapterNetwork
+        self.network = SideAdapterNetwork(
+            embed_dims=24, num_queries=5, fusion_index=[9],
+            cfg_encoder=ConfigDict(num_encode_layer=2, num_heads=4, mlp_ratio=2),
+            cfg_decoder=ConfigDict(num_heads=2, num_layers=1, embed_channels=8, mlp_channels=8,
+                                   num_mlp=1, rescale=False))
+        torch.nn.init.normal_(self.network.query_embed)
+
+    def forward(self, image):
+        return self.network.encode_feature(image, [None], [])[0]
+
+
+@pytest.mark.parametrize('size', [(96, 96), (80, 112)], ids=str)
+def test_side_adapter(size):
+    """Queries stand in front of the patches."""
+    check_adapter(SideAdapter(), torch.randn(2, 3, *size), [(size[0] // 16, size[1] // 16)],
+                  prefix=5, expected=2, compiled=False)

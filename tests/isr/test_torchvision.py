@@ -5,7 +5,8 @@ import torch
 import mmseg_edaformer  # noqa: F401  makes torchvision importable
 from mmseg_edaformer.isr.adapters import find_attention
 
-from .check import check_adapter
+from .check import check_adapter, lively
+from .test_mmseg import sizes
 
 pytest.importorskip('torchvision', reason='torchvision is not installed')
 
@@ -39,8 +40,18 @@ def test_swin(version, size):
 def test_maxvit():
     """Windows, and grids of tokens that lie far apart."""
     from torchvision.models.maxvit import MaxVit
-    model = MaxVit((96, 96), 8, 3, [16, 24], 8, [1, 1], 0.1)
+    model = lively(MaxVit((96, 96), 8, 3, [16, 24], [1, 1], 8, 0.))
     check_adapter(model, torch.randn(1, 3, 96, 96), [(3, 3)], expected=4, compiled=False)
+
+
+@pytest.mark.parametrize('size', [(128, 192), (160, 224)], ids=str)
+def test_segformer_of_smp(size):
+    """Its MiT is a copy, whose arguments have other names."""
+    smp = pytest.importorskip('segmentation_models_pytorch',
+                              reason='segmentation-models-pytorch is not installed')
+    model = smp.Segformer('mit_b0', encoder_weights=None, decoder_segmentation_channels=16)
+    check_adapter(model, torch.randn(1, 3, *size), sizes(*size, (8, 4, 2, 1)), expected=8,
+                  compiled=size == (160, 224))
 
 
 def test_nothing_in_volumes():

@@ -42,7 +42,8 @@ class MaskedWindow(Window):
         return -rows % size, -columns % size
 
 
-_PLAIN = AttentionRule(Patches('patch_embed.projection'), None, projections=('qkv',))
+_PLAIN = AttentionRule(Patches('patch_embed.projection'), ('num_extra_tokens',),
+                       projections=('qkv',))
 _SHIFTED = AttentionRule(Window(shift='shift_size'))
 _CHANNELS = Irreducible('its keys are channels, not tokens')
 

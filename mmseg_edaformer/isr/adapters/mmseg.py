@@ -13,10 +13,10 @@ RULES: dict[str, Rule] = {
     f'{_BACKBONES}.twins.LocallyGroupedSelfAttention': AttentionRule(MaskedWindow()),
     f'{_BACKBONES}.swin.WindowMSA': AttentionRule(Window(shift='shift_size'),
                                                projections=('qkv',)),
-    f'{_BACKBONES}.beit.BEiTAttention': AttentionRule(Patches('patch_embed.projection'), None,
+    f'{_BACKBONES}.beit.BEiTAttention': AttentionRule(Patches('patch_embed.projection'), ('cls_token',),
                                                      projections=('qkv',)),
     'mmcv.cnn.bricks.transformer.MultiheadAttention':
-        AttentionRule(Patches('patch_embed.projection'), None),
+        AttentionRule(Patches('patch_embed.projection'), ('cls_token', 'query_embed')),
     # Segmenter: a token for each class stands behind the patches.
     'mmseg.models.decode_heads.segmenter_mask_head.SegmenterMaskTransformerHead:layers.*.attn':
         AttentionRule(Patches('backbone'), suffix='num_classes'),
