@@ -54,9 +54,10 @@ class GridSource:
     """Finds the grids that the keys of a module may lie on.
 
     ``owner`` is the path, below some module around the attention, of a module that the source
-    needs; ``recorded`` says that it needs the size of that module's output.
+    needs; ``recorded`` says that it needs the size of that module's output. ``beside`` is another.
     """
     owner: str | None = None
+    beside: str | None = None
     recorded = False
 
     def find(self, call: Call) -> list[Grid]:
@@ -167,6 +168,20 @@ class Patches(GridSource):
 
     def find(self, call: Call) -> list[Grid]:
         return list(getattr(call.owners[self.path], 'isr_grids', ()))
+
+
+@dataclass(frozen=True)
+class Unfolded(Patches):
+    """Tokens at one place in each patch of a map: MobileViT. ``side`` is an attribute around."""
+    side: str = 'patch_size'
+
+    @property
+    def beside(self) -> str:  # type: ignore[override]
+        return f'@{self.side}'
+
+    def find(self, call: Call) -> list[Grid]:
+        height, width = _pair(getattr(call.owners[self.beside], self.side))
+        return [(-(-rows // height), -(-columns // width)) for rows, columns in super().find(call)]
 
 
 def _pair(value: int | Sequence[int]) -> Grid:

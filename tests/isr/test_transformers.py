@@ -12,6 +12,7 @@ from mmseg_edaformer.isr.adapters import find_attention  # noqa: E402
 
 from .check import check_adapter, first, layers  # noqa: E402
 from .test_mmseg import sizes  # noqa: E402
+from .test_timm import unfolded  # noqa: E402
 
 PLAIN = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
 STAGES = dict(hidden_sizes=[8, 16, 32, 64], num_attention_heads=[1, 2, 4, 8], depths=[1, 1, 2, 1])
@@ -129,10 +130,10 @@ SAM = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_siz
 def test_sam(name, config, implementation):
     """Windows, padded, and whole maps; keys with relative positions or rotated."""
     model = build(name, implementation, **config)
-    expected = len(layers(model))
     size = config['image_size'] if isinstance(config['image_size'], list) else [80, 80]
-    check_adapter(model, torch.randn(1, 3, *size), [(5, 5), (3, 3), (4, 4), (8, 8), (12, 12), (6, 6)],
-                  expected=expected, compiled=False, pickled=False)
+    grids = [(side, side) for side in (5, 3, 4, 8, 12, 6)]
+    check_adapter(model, torch.randn(1, 3, *size), grids, expected=len(layers(model)),
+                  compiled=False, pickled=False)
 
 
 def test_beit_shared_bias():
@@ -308,6 +309,8 @@ def test_words_stay(name):
 @pytest.mark.parametrize(('name', 'reason'), [
     ('ViTMAEModel', 'shuffled'),
     ('TableTransformerModel', 'checks the number'),
+    ('MobileViTV2Model', 'cost linear'),
+    ('SwiftFormerModel', 'cost linear'),
     ('Siglip2VisionModel', 'Siglip2Attention is not known'),
     ('HieraModel', 'HieraMaskUnitAttention is not known'),
 ])
@@ -317,6 +320,19 @@ def test_refused(name, reason):
         model = build(name)
     with pytest.raises(RatioError, match=reason):
         apply_isr(model, 2)
+
+
+@pytest.mark.parametrize('size', [(128, 192), (136, 200)], ids=str)
+def test_mobilevit(size):
+    """Tokens at the same place of each patch of 2 x 2 see each other."""
+    model = build('MobileViTModel', hidden_sizes=[16, 24, 32], neck_hidden_sizes=[8] * 7,
+                  num_attention_heads=4)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    model.train()(torch.randn(4, 3, *size))  # norms that keep the image alive
+    check_adapter(model, torch.randn(1, 3, *size), unfolded(*size), expected=9,
+                  compiled=False, pickled=False)
 
 
 def test_small_map_has_no_shift():

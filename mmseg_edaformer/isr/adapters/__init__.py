@@ -252,7 +252,8 @@ def _names(cls: type) -> list[str]:
 
 def _owners(rule: AttentionRule, path: list[nn.Module]) -> tuple[dict[str, nn.Module], str]:
     """The modules that a rule reads from, and the name of one that is not there, if any."""
-    names = [rule.grid.owner, f'@{rule.suffix}' if isinstance(rule.suffix, str) else None]
+    names = [rule.grid.owner, rule.grid.beside,
+             f'@{rule.suffix}' if isinstance(rule.suffix, str) else None]
     owners = {name: _owner(name, path) for name in names if name}
     missing = next((name for name in owners if owners[name] is None), '')
     if isinstance(rule.prefix, tuple):

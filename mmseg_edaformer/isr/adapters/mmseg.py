@@ -13,8 +13,9 @@ RULES: dict[str, Rule] = {
     f'{_BACKBONES}.twins.LocallyGroupedSelfAttention': AttentionRule(MaskedWindow()),
     f'{_BACKBONES}.swin.WindowMSA': AttentionRule(Window(shift='shift_size'),
                                                projections=('qkv',)),
-    f'{_BACKBONES}.beit.BEiTAttention': AttentionRule(Patches('patch_embed.projection'), ('cls_token',),
-                                                     projections=('qkv',)),
+    f'{_BACKBONES}.beit.BEiTAttention': AttentionRule(
+        Patches('patch_embed.projection'), ('cls_token',), projections=('qkv',)),
+    # ViT, and SAN's side adapter, whose queries stand in front.
     'mmcv.cnn.bricks.transformer.MultiheadAttention':
         AttentionRule(Patches('patch_embed.projection'), ('cls_token', 'query_embed')),
     # Segmenter: a token for each class stands behind the patches.

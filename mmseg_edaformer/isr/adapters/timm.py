@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..grids import Arguments, Call, GridSource, InputMap, OwnMaps, Patches, Window
+from ..grids import Arguments, Call, GridSource, InputMap, OwnMaps, Patches, Unfolded, Window
 from ..pooling import Grid
 from ..rules import AttentionRule, Irreducible, Rule
 
@@ -139,6 +139,8 @@ RULES: dict[str, Rule] = {
     'timm.layers.halo_attn.HaloAttn': AttentionRule(Window('win_size')),
     'timm.models.crossvit.MultiScaleBlock:blocks.*.*.attn': _BRANCHES,
     'timm.models.crossvit.CrossAttention': _BRANCHES,
+    'timm.models.mobilevit.MobileVitBlock:transformer.*.attn':
+        AttentionRule(Unfolded('conv_1x1'), projections=('qkv',)),
     'timm.models.pit.Transformer:blocks.*.attn':
         AttentionRule(Patches('pool.conv|patch_embed.conv'), ('cls_token',),
                       projections=('qkv',)),

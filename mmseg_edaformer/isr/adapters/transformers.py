@@ -1,5 +1,5 @@
 """transformers."""
-from ..grids import Arguments, InputMap, OwnMaps, Patches, Window
+from ..grids import Arguments, InputMap, OwnMaps, Patches, Unfolded, Window
 from ..rules import AttentionRule, Irreducible, Rule
 
 
@@ -10,6 +10,7 @@ def _full(family: str, name: str) -> str:
 
 _QUERIES = Irreducible('its keys are the queries of the decoder, which lie on no grid')
 _SAMPLED = Irreducible('deformable attention: its keys are a few points sampled for each query')
+_LINEAR = Irreducible('it sums up its keys before the queries see them, at a cost linear in them')
 _TEXT = Irreducible('its keys are words or queries, which lie on no grid')
 
 _SIZE = Arguments(('height', 'width'))
@@ -114,6 +115,10 @@ RULES: dict[str, Rule] = {
         _full('sam_hq', 'SamHQVisionAttention'),
         _full('vitdet', 'VitDetAttention'),
     ), _MAP),
+    _full('mobilevit', 'MobileViTSelfAttention'):
+        AttentionRule(Unfolded('conv_1x1', 'patch_width'), projections=_KEY_VALUE),
+    _full('mobilevitv2', 'MobileViTV2LinearSelfAttention'): _LINEAR,
+    _full('swiftformer', 'SwiftFormerEfficientAdditiveAttention'): _LINEAR,
     _full('vit_mae', 'ViTMAEAttention'):
         Irreducible('its keys are some of the patches, shuffled'),
 
