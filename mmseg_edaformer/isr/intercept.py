@@ -159,7 +159,7 @@ class Interception(TorchFunctionMode):
         """Name the module if its own code cannot go on with fewer keys."""
         try:
             yield
-        except RuntimeError as error:
+        except (AssertionError, RuntimeError, ValueError) as error:
             if self.pool is None or isinstance(error, RatioError):
                 raise
             raise RatioError(

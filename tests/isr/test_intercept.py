@@ -204,6 +204,14 @@ class Product(Explicit):
         return scores.softmax(-1) @ value
 
 
+class Counted(Explicit):
+    def attend(self, query, key, value):
+        scores = query @ key.transpose(-2, -1)
+        if scores.shape[-1] != key.shape[-2]:
+            raise ValueError(f'scores of {key.shape[-2]} keys wanted')
+        return scores.softmax(-1) @ value
+
+
 class KeysFirst(Explicit):
     def attend(self, query, key, value):
         return (key @ query.transpose(-2, -1)).softmax(-2).transpose(-2, -1) @ value
@@ -221,7 +229,8 @@ class Outside(Explicit):
 
 
 @pytest.mark.parametrize(('cls', 'reason'), [
-    (OwnSoftmax, 'without a softmax'), (Product, 'needs all'), (KeysFirst, 'softmax'),
+    (OwnSoftmax, 'without a softmax'), (Product, 'needs all'), (Counted, 'needs all'),
+    (KeysFirst, 'softmax'),
     (Hand, 'no attention that ISR recognises'), (Outside, 'its 5 keys lie on no grid')],
     ids=lambda value: getattr(value, '__name__', None))
 def test_never_wrong_in_silence(cls, reason, known):
