@@ -312,7 +312,6 @@ def test_words_stay(name):
     ('MobileViTV2Model', 'cost linear'),
     ('SwiftFormerModel', 'cost linear'),
     ('Siglip2VisionModel', 'Siglip2Attention is not known'),
-    ('HieraModel', 'HieraMaskUnitAttention is not known'),
 ])
 def test_refused(name, reason):
     """What lies on no grid, or on one that ISR does not find, is refused and named."""
@@ -320,6 +319,20 @@ def test_refused(name, reason):
         model = build(name)
     with pytest.raises(RatioError, match=reason):
         apply_isr(model, 2)
+
+
+def test_hiera():
+    """Windows of 8 and 4, then all tokens, sorted by windows."""
+    from transformers.models.hiera.modeling_hiera import unroll
+
+    def order(grid):
+        steps = next(n for n in range(4) if grid in ((8 >> n, 8 >> n), (24 >> n, 32 >> n)))
+        numbers = torch.arange(grid[0] * grid[1]).view(1, -1, 1)
+        return unroll(numbers, grid, (1, 1), [[2, 2]] * (3 - steps)).flatten().argsort()
+
+    model = build('HieraModel', image_size=[96, 128], embed_dim=16, depths=[1, 2, 2, 1])
+    check_adapter(model, torch.randn(1, 3, 96, 128), [(8, 8), (4, 4), (12, 16), (6, 8)],
+                  order=order, expected=6, compiled=False)
 
 
 @pytest.mark.parametrize('size', [(128, 192), (136, 200)], ids=str)

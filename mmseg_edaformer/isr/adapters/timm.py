@@ -1,5 +1,6 @@
 """timm, and mmseg's TIMMBackbone around it."""
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,21 +48,27 @@ class Unrolled(GridSource):
         sides = [side for block in blocks for side in block]
         sides += [grid[0] // height, grid[1] // width]
         last = len(sides) - 1
-        places = torch.arange(grid[0] * grid[1], device=call.argument('x').device).view(sides)
+        device = next(call.module.parameters()).device
+        places = torch.arange(grid[0] * grid[1], device=device).view(sides)
         return places.permute(*range(last - 1, -1, -2), *range(last, 0, -2)).flatten()
 
     def _levels(self, call: Call) -> list[tuple[Grid, list[Grid]]]:
         """Possible grids of the keys: after each pooling of the model, with the blocks left."""
-        unroll: Any = call.owners[self.path]
+        size, schedule = self.sorting(call)
         levels = []
-        for done in range(len(unroll.schedule) + 1 if len(unroll.size) == 2 else 0):
-            blocks = unroll.schedule[done:]
+        for done in range(len(schedule) + 1 if len(size) == 2 else 0):
+            blocks = schedule[done:]
             grid = _product(blocks)
             if not call.module.use_mask_unit_attn:
-                height, width = _product(unroll.schedule[:done])
-                grid = unroll.size[0] // height, unroll.size[1] // width
+                height, width = _product(schedule[:done])
+                grid = size[0] // height, size[1] // width
             levels.append((grid, blocks))
         return levels
+
+    def sorting(self, call: Call) -> tuple[Sequence[int], list[Grid]]:
+        """Size of the map that is sorted, and the sides of the blocks."""
+        unroll: Any = call.owners[self.path]
+        return unroll.size, unroll.schedule
 
 
 @dataclass(frozen=True)

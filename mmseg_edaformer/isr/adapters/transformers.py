@@ -1,6 +1,23 @@
 """transformers."""
-from ..grids import Arguments, InputMap, OwnMaps, Patches, Unfolded, Window
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..grids import Arguments, Call, InputMap, OwnMaps, Patches, Unfolded, Window
+from ..pooling import Grid
 from ..rules import AttentionRule, Irreducible, Rule
+from .timm import Unrolled
+
+
+@dataclass(frozen=True)
+class Hiera(Unrolled):
+    """Tokens sorted by Hiera, whose encoder knows how."""
+    path: str = 'encoder'
+
+    def sorting(self, call: Call) -> tuple[Sequence[int], list[Grid]]:
+        encoder: Any = call.owners[self.path]
+        blocks, size = encoder.schedule[0]
+        return size, blocks
 
 
 def _full(family: str, name: str) -> str:
@@ -115,6 +132,7 @@ RULES: dict[str, Rule] = {
         _full('sam_hq', 'SamHQVisionAttention'),
         _full('vitdet', 'VitDetAttention'),
     ), _MAP),
+    _full('hiera', 'HieraMaskUnitAttention'): AttentionRule(Hiera()),
     _full('mobilevit', 'MobileViTSelfAttention'):
         AttentionRule(Unfolded('conv_1x1', 'patch_width'), projections=_KEY_VALUE),
     _full('mobilevitv2', 'MobileViTV2LinearSelfAttention'): _LINEAR,
