@@ -1,6 +1,7 @@
 """A web page on which the ISR ratio of a trained model is moved while its prediction is watched."""
 import errno
 import functools
+import hashlib
 import importlib
 import os
 import signal
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import cv2
 import numpy as np
@@ -234,14 +236,15 @@ def build_page(comparer: Comparer, examples: Sequence[str]) -> Any:
     def say(text: str) -> tuple[Any, str, str, Any]:
         return None, '', '', gr.update(value=text, visible=True)
 
-    def show(path: str | None, opacity: float, *multipliers: float) -> tuple[Any, str, str, Any]:
+    def show(path: str | None, *values: Any) -> tuple[Any, str, str, Any]:
         if path is None:
             return say('<p class="eda-note">Choose a picture, or one of the drawn scenes.</p>')
         try:
+            strength, *multipliers = map(_read_slider, (opacity, *sliders), values)
             found = comparer.compare(path, comparer.ratio([int(each) for each in multipliers]))
         except UserError as error:
             return say(f'<p class="eda-problem" role="alert">{escape(str(error))}</p>')
-        pictures = tuple(each.draw(opacity)[..., ::-1] for each in found.found)
+        pictures = tuple(_store(each.draw(strength)) for each in found.found)
         return (pictures, describe_figures(found), describe_classes(found),
                 gr.update(value='', visible=False))
 
@@ -256,16 +259,18 @@ def build_page(comparer: Comparer, examples: Sequence[str]) -> Any:
                     elem_id='eda-picture', buttons=[])
                 if examples:
                     gr.Examples([[path] for path in examples], picture, label='Drawn scenes')
+                count = sum(map(len, comparer.stages.values()))
+                start = iter(comparer.multipliers('optimal') or [2] * count)
                 sliders: list[Any] = []
                 with gr.Row(elem_classes='eda-stages'):
                     for kind, numbers in sorted(comparer.stages.items(), reverse=True):
                         for number in numbers:
                             name = f'{kind} {number or ""}'.strip()
                             sliders.append(gr.Slider(
-                                1, _MOST, 1, step=1, label=name, min_width=100, buttons=[],
-                                elem_id=f'eda-{name.replace(" ", "-")}'))
+                                1, _MOST, next(start), step=1, label=name, min_width=100,
+                                buttons=[], elem_id=f'eda-{name.replace(" ", "-")}'))
                 with gr.Row():
-                    quick = [(gr.Button(label, size='sm', min_width=70, elem_id=f'eda-{ratio}'),
+                    quick = [(gr.Button(label, size='sm', min_width=60, elem_id=f'eda-{ratio}'),
                               multipliers)
                              for ratio, label in (('none', 'as trained'), ('optimal', 'optimal'),
                                                   ('2', 'all 2'), ('4', 'all 4'))
@@ -273,15 +278,15 @@ def build_page(comparer: Comparer, examples: Sequence[str]) -> Any:
             with gr.Column(scale=6, min_width=320):
                 message = gr.HTML(elem_id='eda-message', visible=False, padding=False)
                 result = gr.ImageSlider(label='Left: as trained. Right: the chosen ratio',
-                                        format='jpeg', interactive=False, max_height=480,
+                                        interactive=False, max_height=480,
                                         elem_id='eda-result', buttons=['fullscreen'])
                 opacity = gr.Slider(0, 1, 0.5, step=0.05, label='opacity of the mask', buttons=[],
                                     elem_id='eda-opacity')
                 figures = gr.HTML(elem_id='eda-figures', padding=False)
                 classes = gr.HTML(elem_id='eda-classes', padding=False)
         inputs, outputs = [picture, opacity, *sliders], [result, figures, classes, message]
-        for slider in opacity, *sliders:  # their number can be typed, or deleted
-            slider.preprocess = functools.partial(_within, slider.minimum, slider.maximum)
+        for slider in opacity, *sliders:  # _read_slider says what is wrong on the page
+            slider.preprocess = lambda value: value
         settings: dict[str, Any] = dict(
             fn=show, inputs=inputs, outputs=outputs, trigger_mode='always_last',
             show_progress='minimal', show_progress_on=result, api_visibility='private',
@@ -295,8 +300,8 @@ def build_page(comparer: Comparer, examples: Sequence[str]) -> Any:
     return page.queue(max_size=_WAITING, api_open=False)
 
 
-def serve(segmenter: Segmenter, *, host: str = _HERE, port: int = 7860, max_upload: float = 20.,
-          max_side: int = MAX_SIDE) -> None:
+def serve(segmenter: Segmenter, *, host: str = _HERE, port: int = 7860, names: Sequence[str] = (),
+          max_upload: float = 20., max_side: int = MAX_SIDE) -> None:
     """Serve the page until SIGINT or SIGTERM.
 
     Uploads and examples lie in a folder of their own, which is removed at the end.
@@ -305,6 +310,7 @@ def serve(segmenter: Segmenter, *, host: str = _HERE, port: int = 7860, max_uplo
         segmenter: What predicts.
         host: The address to listen on; others than that of this machine let others in.
         port: 0 for one that is free.
+        names: Further host names that browsers reach the page by, such as that of a proxy.
         max_upload: Files with more MiB are refused.
         max_side: As of `Comparer`.
 
@@ -327,7 +333,9 @@ def serve(segmenter: Segmenter, *, host: str = _HERE, port: int = 7860, max_uplo
                 ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False,
                 theme=gr.themes.Default(font=('system-ui', 'sans-serif'),
                                         font_mono=('ui-monospace', 'monospace')), css=_CSS)
-            server = uvicorn.Server(uvicorn.Config(app, log_level='warning',
+            guarded = _refuse_strangers(app, {'localhost', '127.0.0.1', '::1', *(
+                name.lower() for name in (host, socket.gethostname(), *names))})
+            server = uvicorn.Server(uvicorn.Config(guarded, log_level='warning',
                                                    timeout_graceful_shutdown=2))
             address, number = listening.getsockname()[:2]
             if not address.startswith('127.') and address != '::1':
@@ -395,6 +403,38 @@ def _guard(gr: Any, page: Any, picture: Any) -> None:
     picture.preprocess = lambda payload: payload and check(payload.path)
 
 
+def _refuse_strangers(app: Any, names: set[str]) -> Any:
+    """An ASGI app that answers requests to the names alone, and none of another site's pages.
+
+    Without it, a site whose name is made to lead to this machine, and with gradio every site where
+    the machine is reached by a name of its own, could read what lies on this page.
+    """
+    responses = importlib.import_module('fastapi.responses')
+
+    async def guarded(scope: Any, receive: Any, send: Any) -> None:
+        answer = app
+        if scope['type'] != 'lifespan':
+            headers = {name: value.decode('latin-1') for name, value in scope['headers']}
+            host = headers.get(b'host', '')
+            try:
+                name = urlsplit(f'//{host}').hostname
+            except ValueError:
+                name = None
+            if name not in names and name != scope['server'][0]:
+                answer = responses.PlainTextResponse(
+                    'This page is not served under this host name. Where it should be, name it '
+                    'with --allow-host when the server is started.', 403)
+            elif headers.get(b'origin', f'http://{host}') not in (
+                    f'http://{host}', f'https://{host}'):
+                answer = responses.PlainTextResponse(
+                    'This server answers no requests from pages of other sites. A proxy has to '
+                    'pass the Host header on as it gets it.', 403)
+            elif scope['path'].endswith('/openapi.json'):
+                answer = responses.PlainTextResponse('Not Found', 404)
+        await answer(scope, receive, send)
+    return guarded
+
+
 def _listen(host: str, port: int) -> socket.socket:
     """A socket that is bound to the address.
 
@@ -420,8 +460,30 @@ def _giver(values: list[int]) -> Callable[[], Any]:
     return lambda: values if len(values) > 1 else values[0]
 
 
-def _within(low: float, high: float, value: float | None) -> float:
-    return low if value is None else min(max(value, low), high)
+def _read_slider(slider: Any, value: Any) -> float:
+    """The number of a slider: the nearest one that it has, the lowest if it was deleted.
+
+    Raises:
+        DataError: The value is not a number.
+    """
+    if value is None:
+        return float(slider.minimum)
+    if not isinstance(value, (int, float)) or value != value:
+        raise DataError(f'{slider.label}: {repr(value)[:40]} is not a number: give one from '
+                        f'{slider.minimum} to {slider.maximum}')
+    return float(min(max(value, slider.minimum), slider.maximum))
+
+
+def _store(picture: np.ndarray) -> str:
+    """Write a picture, H x W x 3, BGR, for the page; returns the path of its file.
+
+    Equal pictures have one file, which never stands half-written: gradio would write into it while
+    it is sent, and a browser that gets such a file shows nothing.
+    """
+    content = cv2.imencode('.jpg', picture)[1].tobytes()
+    path = Path(os.environ['GRADIO_TEMP_DIR'], f'{hashlib.sha256(content).hexdigest()}.jpg')
+    write_file(path, content)
+    return str(path)
 
 
 def _change(before: float, after: float) -> str:
@@ -458,7 +520,7 @@ _CSS = '''
 .eda-introduction .eda-note { font-size: .85rem; }
 .eda-cards + .eda-note { margin: .5rem 0 0; }
 .eda-stages > .form { display: grid; width: 100%; background: var(--block-background-fill);
-  grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); }
+  grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); }
 .eda-problem { border-left: 4px solid var(--error-border-color); padding: .6rem .9rem;
   background: var(--error-background-fill); border-radius: 4px; overflow-wrap: anywhere; }
 .eda-cards { display: grid; gap: .6rem;

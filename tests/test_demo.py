@@ -1,5 +1,5 @@
 """The page: what is behind it, and the page itself in a browser."""
-import io
+import http.client
 import json
 import os
 import re
@@ -208,7 +208,7 @@ def server(work, tmp_path_factory):
         os.chdir(ROOT)
         tempfile.tempdir = str(found.folder)
         sys.argv = ['tools/demo.py', '--model', str(work), '--device', 'cpu', '--port', '0',
-                    '--max-upload', '0.4']
+                    '--max-upload', '0.4', '--allow-host', 'Proxy.example']
         runpy.run_path('tools/demo.py', run_name='__main__')
 
     found.pid = in_child(serve, log=found.log)
@@ -289,17 +289,18 @@ def shown(page):
 
 def difference(shown, wanted):
     """How far a picture is from what is wanted as a JPEG."""
-    content = io.BytesIO()
-    Image.fromarray(wanted[..., ::-1]).save(content, 'JPEG')
-    return np.abs(shown.astype(int) - cv2.imdecode(
-        np.frombuffer(content.getvalue(), np.uint8), 1)).mean()
+    return np.abs(shown.astype(int) - cv2.imdecode(cv2.imencode('.jpg', wanted)[1], 1)).mean()
 
 
 def test_upload_move_a_slider_and_read_the_result(page, server, segmenter, pictures):
     path = pictures / '0.png'
     trained, chosen = (expected(segmenter, path, ratio) for ratio in ('none', RATIO))
+    wait_for(page, '#eda-figures', '--isr-ratio 2211-222')
     upload(page, path)
-    wait_for(page, '.eda-changed', r'0\.00%\s+of 192 x 128')
+    wait_for(page, '.eda-changed', 'of 192 x 128')
+    page.click('#eda-none')
+    wait_for(page, '#eda-figures', '--isr-ratio none')
+    assert page.inner_text('.eda-changed .eda-value') == '0.00%'
     slider = page.locator('#eda-encoder-1 input[type=range]')
     slider.focus()
     for _ in range(3):
@@ -338,6 +339,26 @@ def test_upload_move_a_slider_and_read_the_result(page, server, segmenter, pictu
         server.url.removeprefix('http://')}
 
 
+def test_the_pictures_of_ten_uploads_are_seen(page, server, pictures):
+    page.set_viewport_size(dict(width=1280, height=900))
+    for stage in page.locator('.eda-stages .block').all():
+        assert stage.evaluate('each => each.scrollWidth <= each.clientWidth')
+        assert stage.locator('label').bounding_box()['height'] < 35  # one line
+    sizes = [f'of {64 + 32 * i} x 64' for i in range(10)]
+    for i, size in enumerate(sizes):
+        path = pictures / f'upload{i}.png'
+        Image.open(pictures / '0.png').resize((64 + 32 * i, 64)).save(path)
+        upload(page, path)
+        wait_for(page, '.eda-changed', size)
+        page.wait_for_load_state('networkidle')
+        for picture in page.locator('#eda-result img').all():
+            assert picture.evaluate('each => [each.naturalWidth, each.naturalHeight]') == [
+                64 + 32 * i, 64]
+            assert picture.bounding_box()['height'] > 40
+    assert page.wrong == []
+    assert 'Traceback' not in server.log.read_text()
+
+
 def test_bad_files_give_a_message_and_the_next_one_works(page, server, pictures):
     upload(page, pictures / 'broken.png')
     wait_for(page, '#eda-message [role=alert]', r'image cannot be decoded: broken\.png')
@@ -346,7 +367,7 @@ def test_bad_files_give_a_message_and_the_next_one_works(page, server, pictures)
     upload(page, pictures / 'heavy.png')
     wait_for(page, '.toast-body', r'exceed the maximum allowed size.*heavy\.png')
     upload(page, pictures / 'turned.jpg')
-    wait_for(page, '.eda-changed', r'0\.00%\s+of 128 x 192')
+    wait_for(page, '.eda-changed', 'of 128 x 192')
     assert page.locator('#eda-message [role=alert]').count() == 0
     assert 'Traceback' not in server.log.read_text()
 
@@ -357,7 +378,7 @@ def test_a_webcam_frame(page, pictures):
     page.click('text=Click to Access Webcam')
     page.wait_for_function('document.querySelector("#eda-picture video")?.readyState === 4')
     page.click('#eda-picture button[aria-label="capture photo"]')
-    wait_for(page, '.eda-changed', r'0\.00%\s+of \d+ x \d+')
+    wait_for(page, '.eda-changed', r'of \d+ x \d+')
     assert page.wrong == []
 
 
@@ -371,16 +392,21 @@ def post(url, content, kind):
         return error.code, error.read().decode()
 
 
-def ask(server, path, place=0, **more):
-    """What a request that no page makes is answered for a file at a path, in place of an input."""
+def file(path, **more):
+    """A picture's file, as a page names it."""
+    return dict(path=path, meta=dict(_type='gradio.FileData'), **more)
+
+
+def ask(server, values):
+    """What a request that no page makes is answered, for values by the index of their input."""
     with urllib.request.urlopen(f'{server.url}/config', timeout=20) as answer:
         config = json.load(answer)
     event = next(each for each in config['dependencies'] if len(each['inputs']) == 9)
     session = os.urandom(8).hex()
-    data = [None, 0.5, *[1] * 7]
-    data[place] = dict(path=path, meta=dict(_type='gradio.FileData'), **more)
+    data = {**dict(enumerate([None, 0.5, *[1] * 7])), **values}
     status, _ = post(f'{server.url}/gradio_api/queue/join', json.dumps(dict(
-        data=data, fn_index=event['id'], session_hash=session)).encode(), 'application/json')
+        data=list(data.values()), fn_index=event['id'], session_hash=session)).encode(),
+                     'application/json')
     assert status == 200
     found = []
     with urllib.request.urlopen(f'{server.url}/gradio_api/queue/data?session_hash={session}',
@@ -404,18 +430,51 @@ def test_what_a_page_would_not_send(server, pictures, work):
         for path in (str(pictures / '0.png'), f'{uploads}/../scene1.png', 'setup.py',
                      f'http://127.0.0.1:{listening.getsockname()[1]}/x.png',
                      'https://192.0.2.1/x.png'):
-            for more in dict(), dict(place=1), dict(is_stream=True):
-                answer = ask(server, path, **more)
-                assert answer['success'] is False, (path, more)
+            for values in {0: file(path)}, {1: file(path)}, {0: file(path, is_stream=True)}:
+                answer = ask(server, values)
+                assert answer['success'] is False, values
                 assert 'data' not in answer['output']
         listening.settimeout(0.2)
         with pytest.raises(TimeoutError):
             listening.accept()
     assert {*uploads.rglob('*')} == before
     known = next(path for path in before if path.suffix == '.png')
-    assert ask(server, str(known))['success'] is True
+    assert ask(server, {0: file(str(known))})['success'] is True
+    for index, value, message in ((1, float('nan'), 'opacity of the mask: nan is not a number'),
+                                  (2, '<b>', "encoder 1: '&lt;b&gt;' is not a number: give one "
+                                   'from 1 to 8'), (3, [2], 'encoder 2: [2] is not a number')):
+        answer = ask(server, {0: file(str(known)), index: value})
+        assert message in answer['output']['data'][3]['value'].replace('&#x27;', "'")
     for path, status in (known, 200), (work / 'mini.py', 403), (pictures / '0.png', 403):
         assert post(f'{server.url}/gradio_api/file={path}', None, 'text/plain')[0] == status
+
+
+def test_other_names_and_pages_of_other_sites_are_refused(server):
+    port = int(server.url.rpartition(':')[2])
+
+    def get(path, host, origin=None):
+        connection = http.client.HTTPConnection('127.0.0.1', port, timeout=20)
+        connection.request('GET', path, headers=dict(Host=host, **(
+            {} if origin is None else dict(Origin=origin))))
+        answer = connection.getresponse()
+        found = answer.status, answer.headers['Access-Control-Allow-Origin'], answer.read()
+        connection.close()
+        return found
+
+    own = f'127.0.0.1:{port}'
+    for host in own, 'LOCALHOST', 'localhost:9000', '[::1]:80', 'proxy.example', 'Proxy.example:1':
+        assert get('/config', host)[:2] == (200, None), host
+    for host in 'evil.example', f'evil.example:{port}', '127.0.0.1.evil.example', '[', '192.0.2.1':
+        status, origin, answer = get('/config', host)
+        assert (status, origin) == (403, None), host
+        assert b'--allow-host' in answer
+    for host, origin in (own, f'http://{own}'), ('proxy.example', 'https://proxy.example'):
+        assert get('/config', host, origin)[:2] == (200, origin)
+    for host, origin in ((own, 'http://evil.example'), (own, 'null'), (own, 'http://localhost:1'),
+                         ('proxy.example', 'https://evil.example')):
+        assert get('/config', host, origin)[:2] == (403, None), origin
+    for path in '/openapi.json', '/gradio_api/openapi.json', '/docs', '/redoc':
+        assert get(path, own)[0] == 404, path
 
 
 def test_it_ends_cleanly_and_leaves_nothing(server, segmenter):

@@ -14,6 +14,9 @@ def parse_args() -> argparse.Namespace:
                         help='where to listen: by default for this machine alone, 0.0.0.0 lets '
                         'everyone in who can reach it')
     parser.add_argument('--port', type=int, default=7860, help='default 7860; 0 for a free one')
+    parser.add_argument('--allow-host', nargs='+', default=(), metavar='NAME',
+                        help='further host names that browsers reach the page by, such as that of '
+                        'a proxy; requests to other names are refused')
     parser.add_argument('--max-upload', type=float, default=20, metavar='MB',
                         help='refuse larger files (default 20 megabytes)')
     parser.add_argument('--max-side', type=int, default=demo.MAX_SIDE, metavar='PIXELS',
@@ -26,8 +29,8 @@ def main() -> None:
     args = parse_args()
     segmenter = Segmenter(args.model, args.checkpoint, device=args.device)
     print(f'{segmenter.source}, {len(segmenter.classes)} classes, on {segmenter.device}')
-    demo.serve(segmenter, host=args.host, port=args.port, max_upload=args.max_upload,
-               max_side=args.max_side)
+    demo.serve(segmenter, host=args.host, port=args.port, names=args.allow_host,
+               max_upload=args.max_upload, max_side=args.max_side)
 
 
 if __name__ == '__main__':
