@@ -156,6 +156,28 @@ def test_what_a_file_is_not_for_is_refused(files, scenes, tmp_path):
         Exported(tmp_path / 'none.onnx')
 
 
+@pytest.mark.parametrize('kind', [
+    'pt2', *(pytest.param(kind, marks=pytest.mark.slow) for kind in ('onnx', 'openvino'))])
+def test_a_file_alone_refuses_smaller_images(files, scenes, kind):
+    """The runtime without `Exported`, as the page of the documentation shows it."""
+    run = FORMATS[kind].load(files(kind, RATIO, False)[0], 1)[0]
+    for size in (32, 32), (124, 160), (160, 124), (1, 125):
+        with pytest.raises(Exception, match='125'):  # each runtime has its own
+            run(pictures(scenes, size, 1))
+    assert run(pictures(scenes, (125, 125), 1)).shape[0] == 1
+
+
+def test_times_that_say_nothing_are_told(files):
+    report = files('pt2', RATIO, False)[1]
+    for spread, steady in ((0.9, 1.1), True), ((0.01, 0.02), False):
+        rows = report.rows[0], dataclasses.replace(report.rows[1], relative=0.95, spread=spread)
+        text = str(dataclasses.replace(report, rows=rows))
+        assert f'x 0.95 ({spread[0]} to {spread[1]})' in text
+        assert ('The times of pt2 say nothing: their ratio' in text) != steady
+    low, middle, high = report.rows[1].spread[0], report.rows[1].relative, report.rows[1].spread[1]
+    assert low <= middle <= high
+
+
 @pytest.mark.slow
 def test_the_examples_of_the_page_run(files, scenes, tmp_path, monkeypatch):
     """Each by the runtime alone, on a picture, and all with the same labels."""

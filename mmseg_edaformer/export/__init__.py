@@ -92,11 +92,12 @@ def _export(segmenter: Segmenter, deployed: Deployed, out: Path, kind: str,
                         segmenter, calibrate, _CALIBRATED)])
             calls[name], agreements[name] = check(place, out, deployed, inputs, True)
         times = take_turns({name: bind(bind, call, inputs[0]) for name, call in
-                            calls.items()}, torch.device('cpu'), repeats=20, seconds=20)
+                            calls.items()}, torch.device('cpu'), repeats=30, seconds=20)
+        quartiles = {name: statistics.quantiles([own / base for own, base in zip(
+            times[name], times['PyTorch'])]) for name in calls}
         areas = pictures.areas(calls, size, minimum) if int8 else {}
         rows = tuple(Row(name, agreements.get(name), 1e3 * statistics.median(times[name]),
-                         statistics.median(own / base for own, base in zip(
-                             times[name], times['PyTorch'])),
+                         quartiles[name][1], (quartiles[name][0], quartiles[name][2]),
                          float(mean_iou(areas[name].sum(0))) if areas else None)
                      for name in calls)
         del calls

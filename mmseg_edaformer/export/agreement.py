@@ -31,6 +31,8 @@ LEAST_EQUAL = {False: 0.999, True: 0.9}
 """The share of PyTorch's labels that a file, in int8 or not, must give: less is not written."""
 FARTHEST = 0.01
 """How far a logit may be from PyTorch's, of the largest one; not in int8."""
+UNSTEADY = 1.5
+"""A ratio of times whose upper quartile is this many times the lower one says nothing."""
 
 _CHECKED = 8
 _DRAWN = (360, 480)
@@ -53,11 +55,13 @@ class Agreement:
 @dataclass(frozen=True)
 class Row:
     """One way to predict: its agreement with PyTorch, milliseconds of an image, their median ratio
-    to PyTorch's in the same turn, and the mIoU in percent, where there are labelled images."""
+    to PyTorch's in the same turn, the lower and the upper quartile of that ratio (``spread``), and
+    the mIoU in percent, where there are labelled images."""
     name: str
     agreement: Agreement | None
     ms: float
     relative: float
+    spread: tuple[float, float]
     miou: float | None
 
 
@@ -80,11 +84,14 @@ class Report:
             near = row.agreement
             table.add_row([row.name, '' if near is None else f'{100 * near.equal:.4f} %',
                            '' if near is None else f'{near.difference:.2g}', f'{row.ms:.1f}',
-                           f'x {row.relative:.2f}', '' if row.miou is None else f'{row.miou:.2f}'])
+                           f'x {row.relative:.3g}' + (
+                               f' ({row.spread[0]:.3g} to {row.spread[1]:.3g})' if near else ''),
+                           '' if row.miou is None else f'{row.miou:.2f}'])
         if all(row.miou is None for row in self.rows):
             table.del_column('mIoU')
         shapes = next(row.agreement.inputs for row in self.rows if row.agreement)
         checked = ', '.join(f'{n}x{h}x{w}' for n, h, w in dict.fromkeys(shapes))
+        unsteady = [row.name for row in self.rows if row.spread[1] > UNSTEADY * row.spread[0]]
         size = told['size'] and 'x'.join(map(str, told['size']))
         return '\n'.join([
             f'{self.path} ({_megabytes(self.path):.1f} MB): {len(told["classes"])} classes, ISR '
@@ -93,8 +100,12 @@ class Report:
              f'images from {"x".join(map(str, told["minimum"]))} up') + ', any number at once',
             str(table),
             f'Compared on {len(shapes)} inputs of {checked}; times of 1x{self.timed[0]}x'
-            f'{self.timed[1]} in turn, {self.threads} thread{"s" if self.threads > 1 else ""}' +
+            f'{self.timed[1]} in turn (with quartiles), {self.threads} '
+            f'thread{"s" if self.threads > 1 else ""}' +
             (f'; mIoU of {self.labelled} labelled images' if self.labelled else '') + '.',
+            *([f'The times of {" and ".join(unsteady)} say nothing: their ratio to PyTorch differs '
+               'too much from turn to turn. Export again while nothing else runs here, or with '
+               'fewer --threads.'] if unsteady else ()),
             *(() if told['output'] == 'logits' else (
                 "Logits apart: PyTorch's of its own label and of the file's, where they differ.",)),
             *self.notes, _versions()])

@@ -113,9 +113,11 @@ def trace(deployed: Deployed, size: tuple[int, int] | None
     shape = images_of(program).shape
     if size is not None:
         return program, size
-    symbols: list[Any] = list(shape[1:3])
-    lowest = max(int(program.range_constraints[side.node.expr].lower) for side in symbols)
-    return program, (lowest, lowest)
+    symbols: list[Any] = [side.node.expr for side in shape[1:3]]
+    ranges = program.range_constraints
+    highest = max((ranges[side] for side in symbols), key=lambda each: int(each.lower))
+    ranges.update(dict.fromkeys(symbols, highest))  # a .pt2 checks them by itself
+    return program, (int(highest.lower), int(highest.lower))
 
 
 def describe(segmenter: Segmenter, deployed: Deployed, size: tuple[int, int] | None,

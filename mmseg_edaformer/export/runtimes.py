@@ -133,7 +133,7 @@ def _load_pt2(path: Path, threads: int) -> tuple[Run, str]:
     return run, files[KEY]
 
 
-def _write_onnx(program: ExportedProgram, path: Path, told: str) -> None:
+def _to_onnx(program: ExportedProgram, told: str) -> Any:
     import onnx
     output = json.loads(told)['output']
     made = torch.onnx.export(program, (), input_names=['images'], output_names=[output],
@@ -149,7 +149,33 @@ def _write_onnx(program: ExportedProgram, path: Path, told: str) -> None:
                 dim.dim_param = re.sub(r'\w+', lambda found: symbols.get(
                     found.group(), found.group()), dim.dim_param)
     onnx.helper.set_model_props(model, {KEY: told})
+    return model
+
+
+def _write_onnx(program: ExportedProgram, path: Path, told: str) -> None:
+    import onnx
+    model = _to_onnx(program, told)
+    if not json.loads(told)['size']:
+        _refuse_small_images(model.graph, json.loads(told)['minimum'])
     onnx.save_model(model, path)
+
+
+def _refuse_small_images(graph: Any, minimum: list[int]) -> None:
+    """Reshape the images to their own size, or the minimum where that is larger, which fails then.
+
+    ONNX cannot say how large an input has to be, and of smaller images the labels would be wrong.
+    """
+    import onnx
+    name = f'images_of_{minimum[0]}x{minimum[1]}_or_more'
+    for node in graph.node:
+        node.input[:] = [name if each == 'images' else each for each in node.input]
+    graph.initializer.append(onnx.numpy_helper.from_array(np.array([1, *minimum, 3]), 'minimum'))
+    for index, (kind, inputs, output) in enumerate((
+            ('Shape', ['images'], 'size'), ('Max', ['size', 'minimum'], 'wanted_size'),
+            ('Reshape', ['images', 'wanted_size'], name))):
+        graph.node.insert(index, onnx.helper.make_node(kind, inputs, [output], name=output))
+    graph.value_info.append(graph.input[0])
+    graph.value_info[-1].name = name
 
 
 def _load_onnx(path: Path, threads: int) -> tuple[Run, str]:
@@ -195,10 +221,15 @@ def _openvino() -> Any:
 
 def _write_openvino(program: ExportedProgram, path: Path, told: str) -> None:
     openvino = _openvino()
+    import onnx
     with tempfile.TemporaryDirectory() as folder:
         # As exact and as fast as from the program itself, and with the names of what is in it.
-        _write_onnx(program, Path(folder) / 'model.onnx', told)
-        _save_openvino(openvino.convert_model(Path(folder) / 'model.onnx'), path, told)
+        onnx.save_model(_to_onnx(program, told), Path(folder) / 'model.onnx')
+        model = openvino.convert_model(Path(folder) / 'model.onnx')
+    if not json.loads(told)['size']:  # OpenVINO refuses smaller images then
+        model.reshape([-1, *(openvino.Dimension(side, -1)
+                             for side in json.loads(told)['minimum']), 3])
+    _save_openvino(model, path, told)
 
 
 def _save_openvino(model: Any, path: Path, told: str) -> None:
