@@ -259,8 +259,7 @@ def build_page(comparer: Comparer, examples: Sequence[str]) -> Any:
                     elem_id='eda-picture', buttons=[])
                 if examples:
                     gr.Examples([[path] for path in examples], picture, label='Drawn scenes')
-                count = sum(map(len, comparer.stages.values()))
-                start = iter(comparer.multipliers('optimal') or [2] * count)
+                start = iter(comparer.multipliers('optimal') or comparer.multipliers(2) or ())
                 sliders: list[Any] = []
                 with gr.Row(elem_classes='eda-stages'):
                     for kind, numbers in sorted(comparer.stages.items(), reverse=True):
@@ -292,7 +291,8 @@ def build_page(comparer: Comparer, examples: Sequence[str]) -> Any:
             show_progress='minimal', show_progress_on=result, api_visibility='private',
             concurrency_limit=1, concurrency_id='predict')
         gr.on([page.load, picture.change, opacity.input, *(each.input for each in sliders)],
-              **settings)
+              **settings).then(**settings | dict(show_progress='hidden'))  # the last one again:
+        # gradio may answer two quick moves of a slider in the other order.
         for button, multipliers in quick:
             button.click(_giver(multipliers), None, sliders, api_visibility='private',
                          queue=False, show_progress='hidden').then(**settings)

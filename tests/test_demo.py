@@ -359,6 +359,18 @@ def test_the_pictures_of_ten_uploads_are_seen(page, server, pictures):
     assert 'Traceback' not in server.log.read_text()
 
 
+def test_quick_moves_end_at_the_last_one(page, server):
+    slider = page.locator('#eda-encoder-1 input[type=range]')
+    slider.focus()
+    for key, ratio in (('ArrowRight', '6211-222'), ('ArrowLeft', '2211-222')) * 4:
+        for _ in range(4):
+            page.keyboard.press(key)
+        wait_for(page, '#eda-figures', f'--isr-ratio {ratio}')
+        page.wait_for_load_state('networkidle')
+        wait_for(page, '#eda-figures', f'--isr-ratio {ratio}')
+    assert page.wrong == []
+
+
 def test_bad_files_give_a_message_and_the_next_one_works(page, server, pictures):
     upload(page, pictures / 'broken.png')
     wait_for(page, '#eda-message [role=alert]', r'image cannot be decoded: broken\.png')

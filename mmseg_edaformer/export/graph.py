@@ -113,7 +113,8 @@ def trace(deployed: Deployed, size: tuple[int, int] | None
     shape = images_of(program).shape
     if size is not None:
         return program, size
-    symbols: list[Any] = [side.node.expr for side in shape[1:3]]
+    sides: tuple[Any, ...] = tuple(shape[1:3])
+    symbols = [side.node.expr for side in sides]
     ranges = program.range_constraints
     highest = max((ranges[side] for side in symbols), key=lambda each: int(each.lower))
     ranges.update(dict.fromkeys(symbols, highest))  # a .pt2 checks them by itself
