@@ -290,12 +290,14 @@ def build_page(comparer: Comparer, examples: Sequence[str]) -> Any:
             fn=show, inputs=inputs, outputs=outputs, trigger_mode='always_last',
             show_progress='minimal', show_progress_on=result, api_visibility='private',
             concurrency_limit=1, concurrency_id='predict')
+        ask = gr.Button(elem_id='eda-ask')
+        ask.click(**settings)
         gr.on([page.load, picture.change, opacity.input, *(each.input for each in sliders)],
-              **settings).then(**settings | dict(show_progress='hidden'))  # the last one again:
-        # gradio may answer two quick moves of a slider in the other order.
+              js=_ASK_SOON, api_visibility='private')
         for button, multipliers in quick:
             button.click(_giver(multipliers), None, sliders, api_visibility='private',
-                         queue=False, show_progress='hidden').then(**settings)
+                         queue=False, show_progress='hidden').then(
+                             js=_ASK_SOON, api_visibility='private')
     _guard(gr, page, picture)
     return page.queue(max_size=_WAITING, api_open=False)
 
@@ -511,7 +513,14 @@ reduced to {max_side} pixels at the longer side. Milliseconds are medians of who
 both ratios in turns, from the decoded picture to the labels; GMACs are counted.</p></div>'''
 
 
+_ASK_SOON = '''() => {
+  clearTimeout(window.edaSoon);
+  window.edaSoon = setTimeout(() => document.querySelector('#eda-ask').click(), 100);
+}'''
+"""Asks once for what changes at once: gradio may answer two requests in the other order."""
+
 _CSS = '''
+#eda-ask { display: none; }
 .gradio-container { width: 100% !important; max-width: 1280px !important; margin: 0 auto; }
 .gradio-container .html-container { padding: 0; }
 .eda-introduction h1 { font-size: 1.7rem; font-weight: 650; margin: .4rem 0 .3rem; }
