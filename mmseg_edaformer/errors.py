@@ -38,6 +38,10 @@ class RatioError(UserError):
     """An ISR ratio that makes no sense, or not for this model."""
 
 
+class ExampleError(RatioError):
+    """A model that does not run on the example with which ISR would look at it."""
+
+
 def shown(name: object) -> str:
     """Return a file name for people and JSON: control characters and non-UTF-8 as ``\\xe9``."""
     return re.sub('[\x00-\x08\x0a-\x1f\x7f-\x9f\ud800-\udfff]',

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..analysis.cost import Inputs, on_meta, trace_macs, unwrap
-from ..errors import RatioError, UserError
+from ..errors import ExampleError, RatioError, UserError
 from .adapters import Attentions, ForeignLayer, Layer, find_attention
 from .intercept import Record, Setting, recording
 from .pooling import check_method
@@ -259,8 +259,8 @@ def report_isr(model: nn.Module, ratio: ISRRatio | int | str,
         example_inputs: As for `apply_isr`.
 
     Raises:
-        RatioError: As `apply_isr` does, or the keys of no layer are reduced at this size, or the
-            model does not run on what it is given.
+        RatioError: As `apply_isr` does, or the keys of no layer are reduced at this size.
+        ExampleError: The model does not run on what it is given.
     """
     example = _as_inputs(example_inputs)
     plan = [(layer.name, setting)
@@ -341,7 +341,7 @@ class _Trace:
         except Exception as error:  # of whatever model this is
             what = 'x'.join(map(str, inputs)) + ' pixels' if isinstance(
                 inputs, tuple) and isinstance(inputs[0], int) else 'its example_inputs'
-            raise RatioError(
+            raise ExampleError(
                 f'{type(shadow).__name__} does not run on {what} ({type(error).__name__}: {error})'
                 ': give an input_size or crop_size that it takes, or example_inputs') from error
 

@@ -9,7 +9,7 @@ from mmengine.runner import BaseLoop, Runner
 from torch import nn
 
 from ..analysis.cost import unwrap
-from ..errors import UserError
+from ..errors import ExampleError
 from .apply import isr, report_isr, training_size
 from .pooling import check_method
 from .ratio import ISRRatio
@@ -44,12 +44,10 @@ class ISRHook(Hook):
         try:
             runner.logger.info(str(report_isr(runner.model, self.ratio, size, method=self.method,
                                               crop_size=self.crop_size)))
-        except UserError:
-            raise
-        except Exception as error:
+        except ExampleError as error:
             # A network may want other inputs than an image of this size: the run will have them.
-            runner.logger.warning(f'ISR {self.ratio}: what it reduces could not be counted ahead, '
-                                  f'for images of {size[0]}x{size[1]} pixels: {error!r}')
+            runner.logger.warning(f'ISR {self.ratio}: what it reduces could not be counted ahead: '
+                                  f'{error}')
         for loop in (runner._val_loop, runner._test_loop):
             # before_run comes again when a runner that has trained is asked to test.
             if isinstance(loop, BaseLoop) and loop not in self.wrapped:
