@@ -8,7 +8,7 @@ is: bit by bit, the one by whose noise it changes more. On the way no attention 
 so that no token learns of another.
 """
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import torch
@@ -101,33 +101,37 @@ def locate(model: nn.Module, inputs: Inputs | None = None) -> dict[str, tuple[in
         for owner, marker in markers.items():
             owner.register_forward_hook(marker)
 
-        def keys(inputs: Inputs, mark: Mark | None = None) -> dict[str, list[Tensor]]:
+        def keys(inputs: Inputs, mark: Mark | None = None,
+                 grids: Set[Grid | None] = frozenset()) -> dict[str, list[Tensor]]:
             for found in notes.values():
                 found.clear()
             for marker in markers.values():
-                marker.mark = mark
+                marker.mark = mark if marker.grids == grids else None
             torch.manual_seed(0)
             run(shadow, inputs)
             return {name: list(notes[name]) for name in sources}
 
+        places: dict[str, tuple[int, int] | str] = {}
         try:
             with torch.random.fork_rng(), torch.no_grad():
                 before = keys(inputs)
-                other = tree_map_only(Tensor, _another, inputs)
-                changes = [_changes(keys(other), before)]
-                tokens = max(grid[0] * grid[1] for marker in markers.values()
-                             for grid in marker.grids if grid)
-                for bit in range((tokens - 1).bit_length()):
-                    for value in (0, 1):
-                        mark = functools.partial(_has_bit, bit, value)
-                        changes.append(_changes(keys(inputs, mark), before))
+                other = _changes(keys(tree_map_only(Tensor, _another, inputs)), before)
+                # Maps of one size at a time: the next one is made from the marked tokens of this.
+                for grids in {frozenset(marker.grids) for marker in markers.values()}:
+                    changes = [other]
+                    tokens = max((grid[0] * grid[1] for grid in grids if grid), default=1)
+                    for bit in range((tokens - 1).bit_length()):
+                        for value in (0, 1):
+                            mark = functools.partial(_has_bit, bit, value)
+                            changes.append(_changes(keys(inputs, mark, grids), before))
+                    places |= {name: _place(grids, [change[name] for change in changes])
+                               for name, marker in sources.items() if marker.grids == grids}
         except Exception as error:  # of whatever model this is
             reason = (f'to find out where its tokens stand, {type(model).__name__} was run on an '
                       f'example and failed ({type(error).__name__}: {error}): example_inputs= '
                       'gives it what it takes')
             return dict.fromkeys(sources, reason)
-    return {name: _place(marker.grids, [change[name] for change in changes])
-            for name, marker in sources.items()}
+    return places
 
 
 def _foreign(model: nn.Module) -> list[ForeignLayer]:
@@ -160,7 +164,7 @@ def _changes(found: dict[str, list[Tensor]],
             for name in before}
 
 
-def _place(grids: set[Grid | None], changes: list[list[Tensor]]) -> tuple[int, int] | str:
+def _place(grids: Set[Grid | None], changes: list[list[Tensor]]) -> tuple[int, int] | str:
     """How many keys stand before and behind a map.
 
     Args:
