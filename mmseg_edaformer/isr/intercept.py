@@ -13,6 +13,7 @@ import functools
 import itertools
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -124,6 +125,7 @@ class Interception(TorchFunctionMode):
         self.single = 0
         self.pool: PooledKeys | None = None
         self.normalised = False
+        self.scores: list[Any] = []
         # Projected from reduced tokens: keys and values stand in their first rows.
         self.projected = False
         self.pooled: tuple[Tensor | None, Tensor | None] = None, None
@@ -135,6 +137,22 @@ class Interception(TorchFunctionMode):
         if name == 'unflatten':  # which torch.compile cannot trace within a mode
             func, args, kwargs = Tensor.reshape, _unflattened(*args, **kwargs), {}
             name = 'reshape'
+        under_way = self.pool
+        followed = name not in _SHAPES and any(self._follows(arg) for arg in args)
+        if followed and not self._bears(name, *args):
+            raise RatioError(f'{type(self.module).__name__} cannot be reduced: it uses {name} on '
+                             'its scores or weights, which ISR cannot repeat with fewer keys. '
+                             'register_isr tells that it is irreducible')
+        out = self._call(func, name, args, kwargs)
+        if self.pool is not None and isinstance(out, Tensor) and (
+                followed or self.pool is not under_way):
+            # Weakly, or all that leads to the weights would stay in memory.
+            self.scores.append(out if torch.compiler.is_compiling() else weakref.ref(out))
+        return out
+
+    def _call(self, func: Callable[..., Any], name: str, args: tuple[Any, ...],
+              kwargs: dict[str, Any]) -> Any:
+        """A function with what concerns the keys reduced."""
         if name in _ATTENTION:
             return getattr(self, _ATTENTION[name])(func, *args, **kwargs)
         if name == 'linear' and self.reduction.rule.projections:
@@ -166,6 +184,29 @@ class Interception(TorchFunctionMode):
                 f'{type(self.module).__name__} cannot be reduced: what it does with its scores '
                 f'needs all {self.total} keys, not {self.pool.left} ({error}). register_isr tells '
                 'that it is irreducible') from error
+
+    def _follows(self, x: Any) -> bool:
+        """Whether this is the scores or the weights of an attention, or is made from them."""
+        if isinstance(x, (list, tuple)):
+            return any(self._follows(part) for part in x)
+        return isinstance(x, Tensor) and any(
+            (scores if torch.compiler.is_compiling() else scores()) is x for scores in self.scores)
+
+    def _bears(self, name: str, *args: Any) -> bool:
+        """Whether a function does the same to scores or weights of fewer keys.
+
+        Scores may be scaled, shifted, mixed over heads and cut. Weights, which a cell has in place
+        of all its members, may be scaled and mixed, but nothing else may be added to them.
+        """
+        if self.pool is None:
+            return False
+        if name == 'conv2d':  # over heads
+            return tuple(args[1].shape[-2:]) == (1, 1)
+        if self.normalised and name == '__getitem__':
+            return args[0][args[1]].shape[-1] == self.pool.left
+        if self.normalised and name in _ADDS:
+            return all(self._follows(arg) for arg in args if isinstance(arg, Tensor))
+        return name in _BEARS or name in _ADDS or (name in _CUTS and not self.normalised)
 
     def finish(self) -> None:
         """Say what became of the keys: called when the forward has ended."""
@@ -355,9 +396,9 @@ class Interception(TorchFunctionMode):
         """Reduced values, ... x N x d; ends the explicit attention under way."""
         assert self.pool is not None
         pool, self.pool = self.pool, None
-        if pool.uneven and not self.normalised:
-            raise RatioError(f'{type(self.module).__name__} weighs its values without a softmax '
-                             'that ISR knows, so cells of different sizes cannot be weighed right')
+        if not self.normalised:
+            raise RatioError(f'{type(self.module).__name__} cannot be reduced: it weighs its '
+                             'values without a softmax that ISR knows')
         return self._tokens(pool, values)
 
     def _softmax(self, func: Callable[..., Tensor], scores: Tensor, *args: Any,
@@ -451,6 +492,12 @@ _RESHAPES = {'view', 'reshape'}
 SOFTMAX = {'softmax'}
 _ADDS = {'add', 'add_', '__add__', '__radd__', '__iadd__', 'sub', '__sub__', 'masked_fill',
          'masked_fill_', 'where'}
+_SHAPES = {'__get__', 'size', 'dim'}
+_BEARS = {*_ATTENTION, *_MIXES, *_RESHAPES, *SOFTMAX, 'dropout', 'mul', 'mul_', '__mul__',
+          '__rmul__', '__imul__', 'div', 'div_', '__truediv__', '__itruediv__', 'permute',
+          'transpose', 'flatten', 'unsqueeze', 'squeeze', 'expand', 'contiguous', 'clone', 'to',
+          'type', 'type_as', 'float', 'half', 'bfloat16'}
+_CUTS = {'__getitem__', '__setitem__', 'max', 'amax'}
 _MULTI_HEAD = ('query', 'key', 'value', 'embed_dim_to_check', 'num_heads', 'in_proj_weight',
                'in_proj_bias', 'bias_k', 'bias_v', 'add_zero_attn', 'dropout_p', 'out_proj_weight',
                'out_proj_bias')

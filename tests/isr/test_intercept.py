@@ -204,6 +204,37 @@ class Product(Explicit):
         return scores.softmax(-1) @ value
 
 
+class Unnormalised(Explicit):
+    def attend(self, query, key, value):
+        return query @ key.transpose(-2, -1) @ value
+
+
+class Normalised(Explicit):
+    """ResT: the mean and the variance of the weights are those over all keys."""
+    def attend(self, query, key, value):
+        return F.instance_norm((query @ key.transpose(-2, -1)).softmax(-1)) @ value
+
+
+class Convolved(Explicit):
+    def attend(self, query, key, value):
+        weights = (query @ key.transpose(-2, -1)).softmax(-1)
+        return F.conv2d(weights, torch.ones(HEADS, HEADS, 3, 3), padding=1) @ value
+
+
+class AddedLast(Explicit):
+    def attend(self, query, key, value):
+        weights = (query @ key.transpose(-2, -1)).softmax(-1)
+        return (weights + torch.ones(value.shape[-2])) @ value
+
+
+class Chosen(Explicit):
+    """EViT: tokens are chosen by the weights that the first one gives them."""
+    def attend(self, query, key, value):
+        weights = (query @ key.transpose(-2, -1)).softmax(-1)
+        out = weights @ value
+        return out[:, :, weights[:, :, 0].mean((0, 1)).topk(3).indices]
+
+
 class Counted(Explicit):
     def attend(self, query, key, value):
         scores = query @ key.transpose(-2, -1)
@@ -229,8 +260,10 @@ class Outside(Explicit):
 
 
 @pytest.mark.parametrize(('cls', 'reason'), [
-    (OwnSoftmax, 'without a softmax'), (Product, 'needs all'), (Counted, 'needs all'),
-    (KeysFirst, 'softmax'),
+    (OwnSoftmax, 'uses exp on its scores'), (Product, 'needs all'),
+    (Unnormalised, 'without a softmax'), (Normalised, 'uses instance_norm'),
+    (Convolved, 'uses conv2d'), (AddedLast, 'uses add'), (Chosen, 'uses __getitem__'),
+    (Counted, 'needs all'), (KeysFirst, 'softmax'),
     (Hand, 'no attention that ISR recognises'), (Outside, 'its 5 keys lie on no grid')],
     ids=lambda value: getattr(value, '__name__', None))
 def test_never_wrong_in_silence(cls, reason, known):
