@@ -176,6 +176,18 @@ def test_hiera(fused, device):
                   compiled=fused)
 
 
+def test_hiera_that_a_mask_left_tokens_out_of():
+    """A quarter of the tokens of one map are as many as all of the next one, but lie on none."""
+    from mmseg_edaformer.isr.intercept import recording
+    model = build('hiera_tiny_224', img_size=(64, 64), embed_dim=16, stages=(1, 1, 2, 1),
+                  num_classes=0)
+    mask = torch.tensor([[True, False, False, False]])
+    apply_isr(model, 2)
+    with recording() as records:
+        model.forward_features(image(64, 64), mask=mask)
+    assert [record.keys for record in records.values()] == [(64, 16)] * 2 + [(16, 4)] + [None] * 2
+
+
 @pytest.mark.parametrize(('name', 'size', 'grids', 'prefix', 'expected', 'kwargs'), [
     ('cait_xxs24_224', (80, 112), [(5, 7)], None, 4, dict(img_size=(80, 112), **SMALL)),
     ('xcit_nano_12_p16_224', (80, 112), [(5, 7)], 1, 2, SMALL),

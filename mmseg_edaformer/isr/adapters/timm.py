@@ -31,7 +31,8 @@ class Unrolled(GridSource):
     """Tokens sorted by Hiera: the place within the smallest blocks first, then in larger ones.
 
     ``path`` is the path of the module that sorts, with the map's size and the sides of the blocks.
-    Windows are what one block of the largest size holds.
+    Windows are what one block of the largest size holds. Its tokens tell after how many poolings
+    the attention stands: their number alone may be that of a later map where a mask left some out.
     """
     path: str = 'unroll'
 
@@ -55,11 +56,15 @@ class Unrolled(GridSource):
     def _levels(self, call: Call) -> list[tuple[Grid, list[Grid]]]:
         """Possible grids of the keys: after each pooling of the model, with the blocks left."""
         size, schedule = self.sorting(call)
+        attn: Any = call.module
+        stride = attn.q_stride if hasattr(attn, 'q_stride') else attn.query_stride
         levels = []
         for done in range(len(schedule) + 1 if len(size) == 2 else 0):
             blocks = schedule[done:]
             grid = _product(blocks)
-            if not call.module.use_mask_unit_attn:
+            if math.prod(grid) != stride * attn.window_size:
+                continue
+            if not attn.use_mask_unit_attn:
                 height, width = _product(schedule[:done])
                 grid = size[0] // height, size[1] // width
             levels.append((grid, blocks))
