@@ -51,6 +51,11 @@ def as_map(model, x):
     return model.attn(x)
 
 
+def with_token(model, x):
+    tokens = x.flatten(2).transpose(1, 2)
+    return model.attn(torch.cat([tokens[:, :1], tokens], 1), *x.shape[-2:])
+
+
 def strided(sr_ratio):
     """PVT's and SegFormer's: a strided convolution in front of one Linear for keys and values."""
     class Attention(nn.Module):
@@ -61,10 +66,160 @@ def strided(sr_ratio):
             self.sr = nn.Conv2d(WIDTH, WIDTH, sr_ratio, sr_ratio)
 
         def forward(self, x, H, W):
-            y = self.sr(x.transpose(1, 2).reshape(len(x), -1, H, W)).flatten(2).transpose(1, 2)
+            y = x
+            if self.sr_ratio > 1:
+                y = self.sr(x.transpose(1, 2).reshape(len(x), -1, H, W)).flatten(2).transpose(1, 2)
             key, value = self.kv(y).chunk(2, -1)
             return join(weigh(heads(self.q(x)), heads(key), heads(value)))
     return Attention()
+
+
+def last_stage():
+    """PVT's, which a class token joins."""
+    model = Model(strided(1), with_token)
+    model.cls_token = nn.Parameter(torch.zeros(1, 1, WIDTH))
+    return model
+
+
+def convolved():
+    """CvT: convolutions make queries and keys, without the class token."""
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.with_cls_token = True
+            self.conv_proj_q = nn.Conv2d(WIDTH, WIDTH, 3, 1, 1)
+            self.conv_proj_k = nn.Conv2d(WIDTH, WIDTH, 3, 2, 1)
+            self.proj_q, self.proj_k = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x, h, w):
+            token, image = x[:, :1], x[:, 1:].transpose(1, 2).reshape(len(x), -1, h, w)
+            query, key = (heads(proj(torch.cat([token, conv(image).flatten(2).transpose(1, 2)], 1)))
+                          for proj, conv in ((self.proj_q, self.conv_proj_q),
+                                             (self.proj_k, self.conv_proj_k)))
+            weights = F.softmax(torch.einsum('bhlk,bhtk->bhlt', [query, key]), dim=-1)
+            return join(torch.einsum('bhlt,bhtv->bhlv', [weights, key]))
+    return Model(Attention(), with_token)
+
+
+def multiscale():
+    """MViTv2: pooled keys and values beside a class token."""
+    class MultiScaleAttention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.has_cls_embed = True
+            self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+            self.pool_k = nn.Conv2d(WIDTH, WIDTH, 3, 2, 1, groups=WIDTH)
+
+        def forward(self, x, hw_shape):
+            query, *pooled = self.qkv(x).chunk(3, -1)
+            for i, part in enumerate(pooled):
+                image = self.pool_k(part[:, 1:].transpose(1, 2).reshape(len(x), -1, *hw_shape))
+                pooled[i] = heads(torch.cat([part[:, :1], image.flatten(2).transpose(1, 2)], 1))
+            return self.proj(join(weigh(heads(query), *pooled)))
+    return Model(MultiScaleAttention(), lambda model, x: model.attn(torch.cat(
+        [x.flatten(2).mean(2)[:, None], x.flatten(2).transpose(1, 2)], 1), list(x.shape[-2:])))
+
+
+def plain(name, forward, **attributes):
+    """A module of that class with these attributes besides its projections."""
+    attn = type(name, (nn.Module,), dict(forward=forward))()
+    attn.qkv, attn.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+    for key, value in attributes.items():
+        setattr(attn, key, value)
+    return attn
+
+
+def of_map(name, side=0, **attributes):
+    """SAM and SAM 2: attention on a map N x h x w x C, or on windows that reach beyond it."""
+    def forward(self, x):
+        query, key, value = (heads(part.flatten(1, 2)) for part in self.qkv(x).chunk(3, -1))
+        scores = query @ key.transpose(-2, -1)
+        if hasattr(self, 'rel_pos'):
+            grid = query.unflatten(2, x.shape[1:3])
+            rows = torch.einsum('nxhwc,hkc->nxhwk', grid, self.rel_pos)
+            columns = torch.einsum('nxhwc,wkc->nxhwk', grid, self.rel_pos)
+            scores = (scores.view(*grid.shape[:4], *x.shape[1:3]) + rows[..., None] +
+                      columns[..., None, :]).view(*query.shape[:3], key.shape[-2])
+        return self.proj(join(scores.softmax(dim=-1) @ value).view(x.shape))
+
+    def call(model, x):
+        x = x.permute(0, 2, 3, 1)
+        if side:
+            x = F.pad(x, (0, 0, 0, -x.shape[2] % side, 0, -x.shape[1] % side))
+            x = partition(x.permute(0, 3, 1, 2), side, side).reshape(-1, side, side, WIDTH)
+        return model.attn(x)
+    return Model(plain(name, forward, **attributes), call)
+
+
+def of_windows(name, **attributes):
+    """DaViT, Twins and MobileSAM: attention on windows that a module around has made."""
+    def forward(self, x):
+        return join(weigh(*(heads(part) for part in self.qkv(x).chunk(3, -1))))
+
+    model = Model(plain(name, forward, **attributes),
+                  lambda model, x: model.attn(partition(x, 4, 4).flatten(0, 1)))
+    model.window_size = 4
+    return model
+
+
+def shifted():
+    """SwinV2: cosine attention in shifted windows, whose regions a mask keeps apart."""
+    def forward(self, x, mask=None):
+        query, key, value = (heads(part) for part in self.qkv(x).chunk(3, -1))
+        scores = 5 * F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).transpose(-2, -1)
+        places = torch.arange(16.)
+        distances = (places[:, None] - places)[..., None] / 8
+        scores = scores + 16 * self.cpb_mlp(distances).sigmoid().permute(2, 0, 1)
+        scores = scores.view(-1, len(mask), HEADS, 16, 16) + mask[None, :, None]
+        return join(scores.view(-1, HEADS, 16, 16).softmax(dim=-1) @ value)
+
+    def call(model, x):
+        regions = torch.zeros(1, 1, *x.shape[-2:])
+        regions[..., -2:, :] += 1
+        regions[..., -2:] += 2
+        regions = partition(regions, 4, 4)[0, ..., 0]
+        mask = (regions[:, None] != regions[:, :, None]) * -100.
+        return model.attn(partition(x.roll((-2, -2), (2, 3)), 4, 4).flatten(0, 1), mask)
+
+    model = Model(plain('WindowAttention', forward, window_size=(4, 4),
+                        cpb_mlp=nn.Linear(1, HEADS)), call)
+    model.shift_size = 2
+    return model
+
+
+class Stage(nn.Module):
+    """UniFormer's: attention behind a convolution that tells the size of its map."""
+
+    def __init__(self):
+        super().__init__()
+        self.pos_embed = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, groups=WIDTH)
+        self.attn = vit().attn
+
+    def forward(self, x):
+        x = x + self.pos_embed(x)
+        return x + self.attn(x.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(x.shape)
+
+
+class Segmenter(nn.Module):
+    """Its decoder lets classes join behind the patches that its encoder has made."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = vit(), vit().attn
+        self.cls_emb = nn.Parameter(torch.randn(1, 3, WIDTH))
+
+    def forward(self, image):
+        tokens = self.encoder.patch_embed.proj(image).flatten(2).transpose(1, 2)
+        tokens = tokens + self.encoder(image)[:, 1:]
+        return self.decoder(torch.cat([tokens, self.cls_emb.expand(len(tokens), -1, -1)], 1))
+
+
+def sparse():
+    """EdgeViT: keys and queries are tokens at a stride."""
+    def forward(self, x, H, W):
+        x = self.sampler(x.transpose(1, 2).reshape(len(x), -1, H, W)).flatten(2)
+        return join(weigh(*(heads(part) for part in self.qkv(x.transpose(1, 2)).chunk(3, -1))))
+    return Model(plain('GlobalSparseAttn', forward, sr=2, sampler=nn.AvgPool2d(1, 2)), as_tokens)
 
 
 def shunted():
@@ -271,12 +426,12 @@ def light():
     return Model(Attention(), lambda model, x: model.attn(x.permute(0, 2, 3, 1)))
 
 
-def vit(tokens=1, policy=False):
+def vit(tokens=1, policy=False, name='Attention'):
     """A plain ViT, with tokens in front."""
     class Attention(nn.Module):
         def __init__(self):
             super().__init__()
-            self.num_heads = HEADS
+            self.num_heads, self.apply_rope = HEADS, None
             self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
             if policy:
                 self.softmax_with_policy = self.normalise
@@ -294,6 +449,7 @@ def vit(tokens=1, policy=False):
     def call(model, x):
         x = x.flatten(2).transpose(1, 2)
         return model.attn(torch.cat([model.tokens.expand(len(x), -1, -1), x], 1))
+    Attention.__name__ = name
     model = Model(Attention(), call)
     model.tokens = nn.Parameter(torch.randn(1, tokens, WIDTH))
     return model
@@ -315,13 +471,32 @@ EVEN, ODD = (48, 96), (56, 84)  # maps of 12 x 24 and 14 x 21
     (light, {EVEN: [(6, 12)], ODD: [(7, 10)]}, {}),
     (vit, {EVEN: [(12, 24)], ODD: [(14, 21)]}, dict(prefix=1)),
     (lambda: vit(2), {ODD: [(14, 21)]}, dict(prefix=2)),
+    (lambda: vit(name='SelfAttention'), {ODD: [(14, 21)]}, dict(prefix=1)),
+    (last_stage, {EVEN: [(12, 24)], ODD: [(14, 21)]}, dict(prefix=1)),
+    (convolved, {EVEN: [(6, 12)], ODD: [(7, 11)]}, dict(prefix=1)),
+    (multiscale, {ODD: [(7, 11)]}, dict(prefix=1)),
+    (sparse, {EVEN: [(6, 12)]}, {}),
+    (shifted, {EVEN: [(4, 4)]}, dict(ratios=(2,))),
+    (lambda: of_map('Attention', use_rel_pos=False), {ODD: [(14, 21)]}, {}),
+    (lambda: of_map('Attention', 14, use_rel_pos=True, rel_pos=nn.Parameter(
+        torch.randn(14, 14, WIDTH // HEADS))), {(48, 48): [(14, 14)]}, {}),
+    (lambda: of_map('MultiScaleAttention', q_pool=None), {EVEN: [(12, 24)]}, {}),
+    (lambda: of_windows('WindowAttention', window_size=(4, 4)), {EVEN: [(4, 4)]}, {}),
+    (lambda: of_windows('GroupAttention', ws=4), {EVEN: [(4, 4)]}, {}),
+    (lambda: of_windows('Attention', attention_biases=0, key_dim=8, norm=0), {EVEN: [(4, 4)]}, {}),
+    (lambda: nn.Sequential(nn.Conv2d(3, WIDTH, 4, 4), Stage(), nn.Conv2d(WIDTH, WIDTH, 2, 2),
+                           Stage()), {EVEN: [(12, 24), (6, 12)]}, dict(expected=2)),
+    (Segmenter, {ODD: [(14, 21)]}, dict(
+        expected=2, prefix=None, suffix=lambda name: 3 * (name == 'decoder'))),
 ], ids=['strided', 'shunted', 'hat', 'pyramid', 'deformable', 'messenger', 'regional',
-        'regional-masked', 'stripes', 'light', 'vit', 'vit-2-tokens'])
+        'regional-masked', 'stripes', 'light', 'vit', 'vit-2-tokens', 'dinov3', 'pvt-last', 'cvt',
+        'mvit', 'edgevit', 'swin-v2', 'sam', 'sam-window', 'sam2', 'davit', 'twins', 'tinyvit',
+        'uniformer', 'segmenter'])
 def test_reduced_exactly(model, grids, settings):
     for number, (size, grid) in enumerate(grids.items()):
         torch.manual_seed(0)
-        check_adapter(model(), torch.randn(2, 3, *size), grid, expected=1, pickled=False,
-                      compiled=number == 0, **settings)
+        check_adapter(model(), torch.randn(2, 3, *size), grid, pickled=False, compiled=number == 0,
+                      **dict(expected=1) | settings)
 
 
 @torch.no_grad()
@@ -339,7 +514,7 @@ def test_pruned_keys_stay_with_a_reason():
     with pytest.warns(UserWarning, match='its 8 keys lie on no grid that ISR finds .3x4.'):
         assert torch.equal(model(tokens[:, :8]), full)
     assert reduced.shape == (1, 13, WIDTH)
-    with pytest.raises(RatioError, match=r'Attention cannot be reduced.* needs all 13 keys'):
+    with pytest.raises(RatioError, match='Attention cannot be reduced: it uses exp'):
         model(tokens, torch.ones(1, 1, 1, 13))
 
 
@@ -350,6 +525,11 @@ def test_pruned_keys_stay_with_a_reason():
     ('FullAttnModule', ('k_proj', 'v_proj'), 'group tokens'),
     ('NeighborhoodAttention2D', ('kernel_size', 'qkv'), 'neighbours'),
     ('ShiftWindowAttention', ('window_size', 'shift_size'), 'checks the number'),
+    ('LightGroupAttnBlock', ('norm_query', 'attn'), 'checks the number'),
+    ('MHA_', ('rpe', 'k_proj'), 'checks the number'),
+    ('ChannelAttention', ('qkv', 'proj'), 'channels'),
+    ('Attention', ('q', 'sr_ratio', 'transform_norm'), 'normalises its weights'),
+    ('Attention', ('qkv', 'proj', 'keep_rate'), 'picks tokens'),
 ])
 def test_nothing_to_reduce_has_a_reason(name, attributes, reason):
     module = type(name, (nn.Module,), {})()
@@ -365,6 +545,15 @@ def test_the_name_alone_is_not_enough():
     stranger = type('Attention', (nn.Module,), {'forward': lambda self, x: x})()
     stranger.q, stranger.sr_ratio = nn.Linear(2, 2), 1
     assert find(stranger) is None, 'its forward takes no H and W'
+
+
+@pytest.mark.parametrize('forward', [
+    lambda self, x, mask=None, pos_idx=None: x,  # GreenMIM: tokens that a mask left in windows
+    lambda self, x_all, mask_all=None: x_all,  # Focal: keys of its window and of those around it
+], ids=['green', 'focal'])
+def test_other_windows_are_not_guessed(forward):
+    assert find(plain('WindowAttention', forward, window_size=(4, 4),
+                      relative_position_bias_table=0)) is None
 
 
 def test_register_isr_comes_first():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..grids import Arguments, Call, GridSource, InputMap, OwnMaps, Patches, Window
 from ..pooling import Grid
 from ..rules import AttentionRule, Irreducible, Rule
+from .timm import Blocks, Unrolled
 
 
 @dataclass(frozen=True)
@@ -69,21 +70,40 @@ class Regions(GridSource):
         return None if mask is None else mask[:, :1]
 
 
-_MAP_ARGUMENTS = AttentionRule(Arguments(('H', 'W')))
-_PATCHES = AttentionRule(Patches('patch_embed.proj'), None)
+_MAP_LAST = AttentionRule(InputMap(channels_last=True))
+_MAP_ARGUMENTS = AttentionRule(Arguments(('H', 'W')), ('cls_token',))
+_PATCHES = AttentionRule(Patches('patch_embed.proj|pos_embed|encoder.patch_embed.proj'), None)
 _NEIGHBOURS = Irreducible('its keys are the neighbours of each query, other ones for each')
+_COUNTED = Irreducible('it checks the number of its keys')
 _CONVOLUTION = Irreducible('it is a convolution, without keys')
 
 RULES: dict[str, tuple[tuple[tuple[str, ...], Rule], ...]] = {
     'Attention': (
-        (('rasa_cfg', 'kv'), AttentionRule(InputMap(channels_last=True))),  # LVT
+        (('rasa_cfg', 'kv'), _MAP_LAST),  # LVT
         (('grid_size', 'head_dim', 'proj_norm'),  # HAT-Net
          AttentionRule(WindowThenMaps('grid_size'))),
         # DynamicViT, until it prunes: what is left then lies on no grid.
         (('softmax_with_policy', 'qkv'), AttentionRule(Patches('patch_embed.proj'), 1)),
-        (('q', 'sr_ratio'), _MAP_ARGUMENTS),  # PVT, SegFormer, Shunted, CMT
-        (('qkv', 'proj', 'num_heads'), _PATCHES),  # ViT, DeiT, U-ViT, ResFormer
+        (('q', 'transform_norm'), Irreducible('it normalises its weights over all keys')),  # ResT
+        (('q', 'sr_ratio'), _MAP_ARGUMENTS),  # PVT, SegFormer, Shunted, CMT, ResT
+        (('conv_proj_k', 'with_cls_token'),  # CvT
+         AttentionRule(Arguments(('h', 'w')), 'with_cls_token')),
+        (('attention_biases', 'key_dim', 'norm'), AttentionRule(Blocks('window_size'))),  # TinyViT
+        (('qkv', 'use_rel_pos'), _MAP_LAST),  # SAM, ViTDet
+        (('qkv', 'keep_rate'), Irreducible('it picks tokens by its weights')),  # EViT
+        (('qkv', 'proj'), _PATCHES),  # ViT, DeiT, DINO, UniFormer, Segmenter, U-ViT, ResFormer
     ),
+    'GlobalSparseAttn': ((('sr', 'qkv'), _MAP_ARGUMENTS),),  # EdgeViT
+    'GroupAttention': ((('ws', 'qkv', '!forward_mask'), AttentionRule(Window('ws'))),),  # Twins
+    'SelfAttention': ((('qkv', 'apply_rope'), _PATCHES),),  # DINOv3
+    'MaskUnitAttention': ((('q_stride', 'window_size'), AttentionRule(Unrolled())),),  # Hiera
+    'MultiScaleAttention': (
+        (('pool_k', 'has_cls_embed'),  # MViTv2
+         AttentionRule(Arguments(('hw_shape',)), 'has_cls_embed')),
+        (('qkv', 'q_pool'), _MAP_LAST),  # SAM 2
+    ),
+    'MHA_': ((('rpe', 'k_proj'), _COUNTED),),  # HRFormer
+    'MultiheadAttentionRPE': ((('rpe', 'k_proj'), _COUNTED),),  # HRFormer
     'CSA': ((('unfold', 'csa_group'),  # LVT
              Irreducible('it has no keys: each query predicts the weights of its neighbours')),),
     'CrossAttention': ((('q', 'kv', 'pool', 'sr'), AttentionRule(OwnMaps())),),  # FeedFormer
@@ -91,9 +111,11 @@ RULES: dict[str, tuple[tuple[tuple[str, ...], Rule], ...]] = {
         (('get_v', 'H_sp', 'W_sp'), AttentionRule(Stripes('H_sp', 'W_sp'))),  # CSWin
         (('get_v', 'split_size', 'mode'), AttentionRule(OwnMaps())),  # GPViT
     ),
-    'LightAttModule': ((('k_proj',), AttentionRule(Patches('patch_embed.projection'))),),  # GPViT
     'FullAttnModule': ((('k_proj', 'v_proj'),  # GPViT
                         Irreducible('its keys are group tokens, which lie on no grid')),),
+    'LightGroupAttnBlock': ((('norm_query', 'attn'), _COUNTED),),  # GPViT
+    'ChannelAttention': ((('qkv', 'proj'),  # DaViT
+                          Irreducible('its keys are channels, not tokens')),),
     'SSA': ((('c_new', 'sr_ratio'), _MAP_ARGUMENTS),),  # ScalableViT
     'IWSA': ((('ws', 'lim_func'), AttentionRule(Window('ws'))),),  # ScalableViT
     'AttentionWithRelPos': ((('rel_pos', 'num_cls_tokens'),  # RegionViT
@@ -102,11 +124,12 @@ RULES: dict[str, tuple[tuple[tuple[str, ...], Rule], ...]] = {
     'PoolingAttention': ((('pool_ratios', 'kv'), AttentionRule(Pyramid('pool_ratios'))),),  # P2T
     'WindowAttention': (
         (('window_size', 'rel_pos_msg'), AttentionRule(Window(), 1)),  # MSG-Transformer
-        (('window_size', 'relative_position_bias_table'),  # Swin
-         AttentionRule(Window(shift='shift_size'))),
+        # Swin, SwinV2; what is told the places of its tokens (GreenMIM) has left some out.
+        (('window_size', 'mask', '!pos_idx'), AttentionRule(Window(shift='shift_size'))),
+        (('window_size', 'qkv', '!mask', '!relative_position_bias_table'),  # DaViT
+         AttentionRule(Window())),
     ),
-    'ShiftWindowAttention': ((('window_size', 'shift_size'), Irreducible(  # DAT
-        'it checks the number of its keys while it adds its mask')),),
+    'ShiftWindowAttention': ((('window_size', 'shift_size'), _COUNTED),),  # DAT
     'LocalAttention': ((('window_size', 'proj_qkv'), AttentionRule(Window())),),  # DAT
     'DAttentionBaseline': ((('conv_offset', 'proj_k'), AttentionRule(Patches('conv_offset'))),),
     'PyramidAttention': ((('kv', 'sr_ratio'), AttentionRule(OwnMaps())),),  # DAT
@@ -117,7 +140,8 @@ RULES: dict[str, tuple[tuple[tuple[str, ...], Rule], ...]] = {
         'it sums up its keys before the queries see them, at a cost linear in them')),),
     'AttentionModule': ((('conv0', 'conv3'), _CONVOLUTION),),  # SegNeXt
 }
-"""For each class the attributes that must be there, and the rule; the first that fits counts."""
+"""For each class the attributes, or arguments of its forward, that must be there, or must not where
+``!`` stands in front, and the rule; the first that fits counts."""
 
 
 LIBRARIES = {'mmcv', 'mmdet', 'mmpretrain', 'mmseg', 'segmentation_models_pytorch', 'timm', 'torch',
@@ -127,18 +151,16 @@ LIBRARIES = {'mmcv', 'mmdet', 'mmpretrain', 'mmseg', 'segmentation_models_pytorc
 
 def find(module: nn.Module) -> Rule | None:
     """The rule for a module, if it is one of these."""
+    original = getattr(type(module), 'isr_original', type(module))
+    arguments = inspect.signature(original.forward).parameters.keys()
     for cls in type(module).__mro__:
         if cls.__module__.partition('.')[0] in LIBRARIES:
             continue
         for attributes, rule in RULES.get(cls.__name__, ()):
-            if all(hasattr(module, name) for name in attributes) and _takes(module, rule):
+            grid = rule.grid if isinstance(rule, AttentionRule) else None
+            read = grid.names if isinstance(grid, Arguments) else ()
+            if set(read) <= arguments and all(
+                    (name.lstrip('!') in arguments or hasattr(module, name.lstrip('!'))) is not (
+                        name.startswith('!')) for name in attributes):
                 return rule
     return None
-
-
-def _takes(module: nn.Module, rule: Rule) -> bool:
-    """Whether the arguments that the rule reads are arguments of the module's forward."""
-    grid = rule.grid if isinstance(rule, AttentionRule) else None
-    names = grid.names if isinstance(grid, Arguments) else ()
-    original = getattr(type(module), 'isr_original', type(module))
-    return set(names) <= inspect.signature(original.forward).parameters.keys()
