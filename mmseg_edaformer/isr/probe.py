@@ -51,11 +51,17 @@ class _Probe(Interception):
 
 
 class _Marker:
-    """A forward hook that adds noise to some of the tokens of the map that a module gives."""
+    """A forward hook that adds noise to some of the tokens of the map that a module gives.
+
+    To the map of the first pass, call by call: what it would be now has been made from tokens that
+    others marked before, and a convolution has spread their noise (UniFormer).
+    """
 
     def __init__(self) -> None:
         self.grids: set[Grid | None] = set()
         self.mark: Mark | None = None
+        self.maps: list[Tensor] = []
+        self.calls = 0
 
     def __call__(self, module: nn.Module, args: Any, out: Any) -> Tensor | None:
         if not isinstance(out, Tensor) or out.dim() != 4:
@@ -63,8 +69,12 @@ class _Marker:
             return None
         grid = out.shape[-2], out.shape[-1]
         self.grids.add(grid)
+        self.calls += 1
+        if len(self.maps) < self.calls:
+            self.maps.append(out)
         if self.mark is None:
             return None
+        out = self.maps[self.calls - 1]
         noise = torch.randn_like(out) * (out.std() + 0.1)
         marked = self.mark(torch.arange(grid[0] * grid[1], device=out.device))
         return out + noise * marked.view(grid)
@@ -106,7 +116,7 @@ def locate(model: nn.Module, inputs: Inputs | None = None) -> dict[str, tuple[in
             for found in notes.values():
                 found.clear()
             for marker in markers.values():
-                marker.mark = mark if marker.grids == grids else None
+                marker.mark, marker.calls = mark if marker.grids == grids else None, 0
             torch.manual_seed(0)
             run(shadow, inputs)
             return {name: list(notes[name]) for name in sources}

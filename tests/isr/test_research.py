@@ -484,8 +484,9 @@ EVEN, ODD = (48, 96), (56, 84)  # maps of 12 x 24 and 14 x 21
     (lambda: of_windows('WindowAttention', window_size=(4, 4)), {EVEN: [(4, 4)]}, {}),
     (lambda: of_windows('GroupAttention', ws=4), {EVEN: [(4, 4)]}, {}),
     (lambda: of_windows('Attention', attention_biases=0, key_dim=8, norm=0), {EVEN: [(4, 4)]}, {}),
-    (lambda: nn.Sequential(nn.Conv2d(3, WIDTH, 4, 4), Stage(), nn.Conv2d(WIDTH, WIDTH, 2, 2),
-                           Stage()), {EVEN: [(12, 24), (6, 12)]}, dict(expected=2)),
+    (lambda: nn.Sequential(nn.Conv2d(3, WIDTH, 4, 4), *(Stage() for _ in range(3)),
+                           nn.Conv2d(WIDTH, WIDTH, 2, 2), Stage()),
+     {EVEN: [(12, 24), (6, 12)]}, dict(expected=4, compiled=False)),
     (Segmenter, {ODD: [(14, 21)]}, dict(
         expected=2, prefix=None, suffix=lambda name: 3 * (name == 'decoder'))),
 ], ids=['strided', 'shunted', 'hat', 'pyramid', 'deformable', 'messenger', 'regional',
@@ -495,8 +496,8 @@ EVEN, ODD = (48, 96), (56, 84)  # maps of 12 x 24 and 14 x 21
 def test_reduced_exactly(model, grids, settings):
     for number, (size, grid) in enumerate(grids.items()):
         torch.manual_seed(0)
-        check_adapter(model(), torch.randn(2, 3, *size), grid, pickled=False, compiled=number == 0,
-                      **dict(expected=1) | settings)
+        check_adapter(model(), torch.randn(2, 3, *size), grid, pickled=False,
+                      **dict(expected=1, compiled=number == 0) | settings)
 
 
 @torch.no_grad()
