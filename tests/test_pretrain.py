@@ -444,7 +444,7 @@ def test_a_damaged_image_is_named(config, crops, tmp_path):
 
 def test_mmpretrain_that_cannot_be_imported(monkeypatch):
     monkeypatch.setitem(__import__('sys').modules, 'mmpretrain.models', None)
-    with pytest.raises(ConfigError, match=r'needs mmpretrain.*\[pretrain\]'):
+    with pytest.raises(ConfigError, match=r'needs mmpretrain.*\[pretrain(-fork)?\]'):
         checks.check_data(recipe(), 'train')
 
 
