@@ -107,7 +107,8 @@ def log_in_utf8() -> None:
     def build_logger(self: Any, *args: Any, _build: Any = Runner.build_logger,
                      **kwargs: Any) -> Any:
         # The plain FileHandler has no name in mmengine; this one rotates only if it is told to.
-        kwargs.setdefault('file_handler_cfg', dict(type='RotatingFileHandler', encoding='utf-8'))
+        kwargs.setdefault('file_handler_cfg', dict(
+            type='RotatingFileHandler', encoding='utf-8', errors='backslashreplace'))
         return _build(self, *args, **kwargs)
 
     Runner.build_logger = build_logger

@@ -38,7 +38,9 @@ def write_file(path: str | Path, content: bytes | str) -> None:
         OSError: As from any write; ``path`` is as before.
     """
     with replacing(path) as partial:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        if isinstance(content, str):  # which may name a file whose name is not UTF-8
+            content = content.encode(errors='backslashreplace')
+        partial.write_bytes(content)
 
 
 def shorten(name: str, most: int) -> str:

@@ -447,7 +447,7 @@ def _collect(pool: _Pool, samples: Sequence[Sample], targets: dict[str, str], su
                 for label, pixels in row['counts'].items():
                     counts[int(label)] = pixels
                 summary.counts += counts
-                summary.reduced |= row['reduced']
+                summary.reduced += row['reduced']
                 summary.kept += row.get('kept', False)
                 add(index, mask=f'masks/{shown(targets[samples[index].address])}.png',
                     shares=class_shares(counts, summary.segmenter.classes))

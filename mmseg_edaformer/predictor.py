@@ -852,7 +852,7 @@ class Summary:
         pictures: What was found in each, by its name.
         skipped: Why others could not be read, by their names.
         counts: Pixels of each class in all of them.
-        reduced: Whether a large one was predicted at auto by default.
+        reduced: How many large ones were predicted at auto by default.
         kept: How many were done before.
     """
 
@@ -861,7 +861,7 @@ class Summary:
         self.pictures: dict[str, Any] = {}
         self.skipped: dict[str, str] = {}
         self.counts = np.zeros(len(segmenter.classes), np.int64)
-        self.reduced = False
+        self.reduced = 0
         self.kept = 0
         self.before = _read_json(out / 'summary.json').get('seconds') or 0.
         self.start = time.perf_counter()
@@ -870,7 +870,7 @@ class Summary:
         """Count the pixels of each class; returns them for this picture."""
         counts = count_pixels(labels, len(self.segmenter.classes))
         self.counts += counts
-        self.reduced = self.reduced or self.segmenter.is_reduced(*labels.shape)
+        self.reduced += self.segmenter.is_reduced(*labels.shape)
         return counts
 
     def add(self, path: Path, target: str, labels: np.ndarray) -> None:
@@ -893,9 +893,12 @@ class Summary:
         if self.kept:  # with what they took; a run that predicts nothing does not count
             new = more.get('pictures', len(self.pictures)) > self.kept
             seconds = self.before + seconds * (new or not self.before)
+        done = more.get('frames', more.get('pictures', len(self.pictures)))
+        ratio = _ratio_name(own.isr)
+        if self.reduced:
+            ratio = 'auto' if self.reduced == done else f'none, auto for {self.reduced} of {done}'
         summary = dict(
-            checkpoint=self.place(own.source), device=str(own.device),
-            isr_ratio=_ratio_name(own.isr) + self.reduced * f' (auto above {_MEGAPIXELS})',
+            checkpoint=self.place(own.source), device=str(own.device), isr_ratio=ratio,
             seconds=round(seconds, 3),
             versions=dict(mmseg_edaformer=__version__, torch=torch.__version__),
             classes={name: '#' + bytes(colour).hex()

@@ -235,7 +235,7 @@ def test_large_images_and_max_side(here, work, photos, tmp_path, caplog, monkeyp
         monkeypatch.setattr(predictor, name, value)
     for kept in 0, 2:
         summary = predict_many(some, work, tmp_path / 'auto')
-        assert summary['isr_ratio'] == 'none (auto above 4.2 megapixels)'
+        assert summary['isr_ratio'] == 'auto'
         assert summary['kept'] == kept
     assert 'an image of 192x128 pixels takes about 0 s on cpu at ISR ratio auto' in (
         caplog.messages[0])

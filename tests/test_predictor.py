@@ -339,7 +339,9 @@ def test_the_summary_says_which_ratio_large_images_had(whole, work, large, pictu
     assert predict_pictures(segmenter, [pictures[0]], out)['isr_ratio'] == 'none'
     for kept in 0, 1:
         summary = predict_pictures(segmenter, [tmp_path / 'large.png'], out)
-        assert (summary['kept'], summary['isr_ratio']) == (kept, 'none (auto above 4.2 megapixels)')
+        assert (summary['kept'], summary['isr_ratio']) == (kept, 'auto')
+    both = predict_pictures(segmenter, [pictures[0], tmp_path / 'large.png'], out)
+    assert both['isr_ratio'] == 'none, auto for 1 of 2'
     segmenter.isr = 'none'  # asked for: no mask of auto is taken for it
     summary = predict_pictures(segmenter, [tmp_path / 'large.png'], out)
     assert (summary['kept'], summary['isr_ratio']) == (0, 'none')

@@ -11,7 +11,7 @@ from mmseg.registry import TRANSFORMS
 from prettytable import PrettyTable
 from torch import Tensor
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, shown
 from ..files import replacing
 from ..isr import ISRRatio
 from ..isr.pooling import Grid
@@ -97,7 +97,7 @@ def visualize(segmenter: Segmenter, pictures: Sequence[str | Path], out: str | P
             written.append(out / f'{name}_{kind}.png')
             with writing(out), replacing(written[-1]) as partial:
                 sheet.save(partial)
-    say('Written: ' + ', '.join(map(str, written)))
+    say('Written: ' + ', '.join(map(shown, written)))
     return written
 
 

@@ -104,18 +104,20 @@ def _print(cfg: Config, done: Audit, fixed: Sequence[Fixed], mend: bool, seconds
         console.print(f'  {CHECKS[finding.check][1]}')
         _print_items(console, finding.items)
     for one in fixed:
-        console.print(f'\nmended: {one.part}: {len(one.mended):,} files, in {one.folder}',
-                      style='bold green')
+        console.print(f'\nmended: {one.part}: {len(one.mended):,} files' + (
+            f', in {shown(one.folder)}' if one.mended else ''), style='bold green')
         _print_items(console, one.mended)
         if one.left_out:
             console.print(f'  left out, for they cannot be mended: {len(one.left_out):,}')
             _print_items(console, one.left_out)
-        console.print(f'  {_usage(one)}')
+        if one.mended:
+            console.print(f'  {_usage(one)}')
     if mend and not fixed:
         console.print('\nnothing to mend: no finding is one that --fix can')
     errors, warnings = done.count('error'), done.count('warning')
     console.print(f'\n{errors} error{"s" * (errors != 1)}, {warnings} warning'
-                  f'{"s" * (warnings != 1)}. All of it: {", ".join(str(out / n) for n in written)}',
+                  f'{"s" * (warnings != 1)}. All of it: '
+                  f'{", ".join(shown(out / name) for name in written)}',
                   style='bold red' if errors else 'yellow' if warnings else 'bold green')
 
 

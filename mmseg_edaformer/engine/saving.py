@@ -20,7 +20,7 @@ from mmengine.runner import Runner
 from mmengine.visualization import LocalVisBackend
 
 from .. import __version__
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shown
 from ..files import remove_partial_files, write_file
 from .checkpoint import CHECKPOINT_FORMAT, load_from_file
 
@@ -287,8 +287,8 @@ def _pointed(work_dir: Path) -> Path | None:
         for path in (work_dir / name, work_dir / os.path.basename(name)):
             if os.path.isfile(path) and _step(path) is not None and os.access(path.parent, os.R_OK):
                 return path
-        wrong = f'names {name[:200]!r}, which is no checkpoint'
-    print_log(f'{pointer} {wrong}: the newest one of {work_dir} that loads is taken',
+        wrong = f'names "{shown(name[:200])}", which is no checkpoint here'
+    print_log(f'{pointer} {wrong}: the newest one that loads is looked for in {work_dir}',
               logger='current', level=logging.WARNING)
     return None
 

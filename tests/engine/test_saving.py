@@ -151,8 +151,8 @@ def test_a_pointer_to_no_checkpoint(sound, monkeypatch, content):
          'loop': lambda: pointer.symlink_to(pointer)}[content]()
     assert find_checkpoint(sound) == str(sound / 'iter_40.pth')
     line, = (line for line in said if not line.startswith('Not resumed: '))
-    assert re.search(r'last_checkpoint (cannot be read|names .*, which is no checkpoint): the '
-                     'newest one of', line, re.S)
+    assert re.search(r'last_checkpoint (cannot be read|names .*, which is no checkpoint here): '
+                     'the newest one that loads', line, re.S)
     assert line.isprintable()
     assert len(line) < 1500
 
