@@ -5,7 +5,7 @@ the output's size as they are, so it needs no training and can be undone at any 
 """
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -62,9 +62,16 @@ def apply_isr(model: nn.Module, ratio: ISRRatio | int | str, *, method: str = 'a
 
 def remove_isr(model: nn.Module) -> None:
     """Give a model its training pools back, bit for bit."""
-    for layer in _layers(find_attention(model)):
+    for layer in (*_layers(find_attention(model)), *_left_over(model, ())):
         layer.setting = Setting()
     _watch(model, [], False)
+
+
+def _left_over(model: nn.Module, known: Collection[nn.Module]) -> list[ForeignLayer]:
+    """Layers that were reduced by rules which are others now, or from further out."""
+    return [ForeignLayer(name, module, reduction.rule, reduction.owners)
+            for name, module in model.named_modules()
+            if (reduction := vars(module).get('isr_reduction')) and module not in known]
 
 
 @contextmanager
@@ -149,8 +156,7 @@ def _find(model: nn.Module, inputs: Inputs | None) -> Attentions:
     unclear = [layer for layer in _layers(found)
                if isinstance(layer, ForeignLayer) and layer.rule.prefix is None]
     places = _located.get(model, {})
-    if any(layer.name not in places or (inputs is not None and isinstance(places[layer.name], str))
-           for layer in unclear):
+    if unclear and (inputs is not None or any(layer.name not in places for layer in unclear)):
         places = _located[model] = locate(model, inputs)
     for layer in unclear:
         place = places[layer.name]
@@ -199,7 +205,8 @@ def _plan(model: nn.Module, ratio: ISRRatio | int | str, method: str,
         for layers, multiplier in zip(part.stages.values(), multipliers):
             plan += [(layer, Setting(multiplier, method, keys.get(layer.name), strict))
                      for layer in layers]
-    return plan
+    left = _left_over(model, {layer.module for layer, _ in plan})
+    return plan + [(layer, Setting()) for layer in left]
 
 
 @dataclass(frozen=True)
@@ -271,7 +278,7 @@ def report_isr(model: nn.Module, ratio: ISRRatio | int | str,
     else:
         size = (input_size, input_size) if isinstance(input_size, int) else input_size
     inputs = example if example is not None and input_size is None else _sized(example, size)
-    found = _find(model, example)
+    found = _find(model, None)
     before = _Trace(model, found, inputs)
     after = _Trace(model, found, inputs, dict(plan))
     stages = []

@@ -40,10 +40,13 @@ class Call:
             suffix: Single tokens behind.
         """
         grids = source.find(self)
-        for rows, columns in reversed(grids):
-            front = total - suffix - rows * columns
-            if front in prefixes:
-                return Layout(((rows, columns),), front, source.order(self, (rows, columns)))
+        fitting = {(rows, columns) for rows, columns in grids
+                   if total - suffix - rows * columns in prefixes}
+        if len(fitting) > 1:  # strips along either side
+            return None
+        for rows, columns in fitting:
+            return Layout(((rows, columns),), total - suffix - rows * columns,
+                          source.order(self, (rows, columns)))
         front = total - suffix - sum(rows * columns for rows, columns in grids)
         if len(grids) > 1 and front in prefixes:
             return Layout(tuple(grids), front)

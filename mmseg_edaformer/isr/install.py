@@ -20,6 +20,8 @@ def install(module: nn.Module, reduction: Reduction) -> None:
     """Reduce a module's keys from now on: its class becomes a subclass that intercepts."""
     before = vars(module).get('isr_reduction')
     reduction.ran = before is not None and before.ran
+    if before is not None and before.owners != reduction.owners:
+        uninstall(module)
     vars(module)['isr_reduction'] = reduction
     cls: Any = type(module)
     if hasattr(cls, 'isr_original'):
@@ -37,13 +39,19 @@ def uninstall(module: nn.Module) -> None:
     reduction = module.__dict__.pop('isr_reduction', None)
     if reduction is None:
         return
-    module.__class__ = getattr(type(module), 'isr_original', type(module))
+    _give_back_class(module)
     for owner in reduction.recorded():
         owner.__dict__['isr_users'] -= 1
         if owner.__dict__['isr_users'] == 0:
             owner.__dict__.pop('isr_grids', None)
             del owner.__dict__['isr_users']
-            owner.__class__ = getattr(type(owner), 'isr_original', type(owner))
+            _give_back_class(owner)
+
+
+def _give_back_class(module: nn.Module) -> None:
+    cls: Any = type(module)
+    if 'isr_original' in vars(cls):  # not in a subclass that was made since, as parametrizing does
+        module.__class__ = cls.isr_original
 
 
 def _forward_reduced(original: Any, module: Any, args: tuple[Any, ...],

@@ -128,6 +128,7 @@ class Interception(TorchFunctionMode):
         self.scores: list[Any] = []
         # Projected from reduced tokens: keys and values stand in their first rows.
         self.projected = False
+        self.spent = False
         self.pooled: tuple[Tensor | None, Tensor | None] = None, None
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (),
@@ -137,8 +138,21 @@ class Interception(TorchFunctionMode):
         if name == 'unflatten':  # which torch.compile cannot trace within a mode
             func, args, kwargs = Tensor.reshape, _unflattened(*args, **kwargs), {}
             name = 'reshape'
+        args, kwargs = _positional(args, kwargs)
         under_way = self.pool
-        followed = name not in _SHAPES and any(self._follows(arg) for arg in args)
+        followed = any(self._follows(arg) for arg in (*args, *kwargs.values()))
+        if followed and name in _SHAPES:
+            out = func(*args, **kwargs)
+            if self.pool is None:
+                return out
+            if isinstance(out, torch.Size) and out and out[-1] == self.pool.left:
+                return torch.Size((*out[:-1], self.total))  # the module's code may count its keys
+            if name == 'size' and isinstance(out, int) and out == self.pool.left and (
+                    next(iter((*args[1:], *kwargs.values())), None) in (-1, args[0].dim() - 1)):
+                return self.total
+            if isinstance(out, Tensor):
+                self.scores.append(out if torch.compiler.is_compiling() else weakref.ref(out))
+            return out
         if followed and not self._bears(name, *args):
             raise RatioError(f'{type(self.module).__name__} cannot be reduced: it uses {name} on '
                              'its scores or weights, which ISR cannot repeat with fewer keys. '
@@ -177,7 +191,7 @@ class Interception(TorchFunctionMode):
         """Name the module if its own code cannot go on with fewer keys."""
         try:
             yield
-        except (AssertionError, RuntimeError, ValueError) as error:
+        except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
             if self.pool is None or isinstance(error, RatioError):
                 raise
             raise RatioError(
@@ -190,7 +204,8 @@ class Interception(TorchFunctionMode):
         if isinstance(x, (list, tuple)):
             return any(self._follows(part) for part in x)
         return isinstance(x, Tensor) and any(
-            (scores if torch.compiler.is_compiling() else scores()) is x for scores in self.scores)
+            (scores() if isinstance(scores, weakref.ref) else scores) is x
+            for scores in self.scores)
 
     def _bears(self, name: str, *args: Any) -> bool:
         """Whether a function does the same to scores or weights of fewer keys.
@@ -205,8 +220,32 @@ class Interception(TorchFunctionMode):
         if self.normalised and name == '__getitem__':
             return args[0][args[1]].shape[-1] == self.pool.left
         if self.normalised and name in _ADDS:
-            return all(self._follows(arg) for arg in args if isinstance(arg, Tensor))
+            return all(self._follows(arg) for arg in args)
+        if name in _PRODUCTS and sum(self._follows(arg) for arg in args) > 1:
+            return False
+        if name in ('max', 'amax'):  # of each query, or a floor that nothing reaches
+            if len(args) > 1 and isinstance(args[1], Tensor):
+                return args[1].numel() == 1 and bool(args[1] <= pooling.MASKED)
+            return not self.normalised and (len(args) < 2 or args[1] in (-1, args[0].dim() - 1))
+        if name in ('__getitem__', '__setitem__'):
+            return self._spares_cells(*args[:2])
+        if not self.normalised and self.queries == self.pool.left and name == 'transpose':
+            return args[0].dim() - 1 not in [axis % args[0].dim() for axis in args[1:3]]
         return name in _BEARS or name in _ADDS or (name in _CUTS and not self.normalised)
+
+    def _spares_cells(self, x: Tensor, index: Any) -> bool:
+        """Whether an index takes all cells of the keys, or single tokens in front alone."""
+        index = index if isinstance(index, tuple) else (index,)
+        if any(isinstance(part, Tensor) for part in index):
+            return False
+        if not any(part is Ellipsis for part in index) and len(index) - index.count(None) < x.dim():
+            return True
+        last = index[-1]
+        if isinstance(last, int):
+            return 0 <= last < self.single
+        return last is Ellipsis or (isinstance(last, slice) and last.step is None and (
+            last.start or 0) in (0, self.single) and last.stop in (
+                None, *((self.single,) if not last.start and self.single else ())))
 
     def finish(self) -> None:
         """Say what became of the keys: called when the forward has ended."""
@@ -280,7 +319,8 @@ class Interception(TorchFunctionMode):
         name = next((name for name in self.reduction.rule.projections
                      if getattr(getattr(self.module, name, None), 'weight', None) is weight), None)
         pool = None
-        if name is not None and self.reduction.setting.method == 'average' and isinstance(
+        if name is not None and all(map(self._plain, self.reduction.rule.projections)) and (
+                self.reduction.setting.method == 'average') and isinstance(
                 getattr(self.module, 'k_norm', None), (nn.Identity, type(None))):
             pool = self._find(input)
         if pool is None or isinstance(pool, PresentKeys):
@@ -298,15 +338,29 @@ class Interception(TorchFunctionMode):
         out[..., :pool.left, queries:] = reduced
         return out
 
+    def _plain(self, name: str) -> bool:
+        """Whether a projection is a Linear layer and nothing else: no LoRA, no hook on it."""
+        layer: Any = getattr(self.module, name, None)
+        return layer is None or (type(layer).forward is nn.Linear.forward and not (
+            layer._forward_hooks or layer._forward_pre_hooks or 'forward' in vars(layer)))
+
     def _tokens(self, pool: PooledKeys, x: Tensor) -> Tensor:
         """Keys or values, reduced unless they are already."""
         return x.narrow(-2, 0, pool.left) if self.projected else pool.tokens(x)
+
+    def _spend(self) -> None:
+        """See that what was projected from reduced tokens serves one attention alone."""
+        if self.projected and self.spent:
+            raise RatioError(f'{type(self.module).__name__} cannot be reduced: it attends more '
+                             'than once, so its rule may name no projections')
+        self.spent = True
 
     def _fused(self, func: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor,
                attn_mask: Tensor | None = None, dropout_p: float = 0., is_causal: bool = False,
                **kwargs: Any) -> Tensor:
         pool = None if is_causal else self._find(key)
         if pool is not None:
+            self._spend()
             key, value = self._tokens(pool, key), self._tokens(pool, value)
             attn_mask = pool.mask(attn_mask, query)
         return func(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
@@ -360,9 +414,9 @@ class Interception(TorchFunctionMode):
                 right = self._tokens(pool, right.transpose(-2, -1)).transpose(-2, -1)
                 bias = [pool.columns(bias[0])] if bias and bias[0].shape[-1] == self.total else bias
         elif left.shape[-1] == self.pool.left and right.shape[-2] == self.total:
-            right = self._values(right)
+            right = self._values(right, left)
         elif left.shape[-1] == self.total and right.shape[-2] == self.pool.left:
-            left = self._values(left.transpose(-2, -1)).transpose(-2, -1)
+            left = self._values(left.transpose(-2, -1), right).transpose(-2, -1)
         return func(*bias, left, right, **kwargs)
 
     def _einsum(self, func: Callable[..., Tensor], equation: str, *operands: Any) -> Tensor:
@@ -389,16 +443,21 @@ class Interception(TorchFunctionMode):
             axis = names[1].index(names[0][-1])
             if right.shape[axis] == self.total:
                 other = next(i for i in reversed(range(right.dim())) if i != axis)
-                right = _from_end(self._values(_to_end(right, [axis, other])), [axis, other])
+                right = _from_end(self._values(_to_end(right, [axis, other]), left),
+                                  [axis, other])
         return func(equation, left, right)
 
-    def _values(self, values: Tensor) -> Tensor:
+    def _values(self, values: Tensor, weights: Tensor) -> Tensor:
         """Reduced values, ... x N x d; ends the explicit attention under way."""
         assert self.pool is not None
+        if not self._follows(weights):
+            raise RatioError(f'{type(self.module).__name__} cannot be reduced: what it does with '
+                             'its weights is hidden from ISR')
         pool, self.pool = self.pool, None
         if not self.normalised:
             raise RatioError(f'{type(self.module).__name__} cannot be reduced: it weighs its '
                              'values without a softmax that ISR knows')
+        self._spend()
         return self._tokens(pool, values)
 
     def _softmax(self, func: Callable[..., Tensor], scores: Tensor, *args: Any,
@@ -493,6 +552,8 @@ SOFTMAX = {'softmax'}
 _ADDS = {'add', 'add_', '__add__', '__radd__', '__iadd__', 'sub', '__sub__', 'masked_fill',
          'masked_fill_', 'where'}
 _SHAPES = {'__get__', 'size', 'dim'}
+_PRODUCTS = {'mul', 'mul_', '__mul__', '__rmul__', '__imul__', 'div', 'div_', '__truediv__',
+             '__itruediv__', 'matmul', '__matmul__', 'bmm', 'baddbmm', 'einsum'}
 _BEARS = {*_ATTENTION, *_MIXES, *_RESHAPES, *SOFTMAX, 'dropout', 'mul', 'mul_', '__mul__',
           '__rmul__', '__imul__', 'div', 'div_', '__truediv__', '__itruediv__', 'permute',
           'transpose', 'flatten', 'unsqueeze', 'squeeze', 'expand', 'contiguous', 'clone', 'to',
@@ -527,6 +588,15 @@ def _projected_keys(call: dict[str, Any]) -> Tensor:
     weight = call['k_proj_weight'] if weight is None else weight[width:2 * width]
     keys = F.linear(call['key'], weight, None if bias is None else bias[width:2 * width])
     return keys.unflatten(-1, (call['num_heads'], -1)).permute(1, 2, 0, 3)
+
+
+def _positional(args: tuple[Any, ...],
+                kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call with the operands of torch's functions by position."""
+    named = [name for name in ('input', 'batch1', 'batch2', 'mat2', 'other', 'exponent')
+             if name in kwargs]
+    return ((*args, *(kwargs[name] for name in named)),
+            {name: value for name, value in kwargs.items() if name not in named})
 
 
 def _to_end(x: Tensor, axes: list[int]) -> Tensor:

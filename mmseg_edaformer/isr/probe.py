@@ -37,13 +37,19 @@ class _Probe(Interception):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (),
                            kwargs: dict[str, Any] | None = None) -> Any:
-        out = super().__torch_function__(func, types, args, kwargs)
+        kwargs = kwargs or {}
         name = getattr(func, '__name__', '')
-        if name in SOFTMAX or name == 'scaled_dot_product_attention':
-            return torch.zeros_like(out)
+        if name in SOFTMAX:
+            return torch.zeros_like(args[0] if args else kwargs['input'])
+        out = super().__torch_function__(func, types, args, kwargs)
         if name == 'multi_head_attention_forward':
             return torch.zeros_like(out[0]), out[1]
         return out
+
+    def _fused(self, func: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor,
+               *args: Any, **kwargs: Any) -> Tensor:
+        self._find(key)
+        return query.new_zeros(*query.shape[:-1], value.shape[-1])
 
     def _find(self, keys: Tensor) -> None:
         self.notes.append(keys.float())
@@ -168,8 +174,8 @@ def _another(x: Tensor) -> Tensor:
 
 def _changes(found: dict[str, list[Tensor]],
              before: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
-    """How much each key changed, for each attention that a layer has run."""
-    return {name: [(new - old).abs().transpose(-2, -1).flatten(0, -2).amax(0).cpu()
+    """How much each key changed, heads x N, for each attention that a layer has run."""
+    return {name: [(new - old).norm(dim=-1).flatten(0, -2).cpu()
                    for new, old in zip(found[name], before[name], strict=True)]
             for name in before}
 
@@ -186,18 +192,21 @@ def _place(grids: Set[Grid | None], changes: list[list[Tensor]]) -> tuple[int, i
     if len(grids) != 1 or grid is None:
         return 'its tokens come from more than one map, or from none'
     numbers = torch.arange(grid[0] * grid[1])
-    places = set()
+    places: set[tuple[int, int]] = set()
     for another, *marked in zip(*changes):
         unset, set_ = torch.stack(marked[::2]), torch.stack(marked[1::2])
         reached = torch.stack(marked).amax(0)
-        alive = reached > SILENT * reached.max()
-        if not alive.any():
-            continue
+        alive = reached > SILENT * reached.amax(-1, keepdim=True)
+        if not alive.any(-1).all():
+            return 'it also attends to what is no map' if places or alive.any() or any(
+                (change[1] > 0).any() for change in zip(*changes)) else 'it was not run'
         bits = 2 ** torch.arange(len(set_))
-        found = ((set_ > unset) * bits.unsqueeze(-1)).sum(0).where(alive, -1)
+        found = ((set_ > unset) * bits.view(-1, 1, 1)).sum(0).where(alive, -1)
+        heads, found, alive, another = found, found[0], alive.any(0), (
+            another / another.amax(-1, keepdim=True).clamp(min=1e-30)).amax(0)
         front = next((front for front in range(len(found) - len(numbers) + 1)
                       if torch.equal(found[front:front + len(numbers)], numbers)), None)
-        if front is None:
+        if front is None or (heads[:, front:front + len(numbers)] != numbers).any():
             return 'the tokens of its map do not stand row by row among its keys'
         behind = len(found) - front - len(numbers)
         beside = torch.ones_like(alive)

@@ -161,9 +161,58 @@ def known():
     return lambda cls: register_isr(cls, grid=Arguments(('hw',)), prefix=cls.tokens)
 
 
+class Counted(Explicit):
+    """Code that counts its keys by its scores finds as many as before."""
+    def attend(self, query, key, value):
+        scores = torch.matmul(input=query, other=key.transpose(-2, -1))
+        if scores.shape[-1] != key.shape[-2] or scores.size(-1) != key.shape[-2]:
+            raise ValueError(f'scores of {key.shape[-2]} keys wanted')
+        bias = self.bias(query)[..., :scores.shape[-1]] / scores.size()[-1]
+        return (scores + bias).softmax(-1) @ value
+
+
+class Squared(Explicit):
+    def attend(self, query, key, value):
+        scores = query @ key.transpose(-2, -1)
+        return (scores * scores).softmax(-1) @ value
+
+
+class Shifted(Explicit):
+    def attend(self, query, key, value):
+        return ((query @ key.transpose(-2, -1)).softmax(-1) + 0.01) @ value
+
+
+class LessMaximum(Explicit):
+    """Of all queries, not of each."""
+    def attend(self, query, key, value):
+        scores = query @ key.transpose(-2, -1)
+        return (scores / scores.amax(-2, keepdim=True)).softmax(-1) @ value
+
+
+class Marked(Explicit):
+    def attend(self, query, key, value):
+        scores = query @ key.transpose(-2, -1)
+        scores[..., 3] = 5.
+        return scores.softmax(-1) @ value
+
+
+class Sparse(Explicit):
+    def attend(self, query, key, value):
+        scores = query @ key.transpose(-2, -1)
+        least = torch.topk(input=scores, k=4, dim=-1).values[..., -1:]
+        return scores.masked_fill(scores < least, -math.inf).softmax(-1) @ value
+
+
+class Hidden(Explicit):
+    """What is done with the weights cannot be seen."""
+    def attend(self, query, key, value):
+        weights = (query @ key.transpose(-2, -1)).softmax(-1)
+        return torch.vmap(lambda x: x * x)(weights) @ value
+
+
 @pytest.mark.parametrize('cls', [
-    At, Matmul, Method, Bmm, Baddbmm, Einsum, EinsumTransposed, Fused, Added, AddedInPlace, Torch,
-    Windows, TokenInFront, Twice, ValuesFirst, MixedValues], ids=lambda cls: cls.__name__)
+    Counted, At, Matmul, Method, Bmm, Baddbmm, Einsum, EinsumTransposed, Fused, Added, AddedInPlace,
+    Torch, Windows, TokenInFront, Twice, ValuesFirst, MixedValues], ids=lambda cls: cls.__name__)
 def test_spellings(cls, known):
     known(cls)
     for number, size in enumerate([(24, 48), (28, 40)]):
@@ -235,14 +284,6 @@ class Chosen(Explicit):
         return out[:, :, weights[:, :, 0].mean((0, 1)).topk(3).indices]
 
 
-class Counted(Explicit):
-    def attend(self, query, key, value):
-        scores = query @ key.transpose(-2, -1)
-        if scores.shape[-1] != key.shape[-2]:
-            raise ValueError(f'scores of {key.shape[-2]} keys wanted')
-        return scores.softmax(-1) @ value
-
-
 class KeysFirst(Explicit):
     def attend(self, query, key, value):
         return (key @ query.transpose(-2, -1)).softmax(-2).transpose(-2, -1) @ value
@@ -263,7 +304,9 @@ class Outside(Explicit):
     (OwnSoftmax, 'uses exp on its scores'), (Product, 'needs all'),
     (Unnormalised, 'without a softmax'), (Normalised, 'uses instance_norm'),
     (Convolved, 'uses conv2d'), (AddedLast, 'uses add'), (Chosen, 'uses __getitem__'),
-    (Counted, 'needs all'), (KeysFirst, 'softmax'),
+    (Squared, 'uses mul'), (Shifted, 'uses add'), (LessMaximum, 'uses amax'),
+    (Marked, 'uses __setitem__'), (Sparse, 'uses topk'), (Hidden, 'cannot be reduced'),
+    (KeysFirst, 'softmax'),
     (Hand, 'no attention that ISR recognises'), (Outside, 'its 5 keys lie on no grid')],
     ids=lambda value: getattr(value, '__name__', None))
 def test_never_wrong_in_silence(cls, reason, known):

@@ -171,6 +171,57 @@ def test_the_attention_of_a_library_in_another_model():
                   pickled=False)
 
 
+class TwoOrders(Attention):
+    """Its second head sees the tokens column by column, by smaller keys."""
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, 2, -1).permute(2, 0, 3, 1, 4)
+        k = torch.stack([k[:, 0], 0.1 * by_column(self, k[:, 1])], 1)
+        v = torch.stack([v[:, 0], by_column(self, v[:, 1])], 1)
+        return self.proj(((q @ k.transpose(-2, -1)).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class Queries(ViT):
+    """Learned queries, as many as patches, go through the same attention first."""
+
+    def forward(self, image):
+        x = self.embed(image)
+        queries = self.blocks[0](self.front)
+        return self.blocks[1](self.blocks[0](x)) + queries
+
+
+def test_attention_that_is_only_partly_over_the_map_is_refused():
+    model = ViT(around, 0).eval()
+    for block in model.blocks:
+        block.attn.__class__ = type('Attention', (TwoOrders,), {})
+    with pytest.raises(RatioError, match=r'do not stand row by row'):
+        apply_isr(model, 2)
+    model = Queries(None, 80).eval()
+    apply_isr(model, 2)
+    assert not hasattr(model.blocks[0].attn, 'isr_reduction')
+    assert hasattr(model.blocks[1].attn, 'isr_reduction')
+    with pytest.raises(RatioError, match=r'blocks\.0\.attn: Attention: it also attends to what is'):
+        apply_isr(model, 2, strict=True)
+
+
+def test_a_rule_that_changes_while_it_is_applied():
+    """What a model was reduced by is taken back, whatever the rules say by then."""
+    model, image = ViT(around).eval(), torch.randn(1, 3, *SIZE)
+    before = model(image)
+    for change in (dict(irreducible='mine'), dict(grid=Patches('patch_embed.proj'), prefix=1),
+                   dict(grid=Patches('local'))):
+        register_isr(Attention, grid=Patches('patch_embed.proj'), prefix=None)
+        apply_isr(model, 2)
+        register_isr(Attention, **change)
+        remove_isr(model)
+        assert torch.equal(model(image), before)
+    register_isr(Attention, grid=Patches('patch_embed.proj'), prefix=None)
+    apply_isr(model, 2)
+    nn.utils.parametrizations.weight_norm(model.patch_embed.proj)
+    remove_isr(model)
+    torch.testing.assert_close(model(image), before)
+
+
 def test_nothing_is_left_behind():
     model, image = ViT(around).eval(), torch.randn(1, 3, *SIZE)
     state, modes = copy.deepcopy(model.state_dict()), torch.random.get_rng_state()

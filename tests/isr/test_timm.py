@@ -373,6 +373,42 @@ def test_nothing_to_reduce(name, reason):
         apply_isr(model, 2)
 
 
+class Adapted(torch.nn.Linear):
+    """A layer that adds to what its weights give, as low-rank adapters do."""
+
+    def forward(self, x):
+        return super().forward(x) + x.flip(-1).repeat(1, 1, self.out_features // x.shape[-1])
+
+
+@pytest.mark.parametrize('change', ['adapter', 'hook', 'other forward'])
+def test_what_is_no_plain_projection_sees_all_tokens(change):
+    """Keys and values are then reduced after it, where the queries meet them."""
+    model = build('vit_tiny_patch16_224', img_size=(80, 112), **SMALL)
+    for block in model.blocks:
+        linear = block.attn.qkv
+        if change == 'adapter':
+            block.attn.qkv = Adapted(linear.in_features, linear.out_features)
+        elif change == 'hook':
+            linear.register_forward_hook(scaled)
+        else:
+            block.attn.__class__ = Rotated
+    check_adapter(model, image(80, 112), [(5, 7)], prefix=1, expected=2, compiled=False)
+
+
+def scaled(module, args, out):
+    return out * torch.linspace(1, 2, out.shape[1]).unsqueeze(-1)
+
+
+class Rotated(timm.layers.Attention):
+    """Keys that know where they are, in a class of somebody else."""
+
+    def forward(self, x, *args, **kwargs):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        k = k * torch.linspace(1, 2, k.shape[-2]).unsqueeze(-1)
+        weights = (q @ k.transpose(-2, -1) * self.scale).softmax(-1)
+        return self.proj((weights @ v).transpose(1, 2).flatten(2))
+
+
 def test_stages():
     """Twins' two kinds of attention take turns within a stage."""
     model = build('twins_svt_small', **{**PYRAMID, 'depths': (2, 2, 2, 2)})

@@ -237,11 +237,22 @@ def _rule(module: nn.Module) -> Rule | None:
     for name in names:
         for table in _tables:
             if name in table:
-                return table[name]
+                return _unless_overridden(table[name], module, name)
         short = name.rpartition('.')[2]
         if short in _registered:
             return _registered[short]
     return research.find(module)
+
+
+def _unless_overridden(rule: Rule, module: nn.Module, name: str) -> Rule:
+    """Without projections if the module's class has another forward than the one of the rule."""
+    if not isinstance(rule, AttentionRule) or not rule.projections:
+        return rule
+    classes = [c for c in type(module).__mro__ if 'isr_original' not in vars(c)]
+    known = next(c for c in classes if f'{c.__module__}.{c.__qualname__}' == name)
+    same = getattr(classes[0], 'forward', None) is getattr(known, 'forward', None)
+    own = classes[0].__module__.partition('.')[0] in _KNOWN
+    return rule if same or own else dataclasses.replace(rule, projections=())
 
 
 def _names(cls: type) -> list[str]:
