@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..errors import UserError
+from ..errors import ExampleError, UserError
 
 Inputs = tuple[Any, ...] | Mapping[str, Any]
 """What a model is called with: its arguments, by position or by name."""
@@ -165,7 +165,11 @@ def on_meta(model: nn.Module) -> Iterator[nn.Module]:
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(
             tensor, nn.Parameter) else empty
         memo[id(tensor)].isr_origin = tensor
-    shadow = copy.deepcopy(getattr(model, '_orig_mod', model), memo)
+    try:
+        shadow = copy.deepcopy(getattr(model, '_orig_mod', model), memo)
+    except Exception as error:  # of whatever it holds: locks, generators, results of a forward
+        raise ExampleError(f'{type(model).__name__} cannot be copied, which counting its cost '
+                           f'needs ({type(error).__name__}: {error})') from error
     for module in list(shadow.modules()):  # count what the compiled parts were compiled from
         if hasattr(vars(module).get('forward'), '_torchdynamo_orig_callable'):
             del module.forward

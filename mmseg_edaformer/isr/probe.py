@@ -77,7 +77,7 @@ class _Marker:
         self.grids.add(grid)
         self.calls += 1
         if len(self.maps) < self.calls:
-            self.maps.append(out)
+            self.maps.append(out.clone())  # the model may add to it in place
         if self.mark is None:
             return None
         out = self.maps[self.calls - 1]
@@ -98,55 +98,57 @@ def locate(model: nn.Module, inputs: Inputs | None = None) -> dict[str, tuple[in
         be left alone: the map's tokens are not there one by one and row by row, or those beside
         them depend on the image too.
     """
-    names = [layer.name for layer in _foreign(model)]
-    with on_meta(model) as shadow:
-        with_weights(shadow)
-        inputs = example_image(shadow) if inputs is None else inputs
-        layers = dict(zip(names, _foreign(shadow)))
-        notes: dict[str, list[Tensor]] = {}
-        markers: dict[nn.Module, _Marker] = {}
-        sources: dict[str, _Marker] = {}
-        for name, layer in layers.items():
-            layer.setting = Setting()
-            notes[name] = []
-            layer.module.forward = functools.partial(_silenced, layer, layer.module.forward,
-                                                     notes[name])
-            if layer.rule.prefix is None:
-                owner = layer.owners[str(layer.rule.grid.owner)]
-                sources[name] = markers.setdefault(owner, _Marker())
-        for owner, marker in markers.items():
-            owner.register_forward_hook(marker)
+    try:
+        with on_meta(model) as shadow, torch.random.fork_rng(), torch.no_grad():
+            return _locate(shadow, [layer.name for layer in _foreign(model)], inputs)
+    except Exception as error:  # of whatever model this is
+        reason = (f'to find out where its tokens stand, {type(model).__name__} was run on an '
+                  f'example and failed ({type(error).__name__}: {error}): example_inputs= gives it '
+                  'what it takes')
+        return {layer.name: reason for layer in _foreign(model) if layer.rule.prefix is None}
 
-        def keys(inputs: Inputs, mark: Mark | None = None,
-                 grids: Set[Grid | None] = frozenset()) -> dict[str, list[Tensor]]:
-            for found in notes.values():
-                found.clear()
-            for marker in markers.values():
-                marker.mark, marker.calls = mark if marker.grids == grids else None, 0
-            torch.manual_seed(0)
-            run(shadow, inputs)
-            return {name: list(notes[name]) for name in sources}
 
-        places: dict[str, tuple[int, int] | str] = {}
-        try:
-            with torch.random.fork_rng(), torch.no_grad():
-                before = keys(inputs)
-                other = _changes(keys(tree_map_only(Tensor, _another, inputs)), before)
-                # Maps of one size at a time: the next one is made from the marked tokens of this.
-                for grids in {frozenset(marker.grids) for marker in markers.values()}:
-                    changes = [other]
-                    tokens = max((grid[0] * grid[1] for grid in grids if grid), default=1)
-                    for bit in range((tokens - 1).bit_length()):
-                        for value in (0, 1):
-                            mark = functools.partial(_has_bit, bit, value)
-                            changes.append(_changes(keys(inputs, mark, grids), before))
-                    places |= {name: _place(grids, [change[name] for change in changes])
-                               for name, marker in sources.items() if marker.grids == grids}
-        except Exception as error:  # of whatever model this is
-            reason = (f'to find out where its tokens stand, {type(model).__name__} was run on an '
-                      f'example and failed ({type(error).__name__}: {error}): example_inputs= '
-                      'gives it what it takes')
-            return dict.fromkeys(sources, reason)
+def _locate(shadow: nn.Module, names: list[str],
+            inputs: Inputs | None) -> dict[str, tuple[int, int] | str]:
+    with_weights(shadow)
+    inputs = example_image(shadow) if inputs is None else inputs
+    notes: dict[str, list[Tensor]] = {}
+    markers: dict[nn.Module, _Marker] = {}
+    sources: dict[str, _Marker] = {}
+    for name, layer in zip(names, _foreign(shadow)):
+        layer.setting = Setting()
+        notes[name] = []
+        layer.module.forward = functools.partial(_silenced, layer, layer.module.forward,
+                                                 notes[name])
+        if layer.rule.prefix is None:
+            owner = layer.owners[str(layer.rule.grid.owner)]
+            sources[name] = markers.setdefault(owner, _Marker())
+    for owner, marker in markers.items():
+        owner.register_forward_hook(marker)
+
+    def keys(inputs: Inputs, mark: Mark | None = None,
+             grids: Set[Grid | None] = frozenset()) -> dict[str, list[Tensor]]:
+        for found in notes.values():
+            found.clear()
+        for marker in markers.values():
+            marker.mark, marker.calls = mark if marker.grids == grids else None, 0
+        torch.manual_seed(0)
+        run(shadow, inputs)
+        return {name: list(notes[name]) for name in sources}
+
+    places: dict[str, tuple[int, int] | str] = {}
+    before = keys(inputs)
+    other = _changes(keys(tree_map_only(Tensor, _another, inputs)), before)
+    # Maps of one size at a time: the next one is made from the marked tokens of this.
+    for grids in {frozenset(marker.grids) for marker in markers.values()}:
+        changes = [other]
+        tokens = max((grid[0] * grid[1] for grid in grids if grid), default=1)
+        for bit in range((tokens - 1).bit_length()):
+            for value in (0, 1):
+                mark = functools.partial(_has_bit, bit, value)
+                changes.append(_changes(keys(inputs, mark, grids), before))
+        places |= {name: _place(grids, [change[name] for change in changes])
+                   for name, marker in sources.items() if marker.grids == grids}
     return places
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.registry import HOOKS
+from mmengine.registry import HOOKS, init_default_scope
 from mmseg.apis import inference_model
 from mmseg.registry import MODELS
 
@@ -178,7 +178,7 @@ class MemoryHook(Hook):
 
 def test_memory_of_2000_iterations(config, tmp_path):
     run_to_end(config, tmp_path / 'work', options={
-        'train_cfg.max_iters': 2000, 'train_cfg.val_interval': 500,
+        'train_cfg.max_iters': 2000, 'train_cfg.val_interval': 100,
         'default_hooks.checkpoint.interval': 500, 'default_hooks.logger.interval': 100,
     }, before=lambda cfg: cfg.custom_hooks.append(
         dict(type='MemoryHook', path=str(tmp_path / 'memory'))))
@@ -196,6 +196,7 @@ def assert_flat(sizes):
 def test_memory_of_5000_predictions(tmp_path):
     def predict():
         torch.set_num_threads(1)
+        init_default_scope('mmseg')
         cfg = Config(dict(
             model=dict(segmentor_config(), type='StreamedEncoderDecoder'),
             test_pipeline=[dict(type='LoadImageFromFile'), dict(type='PackSegInputs')]))

@@ -1,6 +1,7 @@
 """Whose keys stand where is found out, not guessed: models that no table knows."""
 import copy
 import pickle
+import threading
 import warnings
 
 import pytest
@@ -82,6 +83,11 @@ def shuffled(model, x):
     return torch.gather(x, 1, order.unsqueeze(-1).expand(-1, -1, WIDTH))
 
 
+def added_in_place(model, x):
+    x += torch.linspace(-1, 1, WIDTH)
+    return x
+
+
 def by_column(model, x):
     return x.unflatten(1, GRID).transpose(1, 2).flatten(1, 2)
 
@@ -95,7 +101,8 @@ def with_pruned(model, x):
 
 
 @pytest.mark.parametrize(('arrange', 'front', 'behind'), [
-    (around, 1, 0), (around, 0, 0), (around, 1, 9), (around, 0, 3), (mixed, 5, 2)])
+    (around, 1, 0), (around, 0, 0), (around, 1, 9), (around, 0, 3), (mixed, 5, 2),
+    (added_in_place, 0, 0)])
 @pytest.mark.parametrize('size', [(64, 80), (72, 88)], ids=str)
 def test_tokens_on_either_side_are_found(arrange, front, behind, size):
     if arrange is mixed and size != SIZE:
@@ -220,6 +227,17 @@ def test_a_rule_that_changes_while_it_is_applied():
     nn.utils.parametrizations.weight_norm(model.patch_embed.proj)
     remove_isr(model)
     torch.testing.assert_close(model(image), before)
+
+
+def test_a_model_that_cannot_be_copied_says_so():
+    model = ViT(around).eval()
+    model.lock = threading.Lock()
+    with pytest.raises(RatioError, match=r'failed .*cannot be copied.*_thread\.lock'):
+        apply_isr(model, 2)
+    register_isr(Attention, grid=Patches('patch_embed.proj'), prefix=1)
+    apply_isr(model, 2)
+    with pytest.raises(RatioError, match=r'ViT cannot be copied.*_thread\.lock'):
+        report_isr(model, 2)
 
 
 def test_nothing_is_left_behind():
