@@ -24,6 +24,7 @@ from .intercept import Record, Setting, recording
 from .pooling import check_method
 from .probe import locate
 from .ratio import ISRRatio
+from .rules import AttentionRule
 
 
 def apply_isr(model: nn.Module, ratio: ISRRatio | int | str, *, method: str = 'average',
@@ -146,7 +147,7 @@ def _watch(model: nn.Module, plan: list[tuple[Layer, Setting]], strict: bool) ->
         model.register_forward_hook(_FirstForward(strict))
 
 
-_located: WeakKeyDictionary[nn.Module, dict[str, tuple[int, int] | str]] = WeakKeyDictionary()
+_located: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
 """What `locate` found out of a model."""
 
 
@@ -162,6 +163,8 @@ def _find(model: nn.Module, inputs: Inputs | None) -> Attentions:
         place = places[layer.name]
         if isinstance(place, str):
             found.refuse(layer, place)
+        elif isinstance(place, AttentionRule):
+            layer.rule = place
         else:
             layer.rule = replace(layer.rule, prefix=place[0], suffix=place[1])
     return found

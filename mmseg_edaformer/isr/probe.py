@@ -8,6 +8,7 @@ is: bit by bit, the one by whose noise it changes more. On the way no attention 
 so that no token learns of another.
 """
 import functools
+import sys
 from collections.abc import Callable, Set
 from typing import Any
 
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..analysis.cost import Inputs, example_image, on_meta, run, with_weights
-from .adapters import ForeignLayer, find_attention
-from .intercept import SOFTMAX, Interception, Reduction, Setting
+from .adapters import ForeignLayer, find_attention, is_foreign
+from .intercept import SOFTMAX, Interception, Reduction, Setting, resolve
 from .pooling import Grid
+from .rules import AttentionRule
 
 Mark = Callable[[Tensor], Tensor]
 """Whether to mark tokens, 1 or 0, by their numbers."""
@@ -86,15 +88,18 @@ class _Marker:
         return out + noise * marked.view(grid)
 
 
-def locate(model: nn.Module, inputs: Inputs | None = None) -> dict[str, tuple[int, int] | str]:
+def locate(model: nn.Module,
+           inputs: Inputs | None = None) -> dict[str, tuple[int, int] | AttentionRule | str]:
     """Find out how many tokens stand around a map, for the layers whose rule does not tell.
 
     Args:
-        model: The model. A copy that shares its weights is run, 20 times or so.
+        model: The model. A copy that shares its weights is run, 20 times or so; once if all of these
+            layers are called by a library's own model within it.
         inputs: What it is called with; by default an image of the size that it declares.
 
     Returns:
-        By name of the layer, the numbers of keys in front of the map and behind it. Or why it must
+        By name of the layer, the numbers of keys in front of the map and behind it; or its rule,
+        where a library's own model calls it, which declares its tokens. Or why it must
         be left alone: the map's tokens are not there one by one and row by row, or those beside
         them depend on the image too.
     """
@@ -109,17 +114,22 @@ def locate(model: nn.Module, inputs: Inputs | None = None) -> dict[str, tuple[in
 
 
 def _locate(shadow: nn.Module, names: list[str],
-            inputs: Inputs | None) -> dict[str, tuple[int, int] | str]:
+            inputs: Inputs | None) -> dict[str, tuple[int, int] | AttentionRule | str]:
     with_weights(shadow)
     inputs = example_image(shadow) if inputs is None else inputs
     notes: dict[str, list[Tensor]] = {}
     markers: dict[nn.Module, _Marker] = {}
     sources: dict[str, _Marker] = {}
+    trusted: dict[str, AttentionRule | None] = {}
     for name, layer in zip(names, _foreign(shadow)):
         layer.setting = Setting()
         notes[name] = []
         layer.module.forward = functools.partial(_silenced, layer, layer.module.forward,
                                                  notes[name])
+        model = _model_of(layer, shadow)
+        if layer.rule.prefix is None and layer.declared is not None and model is not None:
+            layer.module.register_forward_pre_hook(functools.partial(
+                _trust, trusted, name, layer.declared, model))
         if layer.rule.prefix is None:
             owner = layer.owners[str(layer.rule.grid.owner)]
             sources[name] = markers.setdefault(owner, _Marker())
@@ -136,8 +146,13 @@ def _locate(shadow: nn.Module, names: list[str],
         run(shadow, inputs)
         return {name: list(notes[name]) for name in sources}
 
-    places: dict[str, tuple[int, int] | str] = {}
     before = keys(inputs)
+    places: dict[str, tuple[int, int] | AttentionRule | str] = {
+        name: rule for name, rule in trusted.items() if rule is not None}
+    sources = {name: marker for name, marker in sources.items() if name not in places}
+    if not sources:
+        return places
+    before = {name: before[name] for name in sources}
     other = _changes(keys(tree_map_only(Tensor, _another, inputs)), before)
     # Maps of one size at a time: the next one is made from the marked tokens of this.
     for grids in {frozenset(marker.grids) for marker in markers.values()}:
@@ -150,6 +165,27 @@ def _locate(shadow: nn.Module, names: list[str],
         places |= {name: _place(grids, [change[name] for change in changes])
                    for name, marker in sources.items() if marker.grids == grids}
     return places
+
+
+def _model_of(layer: ForeignLayer, shadow: nn.Module) -> nn.Module | None:
+    """The model that has the layer's patch embedding; None if it is not one of a library."""
+    path = str(layer.rule.grid.owner)
+    found = [module for module in shadow.modules() if any(
+        resolve(module, way)[1] is layer.owners.get(path) for way in path.split('|'))]
+    return found[-1] if found and not is_foreign(found[-1]) else None
+
+
+def _trust(trusted: dict[str, AttentionRule | None], name: str, rule: AttentionRule,
+           model: nn.Module, *call: Any) -> None:
+    """Trust what a library's model declares if it is its own code that calls the layer."""
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_locals.get('self') is model and (
+                frame.f_globals['__name__'] == type(model).__module__):
+            trusted.setdefault(name, rule)
+            return
+    trusted[name] = None  # for good, though another call may come from there
 
 
 def _foreign(model: nn.Module) -> list[ForeignLayer]:

@@ -2,6 +2,7 @@
 import copy
 import pickle
 import threading
+import types
 import warnings
 
 import pytest
@@ -227,6 +228,37 @@ def test_a_rule_that_changes_while_it_is_applied():
     nn.utils.parametrizations.weight_norm(model.patch_embed.proj)
     remove_isr(model)
     torch.testing.assert_close(model(image), before)
+
+
+def test_the_whole_model_of_a_library_is_run_once():
+    """It declares its tokens; if its forward is somebody else's, they are looked for."""
+    timm = pytest.importorskip('timm', reason='timm is not installed')
+    calls = []
+
+    class Mine(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vit = timm.create_model('vit_tiny_patch16_224', img_size=64, embed_dim=WIDTH,
+                                         depth=2, num_heads=2, num_classes=0, reg_tokens=2)
+
+        def forward(self, image):
+            calls.append(1)
+            return self.vit(image)
+
+    def reversed_order(vit, image):
+        x = vit.patch_embed(image)
+        return vit.blocks(torch.cat([x.flip(1), vit.cls_token.expand(len(x), -1, -1)], 1))
+
+    model, image = Mine(), torch.randn(1, 3, 64, 64)
+    apply_isr(model, 2)
+    assert len(calls) == 1
+    assert model.vit.blocks[0].attn.isr_reduction.rule.prefix == ('num_prefix_tokens',)
+    remove_isr(model)
+    check_adapter(model, image, [(4, 4)], prefix=3, expected=2, compiled=False, pickled=False)
+    other = Mine()
+    other.vit.forward = types.MethodType(reversed_order, other.vit)
+    with pytest.raises(RatioError, match='do not stand row by row'):
+        apply_isr(other, 2)
 
 
 def test_a_model_that_cannot_be_copied_says_so():

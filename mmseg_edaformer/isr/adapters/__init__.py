@@ -82,11 +82,16 @@ class Layer(Protocol):
 
 @dataclass
 class ForeignLayer:
-    """A layer of a library, which the rule of its class reduces."""
+    """A layer of a library, which the rule of its class reduces.
+
+    ``declared`` is that rule with the tokens that the library's models declare, also where these
+    are not to be trusted and ``rule`` waits for `locate`.
+    """
     name: str
     module: nn.Module
     rule: AttentionRule
     owners: dict[str, nn.Module] = field(default_factory=dict)
+    declared: AttentionRule | None = None
 
     @property
     def setting(self) -> Setting:
@@ -162,7 +167,7 @@ def find_attention(model: nn.Module) -> Attentions:
                 found.unknown[name] = (f'{type(module).__name__}: no {missing} around it to read '
                                        'its grid from')
             else:
-                layers.append(ForeignLayer(name, module, _unless_foreign(rule, path), owners))
+                layers.append(ForeignLayer(name, module, _unless_foreign(rule, path), owners, rule))
             inside.add(module)
         elif rule is not None:
             found.irreducible[name] = f'{type(module).__name__}: {rule.reason}'
@@ -218,11 +223,11 @@ def _unless_foreign(rule: AttentionRule, path: list[nn.Module]) -> AttentionRule
     if not (isinstance(rule.grid, Patches) and isinstance(rule.prefix, tuple)) or any(
             rule is own for own in _registered.values()):
         return rule
-    foreign = any(_foreign(module) for module in path[:-1])
+    foreign = any(is_foreign(module) for module in path[:-1])
     return dataclasses.replace(rule, prefix=None, suffix=0) if foreign else rule
 
 
-def _foreign(module: nn.Module) -> bool:
+def is_foreign(module: nn.Module) -> bool:
     """Whether a module is not of a library whose models are known, or only of its pretraining."""
     package, *rooms = type(module).__module__.split('.')
     # mmpretrain's pretraining shuffles tokens and drops some.
