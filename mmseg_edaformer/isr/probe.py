@@ -93,8 +93,8 @@ def locate(model: nn.Module,
     """Find out how many tokens stand around a map, for the layers whose rule does not tell.
 
     Args:
-        model: The model. A copy that shares its weights is run, 20 times or so; once if all of these
-            layers are called by a library's own model within it.
+        model: The model. A copy that shares its weights is run, 20 times or so; once if a library's
+            own model within it calls all of these layers.
         inputs: What it is called with; by default an image of the size that it declares.
 
     Returns:
