@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..compat import is_exporting
 from .pooling import Grid, Layout
 
 
@@ -40,13 +41,18 @@ class Call:
             suffix: Single tokens behind.
         """
         grids = source.find(self)
-        fitting = {(rows, columns) for rows, columns in grids
-                   if total - suffix - rows * columns in prefixes}
-        if len(fitting) > 1:  # strips along either side
-            return None
-        for rows, columns in fitting:
-            return Layout(((rows, columns),), total - suffix - rows * columns,
-                          source.order(self, (rows, columns)))
+        chosen: Layout | None = None
+        for rows, columns in reversed(grids):
+            front = total - suffix - rows * columns
+            if front not in prefixes:
+                continue
+            if chosen is not None and chosen.grids[0] != (rows, columns):  # strips of either side
+                return None
+            chosen = Layout(((rows, columns),), front, source.order(self, (rows, columns)))
+            if is_exporting():  # sizes are symbols, of which one question too many is a limit
+                break
+        if chosen is not None:
+            return chosen
         front = total - suffix - sum(rows * columns for rows, columns in grids)
         if len(grids) > 1 and front in prefixes:
             return Layout(tuple(grids), front)
