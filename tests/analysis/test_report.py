@@ -340,8 +340,9 @@ def test_a_training_that_goes_on(scenes, tmp_path):
     pid = in_child(train, write_config(tmp_path, scenes), tmp_path / 'work', options=options,
                    before=sending(3, signal.SIGKILL), log=tmp_path / 'log')
     assert finish(pid) == -signal.SIGKILL
-    assert f'Report: {tmp_path}/work/report.html' in (tmp_path / 'log').read_text()
-    page = check_page(tmp_path / 'work' / 'report.html')
+    report = tmp_path / 'work' / 'report.html'
+    assert f'Report: {report}' in (tmp_path / 'log').read_text()
+    page = check_page(report)
     for text in ('The run goes on.', 'iterations 2 of 4', 'best: best_mIoU_iter_2.pth',
                  'Of the validation after iteration 2', 'Measured when the run ends'):
         assert text in page.says
