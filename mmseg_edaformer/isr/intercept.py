@@ -217,8 +217,8 @@ class Interception(TorchFunctionMode):
             return False
         if name == 'conv2d':  # over heads
             return tuple(args[1].shape[-2:]) == (1, 1)
-        if self.normalised and name == '__getitem__':
-            return args[0][args[1]].shape[-1] == self.pool.left
+        if self.normalised and name in ('__getitem__', '__setitem__'):
+            return name == '__getitem__' and args[0][args[1]].shape[-1] == self.pool.left
         if self.normalised and name in _ADDS:
             return all(self._follows(arg) for arg in args)
         if name in _PRODUCTS and sum(self._follows(arg) for arg in args) > 1:
@@ -231,7 +231,7 @@ class Interception(TorchFunctionMode):
             return self._spares_cells(*args[:2])
         if not self.normalised and self.queries == self.pool.left and name == 'transpose':
             return args[0].dim() - 1 not in [axis % args[0].dim() for axis in args[1:3]]
-        return name in _BEARS or name in _ADDS or (name in _CUTS and not self.normalised)
+        return name in _BEARS or name in _ADDS
 
     def _spares_cells(self, x: Tensor, index: Any) -> bool:
         """Whether an index takes all cells of the keys, or single tokens in front alone."""
@@ -558,7 +558,6 @@ _BEARS = {*_ATTENTION, *_MIXES, *_RESHAPES, *SOFTMAX, 'dropout', 'mul', 'mul_', 
           '__rmul__', '__imul__', 'div', 'div_', '__truediv__', '__itruediv__', 'permute',
           'transpose', 'flatten', 'unsqueeze', 'squeeze', 'expand', 'contiguous', 'clone', 'to',
           'type', 'type_as', 'float', 'half', 'bfloat16'}
-_CUTS = {'__getitem__', '__setitem__', 'max', 'amax'}
 _MULTI_HEAD = ('query', 'key', 'value', 'embed_dim_to_check', 'num_heads', 'in_proj_weight',
                'in_proj_bias', 'bias_k', 'bias_v', 'add_zero_attn', 'dropout_p', 'out_proj_weight',
                'out_proj_bias')

@@ -126,13 +126,14 @@ def _locate(shadow: nn.Module, names: list[str],
         notes[name] = []
         layer.module.forward = functools.partial(_silenced, layer, layer.module.forward,
                                                  notes[name])
+        if layer.rule.prefix is not None:
+            continue
+        owner = layer.owners[str(layer.rule.grid.owner)]
+        sources[name] = markers.setdefault(owner, _Marker())
         model = _model_of(layer, shadow)
-        if layer.rule.prefix is None and layer.declared is not None and model is not None:
+        if layer.declared is not None and model is not None:
             layer.module.register_forward_pre_hook(functools.partial(
                 _trust, trusted, name, layer.declared, model))
-        if layer.rule.prefix is None:
-            owner = layer.owners[str(layer.rule.grid.owner)]
-            sources[name] = markers.setdefault(owner, _Marker())
     for owner, marker in markers.items():
         owner.register_forward_hook(marker)
 

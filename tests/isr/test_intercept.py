@@ -196,6 +196,14 @@ class Marked(Explicit):
         return scores.softmax(-1) @ value
 
 
+class Levelled(Explicit):
+    """All keys get one weight, also those that stand for more tokens than others."""
+    def attend(self, query, key, value):
+        weights = (query @ key.transpose(-2, -1)).softmax(-1)
+        weights[:, :1] = 0.01
+        return weights @ value
+
+
 class Sparse(Explicit):
     def attend(self, query, key, value):
         scores = query @ key.transpose(-2, -1)
@@ -305,7 +313,8 @@ class Outside(Explicit):
     (Unnormalised, 'without a softmax'), (Normalised, 'uses instance_norm'),
     (Convolved, 'uses conv2d'), (AddedLast, 'uses add'), (Chosen, 'uses __getitem__'),
     (Squared, 'uses mul'), (Shifted, 'uses add'), (LessMaximum, 'uses amax'),
-    (Marked, 'uses __setitem__'), (Sparse, 'uses topk'), (Hidden, 'cannot be reduced'),
+    (Marked, 'uses __setitem__'), (Sparse, 'uses topk'),
+    (Levelled, 'uses __setitem__'), (Hidden, 'cannot be reduced'),
     (KeysFirst, 'softmax'),
     (Hand, 'no attention that ISR recognises'), (Outside, 'its 5 keys lie on no grid')],
     ids=lambda value: getattr(value, '__name__', None))
