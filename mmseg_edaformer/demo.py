@@ -31,7 +31,7 @@ from .errors import ConfigError, DataError, RatioError, UserError
 from .files import write_file
 from .isr import ISRRatio, isr
 from .isr.adapters import find_attention
-from .predictor import Segmentation, Segmenter
+from .predictor import Segmentation, Segmenter, scale_down
 
 MAX_SIDE = 1024
 """Pixels of the longer side that pictures are reduced to by default."""
@@ -154,11 +154,7 @@ class Comparer:
                 ' (max_pixels of the transform)', '')) from error
         if image.dtype != np.uint8:
             image = image.astype(np.uint8)
-        scale = self.max_side / max(image.shape[:2])
-        if scale >= 1:
-            return image
-        width, height = (max(1, round(side * scale)) for side in (image.shape[1], image.shape[0]))
-        return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+        return scale_down(image, self.max_side)
 
     @contextmanager
     def _watch(self) -> Iterator[list[tuple[int, ...]]]:

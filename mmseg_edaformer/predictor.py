@@ -370,12 +370,9 @@ class Segmenter:
 
     def _scale_down(self, results: dict[str, Any]) -> dict[str, Any]:
         """The step of the pipeline that ``max_side`` is."""
-        height, width = results['img'].shape[:2]
-        scale = (self.max_side or math.inf) / max(height, width)
-        if scale < 1:
-            size = max(1, round(width * scale)), max(1, round(height * scale))
-            results['img'] = cv2.resize(results['img'], size, interpolation=cv2.INTER_AREA)
-            results['img_shape'] = results['img'].shape[:2]
+        assert self.max_side is not None
+        results['img'] = scale_down(results['img'], self.max_side)
+        results['img_shape'] = results['img'].shape[:2]
         return results
 
     def _is_large(self, data: dict[str, Any]) -> bool:
@@ -564,6 +561,16 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
                         'a .safetensors of tools/convert_checkpoint.py --config')
     parser.add_argument('--checkpoint', help='.pth or .safetensors, for a config; of a work dir '
                         'its best or else its last one if none is given')
+
+
+def scale_down(image: np.ndarray, max_side: int) -> np.ndarray:
+    """An image, H x W or H x W x C, of at most so many pixels on its longer side."""
+    height, width = image.shape[:2]
+    scale = max_side / max(height, width)
+    if scale >= 1:
+        return image
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
 
 
 def add_cost_arguments(parser: argparse.ArgumentParser) -> None:
