@@ -19,8 +19,8 @@ demo: .venv/ready
 
 # The runtimes of the export keep threads, and a process with such must not fork, as tests do.
 test: .venv/libraries
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --ignore tests/test_export.py
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 tests/test_export.py
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --ignore tests/export
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 tests/export
 
 # Kills, fuzzers, memory: what takes minutes.
 soak: .venv/ready
@@ -28,15 +28,15 @@ soak: .venv/ready
 
 # The tests that meet the packages in which the stacks differ; FORK_TESTS=tests runs all. Left out
 # is what takes long and differs by nothing but torch or the project's own code.
-FORK_TESTS := $(wildcard tests/test_*.py) tests/data tests/engine tests/tools \
-	tests/isr/test_mmseg.py tests/isr/test_hook.py tests/models/test_segmentor.py \
+FORK_TESTS := $(wildcard tests/test_*.py) tests/data tests/engine tests/export tests/predict tests/pretraining tests/tools \
+	tests/isr/test_mmseg.py tests/models/test_segmentor.py \
 	tests/models/test_networks.py $(addprefix --ignore tests/, engine/test_compile.py \
 	engine/test_fuzz.py data/test_audit.py data/test_prepare.py data/test_shards.py \
-	data/test_synthetic.py) $(addprefix --deselect tests/, tools/test_tools.py::test_compiled \
+	data/test_drawing.py) $(addprefix --deselect tests/, tools/test_tools.py::test_compiled \
 	tools/test_distributed.py::test_two_nodes \
 	tools/test_distributed.py::test_another_number_of_gpus_warns_and_scales \
-	test_pretrain.py::test_it_learns models/test_networks.py::test_compile \
-	test_export.py::test_another_model_and_padding)
+	pretraining/test_pretraining.py::test_it_learns models/test_networks.py::test_compile \
+	export/test_export.py::test_another_model_and_padding)
 
 test-fork: .venv-fork/ready
 	OMP_NUM_THREADS=1 .venv-fork/bin/python -m pytest -q -n 2 $(FORK_TESTS)
@@ -44,7 +44,7 @@ test-fork: .venv-fork/ready
 # The GPU kernels without a GPU: Triton interprets them.
 test-kernels: .venv/ready .venv-triton/ready
 	PYTHONPATH=.venv-triton TRITON_INTERPRET=1 OMP_NUM_THREADS=1 \
-		.venv/bin/python -m pytest -q -n 2 tests/models/test_kernels.py
+		.venv/bin/python -m pytest -q -n 2 tests/models/test_triton_kernels.py
 
 # On a GPU, also on a machine without pip and network: SITE=folder of wheels, or of what they hold.
 # FAKE_CUDA=1: the CPU passes for a GPU, which finds what is not for timing.

@@ -16,7 +16,7 @@ with compat.quiet_imports():
     from .engine import CheckWeightsHook, ProgressHook
     from .isr import ISRHook, ISRRatio, apply_isr, isr, register_isr, remove_isr, report_isr
     from .models import EFT, EDAFormerHead
-    from .predictor import Segmenter
+    from .predict.segmenter import Segmenter
 compat.register_cpu_wrapper()
 compat.find_newest_checkpoints()
 compat.log_in_utf8()

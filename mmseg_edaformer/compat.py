@@ -361,7 +361,7 @@ def find_newest_checkpoints() -> None:
     """
     from mmengine.runner import runner
 
-    from .engine.saving import find_checkpoint
+    from .engine.checkpoint_hook import find_checkpoint
     runner.find_latest_checkpoint = find_checkpoint
 
 

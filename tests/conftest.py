@@ -11,9 +11,9 @@ from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
 
 import mmseg_edaformer
-from mmseg_edaformer import pretrain
-from mmseg_edaformer.data import synthetic
+from mmseg_edaformer.data import drawing as synthetic
 from mmseg_edaformer.models import layers
+from mmseg_edaformer.pretraining import folders as pretrain
 from tests.fake_cuda import fake_cuda
 
 ROOT = Path(mmseg_edaformer.__file__).parents[1]

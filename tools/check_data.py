@@ -3,7 +3,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mmseg_edaformer.data import audit_report
+from mmseg_edaformer.data.audit import report as audit_report
 from mmseg_edaformer.engine import launch
 from mmseg_edaformer.errors import clear_errors
 

@@ -6,7 +6,7 @@ import sys
 
 from mmseg_edaformer.errors import ConfigError, clear_errors
 from mmseg_edaformer.export import FORMATS, export
-from mmseg_edaformer.predictor import add_model_arguments
+from mmseg_edaformer.predict.segmenter import add_model_arguments
 
 
 def parse_args() -> argparse.Namespace:

@@ -3,7 +3,7 @@ import argparse
 from pathlib import Path
 
 from mmseg_edaformer.errors import ConfigError, clear_errors, shown
-from mmseg_edaformer.predictor import (
+from mmseg_edaformer.predict.segmenter import (
     VIDEOS,
     Segmenter,
     add_cost_arguments,

@@ -2,8 +2,12 @@
 import argparse
 
 from mmseg_edaformer.errors import clear_errors
-from mmseg_edaformer.predict_many import predict_many
-from mmseg_edaformer.predictor import add_cost_arguments, add_model_arguments, describe_summary
+from mmseg_edaformer.predict.bulk import predict_many
+from mmseg_edaformer.predict.segmenter import (
+    add_cost_arguments,
+    add_model_arguments,
+    describe_summary,
+)
 
 
 def parse_args() -> argparse.Namespace:

@@ -4,11 +4,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmseg_edaformer.data.prepare import LAYOUTS, Layout, prepare
+from mmseg_edaformer.data.drawing import draw_dataset
+from mmseg_edaformer.data.preparing import LAYOUTS, Layout, prepare
 from mmseg_edaformer.data.shards import IMAGES
-from mmseg_edaformer.data.synthetic import draw_dataset
 from mmseg_edaformer.errors import clear_errors
-from mmseg_edaformer.pretrain import (
+from mmseg_edaformer.pretraining.folders import (
     FOLDERS,
     Folders,
     draw_crops,

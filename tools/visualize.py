@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mmseg_edaformer.analysis.visualize import visualize
 from mmseg_edaformer.errors import clear_errors
-from mmseg_edaformer.predictor import Segmenter, add_model_arguments
+from mmseg_edaformer.predict.segmenter import Segmenter, add_model_arguments
 
 
 def parse_args() -> argparse.Namespace:

@@ -38,14 +38,14 @@ from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
 from .. import __version__
-from ..data.synthetic import draw_scene
+from ..cost import count_macs
+from ..data.drawing import draw_scene
 from ..engine import launch
 from ..engine.allocator import keep_freed_memory
 from ..engine.compile import compile_model
 from ..errors import CheckpointError, ConfigError, RatioError
 from ..isr import ISRRatio, apply_isr
-from ..models.native import allow_kernels
-from .cost import count_macs
+from ..models.cpu_kernels import allow_kernels
 from .memory import count_activations, peak_bytes
 
 NONE = ISRRatio.parse('none')

@@ -22,16 +22,16 @@ from mmengine.runner import load_checkpoint
 from mmseg.registry import DATASETS, MODELS
 from prettytable import PrettyTable
 
+from ..cost import count_macs
 from ..data.transforms import IGNORED
 from ..engine import checks, launch
-from ..engine.checkpoint import CheckWeightsHook
+from ..engine.checkpoint_loading import CheckWeightsHook
 from ..errors import ConfigError
 from ..files import replacing
 from ..isr import ISRRatio, isr
 from ..isr.pooling import check_method
-from ..pretrain import is_classifier
+from ..pretraining.folders import is_classifier
 from .benchmark import load_config
-from .cost import count_macs
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.synthetic import draw_scene
+from ..data.drawing import draw_scene
 from ..engine import launch
 from ..errors import ConfigError
 from ..files import write_file
-from ..models import labels, loss
+from ..models import label_map as labels, loss
 from ..models.resize import Chain
 from . import benchmark
 from .benchmark import NONE, Contender, Plan, Rates, Subject

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .cost import on_meta
+from ..cost import on_meta
 
 
 class LiveBytes(TorchDispatchMode):

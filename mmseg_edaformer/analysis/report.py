@@ -25,15 +25,15 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import Runner
 from mmengine.utils.dl_utils import collect_env
 
-from ..engine.evaluation import FOLDER, Evaluation, ImageScore
+from ..cost import count_macs, unwrap
+from ..engine.isr_hook import ISRHook
 from ..errors import RatioError, UserError
 from ..files import write_file
 from ..isr import ISRRatio, isr
-from ..isr.hook import ISRHook
-from ..pretrain import is_classifier
+from ..pretraining.folders import is_classifier
 from . import report_html as page, report_plots as plots
 from .benchmark import Plan, environment, windows
-from .cost import count_macs, unwrap
+from .evaluation import FOLDER, Evaluation, ImageScore
 from .report_sources import LiveBench, Ratios, find_sweep, join_curves, read_curves, size_name
 from .sweep import DEFAULT, GREEDY, make_rows, ratio_name
 from .sweep_report import Row, draw

@@ -10,8 +10,8 @@ import matplotlib
 import numpy as np
 from matplotlib.colors import PowerNorm
 
-from ..engine.evaluation import Example
 from ..files import replacing, write_file
+from .evaluation import Example
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..engine.evaluation import Evaluation
 from ..isr import ISRRatio, isr
 from ..isr.adapters import find_attention
+from .evaluation import Evaluation
 from .sweep import Bench, Measurements, ratio_name
 from .sweep_report import Row
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..data.transforms import IGNORED
 from ..isr.pooling import Grid
-from ..predictor import Segmentation, count_pixels
+from ..predict.segmenter import Segmentation, count_pixels
 from .attention import Attended
 
 _PANEL = 300  # pixels: the longer side of a panel

@@ -30,16 +30,16 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from ..cost import count_macs
 from ..engine import launch
 from ..engine.allocator import keep_freed_memory
 from ..errors import ConfigError, DataError, RatioError
 from ..files import replacing, write_file
 from ..isr import ISRRatio, isr
 from ..isr.adapters import find_attention
-from ..pretrain import is_classifier
+from ..pretraining.folders import is_classifier
 from .benchmark import load_config, windows
 from .compare import load_model
-from .cost import count_macs
 from .memory import peak_bytes
 from .sweep_report import (
     FEWEST,

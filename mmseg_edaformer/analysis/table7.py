@@ -12,9 +12,9 @@ from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
 from prettytable import PrettyTable
 
+from ..cost import on_meta, trace_macs
 from ..errors import ConfigError, RatioError
 from ..isr import isr
-from .cost import on_meta, trace_macs
 
 INPUT_SIZE = (1024, 2048)
 

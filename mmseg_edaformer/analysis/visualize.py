@@ -11,14 +11,14 @@ from mmseg.registry import TRANSFORMS
 from prettytable import PrettyTable
 from torch import Tensor
 
+from ..cost import count_macs
 from ..errors import ConfigError, DataError, shown
 from ..files import replacing
 from ..isr import ISRRatio
 from ..isr.pooling import Grid
-from ..predictor import Segmenter, find_pictures, name_targets, writing
+from ..predict.segmenter import Segmenter, find_pictures, name_targets, writing
 from .attention import Attended, choose_layers, layer_names, look
 from .benchmark import ratio_name, windows
-from .cost import count_macs
 from .sheets import (
     Shot,
     Subject,

@@ -1,10 +1,10 @@
 """Data sets, and reading them."""
+from ..pretraining.image_crop import RandomResizedCrop
+from ..pretraining.rand_augment import PackForDevice, augment_collate
+from .bad_files import SkippedFilesHook
 from .datasets import CamVidDataset, SyntheticDataset
-from .image_crop import RandomResizedCrop
-from .preprocessor import BatchPreProcessor, stack_collate
-from .rand_augment import PackForDevice, augment_collate
+from .preprocessing import BatchPreProcessor, stack_collate
 from .shards import ShardedImages
-from .skipping import SkippedFilesHook
 from .transforms import LoadSegImage, LoadSegLabels, RandomSegCrop, SegResize
 
 __all__ = ['BatchPreProcessor', 'CamVidDataset', 'LoadSegImage', 'LoadSegLabels', 'PackForDevice',

@@ -4,7 +4,7 @@ from typing import Any
 from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATASETS
 
-from . import synthetic
+from . import drawing as synthetic
 
 
 @DATASETS.register_module()
@@ -28,7 +28,7 @@ class CamVidDataset(BaseSegDataset):
 
 @DATASETS.register_module()
 class SyntheticDataset(BaseSegDataset):
-    """The scenes that `mmseg_edaformer.data.synthetic` draws, in ADE20K's layout."""
+    """The scenes that `mmseg_edaformer.data.drawing` draws, in ADE20K's layout."""
 
     METAINFO = dict(classes=synthetic.CLASSES, palette=synthetic.PALETTE)
 

@@ -22,7 +22,7 @@ from mmseg.registry import TRANSFORMS
 from PIL import Image, UnidentifiedImageError
 
 from ..errors import DataError
-from .skipping import SkipList
+from .bad_files import SkipList
 
 try:
     import simplejpeg

@@ -1,12 +1,12 @@
 """Running models: checks, checkpoints, progress, and runs that survive."""
+from ..analysis.evaluation import EvaluationHook
 from .backbone_weights import BackboneWeightsHook
-from .checkpoint import CheckWeightsHook, load_from_file
-from .evaluation import EvaluationHook
-from .finite import FiniteLossHook
+from .checkpoint_hook import SafeCheckpointHook, find_checkpoint
+from .checkpoint_loading import CheckWeightsHook, load_from_file
 from .loop import ExactTrainLoop
+from .nonfinite import FiniteLossHook
 from .preemption import PreemptionHook
 from .progress import ProgressHook
-from .saving import SafeCheckpointHook, find_checkpoint
 
 __all__ = ['BackboneWeightsHook', 'CheckWeightsHook', 'EvaluationHook', 'ExactTrainLoop',
            'FiniteLossHook', 'PreemptionHook', 'ProgressHook', 'SafeCheckpointHook',

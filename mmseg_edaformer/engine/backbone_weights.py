@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..models import EFT
-from .checkpoint import load_from_file
+from .checkpoint_loading import load_from_file
 from .convert import infer_sizes, rename_key
 
 

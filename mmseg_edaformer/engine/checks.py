@@ -16,7 +16,7 @@ from mmseg.registry import DATASETS
 from ..data.audit import check_samples, inner_datasets
 from ..errors import CheckpointError, ConfigError, DataError
 from ..files import write_file
-from ..pretrain import check_folders, check_library, check_same_classes, is_classifier
+from ..pretraining.folders import check_folders, check_library, check_same_classes, is_classifier
 
 
 def check_work_dir(work_dir: str) -> None:

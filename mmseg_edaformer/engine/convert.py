@@ -27,8 +27,8 @@ from ..errors import CheckpointError, ConfigError
 from ..files import replacing
 from ..models import EFT, EDAFormerHead
 from ..models.eft import ARCHITECTURES
-from ..pretrain import is_classifier
-from .checkpoint import CheckWeightsHook, load_from_file
+from ..pretraining.folders import is_classifier
+from .checkpoint_loading import CheckWeightsHook, load_from_file
 
 DESCRIPTION_FORMAT = 1
 """The form of the descriptions that are written here; larger ones are of a future version."""

@@ -17,20 +17,20 @@ from mmengine.runner import Runner
 from mmseg.registry import RUNNERS
 
 from .. import __version__, compat
-from ..analysis.cost import unwrap
-from ..data.skipping import skip_bad_files as skip_files
+from ..analysis.evaluation import explain
+from ..cost import unwrap
+from ..data.bad_files import skip_bad_files as skip_files
 from ..errors import CheckpointError, ConfigError
 from ..files import write_file
 from ..isr import ISRRatio
 from ..isr.pooling import check_method
-from ..pretrain import encoder_ratio, is_classifier
+from ..pretraining.folders import encoder_ratio, is_classifier
 from . import checks
 from .allocator import keep_freed_memory
 from .backbone_weights import check_backbone
+from .checkpoint_hook import find_checkpoint
 from .compile import compile_model
-from .evaluation import explain
 from .preemption import EXIT_PREEMPTED, Preempted, Watchdog, is_lost_peer
-from .saving import find_checkpoint
 
 _RANKS = dict(pytorch='RANK', slurm='SLURM_PROCID', mpi='OMPI_COMM_WORLD_RANK')
 

@@ -17,7 +17,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from .saving import SafeCheckpointHook
+from .checkpoint_hook import SafeCheckpointHook
 
 EXIT_PREEMPTED = 75
 """Exit code of a run that was told to stop and can be resumed: EX_TEMPFAIL of sysexits.h."""

@@ -14,9 +14,9 @@ from ..analysis.sweep import mean_iou
 from ..errors import ConfigError
 from ..files import write_file
 from ..isr import ISRRatio
-from ..predictor import Segmenter, find_pictures, writing
-from .agreement import Agreement, Pictures, Report, Row, check, fit, read_images, reference
+from ..predict.segmenter import Segmenter, find_pictures, writing
 from .graph import Deployed, describe, quiet, trace
+from .parity import Agreement, Pictures, Report, Row, check, fit, read_images, reference
 from .runtimes import FORMATS, Exported, Run, placing
 
 __all__ = ['FORMATS', 'Exported', 'Report', 'export']

@@ -23,7 +23,7 @@ from ..compat import swaps_channels
 from ..errors import ConfigError, UserError
 from ..isr import ISRRatio
 from ..models.segmentor import StreamedEncoderDecoder
-from ..predictor import Segmenter
+from ..predict.segmenter import Segmenter
 
 _TRACED = (613, 741)  # of no cost: nothing is computed; several cells of every sensible pool
 

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..analysis.cost import Inputs, on_meta, trace_macs, unwrap
+from ..cost import Inputs, on_meta, trace_macs, unwrap
 from ..errors import ExampleError, RatioError, UserError
 from .adapters import Attentions, ForeignLayer, Layer, find_attention
 from .intercept import Record, Setting, recording
 from .pooling import check_method
 from .probe import locate
 from .ratio import ISRRatio
-from .rules import AttentionRule
+from .registry import AttentionRule
 
 
 def apply_isr(model: nn.Module, ratio: ISRRatio | int | str, *, method: str = 'average',

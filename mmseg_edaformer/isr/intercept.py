@@ -26,10 +26,10 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import RatioError
 from . import pooling
-from .grids import Call
-from .keys import MergedKeys, PooledKeys, PresentKeys
+from .key_layout import Call
 from .pooling import Grid
-from .rules import AttentionRule
+from .reducers import MergedKeys, PooledKeys, PresentKeys
+from .registry import AttentionRule
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ..analysis.cost import Inputs, example_image, on_meta, run, with_weights
+from ..cost import Inputs, example_image, on_meta, run, with_weights
 from .adapters import ForeignLayer, find_attention, is_foreign
 from .intercept import SOFTMAX, Interception, Reduction, Setting, resolve
 from .pooling import Grid
-from .rules import AttentionRule
+from .registry import AttentionRule
 
 Mark = Callable[[Tensor], Tensor]
 """Whether to mark tokens, 1 or 0, by their numbers."""

@@ -5,11 +5,11 @@ transformers.
 """
 from .attention import EmbeddedAttention, EmbeddingFreeAttention
 from .blocks import MixFFN, PatchEmbed, TransformerBlock
+from .comparison.feedformer_head import FeedFormerHead
+from .comparison.library_backbones import TimmMaps, TransformersMaps
+from .comparison.lvt import LVT
 from .edaformer_head import EDAFormerHead
 from .eft import EFT
-from .feedformer_head import FeedFormerHead
-from .library_backbones import TimmMaps, TransformersMaps
-from .lvt import LVT
 from .segmentor import StreamedEncoderDecoder, StreamedTTAModel
 
 __all__ = ['EFT', 'LVT', 'EDAFormerHead', 'EmbeddedAttention', 'EmbeddingFreeAttention',

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ..compat import is_exporting
 from ..errors import ConfigError
-from ..isr.keys import MergedKeys
 from ..isr.pooling import Grid, Layout, cells, merging, pool_map
-from . import native
+from ..isr.reducers import MergedKeys
+from . import cpu_kernels as native
 from .layers import PixelLinear, PixelNorm, to_map, to_tokens
 
 

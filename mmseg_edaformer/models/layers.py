@@ -15,7 +15,7 @@ from mmengine.model import BaseModule
 from mmengine.model.weight_init import update_init_info
 from torch import Tensor, nn
 
-from . import native
+from . import cpu_kernels as native
 
 
 def to_tokens(x: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..isr.apply import isr
-from ..isr.consistency import RatioRange, consistency, same_draws
-from .labels import label_maps
+from ..isr.range_training import RatioRange, consistency, same_draws
+from .label_map import label_maps
 from .resize import Chain
 
 

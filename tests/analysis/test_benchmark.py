@@ -11,9 +11,9 @@ from PIL import Image
 from torch import nn
 
 from mmseg_edaformer.analysis import benchmark, benchmark_report as report
-from mmseg_edaformer.analysis.cost import count_macs
 from mmseg_edaformer.analysis.memory import LiveBytes, count_activations, peak_bytes
 from mmseg_edaformer.analysis.pipeline import measure_pipeline
+from mmseg_edaformer.cost import count_macs
 from mmseg_edaformer.errors import CheckpointError, ConfigError, RatioError
 from mmseg_edaformer.isr import apply_isr
 from tests import plain

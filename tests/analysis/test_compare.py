@@ -11,8 +11,8 @@ from mmseg.registry import MODELS
 from PIL import Image
 
 from mmseg_edaformer.analysis import compare
-from mmseg_edaformer.analysis.cost import count_macs
-from mmseg_edaformer.data.synthetic import CLASSES
+from mmseg_edaformer.cost import count_macs
+from mmseg_edaformer.data.drawing import CLASSES
 from mmseg_edaformer.errors import CheckpointError, ConfigError, DataError, RatioError
 from mmseg_edaformer.isr import isr
 from tests.conftest import MINI, ROOT, write_config
@@ -37,7 +37,7 @@ def segmentor(scenes, tmp_path_factory):
 def classifier(tmp_path_factory):
     """The same of a classifier of drawn images, of which those of cars are the most."""
     pytest.importorskip('mmpretrain', reason='mmpretrain is not there')
-    from mmseg_edaformer.pretrain import draw_crops
+    from mmseg_edaformer.pretraining.folders import draw_crops
     folder = tmp_path_factory.mktemp('classifier')
     data = draw_crops(folder / 'data', train=1, val=2)
     for i in range(20):

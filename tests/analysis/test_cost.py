@@ -4,7 +4,7 @@ import torch
 from mmseg.registry import MODELS
 from torch import nn
 
-from mmseg_edaformer.analysis.cost import count_macs
+from mmseg_edaformer.cost import count_macs
 from mmseg_edaformer.isr import isr, report_isr
 
 

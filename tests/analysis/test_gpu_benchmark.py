@@ -9,7 +9,7 @@ from mmengine.utils import ManagerMixin
 from mmseg_edaformer.analysis import benchmark, gpu_benchmark, roofline
 from mmseg_edaformer.analysis.gpu_page import page
 from mmseg_edaformer.errors import ConfigError
-from mmseg_edaformer.models.native import kernels_allowed
+from mmseg_edaformer.models.cpu_kernels import kernels_allowed
 from tests.conftest import MINI, ROOT
 from tests.processes import forget
 

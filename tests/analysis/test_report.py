@@ -17,9 +17,8 @@ from mmengine.structures import PixelData
 from mmseg.evaluation import IoUMetric
 from mmseg.structures import SegDataSample
 
-from mmseg_edaformer.analysis import report, report_sources
-from mmseg_edaformer.engine import evaluation
-from mmseg_edaformer.engine.evaluation import EXAMPLES, Evaluation, EvaluationHook
+from mmseg_edaformer.analysis import evaluation, report, report_sources
+from mmseg_edaformer.analysis.evaluation import EXAMPLES, Evaluation, EvaluationHook
 from mmseg_edaformer.engine.launch import add_report
 from tests.conftest import write_config
 from tests.engine.test_resume import sending

@@ -19,8 +19,8 @@ from mmseg.registry import MODELS
 from PIL import Image
 
 from mmseg_edaformer.analysis import sweep
-from mmseg_edaformer.analysis.cost import count_macs
 from mmseg_edaformer.analysis.sweep import Bench, Goal, Row
+from mmseg_edaformer.cost import count_macs
 from mmseg_edaformer.errors import CheckpointError, ConfigError, DataError, RatioError
 from mmseg_edaformer.isr import ISRRatio, isr
 from tests.conftest import ROOT, write_config

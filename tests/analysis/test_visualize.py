@@ -20,7 +20,7 @@ from mmseg_edaformer.analysis.sheets import Projection, paint, relative_error
 from mmseg_edaformer.analysis.visualize import choose_points, parse_point, visualize
 from mmseg_edaformer.errors import CheckpointError, ConfigError, DataError, RatioError
 from mmseg_edaformer.isr import isr
-from mmseg_edaformer.predictor import Segmenter
+from mmseg_edaformer.predict.segmenter import Segmenter
 from tests.conftest import ROOT, run, write_config
 
 SIZE = (72, 104)  # ragged cells in most layers

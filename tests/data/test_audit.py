@@ -13,9 +13,14 @@ from mmengine.config import Config
 from mmseg.registry import DATASETS
 from PIL import Image
 
-from mmseg_edaformer.data import audit_files, audit_report
-from mmseg_edaformer.data.audit import audit, check_samples, inner_datasets
-from mmseg_edaformer.data.synthetic import CLASSES, PALETTE
+from mmseg_edaformer.data.audit import (
+    audit,
+    check_samples,
+    files as audit_files,
+    inner_datasets,
+    report as audit_report,
+)
+from mmseg_edaformer.data.drawing import CLASSES, PALETTE
 from mmseg_edaformer.errors import ConfigError, DataError, clear_errors
 from tests.conftest import ROOT, run, write_config
 
@@ -567,7 +572,7 @@ def test_command_line(data, tmp_path):
 def drawn(tmp_path_factory):
     """Images of ten classes in folders; read-only."""
     pytest.importorskip('mmpretrain', reason='mmpretrain is not there')
-    from mmseg_edaformer.pretrain import draw_crops
+    from mmseg_edaformer.pretraining.folders import draw_crops
     return draw_crops(tmp_path_factory.mktemp('drawn') / 'data', train=4, val=2)
 
 

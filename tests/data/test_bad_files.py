@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 
 import mmseg_edaformer.data.transforms as transforms
 from mmseg_edaformer.data import LoadSegImage, LoadSegLabels
-from mmseg_edaformer.data.skipping import SkipList, SkippedFilesHook, skip_bad_files
+from mmseg_edaformer.data.bad_files import SkipList, SkippedFilesHook, skip_bad_files
 from mmseg_edaformer.errors import ConfigError, DataError
 from tests.conftest import ROOT, write_config
 

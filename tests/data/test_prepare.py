@@ -15,8 +15,8 @@ import pytest
 from mmengine.config import DictAction
 from PIL import Image
 
-from mmseg_edaformer.data import prepare as module
-from mmseg_edaformer.data.prepare import LAYOUTS, Layout, prepare
+from mmseg_edaformer.data import preparing as module
+from mmseg_edaformer.data.preparing import LAYOUTS, Layout, prepare
 from mmseg_edaformer.errors import DataError
 
 TOOL = Path(__file__).parents[2] / 'tools' / 'prepare_data.py'

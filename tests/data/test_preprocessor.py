@@ -14,9 +14,9 @@ from scipy.stats import ks_2samp
 
 from mmseg_edaformer.data import RandomSegCrop, stack_collate
 from mmseg_edaformer.data.photometric import Distortion, distort, distort_batch, draw_distortions
-from mmseg_edaformer.data.rand_augment import Operation, augment_batch
 from mmseg_edaformer.engine.checks import check_data
 from mmseg_edaformer.errors import ConfigError
+from mmseg_edaformer.pretraining.rand_augment import Operation, augment_batch
 from tests.conftest import ROOT
 
 DRAWS = 2000

@@ -17,12 +17,12 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
-from mmseg_edaformer import pretrain
 from mmseg_edaformer.data import shards
 from mmseg_edaformer.data.shards import ShardedImages, read_index, write_shards
 from mmseg_edaformer.engine import checks
 from mmseg_edaformer.engine.loop import CountedLoader
 from mmseg_edaformer.errors import ConfigError, DataError
+from mmseg_edaformer.pretraining import folders as pretrain
 from tests.engine.training import differences, run_to_end, state, train
 from tests.processes import finish, in_child, run_tool
 

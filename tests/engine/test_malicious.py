@@ -316,7 +316,7 @@ def test_a_command_line_refuses_it(tmp_path, scenes):
 
 def test_every_scheme_ends_here():
     for scheme, loader in CheckpointLoader._schemes.items():
-        assert loader.__module__ == 'mmseg_edaformer.engine.checkpoint', scheme
+        assert loader.__module__ == 'mmseg_edaformer.engine.checkpoint_loading', scheme
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from mmengine.registry import HOOKS, init_default_scope
 from mmseg.apis import inference_model
 from mmseg.registry import MODELS
 
-from mmseg_edaformer.engine import find_checkpoint, saving
+from mmseg_edaformer.engine import checkpoint_hook as saving, find_checkpoint
 from mmseg_edaformer.files import replacing
 from tests.conftest import segmentor_config
 from tests.engine.training import OPTIONS, differences, run_to_end, state, train

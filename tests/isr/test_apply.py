@@ -8,7 +8,7 @@ from mmseg.models import SegTTAModel
 from torch import nn
 
 from mmseg_edaformer import EFT, apply_isr, isr, remove_isr, report_isr
-from mmseg_edaformer.analysis.cost import count_macs
+from mmseg_edaformer.cost import count_macs
 from mmseg_edaformer.errors import RatioError
 from mmseg_edaformer.models import EmbeddingFreeAttention
 from tests.conftest import MINI

@@ -9,7 +9,7 @@ from mmseg.registry import MODELS
 from torch import nn
 
 from mmseg_edaformer import apply_isr, isr, register_isr, remove_isr, report_isr
-from mmseg_edaformer.analysis.cost import count_macs
+from mmseg_edaformer.cost import count_macs
 from mmseg_edaformer.errors import RatioError
 from mmseg_edaformer.isr import Window
 from mmseg_edaformer.isr.adapters import find_attention

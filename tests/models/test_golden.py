@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from mmseg_edaformer import EFT, EDAFormerHead, apply_isr
-from mmseg_edaformer.analysis.cost import count_macs
+from mmseg_edaformer.cost import count_macs
 from mmseg_edaformer.engine.convert import convert_state_dict
 from mmseg_edaformer.isr import ISRRatio
 from tests import plain

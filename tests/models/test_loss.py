@@ -51,7 +51,7 @@ def test_channels_last_and_bfloat16(device):
 
 
 def test_label_out_of_range_stops():
-    """On a CPU; a GPU gives NaN, which `test_kernels` tests."""
+    """On a CPU; a GPU gives NaN, which `test_triton_kernels` tests."""
     with pytest.raises(RuntimeError):
         loss.resize_cross_entropy(torch.zeros(1, 3, 2, 2), torch.full((1, 4, 4), 3),
                                   ignore_index=255)

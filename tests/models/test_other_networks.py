@@ -9,7 +9,7 @@ from mmseg_edaformer import EDAFormerHead
 from mmseg_edaformer.analysis import table7
 from mmseg_edaformer.errors import ConfigError
 from mmseg_edaformer.models import LVT, FeedFormerHead
-from mmseg_edaformer.models.lvt import RecursiveAtrousSelfAttention
+from mmseg_edaformer.models.comparison.lvt import RecursiveAtrousSelfAttention
 from tests.conftest import ROOT, run, segmentor_config
 
 SMALL = {

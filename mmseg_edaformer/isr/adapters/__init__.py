@@ -14,10 +14,10 @@ from typing import Any, Protocol
 from torch import nn
 
 from ...errors import RatioError
-from ..grids import Arguments, GridSource, Patches
-from ..install import install, uninstall
 from ..intercept import Reduction, Setting, resolve
-from ..rules import AttentionRule, Irreducible, Rule
+from ..key_layout import Arguments, GridSource, Patches
+from ..patching import install, uninstall
+from ..registry import AttentionRule, Irreducible, Rule
 from . import edaformer, mmpretrain, mmseg, research, timm, torchvision, transformers
 
 _registered: dict[str, Rule] = {}

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from ..grids import OwnMaps
 from ..intercept import Setting
-from ..rules import AttentionRule, Irreducible, Rule
+from ..key_layout import OwnMaps
+from ..registry import AttentionRule, Irreducible, Rule
 
 _MODELS = 'mmseg_edaformer.models'
 

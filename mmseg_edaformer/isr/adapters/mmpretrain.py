@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..grids import Arguments, Call, InputMap, Patches, Window
-from ..rules import AttentionRule, Irreducible, Rule
+from ..key_layout import Arguments, Call, InputMap, Patches, Window
+from ..registry import AttentionRule, Irreducible, Rule
 
 
 @dataclass(frozen=True)

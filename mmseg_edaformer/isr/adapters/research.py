@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..grids import Arguments, Call, GridSource, InputMap, OwnMaps, Patches, Window
+from ..key_layout import Arguments, Call, GridSource, InputMap, OwnMaps, Patches, Window
 from ..pooling import Grid
-from ..rules import AttentionRule, Irreducible, Rule
+from ..registry import AttentionRule, Irreducible, Rule
 from .timm import Blocks, Unrolled
 
 

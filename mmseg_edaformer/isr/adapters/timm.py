@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..grids import Arguments, Call, GridSource, InputMap, OwnMaps, Patches, Unfolded, Window
+from ..key_layout import Arguments, Call, GridSource, InputMap, OwnMaps, Patches, Unfolded, Window
 from ..pooling import Grid
-from ..rules import AttentionRule, Irreducible, Rule
+from ..registry import AttentionRule, Irreducible, Rule
 
 
 @dataclass(frozen=True)

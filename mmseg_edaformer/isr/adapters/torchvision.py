@@ -1,6 +1,6 @@
 """torchvision, and the encoder that segmentation-models-pytorch has of its own."""
-from ..grids import Arguments, Patches, Window
-from ..rules import AttentionRule, Irreducible, Rule
+from ..key_layout import Arguments, Patches, Window
+from ..registry import AttentionRule, Irreducible, Rule
 
 _MODELS = 'torchvision.models'
 _VIDEO = Irreducible('its keys lie in a volume of several frames')

@@ -3,9 +3,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..grids import Arguments, Call, InputMap, OwnMaps, Patches, Unfolded, Window
+from ..key_layout import Arguments, Call, InputMap, OwnMaps, Patches, Unfolded, Window
 from ..pooling import Grid
-from ..rules import AttentionRule, Irreducible, Rule
+from ..registry import AttentionRule, Irreducible, Rule
 from .timm import Unrolled
 
 

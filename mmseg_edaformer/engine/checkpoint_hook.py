@@ -1,0 +1,310 @@
+"""Checkpoints that a kill, a full disk or a moved folder does not cost.
+
+mmengine writes in place and removes the old checkpoint first, so a kill can leave neither.
+"""
+import logging
+import math
+import os
+import re
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mmengine.dist import is_main_process
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.hooks import CheckpointHook
+from mmengine.logging import print_log
+from mmengine.registry import HOOKS, VISBACKENDS
+from mmengine.runner import Runner
+from mmengine.visualization import LocalVisBackend
+
+from .. import __version__
+from ..errors import CheckpointError, shown
+from ..files import remove_partial_files, write_file
+from .checkpoint_loading import CHECKPOINT_FORMAT, load_from_file
+
+
+class SafeLocalBackend(LocalBackend):
+    """mmengine's backend of local files, which writes a file whole or not at all."""
+
+    def put(self, obj: bytes, filepath: str | Path) -> None:
+        """Write bytes."""
+        write_file(filepath, obj)
+
+    def put_text(self, obj: str, filepath: str | Path, encoding: str = 'utf-8') -> None:
+        """Write text."""
+        write_file(filepath, obj.encode(encoding))
+
+
+register_backend('local', SafeLocalBackend, prefixes='', force=True)
+
+
+@HOOKS.register_module(name='CheckpointHook', force=True)
+class SafeCheckpointHook(CheckpointHook):
+    """mmengine's CheckpointHook, which removes nothing before what follows is safe.
+
+    An old checkpoint, and the best one, is removed after the new one is on the disk.
+    ``last_checkpoint`` holds a path relative to the work dir, so that this can be moved. When the
+    disk is full, the run says so, keeps what it has and goes on to the next interval. It stands in
+    under mmengine's name, so every config has it.
+
+    Raises:
+        CheckpointError: The last checkpoint of a training cannot be written.
+    """
+
+    keep_ckpt_ids: deque[int]
+
+    def before_train(self, runner: Runner) -> None:
+        """Find what the resumed run knew of, wherever the folder lies now."""
+        super().before_train(runner)
+        if is_main_process() and '://' not in self.out_dir:
+            remove_partial_files(self.out_dir)
+        self._best = {key: self._rebase(path) for key, path in self._best.items()}
+        if runner.iter:  # so that a new best one of a validation made up for is noted in it
+            step = runner.epoch if self.by_epoch else runner.iter
+            last = self._path(self.filename_tmpl.format(step))
+            self.last_ckpt = last if self.file_backend.exists(last) else None
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Note who wrote it, and how far into the data the run is."""
+        meta = checkpoint['meta']
+        meta['mmseg_edaformer'] = dict(format=CHECKPOINT_FORMAT, version=__version__)
+        samples_after = getattr(runner.train_loop, 'samples_after', None)
+        if samples_after is not None:
+            meta['mmseg_edaformer']['samples'] = samples_after(meta['iter'])
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Tell the loop where the data of a resumed run goes on."""
+        resume_at = getattr(runner._train_loop, 'resume_at', None)
+        if runner._resume and resume_at is not None:
+            meta = checkpoint['meta']
+            resume_at(meta['iter'], meta.get('mmseg_edaformer', {}).get('samples'))
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float]) -> None:
+        """Keep the best one, and note that this validation is done."""
+        runner.message_hub.update_info('iter_of_validation', runner.iter)
+        super().after_val_epoch(runner, metrics)
+
+    def save_now(self, runner: Runner, iterations: int) -> bool:
+        """Save out of turn, after so many iterations, unless that was just done.
+
+        Returns:
+            Whether a resumed run goes on from here; one that counts epochs does from the last one.
+
+        Raises:
+            CheckpointError: It cannot be written.
+        """
+        if self.by_epoch:
+            return False
+        name = self.filename_tmpl.format(iterations)
+        if self.last_ckpt != self._path(name) and not self._save(
+                runner, iterations, dict(epoch=runner.epoch, iter=iterations)):
+            raise CheckpointError(f'{name} could not be written to {self.out_dir}; '
+                                  f'{self._kept()}')
+        return True
+
+    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict[str, Any]) -> None:
+        if not self._save(runner, step, meta) and (
+                step == (runner.max_epochs if self.by_epoch else runner.max_iters)):
+            raise CheckpointError(
+                f'the last checkpoint of this training could not be written to {self.out_dir}: '
+                f'make room, or make it writable, and run it again with --resume; {self._kept()}')
+
+    def _save(self, runner: Runner, step: int, meta: dict[str, Any]) -> bool:
+        """Write the checkpoint of a step, then remove those that it replaces."""
+        hub, name = runner.message_hub, self.filename_tmpl.format(step)
+        kept = list(self.keep_ckpt_ids) if self.max_keep_ckpts > 0 else []
+        kept = [each for each in kept if each != step] + [step]
+        # What is about to go is in the list, so that a run that is killed before can remove it.
+        hub.update_info('keep_ckpt_ids', kept)
+        hub.update_info('last_ckpt', self._path(name))
+        try:
+            runner.save_checkpoint(
+                self.out_dir, name, self.file_client_args, save_optimizer=self.save_optimizer,
+                save_param_scheduler=self.save_param_scheduler, meta=meta, by_epoch=self.by_epoch,
+                backend_args=self.backend_args, **self.args)
+            if is_main_process():
+                self._point_to(runner, name)
+        except OSError as error:
+            self._warn(runner, name, error)
+            return False
+        self.last_ckpt = self._path(name)
+        if self.max_keep_ckpts > 0:
+            for old in kept[:-self.max_keep_ckpts]:
+                self._remove(self._path(self.filename_tmpl.format(old)))
+            self.keep_ckpt_ids = deque(kept[-self.max_keep_ckpts:], self.max_keep_ckpts)
+            hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
+        return True
+
+    def _save_best_checkpoint(self, runner: Runner, metrics: dict[str, float]) -> None:
+        if not self.save_best:
+            return
+        before, info = self._best, dict(runner.message_hub.runtime_info)
+        self._best = dict.fromkeys(before)  # mmengine then removes nothing beforehand
+        try:
+            super()._save_best_checkpoint(runner, metrics)
+        except OSError as error:
+            self._warn(runner, 'the best checkpoint', error)
+            for key in [key for key in runner.message_hub.runtime_info if key.startswith('best_')]:
+                if key in info:
+                    runner.message_hub.update_info(key, info[key])
+                else:
+                    runner.message_hub.pop_info(key)
+            self._best = before
+            return
+        after = self._best
+        self._best = {key: after[key] or path for key, path in before.items()}
+        for key, path in before.items():
+            if path and after[key] and path != after[key]:
+                self._remove(path)
+
+    @property
+    def _best(self) -> dict[str, str | None]:
+        """Where the best checkpoint lies, for each figure that decides."""
+        if not self.save_best:
+            return {}
+        if len(self.key_indicators) == 1:
+            return {'': self.best_ckpt_path}
+        return {key: self.best_ckpt_path_dict.get(key) for key in self.key_indicators}
+
+    @_best.setter
+    def _best(self, paths: dict[str, str | None]) -> None:
+        if '' in paths:
+            self.best_ckpt_path = paths['']
+        elif paths:
+            self.best_ckpt_path_dict = paths
+
+    def _rebase(self, path: str | None) -> str | None:
+        """A file of this run under the folder where the run lies now."""
+        name = re.split(r'[/\\]', path)[-1] if path else ''
+        return self._path(name) if name.startswith('best_') else None
+
+    def _path(self, name: str) -> str:
+        return self.file_backend.join_path(self.out_dir, name)
+
+    def _point_to(self, runner: Runner, name: str) -> None:
+        path = self._path(name)
+        write_file(Path(runner.work_dir) / 'last_checkpoint',
+                   path if '://' in path else os.path.relpath(path, runner.work_dir))
+
+    def _remove(self, path: str) -> None:
+        if not is_main_process():
+            return
+        try:
+            if self.file_backend.isfile(path):
+                self.file_backend.remove(path)
+            elif self.file_backend.isdir(path):  # DeepSpeed's are folders
+                self.file_backend.rmtree(path)
+        except OSError as error:
+            print_log(f'{path} is not needed any more, but cannot be removed: {error}',
+                      logger='current', level=logging.WARNING)
+
+    def _kept(self) -> str:
+        return (f'{self.last_ckpt} is kept' if self.last_ckpt
+                else 'there is no earlier one')
+
+    def _warn(self, runner: Runner, name: str, error: OSError) -> None:
+        runner.logger.error(
+            f'{name} could not be written to {self.out_dir}: {error.strerror or error}. '
+            f'{self._kept()}; the run goes on and tries again at the next interval. Make room '
+            'meanwhile, or make the folder writable')
+
+
+@VISBACKENDS.register_module(name='LocalVisBackend', force=True)
+class SafeLocalVisBackend(LocalVisBackend):
+    """mmengine's LocalVisBackend, for which a full disk costs figures and not the run."""
+
+    _failed = False
+
+    def _dump(self, value_dict: dict[str, Any], file_path: str, file_format: str) -> None:
+        try:
+            super()._dump(value_dict, file_path, file_format)
+            self._failed = False
+        except OSError as error:
+            if not self._failed:  # once, not at every interval
+                print_log(f'Figures are lost, {file_path} cannot be written: '
+                          f'{error.strerror or error}', logger='current', level=logging.ERROR)
+            self._failed = True
+
+
+def find_checkpoint(work_dir: str | Path, since: float = 0.) -> str | None:
+    """The newest checkpoint of a run that loads and can be resumed; None where there is none.
+
+    What does not load is skipped, and the log says why. The folder may have been moved. Of several
+    runs in one folder it is the last one's, unless none of those loads.
+
+    Args:
+        work_dir: Folder of the run.
+        since: Older files are left alone; in seconds since 1970.
+
+    Raises:
+        CheckpointError: There are checkpoints, but not one can be resumed.
+    """
+    skipped = []
+    for path in _candidates(Path(work_dir), since):
+        reason = _why_not(path)
+        if reason is None:
+            return str(path)
+        print_log(f'Not resumed: {reason}', logger='current', level=logging.WARNING)
+        skipped.append(path)
+    if skipped:
+        raise CheckpointError(
+            f'none of the {len(skipped)} checkpoints in {work_dir} can be resumed, see above: '
+            'restore one, or start anew without --resume in another --work-dir')
+    return None
+
+
+def _candidates(work_dir: Path, since: float) -> Iterator[Path]:
+    """Checkpoints of steps, those of the last run first, and of these the newest."""
+    folders, last, written = [work_dir], math.inf, 0.
+    pointed = _pointed(work_dir)
+    if pointed is not None:
+        folders.append(pointed.parent)
+        last = _step(pointed) or last
+        written = (work_dir / 'last_checkpoint').stat().st_mtime
+    found: dict[str, tuple[bool, int, Path]] = {}
+    for folder in folders:
+        for path in folder.iterdir() if os.path.isdir(folder) else ():
+            step, changed = _step(path), path.stat().st_mtime if os.path.isfile(path) else 0.
+            if step is not None and changed >= since:
+                # A later step is of an earlier run, unless a kill came before the pointer's turn.
+                of_last_run = step <= last or changed >= written
+                found.setdefault(os.path.realpath(path), (of_last_run, step, path))
+    return (path for *_, path in sorted(found.values(), reverse=True))
+
+
+def _pointed(work_dir: Path) -> Path | None:
+    """The file that last_checkpoint names; None, and a line in the log, where it names none."""
+    pointer = work_dir / 'last_checkpoint'
+    if not os.path.lexists(pointer):
+        return None
+    wrong = 'cannot be read'
+    if os.path.isfile(pointer) and os.access(pointer, os.R_OK):
+        with pointer.open('rb') as file:
+            name = os.fsdecode(file.read(4096)).strip()  # as long as a path can be
+        # checkpoint.out_dir may lie elsewhere; mmengine writes absolute paths, and folders move.
+        for path in (work_dir / name, work_dir / os.path.basename(name)):
+            if os.path.isfile(path) and _step(path) is not None and os.access(path.parent, os.R_OK):
+                return path
+        wrong = f'names "{shown(name[:200])}", which is no checkpoint here'
+    print_log(f'{pointer} {wrong}: the newest one that loads is looked for in {work_dir}',
+              logger='current', level=logging.WARNING)
+    return None
+
+
+def _step(path: Path) -> int | None:
+    """The iteration or epoch in the name of a checkpoint."""
+    number = re.fullmatch(r'(?!best_|\.).*?(\d+)\.pth', path.name)
+    return int(number[1]) if number else None
+
+
+def _why_not(path: Path) -> str | None:
+    """Why a checkpoint cannot be resumed, or None."""
+    try:
+        content = load_from_file(path, map_location='cpu')
+    except (CheckpointError, OSError) as error:
+        return str(error)
+    if not isinstance((content.get('meta') or {}).get('iter'), int) or 'optimizer' not in content:
+        return f'{path} holds weights, but not the state of a training'
+    return None

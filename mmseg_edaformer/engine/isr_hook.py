@@ -1,0 +1,70 @@
+"""ISR in mmengine's runner."""
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import BaseLoop, Runner
+from torch import nn
+
+from ..cost import unwrap
+from ..errors import ExampleError
+from ..isr.apply import isr, report_isr, training_size
+from ..isr.pooling import check_method
+from ..isr.ratio import ISRRatio
+
+
+@HOOKS.register_module()
+class ISRHook(Hook):
+    """Reduce the keys of the model during validation and test, never during training.
+
+    The trained pools are back after each of them, also when it ends in an error: the loops' runs
+    are wrapped, because mmengine calls no hook then. The log says what is reduced.
+
+    Args:
+        ratio: What `ISRRatio.parse` reads.
+        crop_size: As for `apply_isr`.
+        method: As for `apply_isr`.
+
+    Raises:
+        RatioError: The ratio makes no sense, or not for this model.
+    """
+
+    def __init__(self, ratio: int | str, crop_size: tuple[int, int] | None = None,
+                 method: str = 'average') -> None:
+        self.ratio = ISRRatio.parse(ratio)
+        self.crop_size = crop_size
+        self.method = check_method(method)
+        self.wrapped: list[BaseLoop] = []
+
+    def before_run(self, runner: Runner) -> None:
+        """Wrap the loops that are there; logs the report."""
+        size = self._input_size(runner.model)
+        try:
+            runner.logger.info(str(report_isr(runner.model, self.ratio, size, method=self.method,
+                                              crop_size=self.crop_size)))
+        except ExampleError as error:
+            # A network may want other inputs than an image of this size: the run will have them.
+            runner.logger.warning(f'ISR {self.ratio}: what it reduces could not be counted ahead: '
+                                  f'{error}')
+        for loop in (runner._val_loop, runner._test_loop):
+            # before_run comes again when a runner that has trained is asked to test.
+            if isinstance(loop, BaseLoop) and loop not in self.wrapped:
+                self.wrapped.append(loop)
+                loop.run = functools.partial(self._run_reduced, runner, loop.run)
+
+    def _run_reduced(self, runner: Runner, run: Callable[[], Any]) -> Any:
+        with isr(runner.model, self.ratio, method=self.method, crop_size=self.crop_size):
+            return run()
+
+    def _input_size(self, model: nn.Module) -> tuple[int, int]:
+        """The size that a segmentor sees: its sliding window, else its training crop.
+
+        For whole images auto is shown at twice the crop: at the crop it changes nothing.
+        """
+        test_cfg = getattr(unwrap(model), 'test_cfg', None) or {}
+        if test_cfg.get('crop_size'):
+            return tuple(test_cfg['crop_size'])
+        height, width = self.crop_size or training_size(model)
+        return (2 * height, 2 * width) if self.ratio.auto else (height, width)

@@ -1,0 +1,192 @@
+"""LVT, the Lite Vision Transformer (arXiv 2112.10809), written from its description.
+
+What the description leaves open is chosen so that parameters (3.4 M) and, in EDAFormer's table 7,
+multiply-adds with and without ISR come out. The released weights do not load.
+
+Shapes: N batch, C channels, H x W the map, h heads, d = C / h, M keys; maps are channels-last.
+"""
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from mmcv.cnn.bricks.drop import DropPath
+from mmengine.model import BaseModule
+from mmseg.registry import MODELS
+from torch import Tensor, nn
+
+from ...errors import ConfigError
+from ..blocks import MixFFN, PatchEmbed
+from ..layers import PixelLinear, PixelNorm, channels_last, init_weights, to_map, to_tokens
+
+KERNEL = 3
+"""Side of the neighbourhood of convolutional self-attention, and of the atrous convolutions."""
+
+
+class ConvolutionalSelfAttention(nn.Module):
+    """Attention within a 3x3 neighbourhood whose values are a convolution's (CSA).
+
+    Every ``stride`` pixels, the centre gives the attention among the nine pixels around it; their
+    values are the pixels times a matrix for each place in the neighbourhood, and overlapping
+    results are added. There are no keys, so ISR has nothing to reduce.
+
+    Args:
+        dim: Channels C.
+        num_heads: Heads h; must divide ``dim``.
+        stride: Distance of the centres.
+    """
+
+    def __init__(self, dim: int, num_heads: int, stride: int = 2) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.stride = stride
+        self.attn = PixelLinear(dim, num_heads * KERNEL ** 4)
+        self.value = nn.Conv2d(dim * KERNEL ** 2, dim * KERNEL ** 2, 1, groups=KERNEL ** 2,
+                               bias=False)
+        self.proj = PixelLinear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, height, width = x.shape
+        size, places = dict(kernel_size=KERNEL, padding=1, stride=self.stride), KERNEL ** 2
+        centres = F.avg_pool2d(x, self.stride, ceil_mode=True)
+        rows, columns = centres.shape[2:]
+        attn = to_tokens(self.attn(centres)).reshape(n, rows * columns, self.num_heads, places,
+                                                     places)
+        attn = (attn * (c // self.num_heads) ** -0.5).softmax(-1)
+        windows = F.unfold(x, **size).view(n, c, places, rows, columns).transpose(1, 2)
+        v = self.value(windows.reshape(n, places * c, rows, columns))
+        v = v.view(n, places, self.num_heads, c // self.num_heads, rows * columns)
+        out = attn @ v.permute(0, 4, 2, 1, 3)  # N (rows columns) h 9 d
+        out = out.permute(0, 2, 4, 3, 1).reshape(n, c * places, rows * columns)
+        return self.proj(channels_last(F.fold(out, (height, width), **size)))
+
+
+class RecursiveAtrousSelfAttention(nn.Module):
+    """Self-attention with multi-scale queries, run twice with one set of weights (RASA).
+
+    The queries are the sum of one depth-wise convolution at several dilations. The second pass
+    takes the sum of the input and of what the first gave, with two weights per channel. Keys and
+    values are reduced by a strided convolution.
+
+    Args:
+        dim: Channels C.
+        num_heads: Heads h; must divide ``dim``.
+        sr_ratio: Kernel and stride of the reduction of keys and values.
+        dilations: Of the queries' convolution.
+        num_passes: How often the attention runs.
+    """
+
+    def __init__(self, dim: int, num_heads: int, sr_ratio: int,
+                 dilations: Sequence[int] = (1, 3, 5), num_passes: int = 2) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.dilations = tuple(dilations)
+        self.q = PixelLinear(dim, dim)
+        self.atrous = nn.Conv2d(dim, dim, KERNEL, padding=1, groups=dim)
+        self.sr = nn.Conv2d(dim, dim, sr_ratio, sr_ratio) if sr_ratio > 1 else nn.Identity()
+        self.norm = PixelNorm(dim) if sr_ratio > 1 else nn.Identity()
+        self.kv = PixelLinear(dim, 2 * dim)
+        self.proj = PixelLinear(dim, dim)
+        self.recursion = nn.Parameter(torch.ones(num_passes - 1, 2, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.attend(x)
+        for given, state in self.recursion:
+            out = self.attend(given[:, None, None] * x + state[:, None, None] * out)
+        return out
+
+    def attend(self, x: Tensor) -> Tensor:
+        """One pass, N C H W -> N C H W."""
+        n, c, height, width = x.shape
+        q, convolution = self.q(x), self.atrous
+        q = torch.stack([F.silu(F.conv2d(q, convolution.weight, convolution.bias, padding=dilation,
+                                         dilation=dilation, groups=c))
+                         for dilation in self.dilations]).sum(0)
+        k, v = self.kv(self.norm(self.sr(x))).chunk(2, dim=1)
+        q, k, v = (to_tokens(t).reshape(n, -1, self.num_heads, c // self.num_heads).transpose(1, 2)
+                   for t in (q, k, v))  # N h M d
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(to_map(out.transpose(1, 2).reshape(n, height, width, c)))
+
+
+class LVTBlock(nn.Module):
+    """Pre-norm block of one of the two attentions and MixFFN."""
+
+    def __init__(self, attn: nn.Module, dim: int, ffn_ratio: float, drop_path_rate: float) -> None:
+        super().__init__()
+        self.norm1 = PixelNorm(dim)
+        self.attn = attn
+        self.norm2 = PixelNorm(dim)
+        self.ffn = MixFFN(dim, ffn_ratio, relu=False)
+        self.drop_path = DropPath(drop_path_rate) if drop_path_rate else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.ffn(self.norm2(x)))
+
+
+@MODELS.register_module()
+class LVT(BaseModule):
+    """Lite Vision Transformer: convolutional, then three recursive atrous stages; 3.4 M parameters.
+
+    Args:
+        embed_dims: Channels of each stage.
+        depths: Blocks of each stage.
+        num_heads: Attention heads of each stage.
+        ffn_ratios: Expansion of the feed-forward networks of each stage.
+        sr_ratios: Reduction of keys and values of each stage; the first has none.
+        drop_path_rate: Stochastic depth of the last block; it grows linearly from 0 at the first.
+        init_cfg: mmengine's initialisation, such as ``dict(type='Pretrained', checkpoint=...)``.
+
+    Raises:
+        ConfigError: Sizes of different lengths, or heads that do not divide the channels.
+    """
+
+    def __init__(self, embed_dims: Sequence[int] = (64, 64, 160, 256),
+                 depths: Sequence[int] = (2, 2, 2, 2), num_heads: Sequence[int] = (2, 2, 5, 8),
+                 ffn_ratios: Sequence[float] = (4, 8, 4, 4),
+                 sr_ratios: Sequence[int] = (8, 4, 2, 1), drop_path_rate: float = 0.1,
+                 init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None) -> None:
+        super().__init__(init_cfg)
+        sizes = dict(embed_dims=embed_dims, depths=depths, num_heads=num_heads,
+                     ffn_ratios=ffn_ratios, sr_ratios=sr_ratios)
+        if len({len(values) for values in sizes.values()}) > 1:
+            raise ConfigError('LVT needs one entry per stage in every size, found ' +
+                              ', '.join(f'{len(values)} {name}' for name, values in sizes.items()))
+        for dim, heads in zip(embed_dims, num_heads):
+            if dim % heads:
+                raise ConfigError(f'LVT: num_heads={heads} does not divide embed_dims={dim}')
+        drop_paths = iter(np.linspace(0, drop_path_rate, sum(depths)).tolist())
+        self.stages = nn.ModuleList()
+        for i, (dim, depth, heads, ffn_ratio, sr_ratio) in enumerate(zip(
+                embed_dims, depths, num_heads, ffn_ratios, sr_ratios)):
+            blocks = [LVTBlock(RecursiveAtrousSelfAttention(dim, heads, sr_ratio) if i else
+                               ConvolutionalSelfAttention(dim, heads),
+                               dim, ffn_ratio, next(drop_paths)) for _ in range(depth)]
+            patch_embed = (PatchEmbed(embed_dims[i - 1], dim, 3, 2) if i else
+                           PatchEmbed(3, dim, 7, 4))
+            self.stages.append(nn.Sequential(patch_embed, *blocks, PixelNorm(dim)))
+        self.to(memory_format=torch.channels_last)
+
+    def init_weights(self) -> None:
+        """Initialise as EFT, or as ``init_cfg`` says."""
+        if self.init_cfg is None:
+            init_weights(self)
+        super().init_weights()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Encode images.
+
+        Args:
+            x: Normalised images, N x 3 x H x W; H and W from 32 up.
+
+        Returns:
+            The maps of the stages, N x C_i x H/2^(i+2) x W/2^(i+2), rounded up, channels-last.
+        """
+        x = channels_last(x)
+        maps = []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        return tuple(maps)

@@ -1,0 +1,217 @@
+"""The drawn data set: the same for the same seed, complete, learnable, and careful with folders."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmseg_edaformer.data import drawing as synthetic
+
+SMALL = {'train': 3, 'val': 2, 'size': (48, 64)}
+
+
+def scene(seed, size=(48, 64)):
+    return synthetic.draw_scene(np.random.default_rng(seed), size)
+
+
+def contents(root):
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes()
+        for path in Path(root).rglob('*')
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope='module')
+def labels():
+    return np.stack([scene(seed, (96, 128))[1] for seed in range(60)])
+
+
+@pytest.mark.parametrize('size', [(32, 32), (33, 47), (32, 160), (160, 32), (192, 256)])
+def test_scene_has_the_size_asked_for(size):
+    for seed in range(4):
+        image, label = scene(seed, size)
+        assert (image.shape, image.dtype) == ((*size, 3), np.uint8)
+        assert (label.shape, label.dtype) == (size, np.uint8)
+        assert label.max() < len(synthetic.CLASSES)
+        assert image.std() > 10
+
+
+def test_scene_follows_its_generator():
+    for first, second in zip(scene(5), scene(5), strict=True):
+        np.testing.assert_array_equal(first, second)
+    assert not np.array_equal(scene(5)[1], scene(6)[1])
+
+
+def test_objects_scale_with_the_size():
+    names = ('sky', 'house', 'tree', 'car')
+    small, large = (
+        np.mean([np.bincount(scene(s, size)[1].ravel(), minlength=8) for s in range(40)], 0)
+        for size in ((48, 64), (96, 128))
+    )
+    for name in names:
+        index = synthetic.CLASSES.index(name)
+        assert 2.5 < large[index] / small[index] < 6, name
+
+
+def test_image_and_label_show_the_same_edges():
+    gap = []
+    for seed in range(20):
+        image, label = scene(seed, (96, 128))
+        step = np.abs(np.diff(image.astype(float).mean(2), axis=1))
+        edge = np.diff(label.astype(int), axis=1) != 0
+        gap.append(step[edge].mean() - step[~edge].mean())
+    assert min(gap) > 3
+
+
+def test_palette_tells_the_classes_apart():
+    palette = np.array(synthetic.PALETTE)
+    assert palette.shape == (len(synthetic.CLASSES), 3)
+    assert palette.min() >= 0
+    assert palette.max() <= 255
+    far = np.linalg.norm(palette[:, None] - palette[None], axis=-1)
+    assert far[~np.eye(len(palette), dtype=bool)].min() > 60
+
+
+def test_every_class_occurs_and_none_rules(labels):
+    share = np.bincount(labels.ravel(), minlength=8) / labels.size
+    assert share.shape == (8,)
+    assert share.min() > 0.0003
+    assert share.max() < 0.45
+
+
+def test_rare_classes_are_small_but_met(labels):
+    lamp, bird = labels == synthetic.LAMP, labels == synthetic.BIRD
+    assert (lamp | bird).mean() < 0.03
+    assert lamp.any((1, 2)).mean() >= 0.4
+    assert bird.any((1, 2)).mean() >= 0.25
+    assert bird.mean() < 0.005
+
+
+def test_colour_alone_does_not_give_a_class_away():
+    tones = {synthetic.HOUSE: [], synthetic.CAR: [], synthetic.MEADOW: [], synthetic.TREE: []}
+    for seed in range(60):
+        image, label = scene(seed)
+        for index, means in tones.items():
+            if (label == index).any():
+                means.append(image[label == index].mean(0))
+    for one, other in ((synthetic.HOUSE, synthetic.CAR), (synthetic.MEADOW, synthetic.TREE)):
+        apart = np.linalg.norm(np.mean(tones[one], 0) - np.mean(tones[other], 0))
+        assert apart < np.linalg.norm(np.std(tones[one], 0) + np.std(tones[other], 0))
+
+
+def test_data_set_layout(tmp_path):
+    root = synthetic.draw_dataset(tmp_path / 'new' / 'drawn', **SMALL)
+    assert root == tmp_path / 'new' / 'drawn'
+    pictures = [
+        f'{kind}/{split}/{index:05d}.png'
+        for kind in ('images', 'annotations')
+        for split, count in (('training', 3), ('validation', 2))
+        for index in range(count)
+    ]
+    assert set(contents(root)) == {*pictures, 'synthetic.json'}
+    for name in pictures:
+        with Image.open(root / name) as picture:
+            assert picture.size == (64, 48)
+            assert picture.mode == ('RGB' if name.startswith('images') else 'L')
+            if picture.mode == 'L':
+                assert np.asarray(picture).max() < 8
+    record = json.loads((root / 'synthetic.json').read_text())
+    assert (record['train'], record['val'], record['size'], record['seed']) == (3, 2, [48, 64], 0)
+
+
+def test_data_set_is_its_seed(tmp_path):
+    first = contents(synthetic.draw_dataset(tmp_path / 'a', **SMALL))
+    assert contents(synthetic.draw_dataset(tmp_path / 'b', **SMALL)) == first
+    other = contents(synthetic.draw_dataset(tmp_path / 'c', **SMALL, seed=1))
+    assert not set(first.values()) & set(other.values())
+    assert len(set(first.values())) == len(first)
+
+
+def test_more_pictures_keep_the_earlier_ones(tmp_path):
+    few = contents(synthetic.draw_dataset(tmp_path / 'few', **SMALL))
+    many = contents(synthetic.draw_dataset(tmp_path / 'many', train=5, val=4, size=(48, 64)))
+    del few['synthetic.json']
+    assert len(many) == 19
+    assert few.items() <= many.items()
+
+
+def test_second_run_touches_nothing(tmp_path):
+    synthetic.draw_dataset(tmp_path, **SMALL)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')}
+    synthetic.draw_dataset(str(tmp_path), **SMALL)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')} == before
+
+
+def test_interrupted_run_is_repaired(tmp_path, monkeypatch):
+    whole = contents(synthetic.draw_dataset(tmp_path, **SMALL))
+    (tmp_path / 'synthetic.json').unlink()
+    (tmp_path / 'images/training/00001.png').unlink()
+    (tmp_path / 'annotations/validation/00000.png').write_bytes(b'cut off')
+    synthetic.draw_dataset(tmp_path, **SMALL)
+    assert contents(tmp_path) == whole
+
+    draw, left = synthetic.draw_scene, iter(range(2))
+
+    def stop(rng, size):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return draw(rng, size)
+
+    monkeypatch.setattr(synthetic, 'draw_scene', stop)
+    with pytest.raises(KeyboardInterrupt):
+        synthetic.draw_dataset(tmp_path, **SMALL, seed=1)
+    assert set(contents(tmp_path)) == {
+        f'{kind}/training/{index:05d}.png' for kind in ('images', 'annotations') for index in (0, 1)
+    }
+    monkeypatch.undo()
+    synthetic.draw_dataset(tmp_path, **SMALL)
+    assert contents(tmp_path) == whole
+
+
+def test_other_parameters_leave_no_old_pictures(tmp_path):
+    old, new = tmp_path / 'old', tmp_path / 'new'
+    synthetic.draw_dataset(old, train=6, val=2, size=(32, 32))
+    synthetic.draw_dataset(old, **SMALL)
+    assert contents(old) == contents(synthetic.draw_dataset(new, **SMALL))
+
+
+@pytest.mark.parametrize(
+    'foreign',
+    ['notes.txt', 'images/training/ADE_train_00000001.jpg', 'images/00000.png', 'masks/00000.png'],
+)
+def test_foreign_folder_is_refused_and_untouched(tmp_path, foreign):
+    synthetic.draw_dataset(tmp_path, **SMALL)
+    (tmp_path / foreign).parent.mkdir(exist_ok=True)
+    (tmp_path / foreign).write_text('mine')
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=foreign.split('0')[0]) as caught:
+        synthetic.draw_dataset(tmp_path, **SMALL, seed=1)
+    assert 'choose a new folder' in str(caught.value)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ('wrong', 'remedy'),
+    [
+        ({'train': 0}, 'at least one'),
+        ({'val': 0}, 'at least one'),
+        ({'size': (31, 64)}, 'at least 32'),
+        ({'size': (64,)}, 'height and a width'),
+        ({'seed': -1}, '0 or more'),
+    ],
+)
+def test_bad_arguments(tmp_path, wrong, remedy):
+    with pytest.raises(ValueError, match=remedy):
+        synthetic.draw_dataset(tmp_path / 'drawn', **{**SMALL, **wrong})
+    assert not (tmp_path / 'drawn').exists()
+
+
+def test_file_instead_of_a_folder(tmp_path):
+    (tmp_path / 'drawn').write_text('mine')
+    with pytest.raises(ValueError, match='choose a folder'):
+        synthetic.draw_dataset(tmp_path / 'drawn', **SMALL)
+    with pytest.raises(ValueError, match='at least 32'):
+        scene(0, (31, 64))

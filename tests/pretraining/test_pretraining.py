@@ -1,0 +1,464 @@
+"""Pretraining as a classifier: the recipe's statistics, the checks, and runs that survive."""
+import json
+import math
+import os
+import re
+import signal
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip('mmpretrain', reason='mmpretrain, which pretrains the encoder, is not there')
+
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import HOOKS, PARAM_SCHEDULERS, init_default_scope
+from mmpretrain.datasets.samplers import repeat_aug
+from mmpretrain.registry import DATASETS, MODELS, TRANSFORMS
+from mmpretrain.structures import DataSample
+from torch.utils.data import BatchSampler
+
+from mmseg_edaformer.analysis.pipeline import measure_pipeline
+from mmseg_edaformer.cost import count_macs
+from mmseg_edaformer.engine import checks, launch
+from mmseg_edaformer.engine.loop import CountedBatches, SeededIndices
+from mmseg_edaformer.errors import ConfigError, DataError, RatioError
+from mmseg_edaformer.pretraining import folders as pretrain
+from mmseg_edaformer.pretraining.rand_augment import augment_batch, draw_augmentation
+from tests.conftest import MINI, ROOT
+from tests.engine.training import differences, run_to_end, state, train
+from tests.processes import finish, in_child, run_tool
+
+
+@pytest.fixture(autouse=True)
+def _scope():
+    init_default_scope('mmpretrain')
+    np.random.seed(0)
+
+
+@pytest.fixture(scope='module')
+def config(classifier):
+    return classifier
+
+
+@pytest.fixture(scope='module')
+def whole(config, tmp_path_factory):
+    """The work dir of a run of 12 steps that nothing interrupted; read-only."""
+    work = tmp_path_factory.mktemp('whole') / 'work'
+    run_to_end(config, work)
+    return work
+
+
+def recipe(size='t'):
+    return Config.fromfile(ROOT / 'configs' / f'eft_{size}_in1k.py')
+
+
+@pytest.mark.parametrize(('size', 'parameters', 'gmacs'), [('t', 3.7, 0.6), ('b', 25.4, 4.2)])
+def test_size_and_cost(size, parameters, gmacs):
+    """With the classifier, as ImageNet models are counted."""
+    model = MODELS.build(recipe(size).model)
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == parameters
+    assert round(count_macs(model, (224, 224)) / 1e9, 1) == gmacs
+
+
+@pytest.mark.parametrize('size', ['t', 'b'])
+def test_exactly_norms_and_biases_do_not_decay(size):
+    cfg = recipe(size)
+    with torch.device('meta'):
+        model = MODELS.build(cfg.model)
+    optimizer = build_optim_wrapper(model, cfg.optim_wrapper).optimizer
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    decay = {names[p]: group['weight_decay'] for group in optimizer.param_groups
+             for p in group['params']}
+    assert decay.keys() == set(names.values())
+    norms = {name for name, module in model.named_modules()
+             if 'norm' in type(module).__name__.lower()}
+    spared = {name for name in decay
+              if name.endswith('bias') or name.rpartition('.')[0] in norms}
+    assert {name for name, value in decay.items() if value == 0} == spared
+    assert {decay[name] for name in decay.keys() - spared} == {0.05}
+    assert {group['lr'] for group in optimizer.param_groups} == {1e-3}
+    assert optimizer.defaults['eps'] == 1e-8
+    assert optimizer.defaults['betas'] == (0.9, 0.999)
+
+
+def test_every_parameter_has_a_gradient():
+    """What distributed training needs."""
+    model = MODELS.build(recipe().model)
+    model.init_weights()
+    model(torch.randn(2, 3, 64, 64)).square().mean().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_learning_rate():
+    """All 300 epochs of it."""
+    cfg = recipe()
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)],
+                                lr=cfg.optim_wrapper.optimizer.lr)
+    schedulers = [PARAM_SCHEDULERS.build(each, default_args=dict(optimizer=optimizer))
+                  for each in cfg.param_scheduler]
+    rates = []
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # there is no step of the optimizer
+        for _ in range(cfg.train_cfg.max_iters):
+            rates.append(optimizer.param_groups[0]['lr'])
+            for scheduler in schedulers:
+                scheduler.step()
+    epoch = 1_281_167 // 1024
+    steps, warm = 300 * epoch, 5 * epoch
+    assert (epoch, len(rates)) == (1251, steps)
+    assert rates[0] == pytest.approx(1e-6)
+    assert rates[warm // 2] == pytest.approx(5e-4, rel=0.01)
+    assert rates[warm] == max(rates) == pytest.approx(1e-3)
+    assert rates[-1] == pytest.approx(1e-5)
+    for step in (warm + 1, steps // 4, steps // 2, 3 * steps // 4):
+        cosine = math.cos(math.pi * (step - warm) / (steps - warm))
+        assert rates[step] == pytest.approx(1e-5 + (1e-3 - 1e-5) * (1 + cosine) / 2, rel=1e-3)
+    assert rates[(warm + steps) // 2] == pytest.approx((1e-3 + 1e-5) / 2, rel=1e-3)
+
+
+def test_batch_and_repeats():
+    cfg = recipe()
+    loader = cfg.train_dataloader
+    assert cfg.auto_scale_lr.base_batch_size == 1024 == 8 * loader.batch_size
+    assert (loader.sampler.type, loader.sampler.num_repeats, loader.drop_last) == (
+        'RepeatAugSampler', 3, True)
+    assert cfg.optim_wrapper.get('clip_grad') is None
+    assert not any('EMA' in hook.type for hook in cfg.custom_hooks)
+    assert {cfg.model.backbone.drop_path_rate, recipe('b').model.backbone.drop_path_rate} == {0.1}
+
+
+@pytest.mark.parametrize('ranks', [1, 2, 8])
+def test_repeated_augmentation(monkeypatch, ranks):
+    """A third of the images has its turn, each three times, each time with other numbers."""
+    images, batch = 960, 8
+    epochs = []
+    for rank in range(ranks):
+        monkeypatch.setattr(repeat_aug, 'get_dist_info', lambda rank=rank: (rank, ranks))
+        # A seed of its own each: the run's is what counts.
+        sampler = repeat_aug.RepeatAugSampler(range(images), seed=100 + rank)
+        counted = CountedBatches(BatchSampler(sampler, batch, drop_last=True), rank, ranks)
+        counted.seed = 7
+        steps = iter(counted)
+        epochs.append([[(index, key) for _ in range(images // ranks // batch)
+                        for indices in [next(steps)]
+                        for index, key in zip(list.copy(indices), indices.keys)]
+                       for _ in range(3)])
+    drawn = []
+    for number in range(3):
+        everything = [pair for rank in epochs for pair in rank[number]]
+        assert Counter(Counter(index for index, _ in everything).values()) == {3: images // 3}
+        drawn.append(frozenset(index for index, _ in everything))
+        if ranks > 2:  # never twice on one
+            assert all(len({index for index, _ in rank[number]}) == len(rank[number])
+                       for rank in epochs)
+    keys = [key for rank in epochs for epoch in rank for _, key in epoch]
+    assert len(set(keys)) == len(keys)
+    # Epochs are drawn anew: two of them share a third of their images.
+    assert len(drawn[0] & drawn[1]) / (images / 3) == pytest.approx(1 / 3, abs=0.1)
+
+
+def test_ranks_see_other_augmentations_of_an_image(config):
+    dataset = DATASETS.build(Config.fromfile(config).train_dataloader.dataset)
+    views = []
+    for key in ((7, 1, 0), (7, 1, 1), (7, 1, 2), (7, 1, 0)):
+        views += [dataset[index]['inputs'] for index in SeededIndices([11], [key])]
+    assert torch.equal(views[0], views[3])
+    assert not any(torch.equal(views[a], views[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
+
+
+def mixed_batches(count, size=64, images=4):
+    """Batches of images of one value each, mixed: of each its pixels and its targets."""
+    cfg = recipe()
+    model = dict(cfg.model, backbone=dict(type='mmseg.EFT', arch=MINI),
+                 head=dict(cfg.model.head, in_channels=128))
+    preprocessor = MODELS.build(model).data_preprocessor
+    preprocessor._enable_normalize = False
+    values = torch.arange(1., images + 1)
+    for _ in range(count):
+        batch = dict(inputs=values[:, None, None, None].expand(-1, 3, size, size).clone(),
+                     data_samples=[DataSample().set_gt_label(label) for label in range(images)])
+        done = preprocessor(batch, training=True)
+        yield done['inputs'], torch.stack([sample.gt_score for sample in done['data_samples']])
+
+
+def test_mixup_and_cutmix_take_turns():
+    """Every batch is mixed by one of the two, and the targets are what the pixels say."""
+    count, values = 1200, torch.arange(1., 5.)
+    mixup, cutmix = [], []
+    for images, scores in mixed_batches(count):
+        assert scores.shape == (4, 1000)
+        torch.testing.assert_close(scores.sum(1), torch.ones(4))
+        # The mean of an image is that of its labels' values, with the targets' weights: for
+        # Mixup as it blends, for CutMix by the area.
+        torch.testing.assert_close(images.mean((1, 2, 3)), scores[:, :4] @ values, rtol=1e-4,
+                                   atol=1e-4)
+        cut = bool((images == images.round()).all())
+        lam = scores.diagonal()
+        changed = lam < 1 - 1e-6
+        if changed.any():
+            (cutmix if cut else mixup).append(float(lam[changed][0]))
+    # One batch in 24 is mixed with itself, and a box of no size changes nothing.
+    assert len(mixup) + len(cutmix) > 0.93 * count
+    assert len(mixup) / (len(mixup) + len(cutmix)) == pytest.approx(0.5, abs=0.05)
+    # Beta(0.8, 0.8) is symmetric, with variance 1 / (4 (2 * 0.8 + 1)).
+    assert np.mean(mixup) == pytest.approx(0.5, abs=0.04)
+    assert np.var(mixup) == pytest.approx(1 / 10.4, abs=0.012)
+    # CutMix keeps lambda, uniform in (0, 1), only where its box lies within the image.
+    oracle = []
+    rng = np.random.default_rng(0)
+    for _ in range(20_000):
+        side = int(64 * math.sqrt(1 - rng.random()))
+        spans = [min(middle - side // 2 + side // 2 * 2, 64) - max(middle - side // 2, 0)
+                 for middle in rng.integers(0, 64, 2)]
+        oracle.append(1 - spans[0] * spans[1] / 64 ** 2)
+    oracle = [each for each in oracle if each < 1 - 1e-6]
+    for share in (0.1, 0.25, 0.5, 0.75, 0.9):
+        assert np.quantile(cutmix, share) == pytest.approx(np.quantile(oracle, share), abs=0.05)
+
+
+def test_label_smoothing():
+    """A tenth of every target is spread over all classes, mixed or not."""
+    loss = MODELS.build(recipe().model.head.loss)
+    logits = torch.randn(5, 1000, dtype=torch.float64)
+    mixed = torch.zeros(5, 1000, dtype=torch.float64)
+    mixed[range(5), [3, 1, 4, 1, 5]] = 0.7
+    mixed[range(5), [9, 2, 6, 5, 3]] = 0.3
+    expected = -((0.9 * mixed + 0.1 / 1000) * logits.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(loss(logits, mixed.float(), avg_factor=5).double(), expected,
+                               rtol=1e-6, atol=1e-6)
+    plain = torch.nn.CrossEntropyLoss(label_smoothing=0.1)(logits, mixed.argmax(1))
+    torch.testing.assert_close(
+        loss(logits, torch.nn.functional.one_hot(mixed.argmax(1), 1000)), plain,
+        rtol=1e-6, atol=1e-6)
+
+
+def step(kind):
+    """One of the pipeline's, or of those that its last one leaves to the device."""
+    *pipeline, last = recipe().train_pipeline
+    cfg, = (each for each in (*pipeline, *last.transforms)
+            if each.type.rpartition('.')[2] == kind)
+    return TRANSFORMS.build(cfg)
+
+
+def augment(transform, images):
+    """What the device makes of images, N x H x W x 3."""
+    drawn = [list(draw_augmentation(transform, images.shape[1:3])) for _ in images]
+    tensor = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+    return augment_batch(tensor, drawn).permute(0, 2, 3, 1).numpy()
+
+
+def test_randaugment():
+    """rand-m9-mstd0.5-inc1: two of fifteen, each done half of the time, at 9 +- 0.5 of 10."""
+    transform = step('RandAugment')
+    assert [type(each).__name__ for each in transform.transforms] == [
+        'AutoContrast', 'Equalize', 'Invert', 'Rotate', 'Posterize', 'Solarize', 'SolarizeAdd',
+        'ColorTransform', 'Contrast', 'Brightness', 'Sharpness', 'Shear', 'Shear', 'Translate',
+        'Translate']
+    assert {each.prob for each in transform.transforms} == {0.5}
+    assert transform.num_policies == 2
+    rotate = transform.transforms[3]
+    assert rotate.magnitude_range == (0, 30)
+    angles = np.array([rotate.random_magnitude() for _ in range(4000)]) / 3
+    assert np.median(angles) == pytest.approx(9, abs=0.05)
+    below = angles[angles < 9]  # those above 10 are cut to it
+    assert np.sqrt(((below - 9) ** 2).mean()) == pytest.approx(0.5, abs=0.03)
+    images = np.random.default_rng(0).integers(0, 256, (1500, 32, 32, 3), np.uint8)
+    same = (augment(transform, images) == images).all((1, 2, 3)).mean()
+    # Neither of the two was done, and AutoContrast and SolarizeAdd may change nothing.
+    assert 0.22 < same < 0.36
+
+
+def test_random_erasing():
+    """A quarter of the images, by noise that is standard normal after normalisation."""
+    transform = step('RandomErasing')
+    mean, std = (np.array(getattr(recipe().model.data_preprocessor, name)[::-1])
+                 for name in ('mean', 'std'))
+    areas, pixels = [], []
+    for image in augment(transform, np.full((2000, 48, 48, 3), 7, np.uint8)):
+        erased = (image != 7).any(2)
+        if erased.any():
+            areas.append(erased.mean())
+            pixels.append(image[erased])
+    assert len(areas) / 2000 == pytest.approx(0.25, abs=0.03)
+    assert min(areas) > 0.01
+    assert max(areas) < 0.35
+    assert np.mean(areas) == pytest.approx((0.02 + 1 / 3) / 2, abs=0.02)
+    noise = (np.concatenate(pixels) - mean) / std
+    assert np.median(noise, axis=0) == pytest.approx(0, abs=0.03)
+    assert noise.std(axis=0) == pytest.approx(1, abs=0.06)  # cut to 0...255
+
+
+def test_crop_and_evaluation(tmp_path):
+    cfg = recipe()
+    crop = step('RandomResizedCrop')
+    assert crop.scale == (224, 224)
+    assert (crop.crop_ratio_range, crop.aspect_ratio_range) == ((0.08, 1.0), (3 / 4, 4 / 3))
+    # Resize 256 bicubic and the centre of 224, as Pillow does it.
+    image = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
+    Image.fromarray(image).save(tmp_path / 'image.png')
+    results = dict(img_path=str(tmp_path / 'image.png'))
+    for each in cfg.test_pipeline[:-1]:
+        results = TRANSFORMS.build(each)(results)
+    resized = Image.fromarray(image).resize((int(400 * 256 / 300), 256), Image.Resampling.BICUBIC)
+    left = round((resized.width - 224) / 2)
+    expected = np.asarray(resized)[16:240, left:left + 224, ::-1]
+    assert np.abs(results['img'].astype(int) - expected).max() <= 1
+
+
+def test_the_pipeline_is_timed():
+    steps = measure_pipeline(recipe(), (64, 96), images=3)
+    assert [name for name, _ in steps] == [
+        *(each.type for each in recipe().train_pipeline), 'collate', 'total']
+    assert min(time for _, time in steps) >= 0
+
+
+@HOOKS.register_module()
+class KillHook(Hook):
+    """End this process at once, before a step."""
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter == 8:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_killed_and_resumed(config, whole, tmp_path):
+    """Bit for bit: repeated and random augmentation, mixup, drop path; in the second epoch."""
+    work = tmp_path / 'work'
+    pid = in_child(train, config, work, log=tmp_path / 'log',
+                   before=lambda cfg: cfg.custom_hooks.append(dict(type='KillHook')))
+    assert finish(pid) == -signal.SIGKILL
+    log = run_to_end(config, work, options={
+        'train_dataloader.num_workers': 2, 'train_dataloader.persistent_workers': True})
+    assert 'iter: 6' in log
+    assert differences(state(whole), state(work)) == []
+    assert (work / 'best_accuracy_top1_iter_6.pth').exists() == (
+        whole / 'best_accuracy_top1_iter_6.pth').exists()
+
+
+@pytest.mark.slow
+def test_it_learns(tmp_path):
+    """The whole recipe with a small encoder: far from chance, a tenth, after 150 steps."""
+    data = pretrain.draw_crops(tmp_path / 'data', train=24, val=10)
+    config = tmp_path / 'learns.py'
+    config.write_text(f'''
+_base_ = ['{ROOT}/configs/eft_t_crops.py']
+model = dict(backbone=dict(**{MINI}), head=dict(in_channels=128))
+data_root = '{data}'
+train_dataloader = dict(batch_size=32, num_workers=0, persistent_workers=False,
+                        dataset=dict(data_root=data_root))
+val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(data_root=data_root))
+test_dataloader = val_dataloader
+optim_wrapper = dict(optimizer=dict(lr=2e-3))
+param_scheduler = [dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=False, T_max=150)]
+auto_scale_lr = dict(base_batch_size=32)
+''')
+    log = run_to_end(config, tmp_path / 'work', options={
+        'train_cfg.max_iters': 150, 'train_cfg.val_interval': 150,
+        'default_hooks.checkpoint.interval': 150})
+    top1, = map(float, re.findall(r'accuracy/top1: ([\d.]+)', log))
+    assert top1 > 25
+
+
+def test_the_log_speaks_of_classification(whole):
+    log = Path(f'{whole}.log').read_text()
+    assert 'accuracy/top1' in log
+    assert 'random weights' not in log
+    assert 'images per step' not in log
+
+
+@pytest.mark.parametrize('ratio', ['2', '2211'])
+def test_isr(config, whole, tmp_path, ratio):
+    code, output = run_tool(
+        'tools/test.py', config, whole / 'iter_12.pth', '--work-dir', tmp_path / 'work',
+        '--isr-ratio', ratio, '--json', tmp_path / 'figures.json')
+    assert code == 0, output[-2000:]
+    figures = json.loads((tmp_path / 'figures.json').read_text())
+    assert figures['isr_ratio'] == ('2' if ratio == '2' else '2211-111')
+    assert figures['metrics'].keys() == {'accuracy/top1', 'accuracy/top5'}
+    assert figures['images'] == 10
+    assert 'on 64x64 pixels' in output
+    keys = [line.split('|')[4].strip() for line in output.splitlines() if '| encoder' in line]
+    assert keys == (['4 -> 1'] * 4 if ratio == '2' else ['4 -> 1', '4 -> 1', '4', '4'])
+
+
+def test_ratios_that_mean_nothing():
+    assert pretrain.encoder_ratio('2,2,1,1') == pretrain.encoder_ratio('optimal')
+    assert pretrain.encoder_ratio('auto').auto
+    for text in ('22x1', '0', ''):
+        with pytest.raises(RatioError):
+            pretrain.encoder_ratio(text)
+
+
+@pytest.mark.parametrize('flag', ['out', 'tta', 'show', 'show_dir', 'bf16', 'skip_bad_files'])
+def test_flags_of_segmentation(config, whole, flag):
+    cfg = Config.fromfile(config)
+    with pytest.raises(ConfigError, match=f'--{flag.replace("_", "-")}: only for segmentation'):
+        launch.prepare_test(cfg, str(whole / 'iter_12.pth'), **{flag: 'x'})
+
+
+def data_config(config, root):
+    cfg = Config.fromfile(config)
+    for loader in (cfg.train_dataloader, cfg.val_dataloader):
+        loader.dataset.data_root = str(root)
+    return cfg
+
+
+def test_missing_and_wrong_folders(config, crops, tmp_path):
+    checks.check_data(data_config(config, crops), 'train', 'val')
+    with pytest.raises(DataError, match=r'train set is not where the config says: .*nowhere'):
+        checks.check_data(data_config(config, tmp_path / 'nowhere'), 'train', 'val')
+    with pytest.raises(DataError, match='needs one folder per class'):
+        checks.check_data(data_config(config, tmp_path), 'train', 'val')
+    for split in ('train', 'val'):
+        for name in pretrain.CROPS:
+            (tmp_path / split / name).mkdir(parents=True)
+            (tmp_path / split / name / 'a.JPEG').touch()
+    cfg = data_config(config, tmp_path)
+    checks.check_data(cfg, 'train', 'val')
+    (tmp_path / 'val' / 'tree').rename(tmp_path / 'val' / 'shrub')
+    with pytest.raises(DataError, match='different class folders, such as shrub'):
+        checks.check_data(cfg, 'train', 'val')
+    (tmp_path / 'train' / 'sky' / 'a.JPEG').unlink()
+    with pytest.raises(DataError, match=r'no image in 1 of its 10 class folders .* such as sky'):
+        checks.check_data(cfg, 'train', 'val')
+    cfg.model.head.num_classes = 1000
+    with pytest.raises(ConfigError, match=r'has 10 classes, .* the model 1000'):
+        checks.check_data(cfg, 'train', 'val')
+
+
+def test_a_damaged_image_is_named(config, crops, tmp_path):
+    dataset = data_config(config, tmp_path).train_dataloader.dataset
+    folder = tmp_path / 'train' / 'bird'
+    folder.mkdir(parents=True)
+    (folder / 'cut.png').write_bytes((crops / 'train/bird/00000.png').read_bytes()[:500])
+    with pytest.raises(DataError, match=r'cut\.png'):
+        DATASETS.build(dataset)[0]
+
+
+def test_mmpretrain_that_cannot_be_imported(monkeypatch):
+    monkeypatch.setitem(__import__('sys').modules, 'mmpretrain.models', None)
+    with pytest.raises(ConfigError, match=r'needs mmpretrain.*\[pretrain(-fork)?\]'):
+        checks.check_data(recipe(), 'train')
+
+
+def test_crops_are_drawn_once_and_reproducibly(crops, tmp_path, capsys):
+    assert sorted(path.name for path in (crops / 'train').iterdir()) == list(pretrain.CROPS)
+    image = np.asarray(Image.open(crops / 'val' / 'car' / '00000.png'))
+    again = pretrain.draw_crop(np.random.default_rng((0, 1, 1, 0)), 'car', 64)
+    np.testing.assert_array_equal(image, again)
+    before = (crops / 'crops.json').stat().st_mtime_ns
+    pretrain.draw_crops(crops, train=4, val=1)
+    assert (crops / 'crops.json').stat().st_mtime_ns == before
+    with pytest.raises(DataError, match=r'holds crops\.json'):
+        pretrain.draw_crops(crops, train=5, val=1)
+    pretrain.prepare(pretrain.FOLDERS['crops'], crops)
+    assert 'train: 40 images in 10 folders' in capsys.readouterr().out
+    with pytest.raises(DataError, match='instead of 1,000'):
+        pretrain.prepare(pretrain.FOLDERS['imagenet'], crops)

@@ -1,0 +1,241 @@
+"""RandAugment and RandomErasing on the device against mmpretrain's, which are the reference."""
+import pickle
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip('mmpretrain', reason='mmpretrain, whose transforms are the reference, is not '
+                    'there')
+
+from mmengine.config import Config
+from mmengine.registry import FUNCTIONS, MODELS, TRANSFORMS, init_default_scope
+
+from mmseg_edaformer.data import PackForDevice, augment_collate
+from mmseg_edaformer.data.drawing import draw_scene
+from mmseg_edaformer.errors import ConfigError
+from mmseg_edaformer.pretraining.rand_augment import _grey, augment_batch, draw_augmentation
+from tests.conftest import ROOT
+
+SIZE = 96, 80
+NAMES = ['AutoContrast', 'Equalize', 'Invert', 'Rotate', 'Posterize', 'Solarize', 'SolarizeAdd',
+         'ColorTransform', 'Contrast', 'Brightness', 'Sharpness', 'Shear', 'Shear vertical',
+         'Translate', 'Translate vertical']
+MOVED = range(3, 4), range(11, 15)
+
+
+@pytest.fixture(autouse=True)
+def _scope():
+    init_default_scope('mmpretrain')
+
+
+@pytest.fixture
+def recipe():
+    """The two transforms of the recipe."""
+    pipeline = Config.fromfile(ROOT / 'configs' / 'eft_t_in1k.py').train_pipeline
+    return [TRANSFORMS.build(transform) for transform in pipeline[-1].transforms]
+
+
+def pictures():
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, (*SIZE, 3), np.uint8),  # noise
+            draw_scene(rng, SIZE)[0].copy(),
+            np.full((*SIZE, 3), 77, np.uint8),
+            rng.integers(60, 90, (*SIZE, 3), np.uint8),
+            np.repeat(rng.integers(0, 2, (*SIZE, 1), np.uint8) * 255, 3, 2)]
+
+
+def batch(images):
+    return torch.from_numpy(np.stack(images).transpose(0, 3, 1, 2).copy())
+
+
+def images_of(tensor):
+    return tensor.permute(0, 2, 3, 1).numpy()
+
+
+def assert_close(found, expected, moved):
+    """Equal, but for rounding where pixels move; OpenCV before 5 rounds where they come from."""
+    difference = np.abs(found.astype(int) - expected.astype(int))
+    if not moved:
+        assert difference.max() == 0
+    elif int(cv2.__version__.split('.')[0]) < 5:
+        assert difference.mean() < 1.5
+    else:
+        assert difference.max() <= 1
+        assert difference.mean() < 0.002
+
+
+@pytest.mark.parametrize(('index', 'name'), enumerate(NAMES))
+def test_each_operation_is_that_of_mmpretrain(recipe, index, name):
+    augment = recipe[0]
+    step = augment.transforms[index]
+    assert f'{type(step).__name__} {getattr(step, "direction", "")}'.startswith(name.split()[0])
+    assert getattr(step, 'direction', 'horizontal') == (name.split()[1:] or ['horizontal'])[0]
+    augment.random_policy_indices = lambda: [index]
+    inputs, expected, drawn = [], [], []
+    for seed in range(12):
+        for image in pictures():
+            np.random.seed(seed)
+            expected.append(augment(dict(img=image.copy()))['img'])
+            after = np.random.random()
+            np.random.seed(seed)
+            drawn.append(list(draw_augmentation(augment, SIZE)))
+            assert np.random.random() == after
+            inputs.append(image)
+    found = images_of(augment_batch(batch(inputs), drawn))
+    changed = [not np.array_equal(a, b) for a, b in zip(found, inputs)]
+    assert 5 < sum(changed) < 45  # it is drawn half of the time
+    assert_close(found, np.stack(expected), any(index in moved for moved in MOVED))
+
+
+def test_grey_is_that_of_opencv():
+    levels = np.arange(0, 256, 3, np.uint8)
+    colours = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(1, -1, 3)
+    np.testing.assert_array_equal(_grey(batch([colours]))[0, 0].numpy(),
+                                  cv2.cvtColor(colours, cv2.COLOR_BGR2GRAY))
+
+
+def test_the_recipe_is_that_of_mmpretrain(recipe):
+    """The same numbers choose the same operations, of which one follows the other."""
+    count, image = 300, pictures()[1]
+    expected, drawn = [], []
+    for seed in range(count):
+        np.random.seed(seed)
+        results = dict(img=image.copy())
+        for transform in recipe:
+            results = transform(results)
+        expected.append(results['img'])
+        np.random.seed(seed)
+        drawn.append([each for transform in recipe
+                      for each in draw_augmentation(transform, SIZE)])
+    kinds = [[operation.kind for operation in operations] for operations in drawn]
+    assert {len(each) for each in kinds} == {0, 1, 2, 3}
+    assert {kind for each in kinds for kind in each} == {
+        'table', 'auto_contrast', 'equalize', 'contrast', 'color', 'sharpness', 'warp', 'erase'}
+    found = images_of(augment_batch(batch([image] * count), drawn))
+    after_a_move = 0
+    for each, ours, theirs in zip(drawn, found, expected):
+        ours, theirs = ours.copy(), theirs.copy()
+        for operation in each:
+            if operation.kind == 'erase':  # other noise, in the same place
+                top, left, height, width = operation.values[:4]
+                for picture in (ours, theirs):
+                    picture[top:top + height, left:left + width] = 0
+        if each and 'warp' in [operation.kind for operation in each[:-1]]:
+            after_a_move += 1  # what follows may widen a difference of one level
+            assert np.abs(ours.astype(int) - theirs).mean() < 0.1 + 4 * (cv2.__version__ < '5')
+        else:
+            assert_close(ours, theirs, 'warp' in [operation.kind for operation in each])
+    assert after_a_move > 10
+
+
+def test_policies_are_drawn_as_by_mmpretrain(recipe):
+    """Two of fifteen with repetition, each half of the time, signs evenly."""
+    np.random.seed(0)
+    drawn = [list(draw_augmentation(recipe[0], SIZE)) for _ in range(6000)]
+    assert np.mean([len(each) for each in drawn]) == pytest.approx(1, abs=0.03)
+    each = [operation for operations in drawn for operation in operations]
+    kinds = dict(zip(*np.unique([operation.kind for operation in each], return_counts=True)))
+    for kind, of_fifteen in dict(auto_contrast=1, equalize=1, color=1, contrast=1, sharpness=1,
+                                 warp=5, table=5).items():
+        assert kinds[kind] / len(each) == pytest.approx(of_fifteen / 15, abs=0.02)
+    factors = np.array([operation.values for operation in each if operation.kind == 'contrast'])
+    assert (factors > 1).mean() == pytest.approx(0.5, abs=0.08)
+    levels = np.abs(factors - 1) / 0.9 * 10
+    assert np.median(levels) == pytest.approx(9, abs=0.1)
+    assert levels.max() <= 10 + 1e-9
+
+
+def test_fixed_values():
+    """What a policy says of itself instead of a range."""
+    policies = [dict(type='Rotate', angle=20., prob=1.), dict(type='Posterize', bits=3, prob=1.),
+                dict(type='Contrast', magnitude=0.4, prob=1.)]
+    augment = TRANSFORMS.build(dict(
+        type='RandAugment', num_policies=3, magnitude_level=9, policies=policies,
+        hparams=dict(pad_val=(9, 9, 9), interpolation='bicubic')))
+    augment.random_policy_indices = lambda: [2, 1, 0]
+    image = pictures()[1]
+    np.random.seed(3)
+    expected = augment(dict(img=image.copy()))['img']
+    np.random.seed(3)
+    found = augment_batch(batch([image]), [list(draw_augmentation(augment, SIZE))])
+    assert_close(images_of(found)[0], expected, moved=True)
+
+
+def packed(recipe_steps, count=6, seed=0):
+    np.random.seed(seed)
+    step = PackForDevice(recipe_steps)
+    rng = np.random.default_rng(seed)
+    return [step(dict(img=rng.integers(0, 256, (*SIZE, 3), np.uint8), gt_label=number))
+            for number in range(count)]
+
+
+@pytest.fixture
+def steps():
+    return Config.fromfile(ROOT / 'configs' / 'eft_t_in1k.py').train_pipeline[-1].transforms
+
+
+def test_batches_are_those_of_mmpretrain(steps):
+    """What the model gets, with labels; also after the way through processes."""
+    settings = dict(num_classes=7, mean=[1., 2., 3.], std=[4., 5., 6.], to_rgb=True)
+    ours = MODELS.build(dict(settings, type='mmseg.AugmentingPreProcessor'))
+    theirs = MODELS.build(dict(settings, type='ClsDataPreprocessor'))
+    samples = packed(steps[:1])
+    data = pickle.loads(pickle.dumps(augment_collate(samples)))
+    assert len(data['inputs']) == 6
+    found = ours(data, training=True)
+    done = augment_batch(torch.stack([sample['inputs'] for sample in samples]),
+                         [sample['drawn'] for sample in samples])
+    plain = FUNCTIONS.get('default_collate')([
+        dict(inputs=image, data_samples=sample['data_samples'])
+        for image, sample in zip(done, samples)])
+    expected = theirs(plain, training=True)
+    assert torch.equal(found['inputs'], expected['inputs'])
+    assert [int(sample.gt_label) for sample in found['data_samples']] == list(range(6))
+    # Batches without draws, as for validation, pass through.
+    assert torch.equal(ours(plain)['inputs'], expected['inputs'])
+
+
+def test_an_image_does_not_depend_on_its_batch(steps):
+    samples = packed(steps[:1])
+    images = torch.stack([sample['inputs'] for sample in samples])
+    drawn = [sample['drawn'] for sample in samples]
+    together = augment_batch(images.clone(), drawn)
+    for place in range(len(samples)):
+        assert torch.equal(
+            augment_batch(images[place:place + 1].clone(), drawn[place:place + 1])[0],
+            together[place])
+    assert not torch.equal(together, images)
+    with torch.autocast('cpu', torch.bfloat16):  # in which mixed precision prepares batches
+        assert torch.equal(augment_batch(images.clone(), drawn), together)
+
+
+def test_another_preprocessor_is_refused(steps):
+    """Without it, images would go without their augmentations."""
+    plain = MODELS.build(dict(type='ClsDataPreprocessor', num_classes=7))
+    with pytest.raises(ConfigError, match='AugmentingPreProcessor'):
+        plain(augment_collate(packed(steps)), training=True)
+
+
+@pytest.mark.parametrize(('transform', 'says'), [
+    (dict(type='RandomFlip', prob=0.5), 'RandomFlip cannot be'),
+    (dict(type='RandomErasing', mode='rand'), 'needs a fill_std'),
+    (dict(type='RandAugment', policies='timm_increasing', num_policies=2, magnitude_level=9),
+     'of RandAugment Rotate, Translate, Translate cannot be'),
+    (dict(type='RandAugment', policies=[dict(type='Cutout', shape=3)], num_policies=1,
+          magnitude_level=9), 'of RandAugment Cutout cannot be')])
+def test_what_the_device_cannot_do(transform, says):
+    with pytest.raises(ConfigError, match=says):
+        PackForDevice([transform])
+
+
+def test_constant_erasing():
+    step = TRANSFORMS.build(dict(type='RandomErasing', erase_prob=1., mode='const',
+                                 fill_color=[9.9, 20, 30]))
+    image = pictures()[0]
+    np.random.seed(0)
+    expected = step(dict(img=image.copy()))['img']
+    np.random.seed(0)
+    found = augment_batch(batch([image]), [list(draw_augmentation(step, SIZE))])
+    np.testing.assert_array_equal(images_of(found)[0], expected)
