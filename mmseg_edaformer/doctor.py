@@ -4,7 +4,6 @@ This must run where the libraries are missing, damaged, crash or hang. So this f
 path (tools/doctor.py), imports the standard library alone, and leaves every other import to a
 process of its own (`try_all`), which notes each step before it takes it.
 """
-import argparse
 import functools
 import importlib
 import importlib.util
@@ -640,7 +639,8 @@ def check_config(report: Report, path: str) -> str:
     import torch
     from mmengine.logging import MMLogger
 
-    from mmseg_edaformer.engine import checks, launch
+    from mmseg_edaformer.engine import checks
+    from mmseg_edaformer.engine.run_config import load_config
     from mmseg_edaformer.errors import clear_errors
 
     class Warnings(logging.Handler):
@@ -661,9 +661,7 @@ def check_config(report: Report, path: str) -> str:
     handler, logger = Warnings(logging.WARNING), MMLogger.get_current_instance()
     logger.addHandler(handler)
     try:
-        cfg = check(launch.load_config, argparse.Namespace(
-            config=path, work_dir=None, cfg_options=None, compile=False, launcher='none',
-            local_rank=0))
+        cfg = check(load_config, path)
         if cfg is None:
             return path
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0

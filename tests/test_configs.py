@@ -1,5 +1,4 @@
 """Every config builds, and trains with the paper's recipe."""
-import argparse
 import importlib.util
 import itertools
 from pathlib import Path
@@ -11,8 +10,9 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
 from mmseg.registry import DATASETS, MODELS, TRANSFORMS
 
-from mmseg_edaformer.engine import checks, launch
+from mmseg_edaformer.engine import checks
 from mmseg_edaformer.engine.convert import rename_key
+from mmseg_edaformer.engine.run_config import load_config
 from mmseg_edaformer.errors import ConfigError
 from mmseg_edaformer.models import EmbeddedAttention, EmbeddingFreeAttention
 from tests import plain
@@ -217,9 +217,8 @@ def test_the_template_is_for_few_images_on_one_gpu():
 @pytest.mark.parametrize('given', ['TensorboardVisBackend',
                                    ['LocalVisBackend', 'TensorboardVisBackend']])
 def test_the_command_line_names_what_shows_the_progress(monkeypatch, given):
-    cfg = launch.load_config(argparse.Namespace(
-        config=f'{ROOT}/configs/edaformer_t_synthetic.py', work_dir=None, compile=False,
-        cfg_options={'visualizer.vis_backends': given}, launcher='none', local_rank=0))
+    cfg = load_config(f'{ROOT}/configs/edaformer_t_synthetic.py',
+                      cfg_options={'visualizer.vis_backends': given})
     types = [backend['type'] for backend in cfg.visualizer.vis_backends]
     assert types == ([given] if isinstance(given, str) else given)
     packages = {'tensorboard': None}

@@ -8,7 +8,7 @@ import torch
 
 from mmseg_edaformer.analysis import benchmark, benchmark_report as report
 from mmseg_edaformer.analysis.pipeline import describe_pipelines
-from mmseg_edaformer.engine.launch import DictAction
+from mmseg_edaformer.engine.run_config import load_config
 from mmseg_edaformer.errors import ConfigError, clear_errors
 
 
@@ -46,7 +46,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--limits', action='store_true',
                         help='measure matrix product and copy too, and relate the times to them')
     parser.add_argument('--out', metavar='DIR', help='write benchmark.csv, .md and .png there')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+    parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE',
                         help='replace settings of the first config; --compare the same config to '
                         'see what they change')
     return parser.parse_args()
@@ -67,7 +67,7 @@ def main() -> None:
         if len(args.mode) > 1 or args.out:
             raise ConfigError('--mode data only prints its table: leave out the other modes and '
                               '--out')
-        cfgs = [benchmark.load_config(path, None if index else args.cfg_options)
+        cfgs = [load_config(path, cfg_options=None if index else args.cfg_options)
                 for index, path in enumerate((args.config, *args.compare))]
         for size in args.size or [None]:
             print(describe_pipelines(cfgs, size and benchmark.parse_size(size), 4 * args.repeats))

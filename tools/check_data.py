@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from mmseg_edaformer.data.audit import report as audit_report
-from mmseg_edaformer.engine import launch
+from mmseg_edaformer.engine.run_config import load_config
 from mmseg_edaformer.errors import clear_errors
 
 
@@ -23,9 +23,8 @@ def parse_args() -> argparse.Namespace:
                         'changed since the last time')
     parser.add_argument('--fix', action='store_true', help='write mended copies to DIR/fixed, '
                         'the data stays as it is; not of a classifier')
-    parser.add_argument('--cfg-options', nargs='+', action=launch.DictAction, metavar='KEY=VALUE',
+    parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE',
                         help='replace settings of the config')
-    parser.set_defaults(work_dir=None, compile=False, launcher='none', local_rank=0)
     args = parser.parse_args()
     if args.workers is not None and args.workers < 1:
         parser.error('--workers must be 1 or more')
@@ -34,7 +33,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    cfg = launch.load_config(args)
+    cfg = load_config(args.config, cfg_options=args.cfg_options)
     out = args.out or Path('work_dirs', Path(args.config).stem, 'data_check')
     errors = audit_report.check(cfg, out, args.split, workers=args.workers, fresh=args.no_cache,
                                 mend=args.fix)

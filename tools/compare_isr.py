@@ -2,7 +2,6 @@
 import argparse
 
 from mmseg_edaformer.analysis import compare
-from mmseg_edaformer.engine.launch import DictAction
 from mmseg_edaformer.errors import clear_errors
 
 
@@ -12,7 +11,7 @@ def parse_args() -> argparse.Namespace:
                         'of one checkpoint, of a segmentor or a classifier')
     parser.add_argument('--picture', metavar='PNG',
                         help='where to draw predictions; not of a classifier')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+    parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE',
                         help='those that tools/test.py was given')
     return parser.parse_args()
 

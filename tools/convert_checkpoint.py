@@ -5,8 +5,8 @@ which tools/predict.py and Segmenter predict without anything else.
 """
 import argparse
 
-from mmseg_edaformer.analysis.benchmark import load_config
 from mmseg_edaformer.engine.convert import convert_file, pack_file
+from mmseg_edaformer.engine.run_config import load_config
 from mmseg_edaformer.errors import clear_errors
 
 
@@ -24,7 +24,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     if args.config:
-        packed = pack_file(args.source, args.target, load_config(args.config, None))
+        packed = pack_file(args.source, args.target, load_config(args.config))
         print(f'{packed.model["type"]}, {len(packed.classes)} classes: predict with '
               f'tools/predict.py INPUT --model {args.target} --out DIR')
     else:

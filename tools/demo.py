@@ -1,9 +1,10 @@
 """Serve a web page: a picture in, its prediction out, with the ISR ratio on sliders."""
 import argparse
 
+from mmseg_edaformer.command_line import add_model_arguments
 from mmseg_edaformer.errors import clear_errors
 from mmseg_edaformer.predict import page as demo
-from mmseg_edaformer.predict.segmenter import Segmenter, add_model_arguments
+from mmseg_edaformer.predict.segmenter import Segmenter
 
 
 def parse_args() -> argparse.Namespace:

@@ -4,9 +4,9 @@ import logging
 import os
 import sys
 
+from mmseg_edaformer.command_line import add_model_arguments
 from mmseg_edaformer.errors import ConfigError, clear_errors
 from mmseg_edaformer.export import FORMATS, export
-from mmseg_edaformer.predict.segmenter import add_model_arguments
 
 
 def parse_args() -> argparse.Namespace:

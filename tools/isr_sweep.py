@@ -5,7 +5,6 @@ import os
 import sys
 
 from mmseg_edaformer.analysis import sweep
-from mmseg_edaformer.engine.launch import DictAction
 from mmseg_edaformer.errors import clear_errors
 
 
@@ -26,7 +25,7 @@ def parse_args() -> argparse.Namespace:
                         f'(default: {" ".join(sweep.DEFAULT)})')
     parser.add_argument('--out', metavar='DIR', help='where the results go, and what a later sweep '
                         'goes on from (default: in work_dirs/ and the name of the config)')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+    parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE',
                         help='replace settings of the config')
     return parser.parse_args()
 

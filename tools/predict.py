@@ -2,12 +2,11 @@
 import argparse
 from pathlib import Path
 
+from mmseg_edaformer.command_line import add_cost_arguments, add_model_arguments
 from mmseg_edaformer.errors import ConfigError, clear_errors, shown
 from mmseg_edaformer.predict.segmenter import (
     VIDEOS,
     Segmenter,
-    add_cost_arguments,
-    add_model_arguments,
     describe_summary,
     predict_pictures,
     predict_video,

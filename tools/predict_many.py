@@ -1,11 +1,10 @@
 """Segment very many pictures, in folders or shards, on all cores or GPUs of many machines."""
 import argparse
 
+from mmseg_edaformer.command_line import add_cost_arguments, add_model_arguments
 from mmseg_edaformer.errors import clear_errors
 from mmseg_edaformer.predict.bulk import predict_many
 from mmseg_edaformer.predict.segmenter import (
-    add_cost_arguments,
-    add_model_arguments,
     describe_summary,
 )
 

@@ -1,8 +1,12 @@
 """Test a segmentor or classifier, with the flags of mmsegmentation's own tool and the ISR ratio."""
 import argparse
 
-from mmseg_edaformer import compat
-from mmseg_edaformer.engine import launch
+from mmseg_edaformer.command_line import (
+    add_run_arguments,
+    check_checkpoint,
+    find_config,
+    run_settings,
+)
 from mmseg_edaformer.errors import clear_errors
 
 
@@ -25,13 +29,18 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--show-dir', metavar='DIR', help='paint the predictions there')
     parser.add_argument('--wait-time', type=float, default=2., metavar='SECONDS',
                         help='how long --show shows each')
-    launch.add_common_arguments(parser)
+    add_run_arguments(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
-    cfg = launch.load_config(args)
+    find_config(args.config)
+    check_checkpoint(args.checkpoint)
+    from mmseg_edaformer import compat
+    from mmseg_edaformer.engine import launch
+    from mmseg_edaformer.engine.run_config import load_config
+    cfg = load_config(args.config, **run_settings(args))
     launch.prepare_test(cfg, args.checkpoint, isr_ratio=args.isr_ratio,
                         isr_method=args.isr_method, tta=args.tta, out=args.out, show=args.show,
                         show_dir=args.show_dir, wait_time=args.wait_time, bf16=args.bf16,

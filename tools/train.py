@@ -16,8 +16,12 @@ if __name__ == '__main__':  # before the seconds that the imports take; Preempti
     for name in {'SIGTERM', 'SIGUSR1'} & {*vars(signal)}:
         signal.signal(getattr(signal, name), end_at_once)
 
-from mmseg_edaformer import compat  # noqa: E402
-from mmseg_edaformer.engine import launch  # noqa: E402
+from mmseg_edaformer.command_line import (  # noqa: E402
+    add_run_arguments,
+    check_checkpoint,
+    find_config,
+    run_settings,
+)
 from mmseg_edaformer.errors import clear_errors  # noqa: E402
 
 
@@ -38,13 +42,19 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--skip-nonfinite', type=int, metavar='N',
                         help='leave out up to N steps whose loss or gradient is nan or infinite; '
                         'the first one ends the run otherwise')
-    launch.add_common_arguments(parser)
+    add_run_arguments(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
-    cfg = launch.load_config(args)
+    find_config(args.config)
+    check_checkpoint(args.load_from)
+    check_checkpoint(args.backbone_weights)
+    from mmseg_edaformer import compat
+    from mmseg_edaformer.engine import launch
+    from mmseg_edaformer.engine.run_config import load_config
+    cfg = load_config(args.config, **run_settings(args))
     launch.prepare_train(cfg, resume=args.resume, load_from=args.load_from, amp=args.amp,
                          auto_scale_lr=args.auto_scale_lr, skip_nonfinite=args.skip_nonfinite,
                          skip_bad_files=args.skip_bad_files,

@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 
 from mmseg_edaformer.analysis.visualize import visualize
+from mmseg_edaformer.command_line import add_model_arguments
 from mmseg_edaformer.errors import clear_errors
-from mmseg_edaformer.predict.segmenter import Segmenter, add_model_arguments
+from mmseg_edaformer.predict.segmenter import Segmenter
 
 
 def parse_args() -> argparse.Namespace:

@@ -3,7 +3,6 @@
 All variants of a run, each a config at an ISR ratio, take turns call by call, so that whatever else
 the machine does falls on all of them alike.
 """
-import argparse
 import copy
 import math
 import os
@@ -40,9 +39,9 @@ from torch import Tensor, nn
 from .. import __version__
 from ..cost import count_macs
 from ..data.drawing import draw_scene
-from ..engine import launch
 from ..engine.allocator import keep_freed_memory
 from ..engine.compile import compile_model
+from ..engine.run_config import load_config
 from ..errors import CheckpointError, ConfigError, RatioError
 from ..isr import ISRRatio, apply_isr
 from ..models.cpu_kernels import allow_kernels
@@ -226,7 +225,7 @@ def load_contenders(config: str, checkpoint: str | None = None, compare: Sequenc
     wanted = tuple(dict.fromkeys(map(ISRRatio.parse, ratios)))
     contenders: list[Contender] = []
     for i, path in enumerate([config, *compare]):
-        cfg = load_config(path, None if i else cfg_options)
+        cfg = load_config(path, cfg_options=None if i else cfg_options)
         init_default_scope(cfg.get('default_scope') or 'mmseg')
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', UserWarning)  # mmseg's, of its own defaults
@@ -244,16 +243,6 @@ def load_contenders(config: str, checkpoint: str | None = None, compare: Sequenc
         contenders.append(Contender(f'{name} #{taken[name] + 1}' if name in taken else name, cfg,
                                     model, own, execution))
     return contenders
-
-
-def load_config(path: str, cfg_options: dict[str, Any] | None) -> Config:
-    """Read a config as the other command lines do."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument('config')
-    launch.add_common_arguments(parser)
-    args = parser.parse_args([path])
-    args.cfg_options = cfg_options
-    return launch.load_config(args)
 
 
 def left_out(contenders: Sequence[Contender]) -> list[str]:

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import matplotlib
@@ -25,13 +24,13 @@ from prettytable import PrettyTable
 from ..cost import count_macs
 from ..data.transforms import IGNORED
 from ..engine import checks, launch
-from ..engine.checkpoint_loading import CheckWeightsHook
+from ..engine.checkpoint_loading import check_weights
+from ..engine.run_config import load_config
 from ..errors import ConfigError
 from ..files import replacing
 from ..isr import ISRRatio, isr
 from ..isr.pooling import check_method
 from ..pretraining.folders import is_classifier
-from .benchmark import load_config
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
@@ -78,7 +77,7 @@ def compare(files: Sequence[str | Path], picture: str | Path | None = None,
         UserError: The checkpoint or the data is not there, or does not fit.
     """
     results = read_results(files)
-    cfg = load_config(results[0].config, dict(cfg_options or {}))
+    cfg = load_config(results[0].config, cfg_options=cfg_options)
     classifies = is_classifier(cfg)
     if classifies:
         checks.check_classifier_flags({'--picture': picture})
@@ -159,8 +158,7 @@ def load_model(cfg: Config, checkpoint: str) -> tuple[BaseModel, BaseDataset]:
         warnings.simplefilter('ignore', UserWarning)  # mmseg's, of its own defaults
         model = MODELS.build(own)
     loaded = load_checkpoint(model, checkpoint, map_location='cpu', logger='silent')
-    runner: Any = SimpleNamespace(model=model, _train_loop=None)  # all that the hook looks at
-    CheckWeightsHook().after_load_checkpoint(runner, loaded)
+    check_weights(model, loaded)
     return model.eval(), DATASETS.build(cfg.test_dataloader.dataset)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..data.drawing import draw_scene
 from ..engine import launch
+from ..engine.run_config import load_config
 from ..errors import ConfigError
 from ..files import write_file
 from ..models import label_map as labels, loss
@@ -286,7 +287,7 @@ def train_from_files(config: Path, folder: Path, batch_size: int, workers: int, 
             place = data / kind / 'training' / f'{index}.{ending}'
             place.parent.mkdir(parents=True, exist_ok=True)
             cv2.imwrite(str(place), content)
-    cfg = benchmark.load_config(str(config), {
+    cfg = load_config(config, cfg_options={
         'train_dataloader.batch_size': batch_size, 'train_dataloader.num_workers': workers,
         'train_dataloader.persistent_workers': workers > 0,
         'train_dataloader.dataset.data_root': str(data), 'train_cfg.max_iters': steps,

@@ -33,12 +33,13 @@ from rich.progress import (
 from ..cost import count_macs
 from ..engine import launch
 from ..engine.allocator import keep_freed_memory
+from ..engine.run_config import load_config
 from ..errors import ConfigError, DataError, RatioError
 from ..files import replacing, write_file
 from ..isr import ISRRatio, isr
 from ..isr.adapters import find_attention
 from ..pretraining.folders import is_classifier
-from .benchmark import load_config, windows
+from .benchmark import windows
 from .compare import load_model
 from .memory import peak_bytes
 from .sweep_report import (
@@ -523,7 +524,7 @@ def sweep(config: str, checkpoint: str, *, ratios: Sequence[str] = DEFAULT,
         UserError: The checkpoint, the data or a ratio cannot be used.
     """
     goal = goal or Goal()
-    cfg = load_config(config, dict(cfg_options or {}))
+    cfg = load_config(config, cfg_options=cfg_options)
     if is_classifier(cfg):
         raise ConfigError(f'{config} trains a classifier, and the sweep measures the mIoU of a '
                           'segmentor: take tools/compare_isr.py')

@@ -11,7 +11,7 @@ from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NoReturn
+from typing import IO, Any, NoReturn, cast
 from urllib.parse import urlparse
 
 import torch
@@ -23,7 +23,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, CheckpointLoader, Runner, checkpoint as zoo
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import compat
 from ..errors import CheckpointError
@@ -350,59 +350,78 @@ def _replace_loaders() -> None:
 _replace_loaders()
 
 
-@HOOKS.register_module()
-class CheckWeightsHook(Hook):
-    """See that a loaded checkpoint fits the model, where mmengine only logs that it does not.
+def check_weights(model: nn.Module, checkpoint: dict[str, Any], *,
+                  fine_tune: bool = False) -> list[str]:
+    """Check that a loaded checkpoint fits a model, where mmengine only logs that it does not.
 
-    For test and resume every weight must be there. For a fine-tuning (``load_from``) weights of
-    another shape, such as the classifier of other classes, are left as initialised, and said so.
-    Weights that are nan or infinite, as a training that diverged leaves them, are refused.
+    Args:
+        model: The model, or a wrapper such as DDP around it.
+        checkpoint: Its ``state_dict`` is compared. With ``fine_tune``, weights of other shapes are
+            removed from it.
+        fine_tune: Whether weights that do not fit, such as the classifier of other classes, may
+            stay as initialised.
+
+    Returns:
+        With ``fine_tune``, what stays as initialised, and why.
 
     Raises:
-        CheckpointError: The checkpoint does not fit; the message names the weights.
+        CheckpointError: A weight is nan or infinite, as a diverged training leaves it, or no weight
+            is of this model. Without ``fine_tune``: a weight is missing or of another shape.
+    """
+    model = cast(Any, model).module if is_model_wrapper(model) else model
+    wanted = {name.removeprefix('module.'): tensor for name, tensor in model.state_dict().items()
+              if not name.endswith('num_batches_tracked')}
+    state = checkpoint['state_dict']
+    found = {name.removeprefix('module.'): tensor for name, tensor in state.items()}
+    parameters = {name for name, _ in model.named_parameters()}
+    for name in wanted.keys() & found.keys():  # a buffer may be a mask of -inf
+        wrong = ~found[name].isfinite() if name in parameters else found[name].isnan()
+        if wrong.any():
+            raise CheckpointError(
+                f'{name} has {int(wrong.sum())} of {wrong.numel()} numbers in the checkpoint '
+                'that are nan or infinite: the training diverged or the file is damaged. Take '
+                'an older checkpoint')
+    missing = [name for name in wanted if name not in found]
+    other = [name for name in wanted if name in found and found[name].shape != wanted[name].shape]
+    if len(missing) == len(wanted):
+        hint = (': it is of the authors\' release, run tools/convert_checkpoint.py on it first'
+                if any('.attn.sr.' in name for name in found) else '')
+        raise CheckpointError('the checkpoint has not one weight of this model' + hint)
+    shapes = [f'{name} is {_shape(found[name])} in the checkpoint and {_shape(wanted[name])} '
+              'in the model' for name in other]
+    if fine_tune:
+        for name in other:
+            state.pop(name, state.pop(f'module.{name}', None))
+        return [*shapes, *(f'{name} is not in it' for name in missing)]
+    if missing or other:
+        advice = ('' if not other else '. A classifier of another size means another class count: '
+                  'take the config that the checkpoint was trained with, or fine-tune it with '
+                  'tools/train.py CONFIG --load-from CHECKPOINT')
+        raise CheckpointError('the checkpoint does not fit the model: ' + '; '.join(
+            [*shapes[:6], *(f'{name} is not in it' for name in missing[:6])]) + advice)
+    return []
+
+
+@HOOKS.register_module()
+class CheckWeightsHook(Hook):
+    """Apply `check_weights` to what a runner loads.
+
+    Test and resume need every weight. A fine-tuning (``load_from``) leaves weights of another shape
+    as initialised, and the log says so.
+
+    Raises:
+        CheckpointError: As from `check_weights`.
     """
 
     priority = 'VERY_HIGH'
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Compare names and shapes before the runner copies the weights."""
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        wanted = {name.removeprefix('module.'): tensor
-                  for name, tensor in model.state_dict().items()
-                  if not name.endswith('num_batches_tracked')}
-        state = checkpoint['state_dict']
-        found = {name.removeprefix('module.'): tensor for name, tensor in state.items()}
-        parameters = {name for name, _ in model.named_parameters()}
-        for name in wanted.keys() & found.keys():  # a buffer may be a mask of -inf
-            wrong = ~found[name].isfinite() if name in parameters else found[name].isnan()
-            if wrong.any():
-                raise CheckpointError(
-                    f'{name} has {int(wrong.sum())} of {wrong.numel()} numbers in the checkpoint '
-                    'that are nan or infinite: the training diverged or the file is damaged. Take '
-                    'an older checkpoint')
-        missing = [name for name in wanted if name not in found]
-        other = [name for name in wanted
-                 if name in found and found[name].shape != wanted[name].shape]
-        if len(missing) == len(wanted):
-            hint = (': it is of the authors\' release, run tools/convert_checkpoint.py on it first'
-                    if any('.attn.sr.' in name for name in found) else '')
-            raise CheckpointError('the checkpoint has not one weight of this model' + hint)
-        if not missing and not other:
-            return
-        shapes = [f'{name} is {_shape(found[name])} in the checkpoint and {_shape(wanted[name])} '
-                  'in the model' for name in other]
-        if isinstance(runner._train_loop, BaseLoop) and not runner._resume:  # fine-tuning
-            for name in other:
-                state.pop(name, state.pop(f'module.{name}', None))
+        fine_tune = isinstance(runner._train_loop, BaseLoop) and not runner._resume
+        left = check_weights(runner.model, checkpoint, fine_tune=fine_tune)
+        if left:
             runner.logger.warning('Left as initialised, since the checkpoint has other weights: ' +
-                                  '; '.join([*shapes, *(f'{name} is not in it'
-                                                        for name in missing)]))
-            return
-        advice = ('' if not other else '. A classifier of another size means another class count: '
-                  'take the config that the checkpoint was trained with, or fine-tune it with '
-                  'tools/train.py CONFIG --load-from CHECKPOINT')
-        raise CheckpointError('the checkpoint does not fit the model: ' + '; '.join(
-            [*shapes[:6], *(f'{name} is not in it' for name in missing[:6])]) + advice)
+                                  '; '.join(left))
 
 
 def _shown(value: Any) -> str:

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ from ..files import replacing
 from ..models import EFT, EDAFormerHead
 from ..models.eft import ARCHITECTURES
 from ..pretraining.folders import is_classifier
-from .checkpoint_loading import CheckWeightsHook, load_from_file
+from .checkpoint_loading import check_weights, load_from_file
 
 DESCRIPTION_FORMAT = 1
 """The form of the descriptions that are written here; larger ones are of a future version."""
@@ -349,8 +348,7 @@ def load_model(description: Description, content: Mapping[str, Any]) -> nn.Modul
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)  # mmseg's, of its own defaults
         model: nn.Module = MODELS.build(config)
-    runner: Any = SimpleNamespace(model=model, _train_loop=None)  # all that the hook looks at
-    CheckWeightsHook().after_load_checkpoint(runner, dict(content))
+    check_weights(model, dict(content))
     own = model.state_dict()
     state = {name.removeprefix('module.'): value for name, value in content['state_dict'].items()}
     model.load_state_dict({name: value for name, value in state.items() if name in own},

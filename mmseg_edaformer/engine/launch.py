@@ -1,18 +1,16 @@
-"""From a command line to a runner: what tools/train.py and tools/test.py stand on."""
-import argparse
+"""Training and testing: from a config and the flags of the tools to a runner and its result."""
 import json
 import logging
 import os
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.dist import get_rank, is_main_process
-from mmengine.logging import MMLogger, print_log
+from mmengine.logging import print_log
 from mmengine.runner import Runner
 from mmseg.registry import RUNNERS
 
@@ -31,73 +29,7 @@ from .backbone_weights import check_backbone
 from .checkpoint_hook import find_checkpoint
 from .compile import compile_model
 from .preemption import EXIT_PREEMPTED, Preempted, Watchdog, is_lost_peer
-
-_RANKS = dict(pytorch='RANK', slurm='SLURM_PROCID', mpi='OMPI_COMM_WORLD_RANK')
-
-
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that training and test share, as mmseg has them."""
-    parser.add_argument('--work-dir', help='where logs and results go '
-                        '(default: work_dirs/ and the name of the config)')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-                        help='replace settings of the config, such as '
-                        'train_dataloader.batch_size=8 or crop_size="(256,256)"')
-    parser.add_argument('--compile', action='store_true',
-                        help='compile the network, which pays for itself on long runs; needs a '
-                        'C++ compiler on CPUs and Triton on GPUs')
-    parser.add_argument('--skip-bad-files', action='store_true',
-                        help='go on without images and masks that cannot be read, and list them '
-                        'in the work dir; stops when more than a tenth are bad')
-    parser.add_argument('--launcher', choices=('none', 'pytorch', 'slurm', 'mpi'), default='none',
-                        help='what started the processes of a distributed run')
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0,
-                        help=argparse.SUPPRESS)
-
-
-def load_config(args: argparse.Namespace) -> Config:
-    """Read the config that the arguments name, with the common flags applied.
-
-    Raises:
-        ConfigError: There is no such file, it cannot be read, or an option does not fit it.
-    """
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    if int(os.environ.get(_RANKS.get(args.launcher, ''), 0)):  # the first process warns for all
-        MMLogger.get_current_instance().setLevel(logging.ERROR)
-        warnings.simplefilter('ignore')
-    if not Path(args.config).is_file():
-        raise ConfigError(f'config not found: {args.config}')
-    try:
-        cfg = Config.fromfile(args.config)
-    except (SyntaxError, NameError, TypeError, KeyError, ImportError, OSError) as error:
-        raise ConfigError(f'{args.config} cannot be read: {error}') from error
-    try:
-        cfg.merge_from_dict(args.cfg_options or {})
-    except (KeyError, TypeError, AssertionError) as error:
-        raise ConfigError(f'--cfg-options does not fit {args.config}: {error}') from error
-    if cfg.get('visualizer'):  # the command line can give names, but no dicts
-        backends = cfg.visualizer.get('vis_backends') or []
-        cfg.visualizer.vis_backends = [
-            dict(type=backend) if isinstance(backend, str) else backend
-            for backend in ([backends] if isinstance(backends, str) else backends)]
-    cfg.launcher = args.launcher
-    if args.compile:
-        cfg.compile = cfg.get('compile') or True
-    cfg.work_dir = args.work_dir or cfg.get('work_dir') or os.path.join(
-        'work_dirs', Path(args.config).stem)
-    imports = cfg.get('custom_imports') or dict(imports=[])
-    # First: the plugin is what lets mmseg be imported with mmcv-lite.
-    cfg.custom_imports = dict(imports=['mmseg_edaformer', *(
-        name for name in imports['imports'] if name != 'mmseg_edaformer')])
-    add_hook(cfg, dict(type='CheckWeightsHook'))
-    return cfg
-
-
-def add_hook(cfg: Config, hook: dict[str, Any], *, replace: bool = True) -> None:
-    """Give a config a custom hook in place of those of the same type, or unless it has one."""
-    hooks = cfg.get('custom_hooks') or []
-    others = [other for other in hooks if other['type'] != hook['type']]
-    if replace or len(others) == len(hooks):
-        cfg.custom_hooks = [*others, hook]
+from .run_config import add_hook
 
 
 def add_report(cfg: Config) -> None:

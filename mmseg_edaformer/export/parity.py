@@ -1,6 +1,5 @@
 """What a written file is compared with PyTorch on, and what was found."""
 import logging
-from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from prettytable import PrettyTable
 from torch import Tensor
 
 from ..data.drawing import draw_scene
-from ..engine import launch
+from ..engine.run_config import load_config
 from ..errors import ConfigError, UserError
 from ..predict.segmenter import Segmenter, find_pictures
 from .graph import Deployed
@@ -274,8 +273,7 @@ def _test_set(model: Path) -> Any:
     config = next(iter(sorted(model.glob('*.py'))), None) if model.is_dir() else model
     if config is None or config.suffix != '.py':
         return None
-    cfg = launch.load_config(Namespace(config=str(config), cfg_options=None, work_dir=None,
-                                       launcher='none', compile=False, local_rank=0))
+    cfg = load_config(config)
     loader = cfg.get('test_dataloader') or cfg.get('val_dataloader')
     if not loader:
         return None

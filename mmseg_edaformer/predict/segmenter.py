@@ -1,5 +1,4 @@
 """Pictures and videos in, label maps and overlays out."""
-import argparse
 import glob
 import hashlib
 import io
@@ -11,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from argparse import Namespace
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -43,9 +41,10 @@ from rich.progress import (
 from .. import __version__
 from ..cost import count_macs
 from ..data.transforms import MAX_PIXELS, allow_pixels
-from ..engine import launch, load_from_file
+from ..engine import load_from_file
 from ..engine.allocator import keep_freed_memory
 from ..engine.convert import Description, describe, load_model, read_description
+from ..engine.run_config import load_config
 from ..errors import CheckpointError, ConfigError, DataError, shown
 from ..files import remove_partial_files, replacing, shorten, write_file
 from ..isr import ISRRatio, apply_isr, remove_isr
@@ -555,14 +554,6 @@ def _quiet_opencv() -> Iterator[None]:
         log.setLogLevel(level)
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--model`` and ``--checkpoint`` of the tools, as `Segmenter` takes them."""
-    parser.add_argument('--model', required=True, help='the work dir of a training, its config, or '
-                        'a .safetensors of tools/convert_checkpoint.py --config')
-    parser.add_argument('--checkpoint', help='.pth or .safetensors, for a config; of a work dir '
-                        'its best or else its last one if none is given')
-
-
 def scale_down(image: np.ndarray, max_side: int) -> np.ndarray:
     """An image, H x W or H x W x C, of at most so many pixels on its longer side."""
     height, width = image.shape[:2]
@@ -571,15 +562,6 @@ def scale_down(image: np.ndarray, max_side: int) -> np.ndarray:
         return image
     size = max(1, round(width * scale)), max(1, round(height * scale))
     return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-
-
-def add_cost_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--isr-ratio`` and ``--max-side`` of the tools, as `Segmenter` takes them."""
-    parser.add_argument('--isr-ratio', metavar='RATIO',
-                        help='as of tools/test.py: none, optimal, auto, 2, 2211-222 (default: '
-                        f'none, and auto for images of more than {_MEGAPIXELS})')
-    parser.add_argument('--max-side', type=int, metavar='N', help='scale larger images down for '
-                        'the network, to N pixels on the longer side; masks keep their size')
 
 
 def find_pictures(source: str | Path, without: Path | None = None,
@@ -943,8 +925,7 @@ def _load(model: Path, checkpoint: str | Path | None
                           'work dir, or its config and then the checkpoint')
     if checkpoint is None:
         raise ConfigError(f'{model}: a config needs a checkpoint')
-    cfg = launch.load_config(Namespace(config=str(model), cfg_options=None, work_dir=None,
-                                       launcher='none', compile=False, local_rank=0))
+    cfg = load_config(model)
     content = CheckpointLoader.load_checkpoint(str(checkpoint), 'cpu', 'silent')
     description = describe(cfg, content['meta'])
     try:

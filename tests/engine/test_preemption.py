@@ -1,5 +1,4 @@
 """A run that is told to stop before it trains, and one whose peer is gone without a trace."""
-import argparse
 import os
 import re
 import runpy
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mmseg_edaformer.engine import checks, launch
+from mmseg_edaformer.engine import checks, run_config
 from mmseg_edaformer.engine.preemption import EXIT_PREEMPTED, Watchdog, is_lost_peer
 from tests.conftest import ROOT
 from tests.processes import finish, free_port, in_child
@@ -38,8 +37,8 @@ def caught(pid):
 
 def test_told_to_stop_while_it_checks(tmp_path):
     def main():
-        launch.load_config = lambda args: os.kill(os.getpid(), signal.SIGUSR1)
-        sys.argv = ['tools/train.py', 'none.py']
+        run_config.load_config = lambda *_, **__: os.kill(os.getpid(), signal.SIGUSR1)
+        sys.argv = ['tools/train.py', f'{ROOT}/configs/edaformer_t_ade.py']
         runpy.run_path(f'{ROOT}/tools/train.py', run_name='__main__')
 
     assert finish(in_child(main, log=tmp_path / 'log')) == EXIT_PREEMPTED
@@ -52,9 +51,7 @@ def test_told_to_stop_while_it_checks(tmp_path):
 def test_the_first_process_warns_for_all(tmp_path, launcher, variable, rank):
     def warn():
         os.environ[variable] = str(rank)
-        launch.load_config(argparse.Namespace(
-            config=f'{ROOT}/configs/edaformer_t_synthetic.py', work_dir=None, cfg_options=None,
-            compile=False, launcher=launcher, local_rank=0))
+        run_config.load_config(f'{ROOT}/configs/edaformer_t_synthetic.py', launcher=launcher)
         checks._warn('first')
         warnings.showwarning = lambda message, *_: print(message)  # pytest keeps them
         warnings.warn('second', stacklevel=1)

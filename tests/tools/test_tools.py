@@ -351,7 +351,7 @@ def test_a_checkpoint_for_other_classes(trained, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(('command', 'says'), [
     (['tools/train.py', 'configs/none.py'], 'config not found: configs/none.py'),
-    (['tools/train.py', '{config}', '--load-from', 'none.pth'], 'none.pth does not exist'),
+    (['tools/train.py', '{config}', '--load-from', 'none.pth'], 'checkpoint not found: none.pth'),
     (['tools/test.py', '{config}', 'none.pth'], 'checkpoint not found: none.pth'),
     (['tools/test.py', '{config}', '{checkpoint}', '--isr-ratio', '0'],
      'isr_ratio 0 is not an integer from 1 up'),

@@ -1,0 +1,117 @@
+"""Arguments that several tools share. It imports nothing heavy, so that ``--help`` is instant."""
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError, ConfigError
+
+_HERE = Path(__file__).resolve().parent
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """Parse ``H,W`` in pixels, or one number for a square; a ``type`` for argparse."""
+    sides = text.split(',')
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
+        raise argparse.ArgumentTypeError(f"'{text}' is no image size: give height and width, such "
+                                         'as 512,1024')
+    return int(sides[0]), int(sides[-1])
+
+
+def add_isr_ratio(parser: argparse.ArgumentParser, *, several: bool = False,
+                  default: str | None = 'none', note: str = '') -> None:
+    """Add ``--isr-ratio``; with ``several`` it takes a list of them."""
+    parser.add_argument('--isr-ratio', metavar='RATIO', nargs='+' if several else None,
+                        default=[default] if several else default,
+                        help='reduce keys further: none, optimal, auto, one integer for all stages '
+                        '(2), or multipliers per stage, encoder-decoder, both shallow to deep '
+                        f'(2211-222){"; several at once" if several else ""}{note}')
+
+
+def add_cfg_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--cfg-options``, whose strings `load_config` parses as mmengine does."""
+    parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE',
+                        help='override settings of the config, such as '
+                        'train_dataloader.batch_size=8 or crop_size="(256,256)"')
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that training and test share, as mmseg has them."""
+    parser.add_argument('--work-dir', metavar='DIR', help='folder for logs and results '
+                        '(default: work_dirs/ and the name of the config)')
+    add_cfg_options(parser)
+    parser.add_argument('--compile', action='store_true',
+                        help='compile the network, which pays off in long runs; needs a C++ '
+                        'compiler on CPUs and Triton on GPUs')
+    parser.add_argument('--skip-bad-files', action='store_true',
+                        help='skip images and masks that cannot be read and list them in the work '
+                        'dir; stop when more than a tenth are bad')
+    parser.add_argument('--launcher', choices=('none', 'pytorch', 'slurm', 'mpi'), default='none',
+                        help='what started the processes of a distributed run')
+    parser.add_argument('--local_rank', '--local-rank', default='0', help=argparse.SUPPRESS)
+    parser.add_argument('--verbose', action='store_true',
+                        help="print mmengine's whole log, which otherwise goes to a file in the "
+                        'work dir')
+
+
+def run_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what `load_config` takes of the flags of `add_run_arguments`."""
+    os.environ.setdefault('LOCAL_RANK', args.local_rank)  # older launchers pass it as an argument
+    return dict(cfg_options=args.cfg_options, work_dir=args.work_dir, launcher=args.launcher,
+                compile=args.compile)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``--model`` and ``--checkpoint``, as `Segmenter` takes them."""
+    parser.add_argument('--model', required=True, help='work dir of a training, a config, or a '
+                        '.safetensors written by tools/convert_checkpoint.py --config')
+    parser.add_argument('--checkpoint', metavar='FILE', help='.pth or .safetensors, for a config; '
+                        'for a work dir the default is its best, or else its last checkpoint')
+
+
+def add_cost_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``--isr-ratio`` and ``--max-side``, as `Segmenter` takes them."""
+    add_isr_ratio(parser, default=None,
+                  note=' (default: none, and auto for images of more than 4.2 megapixels)')
+    parser.add_argument('--max-side', type=int, metavar='N', help='scale larger images down for '
+                        'the network, to N pixels on the longer side; masks keep their size')
+
+
+def find_config(name: str | Path) -> Path:
+    """Return the path of a config: a file, or the name of one that comes with this package.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    for folder in (_HERE / '.mim' / 'configs', _HERE.parent / 'configs'):
+        for known in (folder / path.name, folder / f'{path.name}.py'):
+            if known.is_file() and path.name == str(name).removeprefix('configs/'):
+                return known
+    raise ConfigError(f'config not found: {name}')
+
+
+def check_checkpoint(name: str | None) -> None:
+    """Fail early if a checkpoint is not there; an address such as ``https://...`` passes.
+
+    Raises:
+        CheckpointError: The file does not exist.
+    """
+    if name is not None and '://' not in name and not Path(name).is_file():
+        raise CheckpointError(f'checkpoint not found: {name}')
+
+
+def check_model(model: str, checkpoint: str | None = None) -> None:
+    """Fail early if what `add_model_arguments` names is not there.
+
+    Raises:
+        ConfigError: There is no such work dir, config or file.
+        CheckpointError: The checkpoint does not exist.
+    """
+    if not Path(model).is_dir() and not Path(model).is_file():
+        if Path(model).suffix == '.safetensors':
+            raise CheckpointError(f'checkpoint not found: {model}')
+        find_config(model)
+    check_checkpoint(checkpoint)
