@@ -18,8 +18,6 @@ with compat.quiet_imports():
     from .models import EFT, EDAFormerHead
     from .predict.segmenter import Segmenter
 compat.register_cpu_wrapper()
-compat.find_newest_checkpoints()
-compat.log_in_utf8()
 
 __all__ = ['EFT', 'CamVidDataset', 'CheckWeightsHook', 'EDAFormerHead', 'ISRHook', 'ISRRatio',
            'ProgressHook', 'Segmenter', 'SyntheticDataset', 'apply_isr', 'isr', 'register_isr',

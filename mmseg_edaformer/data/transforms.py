@@ -154,7 +154,7 @@ def _is_sequence(header: Image.Image) -> bool:
     return not header.tag_v2.get(254, 0) & smaller_or_mask  # type: ignore[attr-defined]
 
 
-@TRANSFORMS.register_module(name='LoadImageFromFile', force=True)
+@TRANSFORMS.register_module()
 class LoadSegImage(LoadImageFromFile):
     """mmcv's LoadImageFromFile that names the file which it cannot read.
 
@@ -226,7 +226,7 @@ class LoadSegImage(LoadImageFromFile):
         return image
 
 
-@TRANSFORMS.register_module(name='LoadAnnotations', force=True)
+@TRANSFORMS.register_module()
 class LoadSegLabels(LoadAnnotations):
     """mmseg's LoadAnnotations that checks what it reads.
 
@@ -347,7 +347,7 @@ class LoadSegLabels(LoadAnnotations):
         return table.astype(np.uint8)
 
 
-@TRANSFORMS.register_module(name='Resize', force=True)
+@TRANSFORMS.register_module()
 class SegResize(Resize):
     """mmseg's Resize that leaves the short side of a thin image at least one pixel."""
 
@@ -364,7 +364,7 @@ class SegResize(Resize):
                       interpolation=self.interpolation).transform(results)
 
 
-@TRANSFORMS.register_module(name='RandomCrop', force=True)
+@TRANSFORMS.register_module()
 class RandomSegCrop(RandomCrop):
     """mmseg's RandomCrop, which draws the same crops and counts their labels without sorting.
 

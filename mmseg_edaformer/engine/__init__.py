@@ -2,7 +2,7 @@
 from ..analysis.evaluation import EvaluationHook
 from .backbone_weights import BackboneWeightsHook
 from .checkpoint_hook import SafeCheckpointHook, find_checkpoint
-from .checkpoint_loading import CheckWeightsHook, load_from_file
+from .checkpoint_loading import CheckWeightsHook, load_checkpoint, load_from_file
 from .loop import ExactTrainLoop
 from .nonfinite import FiniteLossHook
 from .preemption import PreemptionHook
@@ -10,4 +10,4 @@ from .progress import ProgressHook
 
 __all__ = ['BackboneWeightsHook', 'CheckWeightsHook', 'EvaluationHook', 'ExactTrainLoop',
            'FiniteLossHook', 'PreemptionHook', 'ProgressHook', 'SafeCheckpointHook',
-           'find_checkpoint', 'load_from_file']
+           'find_checkpoint', 'load_checkpoint', 'load_from_file']

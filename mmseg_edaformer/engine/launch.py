@@ -28,6 +28,7 @@ from .allocator import keep_freed_memory
 from .backbone_weights import check_backbone
 from .checkpoint_hook import find_checkpoint
 from .compile import compile_model
+from .nonfinite import skip_nonfinite_steps
 from .preemption import EXIT_PREEMPTED, Preempted, Watchdog, is_lost_peer
 from .run_config import add_hook
 
@@ -101,6 +102,7 @@ def prepare_train(cfg: Config, *, resume: bool = False, load_from: str | None = 
         half = dict(loss_scale='dynamic') if torch.cuda.is_available() and (
             torch.cuda.get_device_capability() < (8, 0)) else dict(dtype='bfloat16', loss_scale=1.)
         cfg.optim_wrapper.update(type='AmpOptimWrapper', **half)
+    skip_nonfinite_steps(cfg)
     if auto_scale_lr:
         if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
             raise ConfigError('--auto-scale-lr needs auto_scale_lr.base_batch_size in the config')
@@ -147,8 +149,8 @@ def train(cfg: Config) -> int:
     except Exception as error:
         if not is_lost_peer(error):
             raise
-        sys.exit(f'error: rank {get_rank()} ends, because another process of this run did: what '
-                 f'that logged last says why ({error}); go on with --resume')
+        sys.exit(f'error: rank {get_rank()} ends, because another process of this run did: its '
+                 f'last log line says why ({error}); resume with --resume')
     finally:
         if watchdog is not None:
             watchdog.stop()  # the others may leave now, and wait while the first one writes

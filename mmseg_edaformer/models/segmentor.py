@@ -220,12 +220,11 @@ def _follow(chain: Chain, meta: dict[str, Any]) -> Chain:
                    ori_shape=_pair(meta['ori_shape']))
 
 
-@MODELS.register_module(name=['StreamedTTAModel', 'SegTTAModel'], force=True)
+@MODELS.register_module()
 class StreamedTTAModel(SegTTAModel):
     """mmseg's test-time augmentation, which averages ``seg_logits``: it has the model return them.
 
-    It stands in for mmseg's under that name as well, so that configs of either name work. Other
-    segmentors run as with mmseg's.
+    Other segmentors run as with mmseg's.
 
     Args:
         module: The segmentor, or its config.

@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from mmengine.dataset import Compose
 from mmengine.registry import init_default_scope
-from mmengine.runner import CheckpointLoader
 from mmseg.registry import TRANSFORMS
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
@@ -41,10 +40,10 @@ from rich.progress import (
 from .. import __version__
 from ..cost import count_macs
 from ..data.transforms import MAX_PIXELS, allow_pixels
-from ..engine import load_from_file
+from ..engine import load_checkpoint, load_from_file
 from ..engine.allocator import keep_freed_memory
-from ..engine.convert import Description, describe, load_model, read_description
 from ..engine.run_config import load_config
+from ..engine.single_file import Description, describe, load_model, read_description
 from ..errors import CheckpointError, ConfigError, DataError, shown
 from ..files import remove_partial_files, replacing, shorten, write_file
 from ..isr import ISRRatio, apply_isr, remove_isr
@@ -926,7 +925,7 @@ def _load(model: Path, checkpoint: str | Path | None
     if checkpoint is None:
         raise ConfigError(f'{model}: a config needs a checkpoint')
     cfg = load_config(model)
-    content = CheckpointLoader.load_checkpoint(str(checkpoint), 'cpu', 'silent')
+    content = load_checkpoint(checkpoint)
     description = describe(cfg, content['meta'])
     try:
         return description, load_model(description, content), str(checkpoint)

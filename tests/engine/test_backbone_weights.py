@@ -76,7 +76,7 @@ def test_every_form(tmp_path, form, suffix):
     ('tiny', lambda: released('base'), r'It is EFT base: train configs/edaformer_b_\*.py'),
     ('base', lambda: released('tiny'), r'It is EFT tiny: train configs/edaformer_t_\*.py'),
     ('tiny', lambda: EFT(MINI).state_dict(), r'set model.backbone.arch=dict\(embed_dims='),
-    ('tiny', lambda: {'layer1.0.conv1.weight': torch.ones(3)}, 'It is no EFT'),
+    ('tiny', lambda: {'layer1.0.conv1.weight': torch.ones(3)}, 'It is not an EFT'),
     ('tiny', lambda: {key: value for key, value in released('tiny').items() if 'block3.4' not in
                       key}, r'stages.2.blocks.4.\S+ is not in it'),
 ])

@@ -188,7 +188,7 @@ def test_a_full_disk_costs_one_checkpoint(config, whole, tmp_path):
     log = run_to_end(config, work, before=lambda cfg: cfg.custom_hooks.append(
         dict(type='FullDiskHook', start=4, end=8)))
     assert re.search(r'iter_6.pth could not be written to .*: File too large. .*iter_3.pth is '
-                     'kept; the run goes on', log)
+                     'kept; the run continues', log)
     assert 'the best checkpoint could not be written' in log
     assert names(work) == ['best_mIoU_iter_12.pth', 'iter_12.pth', 'iter_9.pth']
     assert not list(work.glob('.*partial*'))
@@ -283,7 +283,7 @@ def test_resumed_with_other_batches(config, whole, tmp_path):
     work = tmp_path / 'work'
     run_to_end(config, work, options={'train_cfg.max_iters': 6})
     log = run_to_end(config, work, options={'train_dataloader.batch_size': 4})
-    assert '4 images per step now, 2 before: the data goes on after image 12' in log
+    assert '4 images per step now, 2 before: the data continues after image 12' in log
     meta = torch.load(work / 'iter_12.pth', weights_only=True)['meta']['mmseg_edaformer']
     assert meta['samples'] == 6 * 2 + 6 * 4
     whole_meta = torch.load(whole / 'iter_12.pth', weights_only=True)['meta']

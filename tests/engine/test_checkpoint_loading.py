@@ -112,7 +112,7 @@ def test_without_checksums(tmp_path):
 
 @pytest.mark.parametrize(('form', 'message'), [
     (1, None), (0, None), (2, r'written by mmseg_edaformer 9\.1, which is newer .*: upgrade'),
-    ('2', 'does not say in which form'), (None, 'does not say in which form')])
+    ('2', 'does not say its format'), (None, 'does not say its format')])
 def test_a_future_version(tmp_path, form, message):
     path = tmp_path / 'iter.pth'
     torch.save(dict(meta=dict(mmseg_edaformer=dict(format=form, version='9.1')),

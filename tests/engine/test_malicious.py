@@ -372,7 +372,7 @@ def test_downloads(tmp_path, server, monkeypatch):
     assert len(read('open-mmlab://old')['state_dict']) == 2
     with pytest.raises(CheckpointError, match=r'torchvision://evli .*did you mean evil\?'):
         read('torchvision://evli')
-    with pytest.raises(CheckpointError, match='download it and name the file'):
+    with pytest.raises(CheckpointError, match='download it and give the file'):
         read('pavi://evil')
 
 

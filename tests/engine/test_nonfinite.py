@@ -63,8 +63,8 @@ def test_the_run_stops(config, tmp_path, kind, what):
 def test_steps_are_left_out(config, tmp_path):
     work = tmp_path / 'work'
     log = run_to_end(config, work, skip_nonfinite=2, before=bad_loss([3, 5], 'nan'))
-    assert re.search(r'Step left out \(1 of 2\): the loss is .* iteration 4,', log)
-    assert re.search(r'Step left out \(2 of 2\): the loss is .* iteration 6,', log)
+    assert re.search(r'Step skipped \(1 of 2\): the loss is .* iteration 4,', log)
+    assert re.search(r'Step skipped \(2 of 2\): the loss is .* iteration 6,', log)
     after = state(work)
     assert all(tensor.isfinite().all() for tensor in after['weights'].values())
     # The optimizer has counted the steps that it took.
@@ -89,7 +89,7 @@ def test_more_of_them_than_allowed(config, tmp_path):
     code = finish(in_child(train, config, tmp_path / 'work', skip_nonfinite=1, log=log,
                            before=bad_loss([3, 5], 'nan')))
     assert code == 1
-    assert 'Step left out (1 of 1)' in log.read_text()
+    assert 'Step skipped (1 of 1)' in log.read_text()
     assert 'not a finite number at iteration 6' in log.read_text()
 
 

@@ -3,11 +3,11 @@ import sys
 from pathlib import Path
 
 import torch
-from mmengine.config import Config
 from mmengine.utils import ManagerMixin
 
 from mmseg_edaformer import compat
 from mmseg_edaformer.engine import launch
+from mmseg_edaformer.engine.run_config import load_config
 from tests.conftest import write_config
 from tests.processes import finish, forget, in_child
 
@@ -50,10 +50,7 @@ def train_here(config, work, *, resume=True, options=None, before=None, **flags)
     """
     forget(ManagerMixin)
     torch.set_num_threads(1)
-    cfg = Config.fromfile(str(config))
-    cfg.merge_from_dict({**OPTIONS, **(options or {})})
-    cfg.work_dir, cfg.launcher = str(work), 'none'
-    launch.add_hook(cfg, dict(type='CheckWeightsHook'))
+    cfg = load_config(config, cfg_options={**OPTIONS, **(options or {})}, work_dir=work)
     launch.prepare_train(cfg, resume=resume, **flags)
     if before is not None:
         before(cfg)

@@ -13,7 +13,7 @@ from mmseg.registry import MODELS
 from PIL import Image
 
 from mmseg_edaformer import export as package
-from mmseg_edaformer.engine.convert import pack_file
+from mmseg_edaformer.engine.single_file import pack_file
 from mmseg_edaformer.errors import CheckpointError, ConfigError, DataError
 from mmseg_edaformer.export import FORMATS, Exported, export, parity as agreement
 from mmseg_edaformer.export.runtimes import placing

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from mmseg_edaformer import apply_isr
 from mmseg_edaformer.data import drawing as synthetic
-from mmseg_edaformer.engine.convert import pack_file
+from mmseg_edaformer.engine.single_file import pack_file
 from mmseg_edaformer.errors import CheckpointError, ConfigError, DataError, RatioError
 from mmseg_edaformer.predict import segmenter as predictor
 from mmseg_edaformer.predict.segmenter import (
@@ -1023,7 +1023,7 @@ def test_command_line_of_one_file_and_a_video(work, clip, tmp_path):
 
 @pytest.mark.parametrize(('target', 'config', 'says'), [
     ('x.pth', 'mini.py', 'with a config, write to a .safetensors file'),
-    ('x.safetensors', 'foreign.py', "cannot be told as data .'TimmMaps' is not among"),
+    ('x.safetensors', 'foreign.py', "cannot be written as data .it must not name 'TimmMaps'"),
 ])
 def test_what_cannot_be_one_file(work, tmp_path, target, config, says):
     cfg = Config.fromfile(work / 'mini.py')
