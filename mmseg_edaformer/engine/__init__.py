@@ -8,7 +8,9 @@ from .loop import ExactTrainLoop
 from .nonfinite import FiniteLossHook
 from .preemption import PreemptionHook
 from .progress import ProgressHook
+from .runner import QuietRunner
 
 __all__ = ['BackboneWeightsHook', 'CheckWeightsHook', 'EvaluationHook', 'ExactTrainLoop',
-           'FiniteLossHook', 'ISRHook', 'PreemptionHook', 'ProgressHook', 'SafeCheckpointHook',
+           'FiniteLossHook', 'ISRHook', 'PreemptionHook', 'ProgressHook', 'QuietRunner',
+           'SafeCheckpointHook',
            'find_checkpoint', 'load_from_file']
