@@ -199,7 +199,7 @@ def test_a_folder_that_cannot_be_written_any_more(config, tmp_path, spoil, why, 
     work, log = tmp_path / 'work', tmp_path / 'log'
     assert finish(in_child(train, config, work, log=log, before=spoil)) == 1
     assert re.search(rf'iter_9.pth could not be written to .*: {why}. .*{left[-1]} is kept; the '
-                     'run goes on', log.read_text())
+                     'run continues', log.read_text())
     assert re.search('error: the last checkpoint of this training could not be written .*make '
                      f'room.*--resume; .*{left[-1]} is kept', log.read_text())
     assert names(work) == left

@@ -581,7 +581,7 @@ def test_names_do_a_terminal_no_harm(single, tmp_path):
     (['{work}/empty'], ConfigError, 'empty is the work dir of no training, it holds no config'),
     (['{root}/configs/edaformer_t_synthetic.py', '{pth}'], CheckpointError,
      'the checkpoint does not fit the model: .* is 16x3x7x7 in the checkpoint and 32x3x7x7'),
-    (['{root}/configs/eft_t_in1k.py', '{pth}'], ConfigError, 'no model that predicts a class for'),
+    (['{root}/configs/eft_t_in1k.py', '{pth}'], ConfigError, 'no model that predicts a class per'),
     (['{work}/weights.safetensors'], CheckpointError, 'weights.safetensors holds weights alone'),
     (['{single}', '{pth}'], ConfigError, 'model.safetensors holds its own weights: leave'),
     (['{work}/nope'], ConfigError, 'no such file or folder: .*nope: give the work dir of a'),
