@@ -46,19 +46,6 @@ class ProgressHook(Hook):
         self.train_task = self.task
         self.tick = time.perf_counter()
 
-    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None,
-                         outputs: dict[str, torch.Tensor] | None = None) -> None:
-        """Advance the bar of the training."""
-        if self.progress is None or outputs is None:
-            return
-        if self.every_n_train_iters(runner, self.interval):
-            now = time.perf_counter()
-            images = self.interval * len(data_batch['inputs']) * runner.world_size
-            self.figures['images/s'] = f'{images / (now - self.tick):.1f}'
-            self.figures['loss'] = f'{outputs["loss"].item():.3f}'
-            self.tick = now
-        self.progress.update(self.train_task, advance=1, figures=self._figures())
-
     def after_train(self, runner: Runner) -> None:
         """Remove the bar."""
         self._stop(runner)
@@ -66,11 +53,6 @@ class ProgressHook(Hook):
     def before_val(self, runner: Runner) -> None:
         """Start a bar of the validation, below that of the training if there is one."""
         self._start(runner, 'validate', len(runner.val_dataloader))
-
-    def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None,
-                       outputs: Sequence[Any] | None = None) -> None:
-        """Advance the bar of the validation."""
-        self._advance_evaluation(runner.val_loop.evaluator.metrics, data_batch, runner.world_size)
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Remove the bar of the validation."""
@@ -87,14 +69,29 @@ class ProgressHook(Hook):
         """Start the bar of the test."""
         self._start(runner, 'test', len(runner.test_dataloader))
 
-    def after_test_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None,
-                        outputs: Sequence[Any] | None = None) -> None:
-        """Advance the bar of the test."""
-        self._advance_evaluation(runner.test_loop.evaluator.metrics, data_batch, runner.world_size)
-
     def after_test(self, runner: Runner) -> None:
         """Remove the bar."""
         self._stop(runner)
+
+    def _after_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None,
+                    outputs: Any = None, mode: str = 'train') -> None:
+        """Advance the bar of the training, validation or test."""
+        if self.progress is None:
+            return
+        images = len(data_batch['inputs']) * runner.world_size
+        if mode == 'train':
+            if self.every_n_train_iters(runner, self.interval):
+                now = time.perf_counter()
+                self._show_rate(self.interval * images, now - self.tick)
+                self.figures['loss'] = f'{outputs["loss"].item():.3f}'
+                self.tick = now
+        else:
+            self.images += images
+            self._show_rate(self.images, time.perf_counter() - self.started)
+            self._show_miou(getattr(runner, f'{mode}_loop').evaluator.metrics)
+        self.progress.update(
+            self.train_task if mode == 'train' else self.task, advance=1,
+            figures='  '.join(f'{name} {value}' for name, value in self.figures.items()))
 
     def _start(self, runner: Runner, title: str, total: int, completed: int = 0) -> None:
         if not is_main_process() or not sys.stdout.isatty():
@@ -124,23 +121,16 @@ class ProgressHook(Hook):
             if type(handler) is logging.StreamHandler:
                 handler.setStream(stream)
 
-    def _advance_evaluation(self, metrics: Sequence[Any], data_batch: Any,
-                            world_size: int) -> None:
-        if self.progress is None:
-            return
+    def _show_rate(self, images: int, seconds: float) -> None:
+        self.figures['images/s'] = f'{images / seconds:.1f}'
+
+    def _show_miou(self, metrics: Sequence[Any]) -> None:
         for metric in metrics:
             if isinstance(metric, IoUMetric) and len(metric.results) > self.seen:
                 for areas in metric.results[self.seen:]:
                     areas = torch.stack([area.double().cpu() for area in areas[:2]])
                     self.areas = areas if self.areas is None else self.areas + areas
                 self.seen = len(metric.results)
-        self.images += len(data_batch['inputs']) * world_size
-        self.figures['images/s'] = f'{self.images / (time.perf_counter() - self.started):.1f}'
         if self.areas is not None:
             # A class that has not occurred yet is nan and does not count, as in the final mIoU.
-            iou = self.areas[0] / self.areas[1]
-            self.figures['mIoU'] = f'{100 * iou.nanmean():.2f}'
-        self.progress.update(self.task, advance=1, figures=self._figures())
-
-    def _figures(self) -> str:
-        return '  '.join(f'{name} {value}' for name, value in self.figures.items())
+            self.figures['mIoU'] = f'{100 * (self.areas[0] / self.areas[1]).nanmean():.2f}'
