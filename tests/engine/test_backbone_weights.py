@@ -122,5 +122,5 @@ def test_a_training_starts_from_it_and_a_resumed_one_does_not(config, tmp_path):
 
 def test_not_with_the_weights_of_a_whole_model(config, tmp_path):
     cfg = load_config(config)
-    with pytest.raises(ConfigError, match='give one of the two'):
+    with pytest.raises(ConfigError, match='give only one of them'):
         prepare_train(cfg, load_from='a.pth', backbone_weights='b.pth')

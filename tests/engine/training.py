@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from mmengine.utils import ManagerMixin
 
-from mmseg_edaformer import compat
+from mmseg_edaformer import compat, registered  # noqa: F401 (what torch.load may read)
 from mmseg_edaformer.engine import launch
 from mmseg_edaformer.engine.run_config import load_config
 from tests.conftest import write_config
