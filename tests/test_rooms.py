@@ -85,8 +85,10 @@ import os, sys
 import mmseg_edaformer.registered, mmseg.apis, matplotlib.pyplot
 for name in [name for name in sys.modules if name.partition(".")[0] == "mmseg_edaformer"]:
     del sys.modules[name]
+from mmengine.fileio.backends import registry_utils
 from mmengine.registry import Registry
 Registry._register_module = lambda *_, **__: None  # their names are taken
+registry_utils._register_backend = lambda *_, **__: None
 for name in {names}:
     if os.fork() == 0:
         try:
