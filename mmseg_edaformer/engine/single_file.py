@@ -19,8 +19,9 @@ from torch import nn
 
 from .. import __version__
 from ..data.audit import inner_datasets
+from ..data.classification import is_classifier
+from ..data.transforms import without_checks
 from ..errors import CheckpointError, ConfigError
-from ..pretraining.folders import is_classifier
 from .checkpoint_loading import check_weights, load_from_file
 from .convert import convert_state_dict, stored_classes, write_weights
 
@@ -40,8 +41,6 @@ _READING = ('type', 'to_float32', 'color_type', 'imdecode_backend')
 """Arguments that a described LoadImageFromFile may have."""
 _STEPS = ('Resize', 'ResizeToMultiple', 'PackSegInputs')
 """Transforms that may follow it; the last one is at the end."""
-_CHECKED = {'LoadImageFromFile': 'LoadSegImage', 'Resize': 'SegResize'}
-"""Classes here that take the place of those which a file or a config names."""
 _RULES: dict[str, tuple[Any, ...] | range] = {
     **dict.fromkeys(('align_corners', 'keep_ratio', 'to_float32', 'bgr_to_rgb', 'rgb_to_bgr',
                      'qkv_bias', 'seg_logits'), (False, True)),
@@ -95,7 +94,7 @@ def pack_file(source: str | Path, target: str | Path, cfg: Config) -> Descriptio
     if any('.linear_pred.' in name for name in content['state_dict']):
         content['state_dict'] = convert_state_dict(content['state_dict']).state_dict
     whole = describe(cfg, content['meta'])
-    first, *steps = portable_steps(whole.pipeline)
+    first, *steps = whole.pipeline
     first = {name: value for name, value in first.items() if name in _READING}
     data = dict(format=DESCRIPTION_FORMAT, version=__version__, model=whole.model,
                 pipeline=[first, *steps], classes=whole.classes, palette=whole.palette)
@@ -107,16 +106,6 @@ def pack_file(source: str | Path, target: str | Path, cfg: Config) -> Descriptio
     model = load_model(description, content)
     write_weights(target, model.state_dict(), {_KEY: json.dumps(data), 'format': 'pt'})
     return description
-
-
-def portable_steps(pipeline: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return a pipeline under the names of mmcv and mmseg, for files that others read too."""
-    names = {ours: theirs for theirs, ours in _CHECKED.items()}
-    return [{**step, 'type': names.get(step['type'], step['type'])} for step in pipeline]
-
-
-def _checked_steps(pipeline: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{**step, 'type': _CHECKED.get(step['type'], step['type'])} for step in pipeline]
 
 
 def read_description(path: str | Path) -> Description:
@@ -162,9 +151,9 @@ def describe(cfg: Config, meta: Mapping[str, Any]) -> Description:
     pipeline = dataset.get('pipeline')
     if not pipeline or any(step['type'] == 'TestTimeAug' for step in pipeline):
         pipeline = cfg.get('test_pipeline')
-    steps = _checked_steps([_plain(step) for step in pipeline or ()
-                            if not step['type'].startswith(('LoadAnnotations', 'LoadSegLabels'))])
-    if not steps or steps[0]['type'] != 'LoadSegImage':
+    steps = [_plain(without_checks(step)) for step in pipeline or ()]
+    steps = [step for step in steps if step['type'] != 'LoadAnnotations']
+    if not steps or steps[0]['type'] != 'LoadImageFromFile':
         begin = steps[0]['type'] if steps else 'nothing'
         raise ConfigError(f'{cfg.filename} has a test pipeline that begins with {begin}, so it '
                           'does not say how to read an image: begin it with LoadImageFromFile')
@@ -224,8 +213,7 @@ def _parse(data: Any) -> Description:
     classes, palette = data.get('classes') or (), data.get('palette')
     if not _fit(classes, model['decode_head'].get('num_classes')):
         raise ValueError('it does not name each class of the model')
-    return Description(model, _checked_steps(pipeline),
-                       *_name_classes(classes, palette, len(classes)))
+    return Description(model, list(pipeline), *_name_classes(classes, palette, len(classes)))
 
 
 def _checked(value: Any, name: str = '') -> Any:

@@ -20,7 +20,6 @@ from torch.export import Dim, ExportedProgram
 
 from .. import __version__
 from ..compat import swaps_channels
-from ..engine.single_file import portable_steps
 from ..errors import ConfigError, UserError
 from ..isr import ISRRatio
 from ..models.segmentor import StreamedEncoderDecoder
@@ -139,7 +138,7 @@ def describe(segmenter: Segmenter, deployed: Deployed, size: tuple[int, int] | N
         std=preprocessor.std.flatten().tolist() if normalised else None,
         size=size, minimum=minimum, int8=False,
         pipeline=[{name: value for name, value in step.items() if not callable(value)}
-                  for step in portable_steps(segmenter.description.pipeline[1:-1])])
+                  for step in segmenter.description.pipeline[1:-1]])
 
 
 def images_of(program: ExportedProgram) -> Tensor:
