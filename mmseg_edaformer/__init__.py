@@ -12,6 +12,7 @@ compat.stub_mmcv_ops()
 compat.allow_mmengine_checkpoints()
 compat.declare_torchvision_ops()
 with compat.quiet_imports():
+    from . import pretraining
     from .data import CamVidDataset, SyntheticDataset
     from .engine import CheckWeightsHook, ProgressHook
     from .isr import ISRHook, ISRRatio, apply_isr, isr, register_isr, remove_isr, report_isr
