@@ -11,7 +11,7 @@ from mmengine.runner import CheckpointLoader, runner
 from mmseg.registry import MODELS, TRANSFORMS
 
 from . import compat
-from .data.transforms import LoadSegImage, LoadSegLabels, RandomSegCrop, SegResize
+from .data.transforms import REPLACES
 from .engine.checkpoint_hook import (
     SafeCheckpointHook,
     SafeLocalBackend,
@@ -27,10 +27,7 @@ for _registry, _name, _class in (
         (LOOPS, 'IterBasedTrainLoop', ExactTrainLoop),
         (VISBACKENDS, 'LocalVisBackend', SafeLocalVisBackend),
         (MODELS, 'SegTTAModel', StreamedTTAModel),
-        (TRANSFORMS, 'LoadImageFromFile', LoadSegImage),
-        (TRANSFORMS, 'LoadAnnotations', LoadSegLabels),
-        (TRANSFORMS, 'Resize', SegResize),
-        (TRANSFORMS, 'RandomCrop', RandomSegCrop)):
+        *((TRANSFORMS, name, cls) for name, cls in REPLACES.items())):
     _registry.register_module(name=_name, module=_class, force=True)
 register_backend('local', SafeLocalBackend, prefixes='', force=True)
 for _schemes, _loader in LOADERS.items():

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..cost import count_macs
 from ..data.drawing import draw_scene
+from ..data.transforms import without_checks
 from ..engine.allocator import keep_freed_memory
 from ..engine.compile import compile_model
 from ..engine.run_config import load_config
@@ -642,11 +643,12 @@ def _pipeline(cfg: Config, mode: str) -> Compose | None:
     while 'pipeline' not in dataset and ('dataset' in dataset or 'datasets' in dataset):
         dataset = dataset.get('dataset') or dataset['datasets'][0]
     steps = dataset.get('pipeline') or []
-    names = [step['type'] for step in steps]
+    names = [without_checks(step)['type'] for step in steps]
     if 'LoadImageFromFile' not in names:
         return None
-    return Compose([TRANSFORMS.build(step) for step in steps[names.index('LoadImageFromFile'):]
-                    if mode == 'train' or step['type'] != 'LoadAnnotations'])
+    first = names.index('LoadImageFromFile')
+    return Compose([TRANSFORMS.build(step) for name, step in zip(names[first:], steps[first:])
+                    if mode == 'train' or name != 'LoadAnnotations'])
 
 
 @contextmanager

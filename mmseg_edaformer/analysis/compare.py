@@ -22,6 +22,7 @@ from mmseg.registry import DATASETS, MODELS
 from prettytable import PrettyTable
 
 from ..cost import count_macs
+from ..data.classification import is_classifier
 from ..data.transforms import IGNORED
 from ..engine import checks, launch
 from ..engine.checkpoint_loading import check_weights
@@ -30,7 +31,6 @@ from ..errors import ConfigError
 from ..files import replacing
 from ..isr import ISRRatio, isr
 from ..isr.pooling import check_method
-from ..pretraining.folders import is_classifier
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt

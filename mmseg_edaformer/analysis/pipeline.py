@@ -15,9 +15,9 @@ from mmengine.registry import FUNCTIONS, TRANSFORMS, init_default_scope
 from PIL import Image
 from prettytable import PrettyTable
 
+from ..data.classification import check_library, is_classifier
 from ..data.drawing import draw_scene
 from ..errors import ConfigError
-from ..pretraining.folders import check_library, is_classifier
 
 _DRAWN = 8
 """Different images; drawing one takes longer than reading it."""

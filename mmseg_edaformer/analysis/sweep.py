@@ -31,6 +31,7 @@ from rich.progress import (
 )
 
 from ..cost import count_macs
+from ..data.classification import is_classifier
 from ..engine import launch
 from ..engine.allocator import keep_freed_memory
 from ..engine.run_config import load_config
@@ -38,7 +39,6 @@ from ..errors import ConfigError, DataError, RatioError
 from ..files import replacing, write_file
 from ..isr import ISRRatio, isr
 from ..isr.adapters import find_attention
-from ..pretraining.folders import is_classifier
 from .benchmark import windows
 from .compare import load_model
 from .memory import peak_bytes

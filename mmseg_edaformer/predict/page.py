@@ -27,6 +27,7 @@ from mmseg.registry import TRANSFORMS
 from ..compat import install_command
 from ..cost import count_macs
 from ..data.drawing import draw_scene
+from ..data.transforms import with_checks
 from ..errors import ConfigError, DataError, RatioError, UserError
 from ..files import write_file
 from ..isr import ISRRatio, isr
@@ -92,7 +93,7 @@ class Comparer:
             if len(part.stages) != len(self.stages.setdefault(part.kind, tuple(part.stages))):
                 self.stages[part.kind] = (0,)  # one multiplier for all is what fits
         self._read: Any = TRANSFORMS.build(
-            {**segmenter.description.pipeline[0], 'max_pixels': _MAX_PIXELS})
+            {**with_checks(segmenter.description.pipeline[0]), 'max_pixels': _MAX_PIXELS})
         self._lock = threading.Lock()
         self._gmacs: dict[tuple[ISRRatio, tuple[int, ...]], float] = {}
         self.compare = functools.lru_cache(_KEPT)(self._compare)

@@ -39,7 +39,7 @@ from rich.progress import (
 
 from .. import __version__
 from ..cost import count_macs
-from ..data.transforms import MAX_PIXELS, allow_pixels
+from ..data.transforms import MAX_PIXELS, allow_pixels, with_checks
 from ..engine import load_checkpoint, load_from_file
 from ..engine.allocator import keep_freed_memory
 from ..engine.run_config import load_config
@@ -172,8 +172,9 @@ class Segmenter:
         self._told: dict[ISRRatio, int] = {}
         self._reduced: dict[tuple[int, int], bool] = {}
         try:
-            self._read_file = TRANSFORMS.build(self.description.pipeline[0])
-            steps: list[Any] = self.description.pipeline[1:]
+            first, *rest = map(with_checks, self.description.pipeline)
+            self._read_file = TRANSFORMS.build(first)
+            steps: list[Any] = rest
             if max_side is not None:  # after what resizes for good, before multiples of 32
                 resized = [index for index, step in enumerate(steps, 1)
                            if 'Resize' in str(step['type']) and 'Multiple' not in str(step['type'])]

@@ -91,7 +91,7 @@ def test_the_tool_writes_tables_and_a_chart(configs, tmp_path):
 def test_the_tool_times_training_pipelines(configs):
     done = run('tools/benchmark.py', configs / 'mini.py', '--compare', configs / 'resnet.py',
                '--mode', 'data', '--size', '64x96', '--repeats', '2')
-    for name in ('LoadAnnotations', 'RandomCrop', 'collate'):
+    for name in ('LoadSegLabels', 'RandomSegCrop', 'collate'):
         assert len(re.findall(rf'\| {name} +\| +\d+\.\d+ \| +\d+% \|', done.stdout)) == 2
     assert done.stdout.count('cores for every 1,000 images/s') == 2
     assert 'commit' in done.stdout

@@ -161,7 +161,7 @@ def test_says_of_what_size_and_which_label(cfg, data):
     out_of_range(data / MASKS / '00002.png')
     notes = {note for finding in audit(cfg, ['train'], workers=1).findings
              for _, note in finding.items}
-    foreign, = (note for note in notes if 'no picture' in note)
+    foreign, = (note for note in notes if 'format is unknown' in note)
     assert '<html>' in foreign
     assert notes - {foreign} == {'96x64 pixels like its mask, but read as 64x96', '9 (2 pixels)'}
 
@@ -181,7 +181,7 @@ def test_duplicates_and_leaks(cfg, data):
     done = audit(cfg, workers=1)
     assert {(f.check, f.items[0][0].split('/')[-1], f.items[0][1].split(str(data))[0])
             for f in done.findings} == {
-        ('duplicate', '00005.png', 'the same picture as '),
+        ('duplicate', '00005.png', 'the same pixels as '),
         ('train image in val or test', '00001.png', 'the same file as ')}
     assert [f.split for f in done.findings if f.check != 'duplicate'] == ['val']
 
@@ -338,15 +338,15 @@ def test_fix_mends_copies(cfg, data, tmp_path, capsys):
     save(data / MASKS / '00009.png', np.full((64, 96, 3), 77, np.uint8))  # of no class
     before = digests(data)
     out = tmp_path / 'out'
-    assert audit_report.check(cfg, out, workers=1, mend=True) > 0
+    assert audit_report.check(cfg, out, workers=1, with_fixes=True) > 0
     assert digests(data) == before
     report = json.loads((out / 'report.json').read_text())
     fixed, = report['fixed']
-    assert {item['name'].split('/')[-2] + item['name'][-10:] for item in fixed['mended']} == {
+    assert {item['name'].split('/')[-2] + item['name'][-10:] for item in fixed['files']} == {
         *(f'training/{i:05d}.png' for i in (0, 1, 2, 3, 4))}
     assert {item['name'][-9:] for item in fixed['left_out']} == {'00008.png', '00009.png'}
-    assert '[77, 77, 77] is none of a class' in str(fixed['left_out'])
-    assert 'left out, for they cannot be mended: 2' in capsys.readouterr().out
+    assert '[77, 77, 77] belongs to no class' in str(fixed['left_out'])
+    assert 'left out because they cannot be fixed: 2' in capsys.readouterr().out
     cfg.merge_from_dict(dict(option.split('=') for option in fixed['cfg_options']))
     assert found(cfg) == {}
     written = out / 'fixed/train'
@@ -359,14 +359,14 @@ def test_fix_mends_copies(cfg, data, tmp_path, capsys):
 def test_fix_gives_the_labels_back(cfg, data, scenes, tmp_path):
     for index, spoil in enumerate((colours, recoloured, deep)):
         spoil(data / MASKS / f'{index:05d}.png')
-    audit_report.check(cfg, tmp_path / 'out', workers=1, mend=True)
+    audit_report.check(cfg, tmp_path / 'out', workers=1, with_fixes=True)
     for path in (tmp_path / 'out/fixed/train/masks').iterdir():
         assert (array(path) == array(scenes / MASKS / path.name)).all()
 
 
 def test_fix_of_0_and_255(cfg, data, tmp_path):
     binary(cfg, data)
-    audit_report.check(cfg, tmp_path / 'out', workers=1, mend=True)
+    audit_report.check(cfg, tmp_path / 'out', workers=1, with_fixes=True)
     fixed = json.loads((tmp_path / 'out/report.json').read_text())['fixed']
     assert [one['split'] for one in fixed] == ['train', 'val']
     cfg.merge_from_dict(dict(option.split('=') for one in fixed for option in one['cfg_options']))
@@ -384,14 +384,14 @@ def test_writes_nowhere_else(cfg, data, tmp_path):
     (tmp_path / 'out').mkdir()
     (tmp_path / 'out/fixed').symlink_to(data)
     with pytest.raises(ConfigError, match='a link that leads out'):
-        audit_report.check(cfg, tmp_path / 'out', workers=1, mend=True)
+        audit_report.check(cfg, tmp_path / 'out', workers=1, with_fixes=True)
     (data / IMAGES / 'sub').mkdir()
     for folder in (IMAGES, MASKS):
         shutil.copy(data / folder / '00001.png', data / folder.split('/')[0] / 'x.png')
     (data / 'train.txt').write_text('00001\n../x\n')
     cfg.train_dataloader.dataset.ann_file = 'train.txt'
     before = digests(data)
-    audit_report.check(cfg, tmp_path / 'other', workers=1, mend=True)
+    audit_report.check(cfg, tmp_path / 'other', workers=1, with_fixes=True)
     fixed, = json.loads((tmp_path / 'other/report.json').read_text())['fixed']
     assert 'lies outside' in fixed['left_out'][0]['note']
     assert len(list((tmp_path / 'other/fixed').rglob('*.png'))) == 2
@@ -572,7 +572,7 @@ def test_command_line(data, tmp_path):
 def drawn(tmp_path_factory):
     """Images of ten classes in folders; read-only."""
     pytest.importorskip('mmpretrain', reason='mmpretrain is not there')
-    from mmseg_edaformer.pretraining.folders import draw_crops
+    from mmseg_edaformer.pretraining.crops import draw_crops
     return draw_crops(tmp_path_factory.mktemp('drawn') / 'data', train=4, val=2)
 
 
@@ -679,8 +679,6 @@ def test_classes_that_are_not_there(crops_cfg, crops, tmp_path):
     assert found(crops_cfg, 'val') == {('val', 'no images'): {'<class>/<image>'}}
     shutil.rmtree(crops / 'val')
     assert found(crops_cfg, 'val') == {('val', 'folder missing'): {'crops/val'}}
-    crops_cfg.train_dataloader.dataset.type = 'ShardedImages'
-    assert found(crops_cfg, 'train') == {('train', 'not audited'): {'ShardedImages'}}
 
 
 def test_report_of_classes(crops_cfg, crops, tmp_path, capsys):
@@ -701,8 +699,8 @@ def test_report_of_classes(crops_cfg, crops, tmp_path, capsys):
         width, height = Image.open(out / f'{name}.png').size
         assert 700 < width < 2000
         assert 300 < height < 1000
-    with pytest.raises(ConfigError, match='--fix mends masks'):
-        audit_report.check(crops_cfg, out, workers=1, mend=True)
+    with pytest.raises(ConfigError, match='--fix is for masks'):
+        audit_report.check(crops_cfg, out, workers=1, with_fixes=True)
     with pytest.raises(ConfigError, match='lies within'):
         audit_report.check(crops_cfg, crops / 'train/car/out', workers=1)
 

@@ -410,8 +410,8 @@ def predict(model, path, pipeline):
 
 def test_all_that_can_be_read_is_predicted(drawn, segmentor):
     segmentor.test_cfg = ConfigDict(mode='whole')
-    pipeline = [dict(type='LoadImageFromFile'),
-                dict(type='Resize', scale=(64, 64), keep_ratio=True),
+    pipeline = [dict(type='LoadSegImage'),
+                dict(type='SegResize', scale=(64, 64), keep_ratio=True),
                 dict(type='ResizeToMultiple', size_divisor=32), dict(type='PackSegInputs')]
     done = 0
     for kind, name, path, _ in drawn:
@@ -628,7 +628,7 @@ def test_a_new_run_starts_a_new_list_and_a_resumed_one_goes_on(tmp_path):
 
 
 def test_the_config_of_every_loader(tmp_path):
-    steps = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations')]
+    steps = [dict(type='LoadImageFromFile'), dict(type='LoadSegLabels')]
     val = dict(dataset=dict(type='ConcatDataset', datasets=[
         dict(pipeline=steps), dict(type='RepeatDataset', dataset=dict(pipeline=steps))]))
     cfg = Config(dict(
@@ -640,12 +640,13 @@ def test_the_config_of_every_loader(tmp_path):
     skip_bad_files(cfg, 'work')
     path = os.path.join('work', 'skipped_train.txt')
     blank, another = dict(skip_list=path, blank=True), dict(skip_list=path, blank=False)
-    assert cfg.train_dataloader.dataset.pipeline == [{**step, **another} for step in steps]
+    able = [dict(type='LoadSegImage'), dict(type='LoadSegLabels')]
+    assert cfg.train_dataloader.dataset.pipeline == [{**step, **another} for step in able]
     for loader in (cfg.val_dataloader, cfg.test_dataloader):
         first, second = loader.dataset.datasets
-        assert first.pipeline == second.dataset.pipeline == [{**step, **blank} for step in steps]
-    assert cfg.tta_pipeline[0] == {**steps[0], **blank}
-    assert cfg.tta_pipeline[1].transforms == [[{**steps[1], **blank}]]
+        assert first.pipeline == second.dataset.pipeline == [{**step, **blank} for step in able]
+    assert cfg.tta_pipeline[0] == {**able[0], **blank}
+    assert cfg.tta_pipeline[1].transforms == [[{**able[1], **blank}]]
     assert cfg.test_pipeline == steps  # for prediction
     assert cfg.custom_hooks == [dict(type='ISRHook'),
                                 dict(type='SkippedFilesHook', skip_list=path)]

@@ -6,7 +6,7 @@ from mmseg.registry import TRANSFORMS
 from PIL import Image
 
 from mmseg_edaformer.data import LoadSegImage, LoadSegLabels
-from mmseg_edaformer.data.transforms import SegResize
+from mmseg_edaformer.data.transforms import REPLACES, SegResize, with_checks, without_checks
 from mmseg_edaformer.errors import DataError
 
 
@@ -127,13 +127,22 @@ def test_a_thin_image_keeps_a_pixel(shape, options, size):
     assert (results['gt_seg_map'] == 3).all()
 
 
-def test_they_are_what_a_config_gets():
-    assert isinstance(TRANSFORMS.build(dict(type='LoadImageFromFile')), LoadSegImage)
-    assert isinstance(TRANSFORMS.build(dict(type='Resize', scale=8)), SegResize)
-    random = TRANSFORMS.build(dict(type='RandomResize', scale=(8, 8), ratio_range=(1, 2)))
-    assert isinstance(random.resize, SegResize)
-    loader = TRANSFORMS.build(dict(type='LoadAnnotations', reduce_zero_label=True))
-    assert isinstance(loader, LoadSegLabels)
+def test_each_class_has_its_own_name_and_replaces_none():
+    for name, cls in REPLACES.items():
+        assert TRANSFORMS.get(cls.__name__) is cls
+        assert TRANSFORMS.get(name) in cls.__mro__[1:]
+        step = dict(type=name, scale=8)
+        assert with_checks(step) == dict(step, type=cls.__name__)
+        assert without_checks(with_checks(step)) == step
+    assert with_checks(dict(type='PackSegInputs')) == dict(type='PackSegInputs')
+
+
+def test_images_without_a_mask():
+    """mmseg's inferencers give no mask; a data set without masks is a mistake."""
+    results = dict(img_path='a.png')
+    assert LoadSegLabels().transform(results) == dict(img_path='a.png')
+    with pytest.raises(DataError, match=r'a\.png has no mask: set data_prefix\.seg_map_path'):
+        LoadSegLabels().transform(dict(results, seg_fields=[]))
 
 
 def test_the_message_survives_a_worker_process():

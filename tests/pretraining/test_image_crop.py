@@ -10,9 +10,9 @@ pytest.importorskip('mmpretrain', reason='mmpretrain, whose crop is the referenc
 
 from mmengine.registry import TRANSFORMS, init_default_scope
 
-from mmseg_edaformer.data import RandomResizedCrop
 from mmseg_edaformer.data.drawing import draw_scene
 from mmseg_edaformer.errors import ConfigError
+from mmseg_edaformer.pretraining import RandomResizedCrop
 
 
 @pytest.fixture(autouse=True)

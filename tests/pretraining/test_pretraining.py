@@ -29,7 +29,8 @@ from mmseg_edaformer.cost import count_macs
 from mmseg_edaformer.engine import checks, launch
 from mmseg_edaformer.engine.loop import CountedBatches, SeededIndices
 from mmseg_edaformer.errors import ConfigError, DataError, RatioError
-from mmseg_edaformer.pretraining import folders as pretrain
+from mmseg_edaformer.isr import ISRRatio
+from mmseg_edaformer.pretraining import crops as drawn, folders
 from mmseg_edaformer.pretraining.rand_augment import augment_batch, draw_augmentation
 from tests.conftest import MINI, ROOT
 from tests.engine.training import differences, run_to_end, state, train
@@ -345,7 +346,7 @@ def test_killed_and_resumed(config, whole, tmp_path):
 @pytest.mark.slow
 def test_it_learns(tmp_path):
     """The whole recipe with a small encoder: far from chance, a tenth, after 150 steps."""
-    data = pretrain.draw_crops(tmp_path / 'data', train=24, val=10)
+    data = drawn.draw_crops(tmp_path / 'data', train=24, val=10)
     config = tmp_path / 'learns.py'
     config.write_text(f'''
 _base_ = ['{ROOT}/configs/eft_t_crops.py']
@@ -389,11 +390,11 @@ def test_isr(config, whole, tmp_path, ratio):
 
 
 def test_ratios_that_mean_nothing():
-    assert pretrain.encoder_ratio('2,2,1,1') == pretrain.encoder_ratio('optimal')
-    assert pretrain.encoder_ratio('auto').auto
+    assert ISRRatio.parse_encoder('2,2,1,1') == ISRRatio.parse_encoder('optimal')
+    assert ISRRatio.parse_encoder('auto').auto
     for text in ('22x1', '0', ''):
         with pytest.raises(RatioError):
-            pretrain.encoder_ratio(text)
+            ISRRatio.parse_encoder(text)
 
 
 @pytest.mark.parametrize('flag', ['out', 'tta', 'show', 'show_dir', 'bf16', 'skip_bad_files'])
@@ -417,7 +418,7 @@ def test_missing_and_wrong_folders(config, crops, tmp_path):
     with pytest.raises(DataError, match='needs one folder per class'):
         checks.check_data(data_config(config, tmp_path), 'train', 'val')
     for split in ('train', 'val'):
-        for name in pretrain.CROPS:
+        for name in drawn.CROPS:
             (tmp_path / split / name).mkdir(parents=True)
             (tmp_path / split / name / 'a.JPEG').touch()
     cfg = data_config(config, tmp_path)
@@ -449,16 +450,16 @@ def test_mmpretrain_that_cannot_be_imported(monkeypatch):
 
 
 def test_crops_are_drawn_once_and_reproducibly(crops, tmp_path, capsys):
-    assert sorted(path.name for path in (crops / 'train').iterdir()) == list(pretrain.CROPS)
+    assert sorted(path.name for path in (crops / 'train').iterdir()) == list(drawn.CROPS)
     image = np.asarray(Image.open(crops / 'val' / 'car' / '00000.png'))
-    again = pretrain.draw_crop(np.random.default_rng((0, 1, 1, 0)), 'car', 64)
+    again = drawn.draw_crop(np.random.default_rng((0, 1, 1, 0)), 'car', 64)
     np.testing.assert_array_equal(image, again)
     before = (crops / 'crops.json').stat().st_mtime_ns
-    pretrain.draw_crops(crops, train=4, val=1)
+    drawn.draw_crops(crops, train=4, val=1)
     assert (crops / 'crops.json').stat().st_mtime_ns == before
     with pytest.raises(DataError, match=r'holds crops\.json'):
-        pretrain.draw_crops(crops, train=5, val=1)
-    pretrain.prepare(pretrain.FOLDERS['crops'], crops)
+        drawn.draw_crops(crops, train=5, val=1)
+    folders.prepare(folders.FOLDERS['crops'], crops)
     assert 'train: 40 images in 10 folders' in capsys.readouterr().out
     with pytest.raises(DataError, match='instead of 1,000'):
-        pretrain.prepare(pretrain.FOLDERS['imagenet'], crops)
+        folders.prepare(folders.FOLDERS['imagenet'], crops)

@@ -12,9 +12,9 @@ pytest.importorskip('mmpretrain', reason='mmpretrain, whose transforms are the r
 from mmengine.config import Config
 from mmengine.registry import FUNCTIONS, MODELS, TRANSFORMS, init_default_scope
 
-from mmseg_edaformer.data import PackForDevice, augment_collate
 from mmseg_edaformer.data.drawing import draw_scene
 from mmseg_edaformer.errors import ConfigError
+from mmseg_edaformer.pretraining import PackForDevice, augment_collate
 from mmseg_edaformer.pretraining.rand_augment import _grey, augment_batch, draw_augmentation
 from tests.conftest import ROOT
 
