@@ -50,7 +50,8 @@ def train_here(config, work, *, resume=True, options=None, before=None, **flags)
     """
     forget(ManagerMixin)
     torch.set_num_threads(1)
-    cfg = load_config(config, cfg_options={**OPTIONS, **(options or {})}, work_dir=work)
+    cfg = load_config(config, cfg_options={**OPTIONS, **(options or {})}, work_dir=work,
+                      verbose=True)
     launch.prepare_train(cfg, resume=resume, **flags)
     if before is not None:
         before(cfg)
