@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from mmseg_edaformer.isr import apply_isr, isr, remove_isr
-from mmseg_edaformer.isr.adapters import find_attention
+from mmseg_edaformer.isr.registry import find_attention
 
 from .check import TOLERANCE, first, layers, lively
 from .oracle import membership

@@ -12,7 +12,7 @@ from mmseg_edaformer import apply_isr, isr, register_isr, remove_isr, report_isr
 from mmseg_edaformer.cost import count_macs
 from mmseg_edaformer.errors import RatioError
 from mmseg_edaformer.isr import Window
-from mmseg_edaformer.isr.adapters import find_attention
+from mmseg_edaformer.isr.registry import find_attention
 from tests.conftest import ROOT, run
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mmseg_edaformer.isr import isr, report_isr
-from mmseg_edaformer.isr.adapters import find_attention
+from mmseg_edaformer.isr.registry import find_attention
 
 from .check import TOLERANCE, first, layers, lively
 from .masked import check_decoder, plain_attention

@@ -9,7 +9,7 @@ from mmseg.registry import MODELS
 pytest.importorskip('mmdet', reason='this checks layers of mmdet')
 
 from mmseg_edaformer.isr import report_isr
-from mmseg_edaformer.isr.adapters import find_attention
+from mmseg_edaformer.isr.registry import find_attention
 
 from .check import layers
 from .masked import check_decoder

@@ -6,9 +6,9 @@ from torch import nn
 
 from mmseg_edaformer.errors import RatioError
 from mmseg_edaformer.isr import apply_isr, register_isr
-from mmseg_edaformer.isr.adapters import find_attention
-from mmseg_edaformer.isr.adapters.research import RULES, find
-from mmseg_edaformer.isr.registry import Irreducible
+from mmseg_edaformer.isr.registry import find_attention
+from mmseg_edaformer.isr.adapters.research import RULES
+from mmseg_edaformer.isr.rules import Irreducible
 
 from .check import check_adapter
 

@@ -8,7 +8,7 @@ transformers = pytest.importorskip('transformers', reason='this checks models of
 
 from mmseg_edaformer.errors import RatioError  # noqa: E402
 from mmseg_edaformer.isr import apply_isr, report_isr  # noqa: E402
-from mmseg_edaformer.isr.adapters import find_attention  # noqa: E402
+from mmseg_edaformer.isr.registry import find_attention  # noqa: E402
 
 from .check import check_adapter, first, layers  # noqa: E402
 from .test_mmseg import sizes  # noqa: E402

@@ -27,7 +27,7 @@ def sdpa(x, kv, num_heads):
 @pytest.mark.parametrize('threads', [1, 2])
 def test_by_rows(heads, dim, size, keys, rows, threads, monkeypatch):
     if rows != 'native':
-        monkeypatch.setattr(attention.native, '_library', lambda: None)
+        monkeypatch.setattr(attention.cpu_kernels, '_library', lambda: None)
         monkeypatch.setattr(attention, 'SCORE_BYTES',
                             rows * size[1] * heads * keys[0] * keys[1] * 4)
     torch.manual_seed(0)
@@ -47,7 +47,7 @@ def test_by_rows(heads, dim, size, keys, rows, threads, monkeypatch):
 @pytest.mark.parametrize('compiled', [True, False])
 def test_by_rows_in_bfloat16(compiled, monkeypatch):
     if not compiled:
-        monkeypatch.setattr(attention.native, '_library', lambda: None)
+        monkeypatch.setattr(attention.cpu_kernels, '_library', lambda: None)
     torch.manual_seed(0)
     x, kv = torch.randn(1, 64, 12, 12), torch.randn(1, 64, 6, 6)
     with torch.no_grad():
@@ -106,15 +106,15 @@ def test_gpus_pad_only_to_predict(segmentor, dtype, cuda, monkeypatch):
 @pytest.mark.skipif(shutil.which('g++') is None, reason='needs g++')
 def test_native_is_built_once_and_used(tmp_path, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
-    monkeypatch.setattr(attention.native, '_library',
-                        functools.cache(attention.native._library.__wrapped__))
+    monkeypatch.setattr(attention.cpu_kernels, '_library',
+                        functools.cache(attention.cpu_kernels._library.__wrapped__))
     x = torch.randn(1, 32, 4, 4)
-    found = attention.native.attend(x, x, 1)
+    found = attention.cpu_kernels.attend(x, x, 1)
     torch.testing.assert_close(found, sdpa(x, x, 1), rtol=1e-5, atol=1e-5)
     library, = (tmp_path / 'mmseg_edaformer').iterdir()
     built = library.stat().st_mtime_ns
-    attention.native._library.cache_clear()
-    attention.native.attend(x, x, 1)
+    attention.cpu_kernels._library.cache_clear()
+    attention.cpu_kernels.attend(x, x, 1)
     assert library.stat().st_mtime_ns == built
     content = library.read_bytes()
 
@@ -125,8 +125,8 @@ def test_native_is_built_once_and_used(tmp_path, monkeypatch):
     for damaged in (content[:len(content) // 2], content[:-1], b'', content[:-1] + b'x'):
         library.unlink()  # this process uses it
         library.write_bytes(damaged)
-        attention.native._library.cache_clear()
-        torch.testing.assert_close(attention.native.attend(x, x, 1), found)
+        attention.cpu_kernels._library.cache_clear()
+        torch.testing.assert_close(attention.cpu_kernels.attend(x, x, 1), found)
         assert library.read_bytes() == content
 
 
@@ -144,14 +144,14 @@ def test_a_broken_compiler_is_named_and_done_without(tmp_path, monkeypatch):
     monkeypatch.setenv('CXX', str(compiler))
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     with pytest.warns(UserWarning, match='no such option'):
-        assert attention.native._library.__wrapped__() is None
+        assert attention.cpu_kernels._library.__wrapped__() is None
 
 
 @pytest.mark.parametrize('compiled', [True, False])
 @pytest.mark.parametrize('shape', [(1, 16, 1, 1), (2, 121, 9, 35), (1, 3, 2, 2), (1, 64, 40, 41)])
 def test_gelu(shape, compiled, monkeypatch):
     if not compiled:
-        monkeypatch.setattr(attention.native, '_library', lambda: None)
+        monkeypatch.setattr(attention.cpu_kernels, '_library', lambda: None)
     torch.manual_seed(0)
     x = (torch.randn(shape) * 4).to(memory_format=torch.channels_last)
     expected, half = F.gelu(x), x.bfloat16()
