@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import ConfigError
-from ..isr.registry import Layer, find_attention
 from ..isr.pooling import Grid, cells
 from ..isr.reduction import Record, recording
+from ..isr.registry import Layer, find_attention
 from ..models.attention import EmbeddingFreeAttention
 
 _SINGLE = 9  # single tokens in front of a map that are looked for

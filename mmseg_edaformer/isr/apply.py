@@ -123,11 +123,12 @@ def training_size(model: nn.Module) -> tuple[int, int]:
 
 
 def _layers(attentions: Attentions) -> list[Layer]:
-    return [layer for part in attentions.parts for layers in part.stages.values() for layer in layers]
+    return [layer for part in attentions.parts for layers in part.stages.values()
+            for layer in layers]
 
 
 class _FirstForward:
-    """A forward hook that reports, after a model's first forward, reduced layers that did not run."""
+    """A forward hook that reports reduced layers that did not run in a model's first forward."""
 
     def __init__(self, strict: bool) -> None:
         self.strict = strict

@@ -116,8 +116,8 @@ def _subclass(cls: Any, run: Any) -> type[nn.Module]:
 
     def extra_repr(self: nn.Module) -> str:
         reduction = self.__dict__.get('isr_reduction')
-        own = cls.extra_repr(self)
-        return ', '.join(filter(None, (own, reduction and f'isr_ratio={reduction.setting.isr_ratio}')))
+        ratio = reduction and f'isr_ratio={reduction.setting.isr_ratio}'
+        return ', '.join(filter(None, (cls.extra_repr(self), ratio)))
 
     def prepare_scriptable(self: nn.Module) -> None:
         raise RatioError(f'torch.jit.script cannot compile {cls.__name__} while ISR reduces it: '

@@ -2,10 +2,10 @@
 
 The name of an attention does not tell what it is given: a class token in front of the patches,
 detection tokens behind them, the patches of two images, or shuffled ones. So noise is added to some
-of the tokens that the patch embedding makes, and the keys that change are those tokens. For each bit
-of a token's number, two passes add noise to the tokens that have the bit and to those that do not;
-the pass that changes a key more gives that bit of its token's number. Attention outputs zeros in
-these passes, so that no token learns of another.
+of the tokens that the patch embedding makes, and the keys that change are those tokens. Two passes
+for each bit of a token's number add noise to the tokens without the bit and to those with it; the
+pass that changes a key more gives that bit of its token's number. Attention outputs zeros in these
+passes, so that no token learns of another.
 """
 import functools
 import sys

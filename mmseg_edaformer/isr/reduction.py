@@ -26,7 +26,7 @@ class Setting:
         return self.isr_ratio == 1 and self.keys is None
 
     def multiplier(self, total: int) -> int:
-        """The ratio for this number of keys, in the steps of `EmbeddingFreeAttention.multiplier`."""
+        """The ratio for this number of keys, by the rule of `EmbeddingFreeAttention.multiplier`."""
         ratio = self.isr_ratio
         if self.keys is not None:
             while total > self.keys * ratio * (ratio + 1):

@@ -36,8 +36,8 @@ def register_isr(attention_class: type[nn.Module] | str, *,
             such as ``Decoder:blocks.*.attn``: the module at that path of a class, whatever its own
             class is.
         grid: Where the keys lie: the name of the forward's argument that holds (h, w), the names of
-            two arguments, or one of `Arguments`, `InputMap`, `OwnMaps`, `Patches` and `Window`. All but
-            the last two also find maps that the module's own convolutions make.
+            two arguments, or one of `Arguments`, `InputMap`, `OwnMaps`, `Patches` and `Window`. All
+            but the last two also find maps that the module's own convolutions make.
         prefix: Number of tokens in front of the grid that must stay, such as a class token, or the
             name of the module's attribute that holds it. A tuple lists several of these, from the
             grid outward; layers may lack the outermost ones, and names may be of modules around the
@@ -213,7 +213,7 @@ def _own_part(name: str, module: Any) -> Part | None:
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[str, list[nn.Module]]]:
-    """Yield each module once, with its name and the path of modules from the outermost to itself."""
+    """Yield each module once: its name, and the modules from the outermost to itself."""
     seen: set[nn.Module] = set()
 
     def visit(name: str, path: list[nn.Module]) -> Iterator[tuple[str, list[nn.Module]]]:

@@ -100,7 +100,7 @@ def _build(compiler: str) -> Path:
                                     platform.machine(), *flags]).encode()).hexdigest()[:16]
     cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'mmseg_edaformer'
     for library in cache.glob(f'native-{key}-*.so'):
-        if library == _place(cache, key, library.read_bytes()):  # loading a damaged one kills Python
+        if library == _place(cache, key, library.read_bytes()):  # a damaged one kills Python
             return library
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:

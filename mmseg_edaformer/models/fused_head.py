@@ -73,7 +73,7 @@ class FusedHead(BaseDecodeHead):
         return resize(x, size=size, mode='bilinear', align_corners=self.align_corners)
 
     def _fuse_weight(self) -> tuple[Tensor, Tensor | None]:
-        """The fuse layer's matrix; at inference the batch norm is folded into it and into a bias."""
+        """The fuse layer's matrix, into which, and a bias, inference folds the batch norm."""
         weight, norm = self.fuse.weight.flatten(1), self.fuse_norm
         if self.training or not isinstance(norm, nn.modules.batchnorm._BatchNorm) or (
                 norm.running_var is None or norm.running_mean is None):

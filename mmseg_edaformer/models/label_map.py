@@ -203,7 +203,7 @@ def _block_labels(x: Tensor, rows: tuple[Tensor, Tensor], columns: tuple[Tensor,
         value = value.view(n, size * k, span) @ column_weights[column].to(value).transpose(1, 2)
         value = value.view(n, size, k, size)
         value.ge_(value.amax(2, keepdim=True))
-        # Of the largest classes the lowest; several times as fast as argmax.
+        # The lowest of the largest classes, without the slow argmax over a middle axis.
         value.mul_((x.shape[2] - candidate)[:, None, :, None])
         labels[block] = (x.shape[2] - value.amax(2).flatten(1)).short()
         done += n

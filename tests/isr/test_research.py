@@ -6,8 +6,8 @@ from torch import nn
 
 from mmseg_edaformer.errors import RatioError
 from mmseg_edaformer.isr import apply_isr, register_isr
-from mmseg_edaformer.isr.registry import find_attention
 from mmseg_edaformer.isr.adapters.research import RULES
+from mmseg_edaformer.isr.registry import find_attention, research_rule
 from mmseg_edaformer.isr.rules import Irreducible
 
 from .check import check_adapter
@@ -542,10 +542,10 @@ def test_nothing_to_reduce_has_a_reason(name, attributes, reason):
 
 def test_the_name_alone_is_not_enough():
     for name in RULES:
-        assert find(type(name, (nn.Module,), {})()) is None
+        assert research_rule(type(name, (nn.Module,), {})()) is None
     stranger = type('Attention', (nn.Module,), {'forward': lambda self, x: x})()
     stranger.q, stranger.sr_ratio = nn.Linear(2, 2), 1
-    assert find(stranger) is None, 'its forward takes no H and W'
+    assert research_rule(stranger) is None, 'its forward takes no H and W'
 
 
 @pytest.mark.parametrize('forward', [
@@ -553,7 +553,7 @@ def test_the_name_alone_is_not_enough():
     lambda self, x_all, mask_all=None: x_all,  # Focal: keys of its window and of those around it
 ], ids=['green', 'focal'])
 def test_other_windows_are_not_guessed(forward):
-    assert find(plain('WindowAttention', forward, window_size=(4, 4),
+    assert research_rule(plain('WindowAttention', forward, window_size=(4, 4),
                       relative_position_bias_table=0)) is None
 
 
@@ -561,4 +561,4 @@ def test_register_isr_comes_first():
     model = Model(strided(2), as_tokens)
     register_isr('Attention', irreducible='mine')
     assert find_attention(model).irreducible == {'attn': 'Attention: mine'}
-    assert not isinstance(find(model.attn), Irreducible)
+    assert not isinstance(research_rule(model.attn), Irreducible)

@@ -148,5 +148,5 @@ RULES: dict[str, tuple[tuple[tuple[str, ...], Rule], ...]] = {
         'it sums up its keys before the queries see them, at a cost linear in them')),),
     'AttentionModule': ((('conv0', 'conv3'), _CONVOLUTION),),  # SegNeXt
 }
-"""By class name: attributes or arguments of the forward that must exist (or, after ``!``, must not),
+"""By class name: attributes or arguments of the forward that must exist, or after ``!`` must not,
 and the rule; the first that fits counts."""
