@@ -247,14 +247,12 @@ class ISRReport:
     untouched: dict[str, str]
 
     def __str__(self) -> str:
-        from prettytable import PrettyTable
-
-        table = PrettyTable(['stage', 'blocks', 'pool', 'keys'], align='l')
-        for stage in self.stages:
-            table.add_row([stage.stage, stage.blocks, _change(*stage.pool), _change(*stage.keys)])
+        rows = [('stage', 'blocks', 'pool', 'keys'), *(
+            (stage.stage, str(stage.blocks), _change(*stage.pool), _change(*stage.keys))
+            for stage in self.stages)]
         before, after = (macs / 1e9 for macs in self.macs)
         lines = [f'ISR {self.isr_ratio} on {self.input_size[0]}x{self.input_size[1]} pixels:',
-                 str(table), f'GMACs {before:.2f} -> {after:.2f} ({after / before - 1:+.1%})']
+                 _table(rows), f'GMACs {before:.2f} -> {after:.2f} ({after / before - 1:+.1%})']
         if self.untouched:
             lines.append('not reduced:')
         for reason, count in Counter(self.untouched.values()).items():
@@ -382,3 +380,11 @@ class _Trace:
 
 def _change(before: int, after: int) -> str:
     return f'{before} -> {after}' if before != after else str(before)
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    """Rows under a header, framed; no library, because ISR needs torch alone."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    line = '+'.join(['', *('-' * (width + 2) for width in widths), ''])
+    header, *body = ('| ' + ' | '.join(map(str.ljust, row, widths)) + ' |' for row in rows)
+    return '\n'.join([line, header, line, *body, line])
