@@ -30,7 +30,6 @@ def test_by_rows(heads, dim, size, keys, rows, threads, monkeypatch):
         monkeypatch.setattr(attention.cpu_kernels, '_library', lambda: None)
         monkeypatch.setattr(attention, 'SCORE_BYTES',
                             rows * size[1] * heads * keys[0] * keys[1] * 4)
-    torch.manual_seed(0)
     x, kv = (torch.randn(2, heads * dim, *shape).to(memory_format=torch.channels_last)
              for shape in (size, keys))
     before = torch.get_num_threads()
@@ -44,16 +43,22 @@ def test_by_rows(heads, dim, size, keys, rows, threads, monkeypatch):
     assert found.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize('compiled', [True, False])
-def test_by_rows_in_bfloat16(compiled, monkeypatch):
-    if not compiled:
+@pytest.fixture(params=[True, False], ids=['compiled', 'plain'])
+def _kernels(request, monkeypatch):
+    """With the compiled operators, and without."""
+    if not request.param:
         monkeypatch.setattr(attention.cpu_kernels, '_library', lambda: None)
-    torch.manual_seed(0)
+
+
+@pytest.mark.usefixtures('_kernels')
+@torch.no_grad()
+def test_by_rows_in_bfloat16_and_with_large_scores():
     x, kv = torch.randn(1, 64, 12, 12), torch.randn(1, 64, 6, 6)
-    with torch.no_grad():
-        found = attention.attend_by_rows(x.bfloat16(), kv.bfloat16(), 2)
-    error = (found.float() - sdpa(x, kv, 2)).abs().max()
-    assert error < 0.03
+    out = attention.attend_by_rows(x.bfloat16(), kv.bfloat16(), 2)
+    assert (out.float() - sdpa(x, kv, 2)).abs().max() < 0.03
+    x = torch.randn(1, 32, 6, 6) * 300
+    torch.testing.assert_close(attention.attend_by_rows(x, x, 1), sdpa(x, x, 1), rtol=1e-5,
+                               atol=1e-3)
 
 
 @pytest.mark.gpu
@@ -70,7 +75,6 @@ def test_gradients_take_the_differentiable_way(device):
 @pytest.mark.gpu
 @pytest.mark.parametrize('relu', [True, False])
 def test_padding_changes_nothing(relu, device, monkeypatch):
-    torch.manual_seed(0)
     ffn = MixFFN(16, 3.8, relu=relu).to(device)
     x = torch.randn(2, 16, 6, 5).to(device, memory_format=torch.channels_last)
     expected = ffn(x)
@@ -130,13 +134,6 @@ def test_native_is_built_once_and_used(tmp_path, monkeypatch):
         assert library.read_bytes() == content
 
 
-def test_large_scores_do_not_overflow():
-    x = torch.randn(1, 32, 6, 6) * 300
-    with torch.no_grad():
-        torch.testing.assert_close(attention.attend_by_rows(x, x, 1), sdpa(x, x, 1), rtol=1e-5,
-                                   atol=1e-3)
-
-
 def test_a_broken_compiler_is_named_and_done_without(tmp_path, monkeypatch):
     compiler = tmp_path / 'broken'
     compiler.write_text('#!/bin/sh\necho no such option >&2\nexit 1\n')
@@ -147,17 +144,14 @@ def test_a_broken_compiler_is_named_and_done_without(tmp_path, monkeypatch):
         assert attention.cpu_kernels._library.__wrapped__() is None
 
 
-@pytest.mark.parametrize('compiled', [True, False])
+@pytest.mark.usefixtures('_kernels')
 @pytest.mark.parametrize('shape', [(1, 16, 1, 1), (2, 121, 9, 35), (1, 3, 2, 2), (1, 64, 40, 41)])
-def test_gelu(shape, compiled, monkeypatch):
-    if not compiled:
-        monkeypatch.setattr(attention.cpu_kernels, '_library', lambda: None)
-    torch.manual_seed(0)
+@torch.no_grad()
+def test_gelu(shape):
     x = (torch.randn(shape) * 4).to(memory_format=torch.channels_last)
     expected, half = F.gelu(x), x.bfloat16()
-    with torch.no_grad():
-        torch.testing.assert_close(gelu(x.clone()), expected, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(gelu(half.clone()), F.gelu(half), rtol=8e-3, atol=1e-6)
+    torch.testing.assert_close(gelu(x.clone()), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gelu(half.clone()), F.gelu(half), rtol=8e-3, atol=1e-6)
 
 
 @pytest.mark.gpu
