@@ -6,7 +6,7 @@ the output's size as they are, so it needs no training and can be undone at any 
 import functools
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ParamSpec, TypeVar, cast
@@ -382,7 +382,7 @@ def _change(before: int, after: int) -> str:
     return f'{before} -> {after}' if before != after else str(before)
 
 
-def _table(rows: list[tuple[str, ...]]) -> str:
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
     """Rows under a header, framed; no library, because ISR needs torch alone."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     line = '+'.join(['', *('-' * (width + 2) for width in widths), ''])

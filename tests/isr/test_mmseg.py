@@ -64,7 +64,8 @@ MODEL_CASES = [
         pytest.mark.gpu] * (config['type'] in ('MixVisionTransformer', 'SwinTransformer')))
     for config, shapes, grids, checks in MODEL_CASES for size in shapes])
 def test_backbones(config, size, grids, checks, device):
-    check_adapter(MODELS.build(copy.deepcopy(config)), torch.randn(2, 3, *size).to(device), grids(*size), **checks)
+    model = MODELS.build(copy.deepcopy(config))
+    check_adapter(model, torch.randn(2, 3, *size).to(device), grids(*size), **checks)
 
 
 def segmenter():
