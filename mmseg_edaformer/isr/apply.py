@@ -357,10 +357,10 @@ class _Trace:
         except UserError:
             raise
         except Exception as error:  # of whatever model this is
-            what = 'x'.join(map(str, inputs)) + ' pixels' if isinstance(
+            given = 'x'.join(map(str, inputs)) + ' pixels' if isinstance(
                 inputs, tuple) and isinstance(inputs[0], int) else 'its example_inputs'
             raise ExampleError(
-                f'{type(shadow).__name__} does not run on {what} ({type(error).__name__}: {error})'
+                f'{type(shadow).__name__} does not run on {given} ({type(error).__name__}: {error})'
                 ': give an input_size or crop_size that it takes, or example_inputs') from error
 
     @staticmethod

@@ -239,8 +239,8 @@ def _place(grids: Set[Grid | None], changes: list[list[Tensor]]) -> tuple[int, i
         reached = torch.stack(marked).amax(0)
         alive = reached > SILENT * reached.amax(-1, keepdim=True)
         if not alive.any(-1).all():
-            return 'it also attends to what is no map' if places or alive.any() or any(
-                (change[1] > 0).any() for change in zip(*changes)) else 'it was not run'
+            ran = places or alive.any() or any((change[1] > 0).any() for change in zip(*changes))
+            return 'it also attends to some tokens of no map' if ran else 'it was not run'
         bits = 2 ** torch.arange(len(set_))
         heads = ((set_ > unset) * bits.view(-1, 1, 1)).sum(0).where(alive, -1)
         tokens, alive = heads[0], alive.any(0)
@@ -253,7 +253,7 @@ def _place(grids: Set[Grid | None], changes: list[list[Tensor]]) -> tuple[int, i
         beside = torch.ones_like(alive)
         beside[front:front + len(numbers)] = False
         if (beside & (alive | (another > SILENT * another.max()))).any():
-            return 'what stands beside the tokens of its map depends on the image too'
+            return 'the tokens beside those of its map depend on the image too'
         places.add((front, behind))
     if len(places) != 1:
         return 'it was not run on an example' if not places else (

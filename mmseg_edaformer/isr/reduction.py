@@ -1,4 +1,4 @@
-"""What is asked of an attention layer, and what one forward pass did to it."""
+"""How an attention layer is to be reduced, and the record of one forward pass."""
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -222,15 +222,15 @@ def _follow(chain: Chain, meta: dict[str, Any]) -> Chain:
 
 @MODELS.register_module(name=['StreamedTTAModel', 'SegTTAModel'], force=True)
 class StreamedTTAModel(SegTTAModel):
-    """mmseg's test-time augmentation, which averages ``seg_logits``: it has the model return them.
+    """mmseg's test-time augmentation, for which a `StreamedEncoderDecoder` returns ``seg_logits``.
 
-    It stands in for mmseg's under that name as well, so that configs of either name work. Other
-    segmentors run as with mmseg's.
+    It replaces mmseg's under that name too, so that configs with either name work. Other segmentors
+    run as with mmseg's.
 
     Args:
         module: The segmentor, or its config.
-        args: mmseg's SegTTAModel.
-        kwargs: As well.
+        args: Positional arguments of mmseg's SegTTAModel.
+        kwargs: Keyword arguments of mmseg's SegTTAModel.
     """
 
     def __init__(self, module: Any, *args: Any, **kwargs: Any) -> None:

@@ -115,7 +115,7 @@ def test_tokens_on_either_side_are_found(arrange, front, behind, size):
 
 @pytest.mark.parametrize(('arrange', 'reason'), [
     (shuffled, 'do not stand row by row'), (by_column, 'do not stand row by row'),
-    (with_pruned, 'do not stand row by row'), (with_mean, 'depends on the image too')])
+    (with_pruned, 'do not stand row by row'), (with_mean, 'depend on the image too')])
 def test_what_is_no_map_is_refused(arrange, reason):
     model = ViT(arrange).eval()
     for strict in (False, True):
@@ -143,7 +143,7 @@ def test_patches_of_two_images_are_refused(template):
     with pytest.raises(RatioError, match=r'missing 1 required.*: give it what it takes as'):
         apply_isr(model, 2)
     images = torch.randn(1, 3, *template), torch.randn(1, 3, *SIZE)
-    reason = r'more than one map|do not stand row by row|depends on the image'
+    reason = r'more than one map|do not stand row by row|depend on the image'
     with pytest.raises(RatioError, match=reason):
         apply_isr(model, 2, example_inputs=images)
     with pytest.raises(RatioError, match=reason):
@@ -200,7 +200,7 @@ def test_attention_that_is_only_partly_over_the_map_is_refused():
     apply_isr(model, 2)
     assert not hasattr(model.blocks[0].attn, 'isr_reduction')
     assert hasattr(model.blocks[1].attn, 'isr_reduction')
-    with pytest.raises(RatioError, match=r'blocks\.0\.attn: Attention: it also attends to what is'):
+    with pytest.raises(RatioError, match=r'blocks\.0\.attn: Attention: it also attends to some'):
         apply_isr(model, 2, strict=True)
 
 
