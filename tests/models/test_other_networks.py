@@ -25,7 +25,7 @@ SMALL = {
 
 
 def build(name):
-    """A backbone of `SMALL`, or a decoder on our own encoder."""
+    """A backbone of `SMALL`, FeedFormer on our own encoder, or our decoder with a token mixer."""
     if name == 'feedformer':
         model = MODELS.build(dict(segmentor_config(), decode_head=dict(
             type='FeedFormerHead', in_channels=(16, 32, 64, 128), channels=32, num_heads=(2, 4, 8),
@@ -33,7 +33,7 @@ def build(name):
         model.init_weights()
         return model
     if name in TOKEN_MIXERS:
-        return MODELS.build(dict(segmentor_config(token_mixer=name)))
+        return EDAFormerHead((16, 32, 64), 24, num_classes=5, token_mixer=name)
     config = dict(SMALL[name])
     if config['type'] != 'LVT':
         pytest.importorskip('timm' if config['type'] == 'TimmMaps' else 'transformers',
@@ -42,7 +42,10 @@ def build(name):
 
 
 def outputs(model, image):
-    """All maps of a model as a list."""
+    """All maps of a backbone, a segmentor, or a decoder on drawn maps as a list."""
+    if isinstance(model, EDAFormerHead):
+        torch.manual_seed(1)
+        image = [torch.randn(2, dim, 47 >> i, 65 >> i) for i, dim in enumerate((8, 16, 32, 64))]
     out = model(image)
     return [out] if isinstance(out, torch.Tensor) else list(out)
 
