@@ -629,7 +629,7 @@ def _predict(report: Report, device: str) -> str:
     if shapes != [(1, 64, 64)] * 2:
         raise RuntimeError(f'label maps of {shapes} come out of an image of 64 x 64')
     for warning in said:
-        if str(warning.message).startswith('native.cpp'):
+        if str(warning.message).startswith('cpu_kernels.cpp'):
             report.add('warning', 'C++ compiler', str(warning.message))
     return 'predicts a 64 x 64 image, without ISR and with it'
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import ConfigError
-from ..isr.adapters import Layer, find_attention
-from ..isr.intercept import Record, recording
 from ..isr.pooling import Grid, cells
+from ..isr.reduction import Record, recording
+from ..isr.registry import Layer, find_attention
 from ..models.attention import EmbeddingFreeAttention
 
 _SINGLE = 9  # single tokens in front of a map that are looked for
@@ -217,7 +217,7 @@ class _Watch(TorchFunctionMode):
         else:
             single, ratio, total = place.single, 1, weights.shape[-1]
             if record is not None and record.keys is not None:
-                ratio, total = record.ratio, record.keys[0]
+                ratio, total = record.isr_ratio, record.keys[0]
             edges = _key_edges(place.grid, total - single, ratio, run.module)
         if single + math.prod(len(edge) - 1 for edge in edges) != weights.shape[-1]:
             raise _NoMapError(f'its {weights.shape[-1]} keys are no cells of a map')

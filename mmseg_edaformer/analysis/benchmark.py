@@ -199,11 +199,6 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(sides[0]), int(sides[-1])
 
 
-def ratio_name(ratio: ISRRatio) -> str:
-    """How tables name a ratio."""
-    return 'none' if ratio == NONE else str(ratio)
-
-
 def load_contenders(config: str, checkpoint: str | None = None, compare: Sequence[str] = (),
                     ratios: Sequence[str] = ('none',),
                     cfg_options: dict[str, Any] | None = None,
@@ -510,7 +505,7 @@ def _measure(contenders: Sequence[Contender], subjects: Mapping[str, Subject], p
 def _row(contender: Contender, ratio: ISRRatio, cost: _Cost | None, mode: str, dtype: str,
          size: tuple[int, int], batch_size: int, **measured: Any) -> Row:
     params = sum(parameter.numel() for parameter in contender.model.parameters())
-    return Row(contender.name, ratio_name(ratio), mode, dtype, *size, batch_size,
+    return Row(contender.name, str(ratio), mode, dtype, *size, batch_size,
                len(windows(contender.model, size)), None if cost is None else cost.macs / 1e9,
                params / 1e6,
                contender.execution, **measured)

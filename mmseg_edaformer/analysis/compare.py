@@ -213,12 +213,10 @@ def table(results: Sequence[Result], figures: Sequence[RatioFigures],
 
 def _name(result: Result, classifies: bool) -> str:
     """The ratio, for a classifier of its encoder alone, and the method if it is not the usual."""
-    if str(result.ratio) == '1':
-        return 'none'
     name = str(result.ratio)
     if classifies:
         name = name.partition('-')[0].rstrip(',')
-    return name if result.method == 'average' else f'{name} {result.method}'
+    return name if result.method == 'average' or name == 'none' else f'{name} {result.method}'
 
 
 def _chance_line(dataset: BaseDataset, classifies: bool) -> str:
@@ -245,7 +243,7 @@ def draw(model: BaseModel, dataset: BaseDataset, results: Sequence[Result], path
     classes, palette = dataset.metainfo['classes'], np.array(dataset.metainfo['palette'], np.uint8)
     colours = np.vstack([palette, np.zeros((256 - len(palette), 3), np.uint8)])
     titles = ['image', 'truth', *(
-        'prediction' if str(result.ratio) == '1' else f'ISR {_name(result, False)}'
+        'prediction' if str(result.ratio) == 'none' else f'ISR {_name(result, False)}'
         for result in results)]
     height, width = dataset[0]['inputs'].shape[1:]
     figure, axes = plt.subplots(

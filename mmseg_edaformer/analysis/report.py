@@ -35,7 +35,7 @@ from . import report_html as page, report_plots as plots
 from .benchmark import Plan, environment, windows
 from .evaluation import FOLDER, Evaluation, ImageScore
 from .report_sources import LiveBench, Ratios, find_sweep, join_curves, read_curves, size_name
-from .sweep import DEFAULT, GREEDY, make_rows, ratio_name
+from .sweep import DEFAULT, GREEDY, make_rows
 from .sweep_report import Row, draw
 
 _RATIO_SECONDS, _RATIO_SHARE, _LEAST_SECONDS = 60., 0.05, 10.
@@ -81,7 +81,7 @@ class _Report:
         self.augmented = isinstance(whole.module if is_model_wrapper(whole) else whole,
                                     BaseTTAModel)
         self.hook = next((hook for hook in runner.hooks if isinstance(hook, ISRHook)), None)
-        self.ratio = 'none' if self.hook is None else ratio_name(self.hook.ratio)
+        self.ratio = 'none' if self.hook is None else str(self.hook.ratio)
         self.curves = read_curves(self.work_dir)
         trained = [name for name in ('mIoU', 'accuracy/top1') if self.curves.of(name, True)]
         self.main = trained[0] if trained else 'mIoU'

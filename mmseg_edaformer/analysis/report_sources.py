@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from ..isr import ISRRatio, isr
-from ..isr.adapters import find_attention
+from ..isr.registry import find_attention
 from .evaluation import Evaluation
-from .sweep import Bench, Measurements, ratio_name
+from .sweep import Bench, Measurements
 from .sweep_report import Row
 
 RATIO_IMAGES = 50
@@ -114,7 +114,7 @@ class LiveBench(Bench):
     @torch.no_grad()
     def measure_for(self, ratios: Sequence[ISRRatio], seconds: float) -> None:
         """Predict images at all ratios in turn, at least one image, until the time is over."""
-        names = {ratio_name(ratio): ratio for ratio in ratios}
+        names = {str(ratio): ratio for ratio in ratios}
         end = time.monotonic() + seconds
         for position in range(len(self.order)):
             self._take_turns(position, names, list(names))

@@ -38,7 +38,7 @@ from ..engine.run_config import load_config
 from ..errors import ConfigError, DataError, RatioError
 from ..files import replacing, write_file
 from ..isr import ISRRatio, isr
-from ..isr.adapters import find_attention
+from ..isr.registry import find_attention
 from .benchmark import windows
 from .compare import load_model
 from .memory import peak_bytes
@@ -191,7 +191,7 @@ class Bench:
 
     def gmacs(self, ratio: ISRRatio) -> float:
         """Billions of multiply-adds of one image of `size`, all of its windows counted."""
-        name = ratio_name(ratio)
+        name = str(ratio)
         if name not in self.macs:
             views = windows(self.model, self.size)
             view = (len(range(self.size[0])[views[0][0]]), len(range(self.size[1])[views[0][1]]))
@@ -205,11 +205,11 @@ class Bench:
 
     def areas(self, ratio: ISRRatio) -> np.ndarray:
         """Intersections and unions of the images that all have been measured on, N x 2 x C."""
-        return np.stack(self.found.areas[ratio_name(ratio)][:self.images]).astype(np.float64)
+        return np.stack(self.found.areas[str(ratio)][:self.images]).astype(np.float64)
 
     def relative(self, ratio: ISRRatio) -> float:
         """Median ratio of the time to that of the trained ratio in the same turn."""
-        seconds = self.found.seconds[ratio_name(ratio)][:self.images]
+        seconds = self.found.seconds[str(ratio)][:self.images]
         return statistics.median(own / base for own, base in seconds)
 
     def milliseconds(self, ratio: ISRRatio) -> float:
@@ -230,8 +230,8 @@ class Bench:
 
         What has been measured before is not measured again.
         """
-        names = {ratio_name(ratio): ratio for ratio in ratios
-                 if self.found.count(ratio_name(ratio)) < len(self.order)}
+        names = {str(ratio): ratio for ratio in ratios
+                 if self.found.count(str(ratio)) < len(self.order)}
         if not names:
             return
         self.passes += 1
@@ -306,7 +306,7 @@ class Bench:
     @torch.no_grad()
     def peak_mib(self, ratio: ISRRatio) -> float:
         """Most memory at once in a prediction of an image of `size`, with the weights."""
-        name = ratio_name(ratio)
+        name = str(ratio)
         if name not in self.peaks:
             with isr(self.model, ratio):
                 self.peaks[name] = peak_bytes(
@@ -378,14 +378,6 @@ def change_interval(areas: np.ndarray, trained: np.ndarray,
     return float(low), float(high)
 
 
-def ratio_name(ratio: ISRRatio) -> str:
-    """A ratio as the tables show it and the command lines take it."""
-    if ratio == ISRRatio.parse('none'):
-        return 'none'
-    # A lone multiplier is followed by a comma, which matters from 10 up.
-    return str(ratio).removesuffix(',') if max(ratio.decoder) < 10 else str(ratio)
-
-
 def search(bench: Bench, ratios: Sequence[ISRRatio], goal: Goal, greedy: bool) -> list[ISRRatio]:
     """Measure the ratios and, from the trained one on, those of the greedy search.
 
@@ -408,7 +400,7 @@ def search(bench: Bench, ratios: Sequence[ISRRatio], goal: Goal, greedy: bool) -
     if goal.budget_gmacs is not None:
         cheapest = min([*tried, *[most] * greedy], key=bench.gmacs)
         if bench.gmacs(cheapest) > goal.budget_gmacs:
-            raise ConfigError(f'{goal}: the cheapest ratio here, {ratio_name(cheapest)}, costs '
+            raise ConfigError(f'{goal}: the cheapest ratio here, {cheapest}, costs '
                               f'{bench.gmacs(cheapest):.3f} GMACs for {shape(bench)} pixels. Give '
                               'at least that, or take a smaller model')
     budget = goal.budget_gmacs or goal.budget_ms
@@ -482,7 +474,7 @@ def make_rows(bench: Bench, ratios: Sequence[ISRRatio], *, memory: bool = True) 
         ratios: What to show.
         memory: Measure it, which takes one more prediction of each.
     """
-    done = [ratio for ratio in ratios if bench.found.count(ratio_name(ratio)) >= bench.images]
+    done = [ratio for ratio in ratios if bench.found.count(str(ratio)) >= bench.images]
     done.sort(key=lambda ratio: -bench.gmacs(ratio))
     trained = bench.ratio('none')
     nan = bench.metric['nan_to_num']
@@ -490,7 +482,7 @@ def make_rows(bench: Bench, ratios: Sequence[ISRRatio], *, memory: bool = True) 
     for ratio in done:
         low, high = (None, None) if bench.images < FEWEST else change_interval(
             bench.areas(ratio), bench.areas(trained), nan)
-        rows.append(Row(ratio_name(ratio), bench.images, bench.miou(ratio),
+        rows.append(Row(str(ratio), bench.images, bench.miou(ratio),
                         bench.miou(ratio) - bench.miou(trained), low, high, bench.gmacs(ratio),
                         bench.milliseconds(ratio), bench.relative(ratio),
                         bench.peak_mib(ratio) if memory else None))
@@ -549,7 +541,7 @@ def sweep(config: str, checkpoint: str, *, ratios: Sequence[str] = DEFAULT,
         rows = make_rows(bench, tried, memory=memory)
         best = recommend(rows, goal)
         write(folder, bench, rows, goal, best, command)
-        named = {'none', *map(ratio_name, wanted)} | ({best.isr_ratio} if best else set())
+        named = {'none', *map(str, wanted)} | ({best.isr_ratio} if best else set())
         draw(rows, folder / 'sweep.png', best.isr_ratio if best else None, named)
         say('\n'.join([table(rows, named), *notes(bench, rows), f'Written: {folder}/sweep.csv, '
                        '.json, .png, and .npz for a later sweep', *(

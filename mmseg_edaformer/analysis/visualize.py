@@ -18,7 +18,7 @@ from ..isr import ISRRatio
 from ..isr.pooling import Grid
 from ..predict.segmenter import Segmenter, find_pictures, name_targets, writing
 from .attention import Attended, choose_layers, layer_names, look
-from .benchmark import ratio_name, windows
+from .benchmark import windows
 from .sheets import (
     Shot,
     Subject,
@@ -184,7 +184,7 @@ def _take(segmenter: Segmenter, subject: Subject, ratios: Sequence[ISRRatio],
     for ratio in ratios:
         with _ratio(segmenter, ratio):
             seen, why = look(segmenter.model, subject.inputs, layers, at)
-            shots.append(_predict(segmenter, subject.path, f'ISR {ratio_name(ratio)}', seen))
+            shots.append(_predict(segmenter, subject.path, f'ISR {ratio}', seen))
         reasons |= why
     if strict and reasons:
         raise ConfigError('this attention cannot be drawn: ' + '; '.join(

@@ -21,7 +21,6 @@ from torch.export import Dim, ExportedProgram
 from .. import __version__
 from ..compat import swaps_channels
 from ..errors import ConfigError, UserError
-from ..isr import ISRRatio
 from ..models.segmentor import StreamedEncoderDecoder
 from ..predict.segmenter import Segmenter
 
@@ -126,11 +125,10 @@ def describe(segmenter: Segmenter, deployed: Deployed, size: tuple[int, int] | N
     """The metadata of a file; plain data."""
     preprocessor: Any = segmenter.model.data_preprocessor
     normalised = preprocessor._enable_normalize
-    ratio = segmenter.isr
     return dict(
         version=__version__, torch=torch.__version__, checkpoint=Path(segmenter.source).name,
         sha256=hashlib.sha256(Path(segmenter.source).read_bytes()).hexdigest(),
-        isr_ratio='none' if ratio == ISRRatio.parse('none') else str(ratio),
+        isr_ratio=str(segmenter.isr),
         input='images: N x H x W x 3, uint8, RGB, 0 to 255; mean and std are inside',
         output='labels' if deployed.labels else 'logits',
         classes=segmenter.classes, palette=segmenter.description.palette,

@@ -31,7 +31,7 @@ from ..data.transforms import with_checks
 from ..errors import ConfigError, DataError, RatioError, UserError
 from ..files import write_file
 from ..isr import ISRRatio, isr
-from ..isr.adapters import find_attention
+from ..isr.registry import find_attention
 from .segmenter import Segmentation, Segmenter, scale_down
 
 MAX_SIDE = 1024
@@ -189,9 +189,8 @@ def describe_figures(comparison: Comparison) -> str:
         ('gmacs', 'GMACs', f'{gmacs[0]:.3g} → <b>{gmacs[1]:.3g}</b>', _change(*gmacs)),
         ('ms', 'milliseconds', f'{milliseconds[0]:.0f} → <b>{milliseconds[1]:.0f}</b>',
          f'{_change(*milliseconds)}, median of {comparison.rounds}')))
-    name = 'none' if comparison.ratio == _TRAINED else str(comparison.ratio)
     return (f'<div class="eda-cards">{cards}</div><p class="eda-note">Ratio of the right side: '
-            f'<code>--isr-ratio {name}</code></p>')
+            f'<code>--isr-ratio {comparison.ratio}</code></p>')
 
 
 def describe_classes(comparison: Comparison) -> str:

@@ -47,7 +47,7 @@ from ..engine.single_file import Description, describe, load_model, read_descrip
 from ..errors import CheckpointError, ConfigError, DataError, shown
 from ..files import remove_partial_files, replacing, shorten, write_file
 from ..isr import ISRRatio, apply_isr, remove_isr
-from ..isr.adapters import find_attention
+from ..isr.registry import find_attention
 
 PICTURES = frozenset({'.avif', '.bmp', '.gif', '.jp2', '.jpeg', '.jpg', '.pgm', '.png', '.ppm',
                       '.tga', '.tif', '.tiff', '.webp'})
@@ -416,7 +416,7 @@ class Segmenter:
                         else f'about {seconds / 60:.0f} min')
             height, width = data['data_samples'].ori_shape
             text = (f'an image of {width}x{height} pixels takes {duration} on {self.device} at ISR '
-                    f'ratio {_ratio_name(ratio)}')
+                    f'ratio {ratio}')
             if by_default:
                 text += (f', the default above {_MEGAPIXELS} (isr none or --isr-ratio none: the '
                          'model as trained)')
@@ -883,7 +883,7 @@ class Summary:
             new = more.get('pictures', len(self.pictures)) > self.kept
             seconds = self.before + seconds * (new or not self.before)
         done = more.get('frames', more.get('pictures', len(self.pictures)))
-        ratio = _ratio_name(own.isr)
+        ratio = str(own.isr)
         if self.reduced:
             ratio = 'auto' if self.reduced == done else f'none, auto for {self.reduced} of {done}'
         summary = dict(
@@ -1066,10 +1066,6 @@ def class_shares(counts: np.ndarray, classes: Sequence[str]) -> dict[str, float]
             share = round(float(counts[index] / counts.sum()), 6)
             shares[classes[index]] = shares.get(classes[index], 0.) + share
     return shares
-
-
-def _ratio_name(ratio: ISRRatio) -> str:
-    return 'none' if ratio == ISRRatio.parse('none') else str(ratio)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

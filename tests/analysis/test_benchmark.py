@@ -266,7 +266,7 @@ def test_activations_of_the_innermost_modules():
 
 @pytest.mark.parametrize(('options', 'error', 'says'), [
     (dict(ratios=['2211-2222']), RatioError, '4 multipliers for the decoder'),
-    (dict(ratios=['fast']), RatioError, 'means nothing'),
+    (dict(ratios=['fast']), RatioError, 'cannot parse'),
     (dict(checkpoint='none.pth'), CheckpointError, 'checkpoint not found'),
 ])
 def test_what_does_not_fit_is_said_before_anything_runs(configs, options, error, says):

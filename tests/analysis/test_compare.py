@@ -144,7 +144,7 @@ def test_results_of_other_models(segmentor, tmp_path):
     (dict(metrics=dict(mAcc=3.)), ConfigError, 'lacks the metric mIoU, it has mAcc: test again'),
     (dict(metrics=dict(mIoU='good')), ConfigError, 'lacks numbers as metrics'),
     (dict(metrics=None, checkpoint=3), ConfigError, 'it lacks checkpoint, metrics: test again'),
-    (dict(isr_ratio='much'), RatioError, "'much' means nothing"),
+    (dict(isr_ratio='much'), RatioError, "cannot parse isr_ratio 'much'"),
     (dict(isr_method='much'), RatioError, "'much' does not exist"),
     (dict(config='gone.py'), ConfigError, r'config not found: gone\.py'),
     (dict(checkpoint='gone.pth'), CheckpointError, r'checkpoint not found: gone\.pth'),

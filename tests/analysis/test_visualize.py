@@ -413,7 +413,7 @@ class NoAttention(nn.Module):
     (dict(points=['96,3']), ConfigError, 'point 96,3 lies outside of .*a.png.* columns 0 to 95'),
     (dict(layers=['nothing']), ConfigError, r'no attention layer is called nothing. There are: '
      r'backbone.stages.0.blocks.0.attn, .*decode_head.levels.2.2.attn'),
-    (dict(ratios=['fast']), RatioError, "isr_ratio 'fast' means nothing"),
+    (dict(ratios=['fast']), RatioError, "cannot parse isr_ratio 'fast'"),
     (dict(ratios=['none', '22-222']), RatioError, '2 multipliers for the encoder'),
     (dict(out='text.png'), ConfigError, 'text.png cannot be written to'),
     (dict(out='text.png/below'), ConfigError, 'below cannot be written to'),

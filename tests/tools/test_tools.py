@@ -358,7 +358,7 @@ def test_a_checkpoint_for_other_classes(trained, tmp_path):
     (['tools/test.py', '{config}', '{checkpoint}', '--isr-ratio', '2211-2222'],
      '4 multipliers for the decoder, which has 3 stages'),
     (['tools/test.py', '{config}', '{checkpoint}', '--isr-ratio', 'fast'],
-     "isr_ratio 'fast' means nothing"),
+     "cannot parse isr_ratio 'fast'"),
 ])
 def test_wrong_command_lines(trained, tmp_path, command, says):
     config, work, _ = trained
