@@ -337,7 +337,7 @@ def test_killed_and_resumed(classifier, whole, tmp_path):
         whole / 'best_accuracy_top1_iter_6.pth').exists()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_it_learns(tmp_path):
     """The whole recipe with a small encoder: far from chance, a tenth, after 150 steps."""
     data = drawn.draw_crops(tmp_path / 'data', train=24, val=10)
@@ -451,8 +451,11 @@ def test_crops_are_drawn_once_and_reproducibly(crops, tmp_path, capsys):
     before = (crops / 'crops.json').stat().st_mtime_ns
     drawn.draw_crops(crops, train=4, val=1)
     assert (crops / 'crops.json').stat().st_mtime_ns == before
-    with pytest.raises(DataError, match=r'holds crops\.json'):
-        drawn.draw_crops(crops, train=5, val=1)
+    foreign = tmp_path / 'train' / 'car' / 'mine.png'
+    foreign.parent.mkdir(parents=True)
+    foreign.touch()
+    with pytest.raises(DataError, match=r'holds train/car/mine\.png, which does not belong'):
+        drawn.draw_crops(tmp_path, train=1, val=1)
     folders.prepare(folders.FOLDERS['crops'], crops)
     assert 'train: 40 images in 10 folders' in capsys.readouterr().out
     with pytest.raises(DataError, match='instead of 1,000'):
