@@ -36,7 +36,7 @@ FORK_TESTS := $(wildcard tests/test_*.py) tests/data tests/engine tests/export t
 	data/test_drawing.py) $(addprefix --deselect tests/, tools/test_tools.py::test_compiled \
 	tools/test_distributed.py::test_two_nodes \
 	tools/test_distributed.py::test_another_number_of_gpus_warns_and_scales \
-	pretraining/test_pretraining.py::test_it_learns models/test_networks.py::test_compile \
+	models/test_networks.py::test_compile \
 	export/test_export.py::test_another_model_and_padding)
 
 test-fork: .venv-fork/ready

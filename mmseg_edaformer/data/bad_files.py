@@ -20,6 +20,8 @@ IN_A_ROW = 100
 _LOADERS = {'LoadImageFromFile': 'LoadSegImage', 'LoadSegImage': 'LoadSegImage',
             'LoadAnnotations': 'LoadSegLabels', 'LoadSegLabels': 'LoadSegLabels'}
 _SHOWN = 10
+_SHARE = 0.1  # largest share of bad samples, once 100 were drawn
+_INTERVAL = 50  # iterations between two looks at the list
 
 
 class SkipList:
@@ -115,17 +117,13 @@ class SkippedFilesHook(Hook):
 
     Args:
         skip_list: Text file that the transforms write, see `SkipList`.
-        share: Largest share of bad samples, once 100 were drawn.
-        interval: Iterations between two looks at the file's size.
 
     Raises:
-        DataError: More than ``share`` of the samples are bad.
+        DataError: More than a tenth of the samples are bad.
     """
 
-    def __init__(self, skip_list: str, share: float = 0.1, interval: int = 50) -> None:
+    def __init__(self, skip_list: str) -> None:
         self.skip_list = skip_list
-        self.share = share
-        self.interval = interval
         self.files: dict[str, str] = {}
         self.earlier = self.place = self.samples = 0
 
@@ -145,7 +143,7 @@ class SkippedFilesHook(Hook):
         if isinstance(images[0], (list, tuple)):  # test-time augmentation: views of a batch
             images = images[0]
         self.samples += len(images) * runner.world_size
-        if self.every_n_inner_iters(batch_idx, self.interval):
+        if self.every_n_inner_iters(batch_idx, _INTERVAL):
             self._log_new(runner)
 
     def after_val(self, runner: Runner) -> None:
@@ -171,9 +169,9 @@ class SkippedFilesHook(Hook):
         if len(new) > _SHOWN:
             runner.logger.warning(f'skipped: {len(new) - _SHOWN} more, see {self.skip_list}')
         bad = len(self.files) - self.earlier
-        if self.samples >= 100 and bad > self.share * self.samples:
+        if self.samples >= 100 and bad > _SHARE * self.samples:
             raise DataError(f'{bad} files were skipped in {self.samples} samples, more than '
-                            f'{self.share:.0%}: see {self.skip_list}, and check the disk and the '
+                            f'{_SHARE:.0%}: see {self.skip_list}, and check the disk and the '
                             'paths of the config')
 
     def _read(self) -> list[str]:

@@ -1,5 +1,5 @@
 """A small drawn classification set in ImageNet's layout, for first trainings and for tests."""
-import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,9 +7,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from ..data.drawing import CLASSES as KINDS, draw_scene
+from ..data.drawing import CLASSES as KINDS, draw_once, draw_scene
 from ..errors import DataError
-from ..files import write_file
 
 CROPS: tuple[str, ...] = ('bird', 'car', 'horizon', 'house', 'lamp', 'meadow', 'road', 'roadside',
                           'sky', 'tree')
@@ -25,6 +24,7 @@ _OBJECTS = {'bird': (10, 0.05), 'car': (24, 0.2), 'house': (32, 0.2), 'lamp': (3
             'tree': (32, 0.2)}
 _SCENE = (256, 352)
 _REVISION = 1  # raise it when the images change
+_NAMES = re.compile(rf'crops\.json|(train|val)/(({"|".join(CROPS)})/(\d{{5,}}\.png)?)?')
 
 
 def draw_crops(root: str | Path, *, train: int = 80, val: int = 20, size: int = 64,
@@ -32,8 +32,8 @@ def draw_crops(root: str | Path, *, train: int = 80, val: int = 20, size: int = 
     """Draw ten classes in ImageNet's layout, unless they are there already.
 
     The images are windows of the scenes that `mmseg_edaformer.data.drawing` draws: five kinds of
-    objects, and five of ground and sky. The arguments are recorded in ``crops.json``, which is
-    written last. Each image depends on the seed, its split, class and number alone.
+    objects, and five of ground and sky. The arguments are recorded in ``crops.json``, as by
+    `draw_dataset`. Each image depends on the seed, its split, class and number alone.
 
     Args:
         root: Folder of the data set; it is made if missing, and may hold nothing else.
@@ -51,26 +51,19 @@ def draw_crops(root: str | Path, *, train: int = 80, val: int = 20, size: int = 
     if min(train, val) < 1 or size < 32 or seed < 0:
         raise DataError(f'train={train}, val={val}, size={size}, seed={seed}: ask for at least one '
                         'image of each class, 32 pixels and a seed of 0 or more')
-    root = Path(root)
-    marker = root / 'crops.json'
-    asked = dict(train=train, val=val, size=size, seed=seed, revision=_REVISION)
-    record = json.dumps(asked, indent=2) + '\n'
-    if marker.is_file() and marker.read_text(encoding='utf-8') == record:
-        return root
-    left = {entry.name for entry in root.iterdir()} - {'train', 'val'} if root.is_dir() else set()
-    if left:
-        raise DataError(f'{root} holds {", ".join(sorted(left)[:3])}: remove it, or choose another '
-                        'folder')
-    for split, (name, count) in enumerate((('train', train), ('val', val))):
-        for label, kind in enumerate(CROPS):
-            folder = root / name / kind
-            folder.mkdir(parents=True, exist_ok=True)
-            for number in range(count):
-                rng = np.random.default_rng((seed, split, label, number))
-                Image.fromarray(draw_crop(rng, kind, size)).save(folder / f'{number:05d}.png',
-                                                                 compress_level=1)
-    write_file(marker, record)
-    return root
+
+    def draw(root: Path) -> None:
+        for split, (name, count) in enumerate((('train', train), ('val', val))):
+            for label, kind in enumerate(CROPS):
+                folder = root / name / kind
+                folder.mkdir(parents=True, exist_ok=True)
+                for number in range(count):
+                    rng = np.random.default_rng((seed, split, label, number))
+                    Image.fromarray(draw_crop(rng, kind, size)).save(
+                        folder / f'{number:05d}.png', compress_level=1)
+
+    return draw_once(Path(root), 'crops.json', dict(
+        train=train, val=val, size=size, seed=seed, revision=_REVISION), _NAMES, draw)
 
 
 def draw_crop(rng: np.random.Generator, kind: str, size: int) -> np.ndarray:

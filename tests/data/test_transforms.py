@@ -45,11 +45,6 @@ def test_what_is_wrong_is_named(mask, array, message):
     assert 'mask.png' in str(caught.value)
 
 
-def test_a_binary_mask_holds_0_and_1(mask):
-    results = mask(np.eye(4, dtype=bool))
-    assert np.array_equal(LoadSegLabels(num_classes=2).transform(results)['gt_seg_map'], np.eye(4))
-
-
 def test_zero_and_the_classes_when_zero_is_no_label(mask):
     results = dict(mask(np.full((4, 4), 5, np.uint8)), reduce_zero_label=True)
     assert (LoadSegLabels(num_classes=5).transform(results)['gt_seg_map'] == 4).all()
@@ -57,23 +52,12 @@ def test_zero_and_the_classes_when_zero_is_no_label(mask):
         LoadSegLabels(num_classes=4).transform(dict(results, seg_fields=[]))
 
 
-def test_another_size_than_the_image(mask):
-    results = dict(mask(np.zeros((4, 6), np.uint8)), ori_shape=(5, 6))
-    with pytest.raises(DataError, match=r'mask.png is 6x4 pixels, its image 6x5'):
-        LoadSegLabels(num_classes=4).transform(results)
-
-
-@pytest.mark.parametrize('content', [None, b'', b'not a picture'])
-def test_files_that_cannot_be_read(tmp_path, content):
+@pytest.mark.parametrize('content', [None, b'', b'not an image'])
+def test_bad_images_can_be_ignored_as_in_mmcv(tmp_path, content):
     path = tmp_path / 'file.png'
     if content is not None:
         path.write_bytes(content)
-    word = 'not found' if content is None else 'cannot be decoded'
-    with pytest.raises(DataError, match=f'image {word}: .*file.png'):
-        LoadSegImage().transform(dict(img_path=str(path)))
-    with pytest.raises(DataError, match=f'mask {word}: .*file.png'):
-        LoadSegLabels(num_classes=4).transform(dict(seg_map_path=str(path), img_path='image.jpg',
-                                        reduce_zero_label=False, seg_fields=[]))
+    assert LoadSegImage(ignore_empty=True).transform(dict(img_path=str(path))) is None
 
 
 def test_without_a_number_of_classes_any_label_passes(mask):
@@ -81,14 +65,6 @@ def test_without_a_number_of_classes_any_label_passes(mask):
     assert (LoadSegLabels().transform(results)['gt_seg_map'] == 200).all()
     with pytest.raises(DataError, match='labels lie below 255'):
         LoadSegLabels().transform(mask(np.full((4, 4), 300, np.uint16)))
-
-
-@pytest.mark.parametrize('content', [None, b'', b'not a picture'])
-def test_bad_images_can_be_ignored_as_in_mmcv(tmp_path, content):
-    path = tmp_path / 'file.png'
-    if content is not None:
-        path.write_bytes(content)
-    assert LoadSegImage(ignore_empty=True).transform(dict(img_path=str(path))) is None
 
 
 def test_float_images_and_grey_ones(tmp_path):

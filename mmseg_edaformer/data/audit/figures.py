@@ -11,8 +11,7 @@ from PIL import Image, ImageOps
 
 from ...files import replacing
 from ..transforms import IGNORED
-from .report import printable
-from .rules import CHECKS, Part
+from .rules import CHECKS, Part, printable
 
 _SPLIT_COLOURS = ('#33658a', '#f2a65a', '#5b8e7d', '#b5485d', '#7d5ba6', '#8a8d33')
 _RED = '#c62828'

@@ -22,9 +22,9 @@ from ...files import write_file
 from ..transforms import MAX_PIXELS, ORIENTATION, check_header, read_file, simplejpeg
 
 MAX_VALUES = 512
-"""Largest number of different labels or colours of a mask that are kept."""
+"""Largest number of different labels of a mask that are kept."""
 
-VERSION = 1
+VERSION = 2
 """Raise it when `examine` gives other facts, so that no old cache is used."""
 
 File = tuple[str, str]
@@ -45,13 +45,12 @@ def examine(kind: str, path: str) -> Facts:
 
     Returns:
         ``problem`` ('missing' or 'unreadable') and ``detail`` for a bad file. Otherwise ``size``
-        (width and height as stored), ``format`` and ``mode``, and
+        (width and height as stored) and ``format``, and
 
         - for an image ``orientation`` (EXIF's, 1 is upright), ``bytes`` and ``pixels`` (hashes of
           the file and of the upright image);
-        - for a mask ``values`` (labels and their pixels), ``bits`` and ``kind`` (numpy's letter of
-          its type), ``palette`` (index, red, green, blue of what it uses) where it has one; or, for
-          several channels, ``channels`` and ``colours`` (red, green, blue), None for too many.
+        - for a mask ``values`` (labels and their pixels), ``bits``, and ``palette`` (index, red,
+          green, blue of what it uses) where it has one; or ``channels``, if there are several.
     """
     if not os.path.isfile(path):  # a pipe would block
         return _MISSING
@@ -63,7 +62,7 @@ def examine(kind: str, path: str) -> Facts:
                 raise DataError('the file has 0 bytes')
             check_header(kind, '', content, MAX_PIXELS)
             with Image.open(io.BytesIO(content)) as image:
-                facts = dict(size=[*image.size], format=image.format, mode=image.mode)
+                facts = dict(size=[*image.size], format=image.format)
                 image.load()
                 if kind == 'mask':
                     return {**facts, **_labels(image)}
@@ -89,13 +88,7 @@ def header(path: str) -> Facts:
 def _labels(image: Image.Image) -> Facts:
     array = np.asarray(image)
     if array.ndim > 2:
-        colours = None
-        if array.shape[2] >= 3:
-            packed = np.unique(
-                array[..., :3].astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32))
-            if len(packed) <= MAX_VALUES:
-                colours = [[int(c) >> 16, int(c) >> 8 & 255, int(c) & 255] for c in packed]
-        return dict(channels=array.shape[2], colours=colours)
+        return dict(channels=array.shape[2])
     if array.dtype in (np.uint8, bool):
         # In blocks, because bincount converts them to int64.
         blocks = np.array_split(array.ravel().view(np.uint8), -(-array.size // 2 ** 22))
@@ -104,8 +97,8 @@ def _labels(image: Image.Image) -> Facts:
         counts = counts[values]
     else:
         values, counts = np.unique(array, return_counts=True)
-    facts: Facts = dict(bits=8 * array.dtype.itemsize, kind=array.dtype.kind,
-                        values=[[v.item(), n.item()] for v, n in zip(values, counts)][:MAX_VALUES])
+    facts: Facts = dict(bits=8 * array.dtype.itemsize, values=[
+        [v.item(), n.item()] for v, n in zip(values, counts)][:MAX_VALUES])
     if image.mode == 'P':
         colours = np.array(image.getpalette('RGB')).reshape(-1, 3).tolist()
         facts['palette'] = [[v, *colours[v]] for v, _ in facts['values'] if v < len(colours)]

@@ -18,7 +18,7 @@ from ...files import write_file
 from ..classification import is_classifier
 from . import Audit, audit
 from .fix import Fixed, check_output, fix
-from .rules import CHECKS, Part
+from .rules import CHECKS, Part, printable
 
 SHOWN = 3
 """Number of files of each finding that are named on the terminal."""
@@ -169,11 +169,6 @@ def _part_as_json(part: Part) -> dict[str, Any]:
                 pixels_without_label=part.unlabelled,
                 pixels=dict(zip(part.classes, part.counts.tolist())),
                 pixels_as_stored={str(label): n for label, n in sorted(part.raw.items())})
-
-
-def printable(text: str) -> str:
-    """Replace the characters that would control a terminal."""
-    return ''.join(ch if ch.isprintable() else '?' for ch in shown(text))
 
 
 def _items_as_json(items: Iterable[tuple[str, str]]) -> list[dict[str, str]]:

@@ -10,6 +10,7 @@ import numpy as np
 from mmcv.transforms import LoadImageFromFile
 from mmengine.dataset import BaseDataset
 
+from ...errors import shown
 from ..transforms import IGNORED, LoadSegLabels
 from .files import Facts, File
 
@@ -179,9 +180,9 @@ def judge(part: Part, image: Facts, mask: Facts | None, binary: bool = False
     table, labels = part.table(), [value for value, _ in mask['values']]
     bad = [(value, n) for value, n in mask['values'] if not _is_valid(part, table, value)]
     if bad:
-        shown = ', '.join(f'{value:g}' for value, _ in bad[:5]) + (' ...' if bad[5:] else '')
+        few = ', '.join(f'{value:g}' for value, _ in bad[:5]) + (' ...' if bad[5:] else '')
         lossy = '; JPEG changes labels' if mask['format'] == 'JPEG' else ''
-        yield 'label out of range', True, f'{shown} ({sum(n for _, n in bad):,} pixels{lossy})'
+        yield 'label out of range', True, f'{few} ({sum(n for _, n in bad):,} pixels{lossy})'
     elif mask['bits'] > 8:
         yield 'more than 8 bits', True, f'{mask["bits"]} bits'
     if not bad and all(table[int(value)] == IGNORED for value in labels):
@@ -374,6 +375,11 @@ def _likeness(image: str, other: str, facts: dict[File, Facts]) -> str:
         return 'listed twice' if image == other else f'is {other}'
     same = facts['image', image]['bytes'] == facts['image', other]['bytes']
     return f'the same {"file" if same else "pixels"} as {other}'
+
+
+def printable(text: str) -> str:
+    """Replace the characters that would control a terminal."""
+    return ''.join(ch if ch.isprintable() else '?' for ch in shown(text))
 
 
 def _by(size: Sequence[int]) -> str:

@@ -10,12 +10,14 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 from PIL import Image
 
 from ...errors import DataError
+from ...files import write_file
 from .canvas import BIRD, CAR, CLASSES, HOUSE, LAMP, MEADOW, PALETTE, ROAD, TREE, Scene, pick
 from .ground import Place, draw_ground, draw_hills, plan_road
 from .objects import draw_birds, draw_car, draw_house, draw_lamp, draw_tree
@@ -129,24 +131,47 @@ def draw_dataset(root: str | Path, *, train: int = 400, val: int = 80,
     if seed < 0:
         raise DataError(f'seed={seed}: choose 0 or more')
     _check_size(size)
-    root = Path(root)
-    marker = root / 'synthetic.json'
-    asked = dict(train=train, val=val, size=list(size), seed=seed, revision=_REVISION)
+
+    def draw(root: Path) -> None:
+        for split, (name, count) in enumerate((('training', train), ('validation', val))):
+            images, labels = root / 'images' / name, root / 'annotations' / name
+            images.mkdir(parents=True, exist_ok=True)
+            labels.mkdir(parents=True, exist_ok=True)
+            for index in range(count):
+                image, label = draw_scene(np.random.default_rng((seed, split, index)), size)
+                Image.fromarray(image).save(images / f'{index:05d}.png', compress_level=1)
+                Image.fromarray(label).save(labels / f'{index:05d}.png', compress_level=1)
+
+    return draw_once(Path(root), 'synthetic.json', dict(
+        train=train, val=val, size=list(size), seed=seed, revision=_REVISION), _NAMES, draw)
+
+
+def draw_once(root: Path, marker: str, asked: dict[str, Any], names: re.Pattern[str],
+              draw: Callable[[Path], None]) -> Path:
+    """Draw into a folder, unless its marker says that the same was drawn there.
+
+    Args:
+        root: The folder; what was drawn there from other settings is removed.
+        marker: Name of the file that records the settings; it is written last.
+        asked: The settings.
+        names: Paths that the drawing writes, below the root; those of folders end in a slash.
+        draw: Writes all but the marker.
+
+    Returns:
+        The folder.
+
+    Raises:
+        DataError: The folder holds another file; it is left as it is.
+    """
     record = json.dumps(asked, indent=2) + '\n'
-    if marker.is_file() and marker.read_text(encoding='utf-8') == record:
+    path = root / marker
+    if path.is_file() and path.read_text(encoding='utf-8') == record:
         return root
     # The marker comes first, so that an interruption from here on is seen by the next run.
-    for path in _own_files(root):
-        path.unlink()
-    for split, (name, count) in enumerate((('training', train), ('validation', val))):
-        images, labels = root / 'images' / name, root / 'annotations' / name
-        images.mkdir(parents=True, exist_ok=True)
-        labels.mkdir(parents=True, exist_ok=True)
-        for index in range(count):
-            image, label = draw_scene(np.random.default_rng((seed, split, index)), size)
-            Image.fromarray(image).save(images / f'{index:05d}.png', compress_level=1)
-            Image.fromarray(label).save(labels / f'{index:05d}.png', compress_level=1)
-    marker.write_text(record, encoding='utf-8')
+    for old in _own_files(root, names):
+        old.unlink()
+    draw(root)
+    write_file(path, record)
     return root
 
 
@@ -155,19 +180,19 @@ def _check_size(size: tuple[int, int]) -> None:
         raise DataError(f'size={size}: give a height and a width of at least 32 pixels')
 
 
-def _own_files(root: Path) -> list[Path]:
-    """List the files that `draw_dataset` wrote, from the top down, or refuse the folder."""
+def _own_files(root: Path, names: re.Pattern[str]) -> list[Path]:
+    """List the files of an earlier drawing, from the top down, or refuse the folder."""
     if root.exists() and not root.is_dir():
         raise DataError(f'{root} is a file: choose a folder')
     own: list[Path] = []
     for folder, folders, files in os.walk(root, followlinks=True):
         here = Path(folder).relative_to(root)
-        names = [(here / name).as_posix() for name in files]
-        names += [f'{(here / name).as_posix()}/' for name in folders]
-        foreign = sorted(name for name in names if not _NAMES.fullmatch(name))
+        inside = [(here / name).as_posix() for name in files]
+        inside += [f'{(here / name).as_posix()}/' for name in folders]
+        foreign = sorted(name for name in inside if not names.fullmatch(name))
         if foreign:
             raise DataError(
-                f'{root} holds {", ".join(foreign[:3])}{", ..." if foreign[3:] else ""}, which the '
-                'synthetic data set does not: choose a new folder, or move these files away')
+                f'{root} holds {", ".join(foreign[:3])}{", ..." if foreign[3:] else ""}, which '
+                'does not belong to what is drawn: choose a new folder, or move these files away')
         own += [Path(folder) / name for name in files]
     return own
