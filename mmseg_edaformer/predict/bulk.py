@@ -9,12 +9,12 @@ import json
 import os
 import pickle
 import socket
+import sys
 import tempfile
-import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,46 +23,24 @@ import numpy as np
 import torch
 
 from .. import __version__
-from ..compat import install_command
 from ..errors import ConfigError, DataError, UserError, shown
 from ..files import remove_partial_files, replacing, write_file
 from .inputs import IMAGES, find_images, name_targets
 from .outputs import Summary, draw_legend, encode_png, make_note, read_mask, write_result, writing
+from .ray_pool import connect, count_workers, import_ray, run_workers
 from .run import progress_bar
 from .segmenter import Segmentation, Segmenter, class_shares, count_pixels
-from .shards import SHARDS, Sample, is_shard, last_line, read_samples
+from .shards import SHARDS, Sample, expand, is_shard, read_samples
 
 MANIFEST = 'manifest.jsonl'
 
 _MOST_IMAGES = 64  # that a worker is given at once
-_SHARD_IMAGES = 16  # the same of shards, whose number of images is unknown
-_BLOCKS = 16  # of each worker, at least: the last ones end at about the same time
-_BLOCK_BYTES = 2 ** 21  # of images that travel together
-_DEATHS = 3  # of workers over an image until it is skipped
-_STORE = 2 ** 28  # bytes of shared memory for images of shards
-_ANSWER = 10.  # seconds
-_ENVIRONMENT = dict(
-    RAY_USAGE_STATS_ENABLED='0', RAY_DATA_LOG_LEVEL='CRITICAL', RAY_BACKEND_LOG_LEVEL='fatal',
-    RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO='0')
-
-
-@dataclass(frozen=True)
-class _Job:
-    """The settings of all workers; paths are absolute."""
-    model: str
-    checkpoint: Any
-    isr_ratio: str | None
-    max_side: int | None
-    batch_size: int | None
-    threads: int
-    out: str
-    overlays: bool
-    fingerprint: str
-    seen: tuple[str, ...]
+_SHARD_IMAGES = 16  # the same from shards, whose number of images is unknown
+_BATCHES = 16  # of each worker, at least: the last ones end at about the same time
 
 
 class _Result(NamedTuple):
-    """What became of a sample: pixels of each class, or the reason why it was skipped."""
+    """What became of a sample: the pixels of each class, or the reason why it was skipped."""
     target: str
     address: str
     reason: str = ''
@@ -82,7 +60,7 @@ def predict_many(source: str | Path, model: str | Path, out: str | Path, *,
     those whose worker dies again and again.
 
     Args:
-        source: A folder, a file or a pattern, see `find_images`; of images and shards.
+        source: A folder, a file or a pattern of images and shards, see `find_images`.
         model: See `Segmenter`, as ``checkpoint``, ``isr_ratio``, ``max_side`` and ``batch_size``.
         out: Folder for ``masks``, ``legend.png``, and at the end ``manifest.jsonl``, a line for
             each image in their order, and ``summary.json``. All machines must see it, the model and
@@ -90,8 +68,7 @@ def predict_many(source: str | Path, model: str | Path, out: str | Path, *,
         workers: Number of models at once; by default one for each GPU, or without one for every
             ``threads`` cores.
         threads: Cores of each worker.
-        address: Address of a running Ray, such as ``auto`` or ``ray://host:10001``; by default one
-            is started here and ended. A Ray that this process is connected to is taken as it is.
+        address: Address of a running Ray, see `connect`.
         overlays: Whether to write ``overlays``.
         column: The images of a shard, see `read_samples`.
 
@@ -99,27 +76,27 @@ def predict_many(source: str | Path, model: str | Path, out: str | Path, *,
         The content of the summary.
 
     Raises:
-        DataError: There is no image, none can be read, two would get the same name, or the column
-            is not there.
-        ConfigError: Ray is missing or does not answer, has no room for the workers, a machine does
-            not see the files, or the folder cannot be written to.
-        UserError: See `Segmenter`.
+        UserError: There is no image or none can be read, two would get the same name, the model
+            does not load, Ray is missing or has no room, a machine does not see the files, or the
+            folder cannot be written to.
     """
     if threads < 1 or (workers is not None and workers < 1):
         raise ConfigError(f'workers {workers}, threads {threads}: they must be 1 or more')
-    _import_ray()
+    import_ray()
     out = Path(os.path.abspath(out))
-    source, model, checkpoint = (
-        os.path.abspath(path) if path is not None and '://' not in str(path) else path
-        for path in (source, model, checkpoint))
-    files = find_images(str(source), Path(os.path.realpath(out)), IMAGES | SHARDS)
+    files = find_images(os.path.abspath(source), Path(os.path.realpath(out)), IMAGES | SHARDS)
     samples = [Sample(str(path), target, str(path))
                for path, target in name_targets(files).items()]
-    shards = sum(is_shard(sample.file) for sample in samples)
+    shards = any(is_shard(sample.file) for sample in samples)
     if column is not None and not shards:
-        raise ConfigError(f'--column {column} is for .tar and .parquet: {source} holds neither')
-    segmenter = Segmenter(str(model), checkpoint, device='cpu', isr_ratio=isr_ratio,
-                          max_side=max_side, batch_size=batch_size)
+        raise ConfigError(f'--column {column} is for shards: {source} holds none')
+    first = next(read_samples(samples[0], column, IMAGES))  # fail early if there is no such column
+    if checkpoint is not None and '://' not in str(checkpoint):
+        checkpoint = os.path.abspath(checkpoint)
+    settings: dict[str, Any] = dict(
+        model=os.path.abspath(model), checkpoint=checkpoint, isr_ratio=isr_ratio, max_side=max_side,
+        batch_size=batch_size)
+    segmenter = Segmenter(device='cpu', **settings)
     summary = Summary(segmenter, out)
     token = out / f'.{socket.gethostname()}.{os.getpid()}.partial'
     with writing(out):
@@ -129,107 +106,108 @@ def predict_many(source: str | Path, model: str | Path, out: str | Path, *,
         _clean(out)
         write_file(token, '')
     top = os.path.commonpath([os.path.dirname(sample.file) for sample in samples])
-    job = _Job(str(model), checkpoint, isr_ratio, max_side, batch_size, threads, str(out), overlays,
-               segmenter.fingerprint(), (top, str(token)))
     try:
-        with _connected(address, None if workers is None else workers * threads):
-            count, gpus = _count_workers(workers, threads)
-            print(f'{shown(segmenter.source)}, {len(segmenter.classes)} classes, on {count} '
-                  f'{"GPU" if gpus else "CPU"} worker{"s" * (count > 1)} with {threads} '
+        with connect(address, workers and workers * threads):
+            workers, gpus = count_workers(workers, threads)
+            print(f'{shown(segmenter.source)}, {len(segmenter.classes)} classes, on {workers} '
+                  f'{"GPU" if gpus else "CPU"} worker{"s" * (workers > 1)} with {threads} '
                   f'thread{"s" * (threads > 1)} each', flush=True)
-            if not gpus and not is_shard(samples[0].file):
-                _tell_cost(segmenter, samples[0], threads)
-            size = _SHARD_IMAGES if shards else -(-len(samples) // count // _BLOCKS)
+            if not gpus:
+                _tell_cost(segmenter, first, threads)
+            size = _SHARD_IMAGES if shards else -(-len(samples) // workers // _BATCHES)
             size = min(_MOST_IMAGES, max(size, batch_size or (8 if gpus else 1)))
-            with progress_bar('predict', None if shards else len(samples)) as advance:
-                done = _collect(_run(samples, job, column, count, bool(gpus), size), summary,
-                                advance)
-        return summary.write(device='cuda' if gpus else 'cpu', workers=count, threads=threads,
+            results = run_workers(
+                samples, partial(expand, column=column, endings=IMAGES) if shards else None,
+                _Worker, (settings, out, threads, overlays, segmenter.fingerprint(), top, token),
+                batch_size=size, workers=workers, num_cpus=threads, num_gpus=1 if gpus else None)
+            done = _collect(results, None if shards else len(samples), summary)
+        return summary.write(device='cuda' if gpus else 'cpu', workers=workers, threads=threads,
                              images=done)
     finally:
         _clean(out)
-
-
-def _collect(results: Iterator[_Result], summary: Summary, advance: Any) -> int:
-    """Write the manifest and fill the summary; returns the number of masks.
-
-    Raises:
-        DataError: There is none.
-    """
-    done = 0
-    with writing(summary.out), replacing(summary.out / MANIFEST) as partial, \
-            partial.open('w') as lines:
-        for result in results:
-            entry: dict[str, Any] = dict(image=summary.place(result.address))
-            if result.counts is None:
-                summary.skipped[result.address] = entry['skipped'] = result.reason
-            else:
-                done += 1
-                summary.counts += result.counts
-                summary.reduced += result.reduced
-                summary.kept += result.kept
-                entry.update(mask=f'masks/{shown(result.target)}.png', shares=class_shares(
-                    result.counts, summary.segmenter.classes))
-            lines.write(json.dumps(entry) + '\n')
-            advance(done + len(summary.skipped))
-        if not done:
-            raise DataError('no image can be read: ' + next(iter(summary.skipped.values())))
-    return done
 
 
 def _tell_cost(segmenter: Segmenter, sample: Sample, threads: int) -> None:
     """Log what an image takes a worker, whose own log nobody sees."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    try:
-        segmenter.tell_cost(sample.file)
-    except DataError:
-        pass  # the worker lists it
-    finally:
-        torch.set_num_threads(before)
+    with suppress(DataError), tempfile.TemporaryDirectory() as folder:  # the worker lists it
+        segmenter.tell_cost(sample.as_file(folder))
+    torch.set_num_threads(before)
+
+
+def _collect(results: Iterator[_Result], total: int | None, summary: Summary) -> int:
+    """Write the manifest and fill the summary; returns the number of masks.
+
+    Raises:
+        DataError: There is none.
+    """
+    done = 0
+    with writing(summary.out), replacing(summary.out / MANIFEST) as path, \
+            path.open('w') as lines, progress_bar('predict', total) as advance:
+        try:
+            for result in results:
+                line: dict[str, Any] = dict(image=summary.place(result.address))
+                if result.counts is None:
+                    summary.skipped[result.address] = line['skipped'] = result.reason
+                else:
+                    done += 1
+                    summary.counts += result.counts
+                    summary.reduced += result.reduced
+                    summary.kept += result.kept
+                    line.update(mask=f'masks/{shown(result.target)}.png', shares=class_shares(
+                        result.counts, summary.segmenter.classes))
+                lines.write(json.dumps(line) + '\n')
+                advance(done + len(summary.skipped))
+        except KeyboardInterrupt:
+            print(f'{done} images are done: run the same command again to resume', file=sys.stderr)
+            raise
+        if not done:
+            raise DataError('no image can be read: ' + next(iter(summary.skipped.values())))
+    return done
 
 
 def _clean(out: Path) -> None:
     """Remove what killed runs and workers left half-written."""
-    remove_partial_files(out)
-    for kind in 'masks', 'overlays':
-        for folder, _, _ in os.walk(out / kind):
-            remove_partial_files(folder)
+    for folder in out, *(Path(folder) for kind in ('masks', 'overlays')
+                         for folder, _, _ in os.walk(out / kind)):
+        remove_partial_files(folder)
 
 
 class _Worker:
     """A model in a process of its own, which predicts batches of pickled samples."""
 
-    def __init__(self, job: _Job) -> None:
-        self.job, self.out = job, Path(job.out)
-        self.segmenter: Any = None  # which the first call loads: Ray would retry a constructor
+    def __init__(self, settings: dict[str, Any], out: Path, threads: int, overlays: bool,
+                 fingerprint: str, *seen: str | Path) -> None:
+        self.settings, self.out, self.threads, self.overlays = settings, out, threads, overlays
+        self.fingerprint, self.seen = fingerprint, seen
+        self.segmenter: Any = None  # which the first call loads, see there
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         """Return pickled results in the order of the samples, or the error that ends the run."""
-        rows: list[Any] = [pickle.loads(row) for row in batch['sample']]
+        rows: list[Any] = [*map(pickle.loads, batch['row'])]
         try:
-            for row in rows:
-                if isinstance(row, UserError):
-                    raise row
-            if self.segmenter is None:
+            for error in rows:
+                if isinstance(error, UserError):
+                    raise error
+            if self.segmenter is None:  # an error of the constructor would lose its class
                 self._load()
             with writing(self.out):
                 rows = self._predict(rows)
         except UserError as error:
             rows = [error]
-        return dict(result=[pickle.dumps(row) for row in rows])
+        return dict(row=[*map(pickle.dumps, rows)])
 
     def _load(self) -> None:
-        job, here = self.job, socket.gethostname()
-        for path in job.seen:
+        here = socket.gethostname()
+        for path in self.seen:
             if not os.path.exists(path):
                 raise ConfigError(f'{here} does not see {path}: images, model and results must lie '
                                   'where all machines see them, under the same paths')
-        torch.set_num_threads(job.threads)
-        cv2.setNumThreads(job.threads)
-        segmenter = Segmenter(job.model, job.checkpoint, isr_ratio=job.isr_ratio,
-                              max_side=job.max_side, batch_size=job.batch_size)
-        if segmenter.fingerprint() != job.fingerprint:
+        torch.set_num_threads(self.threads)
+        cv2.setNumThreads(self.threads)
+        segmenter = Segmenter(**self.settings)
+        if segmenter.fingerprint() != self.fingerprint:
             raise ConfigError(
                 f'{here} has another model in {segmenter.source} than the machine that asks, or '
                 f'another version than mmseg_edaformer {__version__}: give all the same')
@@ -243,16 +221,16 @@ class _Worker:
                 results[index] = _Result(sample.target, sample.address, sample.reason)
                 continue
             # A mask that has an overlay is noted as by predict_images, and will do without one.
-            both, alone = (make_note(self.job.fingerprint, sample.file, f'{sample.target}{mark}')
+            both, alone = (make_note(self.fingerprint, sample.file, f'{sample.target}{mark}')
                            for mark in ('', ' alone'))
-            notes[index] = both if self.job.overlays else alone
+            notes[index] = both if self.overlays else alone
             labels = read_mask(self.out / 'masks' / f'{sample.target}.png', both, notes[index])
             if labels is not None:
                 results[index] = self._count(sample, labels, kept=True)
-        for index, result in self._segment(samples, [*notes.keys() - results.keys()]):
+        for index, result in self._segment(samples, sorted(notes.keys() - results.keys())):
             sample = samples[index]
             if isinstance(result, Segmentation):
-                write_result(self.out, sample.target, result, notes[index], self.job.overlays)
+                write_result(self.out, sample.target, result, notes[index], self.overlays)
                 results[index] = self._count(sample, result.labels)
             else:
                 results[index] = _Result(sample.target, sample.address, result)
@@ -263,176 +241,44 @@ class _Worker:
         return _Result(sample.target, sample.address, '', counts,
                        self.segmenter.is_reduced(*labels.shape), kept)
 
-    def _segment(self, samples: Sequence[Sample], left: list[int]
+    def _segment(self, samples: Sequence[Sample], left: Sequence[int]
                  ) -> Iterator[tuple[int, Segmentation | str]]:
         """Yield the samples that are left, with a segmentation or the reason why there is none.
 
-        A journal outlives a worker that dies of an image: the next worker then predicts one image
-        at a time, so that the journal tells which one it is.
+        A journal outlives a worker that dies: the next one predicts one image at a time, and notes
+        each before, so that the journal tells which one it is.
         """
         if not left:
             return
         name = hashlib.sha256(os.fsencode(samples[0].target)).hexdigest()[:16]
         journal = self.out / f'.{name}.partial'
-        tries = Counter(journal.read_text().split() if journal.exists() else ())
-        for part in [[index] for index in sorted(left)] if tries else [sorted(left)]:
-            if tries[str(part[0])] < _DEATHS:
-                yield from self._stream(samples, part, journal)
-            else:
-                yield part[0], (f'{samples[part[0]].address}: its worker died {_DEATHS} times over '
-                                'it, for lack of memory or by a bug in a library: look at it, or '
-                                'run again')
-        journal.unlink(missing_ok=True)
-
-    def _stream(self, samples: Sequence[Sample], part: list[int], journal: Path
-                ) -> Iterator[tuple[int, Segmentation | str]]:
-        paths: list[str] = []
+        done: set[int] = set()
         skipped: dict[str, str] = {}
-        done = 0
-
-        def find_paths() -> Iterator[str]:
-            for index in part:
-                with journal.open('a') as file:
-                    file.write(f'{index}\n')
-                path, content = samples[index].file, samples[index].content
-                if content is not None:  # the reader of a pipeline wants a file
-                    path = os.path.join(folder, str(index))
-                    Path(path).write_bytes(content)
-                paths.append(path)
-                yield path
-
-        def reason(position: int) -> str:
-            path = paths[position]
-            return skipped[path].replace(path, samples[part[position]].address)
-
         with tempfile.TemporaryDirectory() as folder:
-            try:
-                for result in self.segmenter.stream(find_paths(), skipped):
-                    while paths[done] in skipped:
-                        yield part[done], reason(done)
-                        done += 1
-                    yield part[done], result
-                    done += 1
-            except DataError as error:  # one does not fit into the memory of the device
-                if len(part) == 1:
-                    yield part[0], str(error)
-                else:
-                    for index in part[done:]:
-                        yield from self._stream(samples, [index], journal)
-                return
-            for position in range(done, len(part)):
-                yield part[position], reason(position)
-
-
-# Ray.
-
-def _run(samples: Sequence[Sample], job: _Job, column: str | None, workers: int, gpus: int,
-         size: int) -> Iterator[_Result]:
-    """Have Ray Data predict samples in batches of a size; yields the results in their order."""
-    import pyarrow
-    import ray
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = True
-    context.target_max_block_size = _BLOCK_BYTES
-    shards = any(is_shard(sample.file) for sample in samples)
-    step = 1 if shards else size
-    dataset = ray.data.from_blocks([
-        pyarrow.table(dict(sample=[*map(pickle.dumps, samples[start:start + step])]))
-        for start in range(0, len(samples), step)])
-    if shards:  # without a core of their own, for all of them belong to the workers
-        dataset = dataset.flat_map(_expand, fn_args=(column,), num_cpus=0)
-    dataset = dataset.map_batches(
-        _Worker, fn_constructor_args=(job,), batch_size=size, batch_format='numpy',
-        compute=ray.data.ActorPoolStrategy(size=workers), num_cpus=job.threads,
-        num_gpus=1 if gpus else None)
-    try:
-        for batch in dataset.iter_batches(batch_size=None):
-            for row in map(pickle.loads, batch['result']):
-                if isinstance(row, UserError):
-                    raise row
-                yield row
-    except ray.exceptions.RayTaskError:
-        raise  # a bug, whose traceback a report needs
-    except ray.exceptions.RayError as error:
-        raise ConfigError(
-            f'the workers cannot be started or were lost ({last_line(error)}). All machines need '
-            'mmseg_edaformer with the extra cluster, of one version, and memory for the model. '
-            'Run again to resume') from error
-
-
-def _import_ray() -> None:
-    """Import Ray Data so that it keeps quiet.
-
-    Raises:
-        ConfigError: It is not installed.
-    """
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    try:
-        import ray.data  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(f'Ray Data is not installed here ({error}): '
-                          f'{install_command("cluster")}') from error
-
-
-@contextmanager
-def _connected(address: str | None, cpus: int | None) -> Iterator[None]:
-    """Connect this process to a Ray.
-
-    Raises:
-        ConfigError: None answers.
-    """
-    import ray
-    if ray.is_initialized() and address is None:
-        yield
-        return
-    quiet: dict[str, Any] = dict(logging_level='ERROR', log_to_driver=False)
-    try:
-        if address is not None and ':' in address:  # Ray would wait for minutes
-            host, _, port = address.removeprefix('ray://').rpartition(':')
-            socket.create_connection((host, int(port)), _ANSWER).close()
-        with _silent_stderr():
-            if address is None:
-                ray.init('local', num_cpus=cpus, include_dashboard=False,
-                         object_store_memory=_STORE, **quiet)
-            else:
-                ray.init(address, **quiet)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f'no Ray answers at {address} ({last_line(error)}): start one with "ray start --head", '
-            'or leave --address out' if address is not None else
-            f'Ray cannot be started here: {last_line(error)}') from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-@contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """Silence what Ray's C++ prints about its own log level; its errors are raised."""
-    stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(null, 2)
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        os.close(null)
-
-
-def _count_workers(workers: int | None, threads: int) -> tuple[int, int]:
-    """Return the number of workers, and of GPUs if they get one each.
-
-    Raises:
-        ConfigError: There is no room for so many.
-    """
-    import ray
-    resources = ray.cluster_resources()
-    cores, gpus = int(resources.get('CPU', 0)), int(resources.get('GPU', 0))
-    most = min(gpus, cores // threads) if gpus else cores // threads
-    if not most or (workers or 0) > most:
-        raise ConfigError(f'Ray has {cores} cores and {gpus} GPUs, room for {most} workers with '
-                          f'{threads} threads each{" and a GPU" if gpus else ""}: ask for fewer')
-    return workers or most, gpus
+            paths = {index: samples[index].as_file(folder) for index in left}
+            if not journal.exists():
+                journal.touch()
+                with suppress(DataError):  # one does not fit into the memory of the device
+                    for result in self.segmenter.stream(paths.values(), skipped):
+                        index = next(index for index in left if index not in done and
+                                     paths[index] not in skipped)
+                        done.add(index)
+                        yield index, result
+            tries = Counter(journal.read_text().split())
+            for index in left:
+                if index in done:
+                    continue
+                reason = skipped.get(paths[index], '')
+                if not reason and tries[str(index)] > 1:
+                    reason = (f'{paths[index]}: its worker died three times over it, for lack of '
+                              'memory or by a bug in a library: look at it, or run again')
+                if not reason:
+                    with journal.open('a') as file:
+                        file.write(f'{index}\n')
+                    try:
+                        yield index, next(self.segmenter.stream([paths[index]]))
+                        continue
+                    except DataError as error:
+                        reason = str(error)
+                yield index, reason.replace(paths[index], samples[index].address)
+        journal.unlink(missing_ok=True)

@@ -2,7 +2,9 @@
 
 Ray's reading tasks import this module, so it imports neither torch nor mmseg.
 """
+import hashlib
 import os
+import pickle
 import posixpath
 import tarfile
 import zlib
@@ -10,7 +12,7 @@ from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import DataError
+from ..errors import DataError, UserError
 from ..files import shorten
 
 SHARDS = frozenset({'.gz', '.parquet', '.tar', '.tgz'})
@@ -39,6 +41,14 @@ class Sample(NamedTuple):
     content: bytes | None = None
     reason: str = ''
 
+    def as_file(self, folder: str) -> str:
+        """Return the path of the image, which is written to a folder if it is from a shard."""
+        if self.content is None:
+            return self.file
+        path = Path(folder, hashlib.sha256(os.fsencode(self.target)).hexdigest())
+        path.write_bytes(self.content)
+        return str(path)
+
 
 def is_shard(path: str | Path) -> bool:
     """Return whether a file holds many images."""
@@ -46,14 +56,14 @@ def is_shard(path: str | Path) -> bool:
 
 
 def read_samples(source: Sample, column: str | None, endings: Set[str]) -> Iterator[Sample]:
-    """Yield the images of a shard, and the reasons for those that cannot be read.
+    """Yield the images of a file, a shard or not, and the reasons for those that cannot be read.
 
     The masks of a shard lie in a folder named after it. Within it a mask is named after the
     sample of a .tar, up to its first dot, and after the ``path`` beside the bytes of a .parquet,
     or else the row.
 
     Args:
-        source: The shard.
+        source: The file.
         column: The column of a .parquet that holds the images, by default ``image``, or else the
             only one that can; for a .tar, the ending of the images' names.
         endings: Endings of images in a .tar; ``column`` replaces them.
@@ -61,6 +71,9 @@ def read_samples(source: Sample, column: str | None, endings: Set[str]) -> Itera
     Raises:
         DataError: There is no such column, or several could hold the images.
     """
+    if not is_shard(source.file):
+        yield source
+        return
     from pyarrow import ArrowException  # which is there where Ray Data is
     path, is_tar = source.file, not source.file.lower().endswith('.parquet')
     if not os.path.isfile(path):
@@ -97,6 +110,17 @@ def read_samples(source: Sample, column: str | None, endings: Set[str]) -> Itera
             '--column' if is_tar else ''))
 
 
+def expand(row: dict[str, bytes], column: str | None, endings: Set[str]
+           ) -> Iterator[dict[str, bytes]]:
+    """Yield the rows of a file for Ray Data: pickled samples, or the error that ends the run."""
+    try:
+        sample = pickle.loads(row['row'])
+        for image in read_samples(sample, column, endings):
+            yield dict(row=pickle.dumps(image))
+    except UserError as error:
+        yield dict(row=pickle.dumps(error))
+
+
 def last_line(error: BaseException) -> str:
     """Return what an error of a library says, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
@@ -123,7 +147,7 @@ def _read_tar(path: str, endings: Set[str]) -> Iterator[tuple[str, str, bytes | 
             if member.isreg() and key and f'.{ending.lower()}' in endings:
                 file = tar.extractfile(member) if member.size <= _MOST_BYTES else None
                 yield (member.name, posixpath.join(folder, f'{key}.{ending.rpartition(".")[2]}'),
-                       file and file.read())
+                       None if file is None else file.read())
         # tarfile takes whatever is no header for the end, and the end of the file too.
         tar.fileobj.seek(tar.offset)  # type: ignore[attr-defined]
         if tar.fileobj.read(512) != bytes(512):  # type: ignore[attr-defined]
