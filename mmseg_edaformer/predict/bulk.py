@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,11 +92,9 @@ def predict_many(source: str | Path, model: str | Path, out: str | Path, *,
     if column is not None and not shards:
         raise ConfigError(f'--column {column} is for shards: {source} holds none')
     first = next(read_samples(samples[0], column, IMAGES))  # fail early if there is no such column
-    if checkpoint is not None and '://' not in str(checkpoint):
-        checkpoint = os.path.abspath(checkpoint)
     settings: dict[str, Any] = dict(
-        model=os.path.abspath(model), checkpoint=checkpoint, isr_ratio=isr_ratio, max_side=max_side,
-        batch_size=batch_size)
+        model=_absolute(model), checkpoint=_absolute(checkpoint), isr_ratio=isr_ratio,
+        max_side=max_side, batch_size=batch_size)
     segmenter = Segmenter(device='cpu', **settings)
     summary = Summary(segmenter, out)
     token = out / f'.{socket.gethostname()}.{os.getpid()}.partial'
@@ -127,6 +126,11 @@ def predict_many(source: str | Path, model: str | Path, out: str | Path, *,
         _clean(out)
 
 
+def _absolute(path: str | Path | None) -> str | Path | None:
+    """Return the absolute path of a file, for workers elsewhere; an address stays as it is."""
+    return os.path.abspath(path) if path is not None and os.path.exists(path) else path
+
+
 def _tell_cost(segmenter: Segmenter, sample: Sample, threads: int) -> None:
     """Log what an image takes a worker, whose own log nobody sees."""
     before = torch.get_num_threads()
@@ -143,22 +147,23 @@ def _collect(results: Iterator[_Result], total: int | None, summary: Summary) ->
         DataError: There is none.
     """
     done = 0
-    with writing(summary.out), replacing(summary.out / MANIFEST) as path, \
-            path.open('w') as lines, progress_bar('predict', total) as advance:
+    with writing(summary.out), replacing(summary.out / MANIFEST) as path, path.open('w') as lines:
         try:
-            for result in results:
-                line: dict[str, Any] = dict(image=summary.place(result.address))
-                if result.counts is None:
-                    summary.skipped[result.address] = line['skipped'] = result.reason
-                else:
-                    done += 1
-                    summary.counts += result.counts
-                    summary.reduced += result.reduced
-                    summary.kept += result.kept
-                    line.update(mask=f'masks/{shown(result.target)}.png', shares=class_shares(
-                        result.counts, summary.segmenter.classes))
-                lines.write(json.dumps(line) + '\n')
-                advance(done + len(summary.skipped))
+            first = next(results)  # the models are loaded: time begins to count
+            with progress_bar('predict', total) as advance:
+                for result in chain([first], results):
+                    line: dict[str, Any] = dict(image=summary.place(result.address))
+                    if result.counts is None:
+                        summary.skipped[result.address] = line['skipped'] = result.reason
+                    else:
+                        done += 1
+                        summary.counts += result.counts
+                        summary.reduced += result.reduced
+                        summary.kept += result.kept
+                        line.update(mask=f'masks/{shown(result.target)}.png', shares=class_shares(
+                            result.counts, summary.segmenter.classes))
+                    lines.write(json.dumps(line) + '\n')
+                    advance(done + len(summary.skipped))
         except KeyboardInterrupt:
             print(f'{done} images are done: run the same command again to resume', file=sys.stderr)
             raise
