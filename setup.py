@@ -18,7 +18,7 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.11',
     packages=find_packages(include=['mmseg_edaformer', 'mmseg_edaformer.*']),
-    package_data={'mmseg_edaformer': ['models/*.cpp']},
+    package_data={'mmseg_edaformer': ['models/*.cpp', 'predict/*.css']},
     install_requires=['torch>=2.4', 'numpy', 'safetensors', 'rich', 'prettytable', 'packaging',
                       'pillow>=10.1', 'simplejpeg'],
     extras_require={
