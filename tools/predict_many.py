@@ -1,15 +1,18 @@
 """Segment very many images, in folders or shards, on all cores or GPUs of many machines."""
 import argparse
-import glob
-import os
 
-from mmseg_edaformer.command_line import add_cost_arguments, add_model_arguments, check_model
-from mmseg_edaformer.errors import DataError, clear_errors
+from mmseg_edaformer.command_line import (
+    add_cost_arguments,
+    add_model_arguments,
+    check_inputs,
+    check_model,
+)
+from mmseg_edaformer.errors import clear_errors
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog='Run the same command again to resume a run that was stopped.')
+        description=__doc__, epilog='Re-running resumes where it stopped.')
     parser.add_argument('input', help='a folder, a file or a pattern such as "shards/*.tar": of '
                         'images, of .tar as WebDataset has them, or of .parquet')
     add_model_arguments(parser)
@@ -21,7 +24,7 @@ def parse_args() -> argparse.Namespace:
                         help='cores of each worker (default: 1)')
     parser.add_argument('--address', help='address of a running Ray: auto, or ray://host:10001 '
                         '(default: start one on this machine)')
-    parser.add_argument('--overlays', action='store_true', help='write overlays, too')
+    parser.add_argument('--overlays', action='store_true', help='write overlays as well')
     parser.add_argument('--batch-size', type=int, metavar='N', help='predict up to N images of '
                         'equal size at once (default: 8 on a GPU, 1 on a CPU)')
     parser.add_argument('--column', metavar='NAME', help='column of a .parquet that holds the '
@@ -31,8 +34,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    if not glob.has_magic(args.input) and not os.path.lexists(args.input):
-        raise DataError(f'no such file or folder: {args.input}')
+    check_inputs([args.input])
     check_model(args.model, args.checkpoint)
     from mmseg_edaformer.predict.bulk import predict_many
     from mmseg_edaformer.predict.outputs import describe_summary

@@ -177,9 +177,14 @@ def test_with_ray_a_killed_run_resumes_and_its_workers_end(work, photos, plain, 
     stop_and_resume(work, photos, plain, tmp_path / 'out')
 
 
-def test_a_killed_worker_loses_nothing_and_does_nothing_twice(
+def test_with_ray_a_killed_worker_loses_nothing_and_does_nothing_twice(
         connected, work, photos, plain, tmp_path):
-    out, killed = tmp_path / 'out', []
+    source, out, killed = tmp_path / 'source', tmp_path / 'out', []
+    source.mkdir()
+    for path in photos.glob('*.png'):
+        shutil.copy(path, source)
+    write_tar(source / 'more.tar', [
+        (path.name, path.read_bytes()) for path in sorted(photos.glob('more/*'))])
 
     def kill():
         wait_for(lambda: count_masks(out) >= 4)
@@ -188,28 +193,19 @@ def test_a_killed_worker_loses_nothing_and_does_nothing_twice(
         killed.append(count_masks(out))
     killer = threading.Thread(target=kill)
     killer.start()
-    summary = predict_many(photos, work, out, workers=2)
+    summary = predict_many(source, work, out, workers=2)
     killer.join()
     assert killed[1] < COUNT
     assert not os.path.exists(f'/proc/{killed[0]}')
     assert same(masks(out), plain[0])
     assert [entry['image'] for entry in manifest(out)] == [
-        os.path.relpath(path, out) for path in
-        sorted(photos.glob('*.png')) + sorted(photos.glob('more/*'))]
+        *(f'../source/{index:02}.png' for index in range(0, COUNT, 2)),
+        *(f'../source/more.tar#{index:02}.png' for index in range(1, COUNT, 2))]
     assert (summary['images'], summary['skipped'], summary['workers']) == (COUNT, {}, 2)
     assert json.loads((out / 'summary.json').read_text()) == summary
     assert sorted(os.listdir(out)) == ['legend.png', 'manifest.jsonl', 'masks', 'summary.json']
-
-
-def test_with_ray_shards(connected, work, photos, plain, tmp_path):
-    files = sorted(photos.glob('*.png'))[:6]
-    write_tar(tmp_path / 'a.tar', [(path.name, path.read_bytes()) for path in files])
-    (tmp_path / 'b.tar').write_text('words')
-    summary = predict_many(tmp_path / '*.tar', work, tmp_path / 'out', workers=1)
-    assert same(masks(tmp_path / 'out'), {f'a/{path.name}': plain[0][path.name] for path in files})
-    assert list(summary['skipped']) == ['../b.tar']
     with pytest.raises(ConfigError, match='Ray has 2 cores and 0 GPUs, room for 2 workers'):
-        predict_many(photos, work, tmp_path / 'more', workers=3)
+        predict_many(photos, work, out, workers=3)
 
 
 def test_an_image_that_kills_its_worker_is_skipped(work, photos, plain, tmp_path, monkeypatch):
@@ -258,18 +254,15 @@ def test_large_images_and_max_side(here, work, photos, tmp_path, caplog, monkeyp
     some = photos / '0[0-2].png'
     for name, value in dict(LARGE=128 * 160, _QUICK=0).items():
         monkeypatch.setattr(segmenters, name, value)
-    for kept in 0, 2:
-        summary = predict_many(some, work, tmp_path / 'auto')
-        assert (summary['isr_ratio'], summary['kept']) == ('auto', kept)
+    for settings, ratio in (dict(isr_ratio='auto'), 'auto'), (dict(max_side=64), 'none'):
+        given = {} if ratio == 'auto' else settings  # auto is the default here
+        summary = predict_many(some, work, tmp_path / f'many {ratio}', **given)
+        assert (summary['isr_ratio'], summary['skipped']) == (ratio, {})
+        predict_images(Segmenter(work, device='cpu', **settings), [some], tmp_path / ratio)
+        assert same(masks(tmp_path / f'many {ratio}'), masks(tmp_path / ratio))
+    assert not same(masks(tmp_path / 'auto'), masks(tmp_path / 'none'))
     assert 'an image of 192x128 pixels takes about 0 s on cpu at ISR ratio auto' in (
         caplog.messages[0])
-    predict_images(Segmenter(work, device='cpu', isr_ratio='auto'), [some], tmp_path / 'wanted')
-    assert same(masks(tmp_path / 'auto'), masks(tmp_path / 'wanted'))
-    summary = predict_many(some, work, tmp_path / 'small', max_side=64)
-    assert (summary['isr_ratio'], summary['skipped']) == ('none', {})
-    predict_images(Segmenter(work, device='cpu', max_side=64), [some], tmp_path / 'less')
-    assert same(masks(tmp_path / 'small'), masks(tmp_path / 'less'))
-    assert not same(masks(tmp_path / 'small'), masks(tmp_path / 'wanted'))
 
 
 def test_a_folder_with_entries_that_are_no_images(here, work, photos, tmp_path):
@@ -299,26 +292,24 @@ def test_shards(here, work, photos, plain, tmp_path):
     shards.mkdir()
     files = sorted(photos.glob('*.png'))
     content = [path.read_bytes() for path in files]
-    wanted = [plain[0][path.name] for path in files]
-    write_tar(shards / 'a.tar', [
-        ('one/0.png', content[0]), ('1.png', b'words'), ('../2.png', content[2])])
+    write_tar(shards / 'a.tar', [('x/0.png', content[0]), ('../1.png', b''), ('2.png', b'words')])
     write_parquet(shards / os.fsdecode(b'b\xe9.parquet'), content[3:9])
     (shards / 'c.tar').write_text('words')
     shutil.copy(files[9], shards / 'd.png')
     summary = predict_many(shards, work, out, workers=2)
-    assert same(masks(out), {
-        'a/one/0.png': wanted[0], 'd.png': wanted[9],
-        **{os.fsdecode(b'b\xe9/%06d.png' % row): wanted[row + 3] for row in range(6)}})
-    expected = {'a.tar#1.png': 'no picture is recognised', 'a.tar#../2.png': 'name leads out',
+    assert same(masks(out), {'a/x/0.png': plain[0][files[0].name], 'd.png': plain[0][files[9].name],
+                             **{os.fsdecode(b'b\xe9/%06d.png' % row): plain[0][path.name]
+                                for row, path in enumerate(files[3:9])}})
+    expected = {'a.tar#../1.png': 'name leads out', 'a.tar#2.png': 'is recognised in it',
                 'c.tar': 'is damaged after 0 images ('}
-    for place, says in expected.items():
-        assert says in (reason := summary['skipped'][f'../shards/{place}'])
-        assert str(shards / place) in reason
-    assert len(summary['skipped']) == len(expected)
-    assert [entry['image'].rpartition('/shards/')[2] for entry in manifest(out)] == [
-        'a.tar#one/0.png', *expected][:3] + [
+    for (place, reason), (name, says) in zip(summary['skipped'].items(), expected.items()):
+        assert place == f'../shards/{name}'
+        assert str(shards / name) in reason
+        assert says in reason
+    assert [entry['image'].removeprefix('../shards/') for entry in manifest(out)] == [
+        'a.tar#x/0.png', 'a.tar#../1.png', 'a.tar#2.png',
         *(f'b\\xe9.parquet#{row}' for row in range(6)), 'c.tar', 'd.png']
-    assert (summary['images'], summary['kept']) == (8, 0)
+    assert (summary['images'], summary['kept'], len(summary['skipped'])) == (8, 0, 3)
     assert predict_many(shards, work, out, workers=2)['kept'] == 8
     os.utime(shards / os.fsdecode(b'b\xe9.parquet'), (1, 1))  # a new shard is predicted anew
     assert predict_many(shards, work, out, workers=2)['kept'] == 2
@@ -394,11 +385,12 @@ def test_the_tool(here, work, photos, tmp_path):
     code, text = predict(photos / '0[0-4].png')
     assert code == 0
     assert text.startswith(f'{work}/best_mIoU_iter_4.pth, 8 classes, on 2 CPU workers with 1 ')
-    assert '3 images at ISR ratio none\nmasks, legend.png, manifest.jsonl and summary.json' in text
+    assert '3 images at ISR ratio none' in text
+    assert f'masks, legend.png, manifest.jsonl and summary.json are in {tmp_path}\n' in text
     (tmp_path / 'bad.png').write_text('words')
     for arguments, says in {(tmp_path / 'bad.png',): 'no image can be read: ',
                             (tmp_path / 'no.tar',): f'no such file or folder: {tmp_path}/no.tar',
-                            (photos, 'no.safetensors'): 'checkpoint not found'}.items():
+                            (photos, 'no.safetensors'): 'no such model: no.safetensors'}.items():
         code, text = predict(*arguments)
         assert code == 1
         assert f'error: {says}' in text
