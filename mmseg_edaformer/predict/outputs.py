@@ -33,7 +33,7 @@ def writing(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ConfigError(f'{out} cannot be written to: {error.strerror or error}. Free some '
+        raise ConfigError(f'{out} cannot be written to: {error.strerror or error}: free some '
                           'space, or give another --out') from error
 
 
@@ -241,7 +241,7 @@ class _FFmpeg:
         try:
             self.process.stdin.write(frame.tobytes())
         except BrokenPipeError as error:
-            raise OSError('ffmpeg ended too early, is the disk full?') from error
+            raise OSError('ffmpeg ended too early') from error
 
     def release(self) -> None:
         self.process.communicate()

@@ -138,7 +138,7 @@ def predict_video(segmenter: Segmenter, source: str | Path, out: str | Path, *,
         except DataError:
             written = 0
         if written != count:  # the writer is silent about a full disk
-            raise OSError(f'{written} of {count} frames arrived, is the disk full?')
+            raise OSError(f'{written} of {count} frames were written')
     return summary.write(note=note, video=shown(target.name), codec=codec, frames=count,
                          frames_expected=video.frames)
 
