@@ -321,14 +321,13 @@ def test_models_that_are_none(work, model, checkpoint, error, says):
         Segmenter(*(path and path.format(**places) for path in (model, checkpoint)), device='cpu')
 
 
-@pytest.mark.parametrize(('settings', 'error', 'says'), [
-    (dict(max_side=8), ConfigError, 'max_side 8: give 32 or more pixels'),
-    (dict(device='cuda:99'), ConfigError, r'device cuda:99 cannot be used: .'),
-    (dict(batch_size=0), ConfigError, 'batch_size 0: it must be 1 or more'),
-    (dict(isr='optimal'), ConfigError, 'use isr_ratio'),
-    (dict(ratio='optimal'), TypeError, "unexpected keyword argument 'ratio'")])
-def test_settings_that_are_none(work, segmenter, settings, error, says):
-    with pytest.raises(error, match=says):
+@pytest.mark.parametrize(('settings', 'says'), [
+    (dict(max_side=8), 'max_side 8: give 32 or more pixels'),
+    (dict(device='cuda:99'), r'device cuda:99 cannot be used: .'),
+    (dict(batch_size=0), 'batch_size 0: it must be 1 or more'),
+    (dict(isr='optimal'), 'use isr_ratio')])
+def test_settings_that_are_none(work, segmenter, settings, says):
+    with pytest.raises(ConfigError, match=says):
         Segmenter(work, **{'device': 'cpu', **settings})
     with pytest.raises(ConfigError, match='use isr_ratio'):
         segmenter.isr = 'optimal'
