@@ -25,11 +25,11 @@ from .outputs import (
     Summary,
     draw_legend,
     encode_png,
-    make_folders,
     make_note,
     open_video_writer,
     read_mask,
     read_summary,
+    remove_leftovers,
     write_result,
     writing,
 )
@@ -61,7 +61,7 @@ def predict_images(segmenter: Segmenter, sources: Sequence[str | Path],
     targets = name_targets(files)
     with writing(out):
         write_file(out / 'legend.png', encode_png(draw_legend(segmenter)))
-        make_folders(out, targets.values())
+        remove_leftovers(out)
     summary = Summary(segmenter, out)
     base = segmenter.fingerprint()
     notes = {path: make_note(base, path, target) for path, target in targets.items()}
