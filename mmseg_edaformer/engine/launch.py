@@ -48,7 +48,7 @@ def build_runner(cfg: Config) -> Runner:
         compat.init_distributed(cfg)
     if not torch.cuda.is_available():
         keep_freed_memory()
-    compiling = cfg.pop('compile', None)  # the runner's own also wraps parts that cannot be compiled
+    compiling = cfg.pop('compile', None)  # its own compiles parts that fail
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     if compiling:
         compile_model(runner.model, **({} if compiling is True else compiling))
@@ -91,7 +91,8 @@ def prepare_train(cfg: Config, *, resume: bool = False, load_from: str | None = 
     add_hook(cfg, dict(type='PreemptionHook'), replace=False)
     add_report(cfg)
     if skip_nonfinite is not None and skip_nonfinite < 0:
-        raise ConfigError(f'--skip-nonfinite {skip_nonfinite} is negative: give a number of steps, 0 or more')
+        raise ConfigError(f'--skip-nonfinite {skip_nonfinite} is negative: give a number of '
+                          'steps, 0 or more')
     if skip_nonfinite is None:
         add_hook(cfg, dict(type='FiniteLossHook'), replace=False)
     else:
@@ -147,8 +148,8 @@ def train(cfg: Config) -> int:
     except Exception as error:
         if not is_lost_peer(error):
             raise
-        sys.exit(f'error: rank {get_rank()} ends because another process of this run ended ({error}): '
-                 'the last lines of that one say why. Continue with --resume')
+        sys.exit(f'error: rank {get_rank()} ends because another process of this run ended '
+                 f'({error}): the last lines of that one say why. Continue with --resume')
     finally:
         if watchdog is not None:
             watchdog.stop()  # the others may leave now, and wait while the first one writes

@@ -25,9 +25,18 @@ import torch
 
 from .. import __version__
 from ..errors import ConfigError, DataError, UserError, shown
-from ..files import remove_partial_files, replacing, write_file
+from ..files import replacing, write_file
 from .inputs import IMAGES, find_images, name_targets
-from .outputs import Summary, draw_legend, encode_png, make_note, read_mask, write_result, writing
+from .outputs import (
+    Summary,
+    draw_legend,
+    encode_png,
+    make_note,
+    read_mask,
+    remove_leftovers,
+    write_result,
+    writing,
+)
 from .ray_pool import connect, count_workers, import_ray, run_workers
 from .run import progress_bar
 from .segmenter import Segmentation, Segmenter, class_shares, count_pixels
@@ -102,7 +111,7 @@ def predict_many(source: str | Path, model: str | Path, out: str | Path, *,
         for name in MANIFEST, 'summary.json':  # they are not to speak for this run yet
             (out / name).unlink(missing_ok=True)
         write_file(out / 'legend.png', encode_png(draw_legend(segmenter)))
-        _clean(out)
+        remove_leftovers(out)
         write_file(token, '')
     top = os.path.commonpath([os.path.dirname(sample.file) for sample in samples])
     try:
@@ -123,7 +132,7 @@ def predict_many(source: str | Path, model: str | Path, out: str | Path, *,
         return summary.write(device='cuda' if gpus else 'cpu', workers=workers, threads=threads,
                              images=done)
     finally:
-        _clean(out)
+        remove_leftovers(out)
 
 
 def _absolute(path: str | Path | None) -> str | Path | None:
@@ -170,13 +179,6 @@ def _collect(results: Iterator[_Result], total: int | None, summary: Summary) ->
         if not done:
             raise DataError('no image can be read: ' + next(iter(summary.skipped.values())))
     return done
-
-
-def _clean(out: Path) -> None:
-    """Remove what killed runs and workers left half-written."""
-    for folder in out, *(Path(folder) for kind in ('masks', 'overlays')
-                         for folder, _, _ in os.walk(out / kind)):
-        remove_partial_files(folder)
 
 
 class _Worker:

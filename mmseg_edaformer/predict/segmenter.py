@@ -147,11 +147,9 @@ class Segmenter:
     def __init__(self, model: str | Path, checkpoint: str | Path | None = None, *,
                  device: str | None = None, isr_ratio: ISRRatio | int | str | None = None,
                  max_side: int | None = None, batch_size: int | None = None,
-                 **renamed: Any) -> None:
-        if 'isr' in renamed:
+                 isr: None = None) -> None:
+        if isr is not None:
             _refuse_isr()
-        if renamed:
-            raise TypeError(f'Segmenter got an unexpected keyword argument {min(renamed)!r}')
         if not isinstance(model, (str, Path)):
             raise ConfigError(f'model {model!r} is not a path: give a work dir, a config or a '
                               '.safetensors')
@@ -308,9 +306,7 @@ class Segmenter:
             DataError: It cannot be read.
         """
         if isinstance(item, (str, Path)):
-            # A str may carry more, see bulk.py.
-            results = self._read_file(dict(
-                img_path=item if isinstance(item, str) else str(item)))
+            results = self._read_file(dict(img_path=str(item)))
             image = to_bgr(results['img'].astype(np.uint8, copy=False))
         else:
             image = to_array(item)
