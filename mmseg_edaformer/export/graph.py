@@ -128,7 +128,7 @@ def describe(segmenter: Segmenter, deployed: Deployed, size: tuple[int, int] | N
     return dict(
         version=__version__, torch=torch.__version__, checkpoint=Path(segmenter.source).name,
         sha256=hashlib.sha256(Path(segmenter.source).read_bytes()).hexdigest(),
-        isr_ratio=str(segmenter.isr),
+        isr_ratio=str(segmenter.isr_ratio),
         input='images: N x H x W x 3, uint8, RGB, 0 to 255; mean and std are inside',
         output='labels' if deployed.labels else 'logits',
         classes=segmenter.classes, palette=segmenter.description.palette,
