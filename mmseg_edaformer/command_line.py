@@ -58,7 +58,7 @@ def run_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Return what `load_config` takes of the flags of `add_run_arguments`."""
     os.environ.setdefault('LOCAL_RANK', args.local_rank)  # older launchers pass it as an argument
     return dict(cfg_options=args.cfg_options, work_dir=args.work_dir, launcher=args.launcher,
-                compile=args.compile)
+                compile=args.compile, verbose=args.verbose)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,8 +1,8 @@
 """What an environment has, what in it is missing or known to be bad, and the command that fixes it.
 
-This must run where the libraries are missing, damaged, crash or hang. So tools/doctor.py imports it
-without the package around it; it needs the standard library alone, and leaves every other import to
-a child process (`doctor_trials`), which notes each step before it takes it.
+This must run where the libraries are missing, damaged, crash or hang. So it needs the standard
+library alone, and leaves every other import to a child process (`doctor_trials`), which notes each
+step before it takes it.
 """
 import importlib.util
 import json
@@ -249,7 +249,7 @@ def check_folder(report: Report, folder: Path, level: str) -> None:
 
 _CHILD = '''import importlib, sys, types
 sys.path[:] = [path for path in sys.path if path]  # as tools see it, not the folder at hand
-package = sys.modules['_doctor'] = types.ModuleType('_doctor')  # the real one may not be importable
+package = sys.modules['_doctor'] = types.ModuleType('_doctor')  # the import of the real one is tried
 package.__path__ = [sys.argv[1]]
 importlib.import_module('_doctor.doctor_trials').try_all(*sys.argv[2:])
 '''

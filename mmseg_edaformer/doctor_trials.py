@@ -52,9 +52,7 @@ def try_all(notes: str, timeout: str, config: str | None = None) -> None:
         if name == 'torch':
             attempt("torch's collect_env", 'warning', collect_environment)
             attempt('torch devices', 'error', check_torch)
-    # As the package itself does before it imports them.
-    compat.stub_mmcv_ops()
-    compat.declare_torchvision_ops()
+    compat.prepare_imports()  # as the package itself does
     for name in OPTIONAL:
         if importlib.util.find_spec(name) is not None:
             attempt(f'import {name}', 'warning', try_import, name)

@@ -1,10 +1,11 @@
 """Check that this machine can train and test, and say how to fix what it lacks."""
 import argparse
-import importlib
 import sys
-import types
 from pathlib import Path
-from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the package is not installed
+
+from mmseg_edaformer.errors import clear_errors  # noqa: E402
 
 
 def parse_args() -> argparse.Namespace:
@@ -18,28 +19,19 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load(name: str) -> Any:
-    """Import a module of mmseg_edaformer without the package, which may not be importable."""
-    if '_checked' not in sys.modules:
-        package: Any = types.ModuleType('_checked')
-        package.__path__ = [str(Path(__file__).resolve().parents[1] / 'mmseg_edaformer')]
-        sys.modules['_checked'] = package
-    return importlib.import_module(f'_checked.{name}')
-
-
 def main() -> None:
     args = parse_args()
+    from mmseg_edaformer import doctor
     if sys.stderr.isatty():
         print('Importing and trying the libraries takes some seconds.', file=sys.stderr)
-    with load('errors').clear_errors():
-        doctor = load('doctor')
-        report = doctor.examine(args.config, args.timeout)
-        if args.json:
-            print(doctor.as_json(report))
-        else:
-            doctor.show(report)
+    report = doctor.examine(args.config, args.timeout)
+    if args.json:
+        print(doctor.as_json(report))
+    else:
+        doctor.show(report)
     sys.exit(not report.ready)
 
 
 if __name__ == '__main__':
-    main()
+    with clear_errors():
+        main()
