@@ -249,7 +249,7 @@ def check_folder(report: Report, folder: Path, level: str) -> None:
 
 _CHILD = '''import importlib, sys, types
 sys.path[:] = [path for path in sys.path if path]  # as tools see it, not the folder at hand
-package = sys.modules['_doctor'] = types.ModuleType('_doctor')  # the import of the real one is tried
+package = sys.modules['_doctor'] = types.ModuleType('_doctor')  # the real one is tried later
 package.__path__ = [sys.argv[1]]
 importlib.import_module('_doctor.doctor_trials').try_all(*sys.argv[2:])
 '''

@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the package is not installed
 
-from mmseg_edaformer.errors import clear_errors  # noqa: E402
+from mmseg_edaformer.errors import clear_errors
 
 
 def parse_args() -> argparse.Namespace:
