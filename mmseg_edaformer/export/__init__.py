@@ -31,7 +31,7 @@ def export(model: str | Path, out: str | Path, *, format: str, checkpoint: str |
            isr_ratio: ISRRatio | int | str = 'none', size: tuple[int, int] | None = None,
            labels: bool = False, int8: bool = False, calibrate: str | Path | None = None,
            images: str | Path | None = None, samples: int = 40,
-           threads: int | None = None) -> ExportReport:
+           threads: int | None = None, **renamed: Any) -> ExportReport:
     """Write a model for another runtime, and check that it predicts what PyTorch predicts.
 
     The file is written under another name, loaded again and compared, and takes its name last.
@@ -55,6 +55,9 @@ def export(model: str | Path, out: str | Path, *, format: str, checkpoint: str |
         UserError: A package is missing, the arguments do not fit each other or the model, or the
             file is too far from PyTorch; nothing is written then.
     """
+    if renamed:
+        raise TypeError(f'export has no argument {min(renamed)}' + (
+            ': use isr_ratio' if 'isr' in renamed else ''))
     out = Path(out)
     _check_arguments(out, format, int8, calibrate, size, samples, threads)
     segmenter = Segmenter(model, checkpoint, device='cpu', isr_ratio=isr_ratio)
