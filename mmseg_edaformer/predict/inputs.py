@@ -28,6 +28,11 @@ LONGEST_NAME = 235
 _Key = TypeVar('_Key')
 
 
+def is_video(path: str | Path) -> bool:
+    """Return whether a file has the ending of a video."""
+    return Path(path).suffix.lower() in VIDEOS
+
+
 def find_images(source: str | Path, without: Path | None = None,
                 endings: Set[str] = IMAGES) -> list[tuple[Path, str]]:
     """Return the images that a path means, and the name of each within it.
@@ -86,10 +91,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def name_targets(files: Sequence[tuple[_Key, str]]) -> dict[_Key, str]:
-    """Return the name of the results of each image, without a suffix.
-
-    Args:
-        files: The images, and the name of each within its folder.
+    """Return the name of the results of each image, without a suffix, from those in its folder.
 
     Raises:
         DataError: Two images have one name.

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
-from prettytable import PrettyTable
 
 from .. import __version__
 from ..errors import ConfigError, shown
@@ -24,7 +23,7 @@ from .inputs import silent_opencv
 from .segmenter import Segmentation, Segmenter, class_shares, count_pixels, ratio_name
 
 _TEXT = 'mmseg_edaformer'
-_SHOWN = 20
+_SHOWN = 5  # classes, and images that were skipped
 _FILES = 'masks, overlays, legend.png and summary.json'
 
 
@@ -34,7 +33,7 @@ def writing(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ConfigError(f'{out} cannot be written to: {error.strerror or error}. Free some '
+        raise ConfigError(f'{out} cannot be written to: {error.strerror or error}: free some '
                           'space, or give another --out') from error
 
 
@@ -47,15 +46,11 @@ def make_folders(out: Path, targets: Iterable[str],
 
 
 def make_note(base: str, path: str | Path, target: str) -> str:
-    """Return the note in a mask that tells which image and settings it was made from.
+    """Return the note in a mask that tells what it was made from: a hash.
 
-    Args:
-        base: The fingerprint of the `Segmenter`.
-        path: The file that the image is in; its size and time count.
-        target: The name of the results, and all else that decides them.
-
-    Returns:
-        A hash; '' for a file that is not there, as reading it will explain.
+    It depends on `base`, the fingerprint of the `Segmenter`, on the size and time of the file
+    `path`, and on `target`, the name of the results. It is '' if the file is not there, as reading
+    it will explain.
     """
     try:
         stat = os.stat(path)
@@ -78,13 +73,7 @@ def write_result(out: Path, target: str, result: Segmentation, note: str,
                  overlay: bool = True) -> None:
     """Write the overlay and then the mask, whose note says that both are there.
 
-    Args:
-        out: Folder of the results.
-        target: The name of the results.
-        result: The prediction.
-        note: What `make_note` returned.
-        overlay: Whether to write an overlay; otherwise an old one, which would not belong to the
-            mask, is removed.
+    Without `overlay` an old one, which would not belong to the mask, is removed.
     """
     path = out / 'overlays' / target
     if overlay:
@@ -199,39 +188,35 @@ def read_summary(out: Path) -> dict[str, Any]:
 
 
 def describe_summary(summary: dict[str, Any], out: str | Path, files: str = _FILES) -> str:
-    """Return a summary for a terminal: the classes, what was done and what was skipped."""
-    rows = PrettyTable(['class', 'share of pixels'], align='l')
-    rows.align['share of pixels'] = 'r'
-    shares = list(summary['shares'].items())
-    for name, share in shares[:_SHOWN]:
-        rows.add_row([name, f'{share:.1%}'])
-    lines = [str(rows)]
-    if len(shares) > _SHOWN:
-        lines.append(f'and {len(shares) - _SHOWN} more classes')
+    """Return a few lines for a terminal: what was done, skipped and found, and where it is."""
+    lines = []
     skipped = list(summary['skipped'].values())
-    lines += [f'skipped: {reason}' for reason in skipped[:_SHOWN]]
-    if len(skipped) > _SHOWN:
-        lines.append(f'skipped: {len(skipped) - _SHOWN} more, see summary.json')
     if 'video' in summary:
-        lines.append(f'{summary["frames"]} frames at ISR ratio {summary["isr_ratio"]}: '
-                     f'{shown(Path(out, summary["video"]))}')
-        if summary.get('codec') != 'h264':
-            lines.append('It is MPEG-4 part 2, which browsers do not play: install ffmpeg, remove '
-                         'the video and run again to get H.264')
+        lines.append(f'{summary["frames"]} frames at ISR ratio {summary["isr_ratio"]}')
         if (summary['frames_expected'] or 0) > summary['frames'] + 1:
-            lines.append(f'The file states {summary["frames_expected"]} frames: it may be cut off')
+            lines.append(f'the file states {summary["frames_expected"]} frames: it may be cut off')
+        if summary['codec'] != 'h264':
+            lines.append('the result is MPEG-4 part 2, which browsers do not play: install ffmpeg, '
+                         'remove the video and run again to get H.264')
+        place = shown(Path(out, summary['video']))
     else:
         images = summary['images']
         done = images if isinstance(images, int) else len(images)
         lines.append(f'{done} image{"s" * (done != 1)} at ISR ratio {summary["isr_ratio"]}' +
                      (f', {summary["kept"]} of them done before' if summary['kept'] else '') +
                      (f', {len(skipped)} skipped' if skipped else ''))
-        lines.append(f'{files} are in {shown(out)}')
-    return '\n'.join(lines)
+        place = f'{files} are in {shown(out)}'
+    lines += [f'skipped: {reason}' for reason in skipped[:_SHOWN]]
+    if len(skipped) > _SHOWN:
+        lines.append(f'skipped: {len(skipped) - _SHOWN} more, see summary.json')
+    shares = [f'{name} {share:.1%}' for name, share in summary['shares'].items()]
+    lines.append('pixels: ' + ', '.join(shares[:_SHOWN]) +
+                 (f' and {len(shares) - _SHOWN} more classes' if len(shares) > _SHOWN else ''))
+    return '\n'.join([*lines, place])
 
 
 class _FFmpeg:
-    """Writes frames as H.264 through the command ffmpeg, with the methods of ``VideoWriter``."""
+    """Writes frames as H.264 through the command ffmpeg, as ``cv2.VideoWriter`` does."""
 
     def __init__(self, path: Path, size: tuple[int, int], rate: float) -> None:
         self.process = subprocess.Popen(
@@ -246,7 +231,7 @@ class _FFmpeg:
         try:
             self.process.stdin.write(frame.tobytes())
         except BrokenPipeError as error:
-            raise OSError('ffmpeg ended too early, is the disk full?') from error
+            raise OSError('ffmpeg ended too early') from error
 
     def release(self) -> None:
         self.process.communicate()
