@@ -13,7 +13,6 @@ from mmseg.registry import MODELS
 from PIL import Image
 
 from mmseg_edaformer import export as package
-from mmseg_edaformer.analysis.benchmark import take_turns
 from mmseg_edaformer.engine.convert import pack_file
 from mmseg_edaformer.errors import CheckpointError, ConfigError, DataError
 from mmseg_edaformer.export import FORMATS, Exported, export, parity
@@ -67,6 +66,7 @@ def files(work, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _few_rounds(monkeypatch):
+    take_turns = package.take_turns
     monkeypatch.setattr(package, 'take_turns', lambda calls, device, **_: take_turns(
         calls, device, repeats=5))
 
