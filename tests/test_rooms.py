@@ -8,7 +8,8 @@ from tests.conftest import ROOT, run
 PACKAGE = ROOT / 'mmseg_edaformer'
 ROOMS = ('', 'isr', 'models', 'data', 'pretraining', 'engine', 'predict', 'analysis', 'export')
 """From the lowest to the highest; the first holds the modules that lie in no folder."""
-TOP = {'registered': 'engine', 'safe_defaults': 'engine', 'doctor': 'export'}
+TOP = {'registered': 'engine', 'safe_defaults': 'engine', 'doctor': 'export',
+       'doctor_trials': 'export'}
 """Modules in no folder that stand in, or directly above, a room."""
 LIGHT = {'torch', 'numpy', 'safetensors'}
 
