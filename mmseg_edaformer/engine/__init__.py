@@ -1,5 +1,4 @@
 """Running models: checks, checkpoints, progress, and runs that survive."""
-from ..analysis.evaluation import EvaluationHook
 from .backbone_weights import BackboneWeightsHook
 from .checkpoint_hook import SafeCheckpointHook, find_checkpoint
 from .checkpoint_loading import CheckWeightsHook, load_from_file
@@ -8,6 +7,6 @@ from .nonfinite import FiniteLossHook
 from .preemption import PreemptionHook
 from .progress import ProgressHook
 
-__all__ = ['BackboneWeightsHook', 'CheckWeightsHook', 'EvaluationHook', 'ExactTrainLoop',
-           'FiniteLossHook', 'PreemptionHook', 'ProgressHook', 'SafeCheckpointHook',
-           'find_checkpoint', 'load_from_file']
+__all__ = ['BackboneWeightsHook', 'CheckWeightsHook', 'ExactTrainLoop', 'FiniteLossHook',
+           'PreemptionHook', 'ProgressHook', 'SafeCheckpointHook', 'find_checkpoint',
+           'load_from_file']
