@@ -73,7 +73,7 @@ class _Report:
         self.runner, self.kind, self.seconds, self.compiled = runner, kind, seconds, compiled
         self.final = final
         self.evaluation = evaluation
-        self.counted = evaluation is not None and evaluation.matrix is not None
+        self.counted = evaluation is not None and bool(evaluation.images)
         self.work_dir = Path(runner.work_dir)
         self.folder = self.work_dir / FOLDER
         self.model: Any = unwrap(runner.model)
@@ -303,7 +303,6 @@ class _Report:
     def _confusion(self) -> page.Raw:
         found = self.evaluation
         assert found is not None
-        assert found.matrix is not None
         counts = found.matrix[:-1, :-1]
         with np.errstate(invalid='ignore'):
             shares = counts / found.labelled[:, None]

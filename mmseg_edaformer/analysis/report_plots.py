@@ -98,12 +98,12 @@ def draw_matrix(shares: np.ndarray, classes: Sequence[str], path: Path) -> None:
 def panels(example: Example, palette: Sequence[tuple[int, int, int]]) -> dict[str, np.ndarray]:
     """An image, its labels, what was predicted and where that is wrong; h x w x 3, uint8, BGR."""
     colours = np.array([*palette, (0, 0, 0)], np.uint8)[:, ::-1]  # the last one for -1
-    grey = cv2.cvtColor(example.picture, cv2.COLOR_BGR2GRAY)[..., None].repeat(3, 2)
+    grey = cv2.cvtColor(example.image, cv2.COLOR_BGR2GRAY)[..., None].repeat(3, 2)
     errors = (0.45 * grey + 110).astype(np.uint8)
-    counted = example.truth >= 0
-    errors[counted & (example.truth != example.predicted)] = _WRONG
+    counted = example.labels >= 0
+    errors[counted & (example.labels != example.predicted)] = _WRONG
     errors[~counted] = 60
-    return {'image': example.picture, 'labels': colours[example.truth],
+    return {'image': example.image, 'labels': colours[example.labels],
             'prediction': colours[example.predicted], 'errors': errors}
 
 

@@ -58,7 +58,7 @@ def test_counts_are_those_of_mmseg(ignore):
     areas = [sum(each) for each in zip(*(
         IoUMetric.intersect_and_union(predicted, labels, len(CLASSES), ignore)
         for labels, predicted in maps))]
-    for own, area in zip((found.right, found.labelled + found.predicted - found.right,
+    for own, area in zip((found.correct, found.labelled + found.predicted - found.correct,
                           found.predicted, found.labelled), areas):
         assert own.tolist() == area.tolist()
     figures = IoUMetric.total_area_to_metrics(*areas)
@@ -83,10 +83,10 @@ def test_the_score_of_an_image_and_those_that_are_kept():
     assert [each.score.miou for each in found.best] == scores[::-1][:EXAMPLES]
     example = found.best[0]
     number = int(example.score.name.partition('<')[0])
-    assert example.picture.shape == (20, 30, 3)
-    assert (example.picture == 20 * number).all()
+    assert example.image.shape == (20, 30, 3)
+    assert (example.image == 20 * number).all()
     labels, predicted = maps[number]
-    assert (example.truth == torch.where(labels < 5, labels, -1).numpy()).all()
+    assert (example.labels == torch.where(labels < 5, labels, -1).numpy()).all()
     assert (example.predicted == predicted.numpy()).all()
 
 
@@ -119,7 +119,7 @@ def test_processes_are_summed_without_what_is_given_twice(monkeypatch, images):
     assert parts[0].images == whole.images
     assert [each.score for each in parts[0].worst] == [each.score for each in whole.worst]
     assert parts[0].occurs.tolist() == whole.occurs.tolist()
-    assert (parts[0].best[0].picture == whole.best[0].picture).all()
+    assert (parts[0].best[0].image == whole.best[0].image).all()
 
 
 def test_kept_for_a_resumed_run(tmp_path):
@@ -131,7 +131,7 @@ def test_kept_for_a_resumed_run(tmp_path):
     assert (again.classes, again.palette, again.images) == (CLASSES, PALETTE, found.images)
     assert (again.iteration, again.metrics) == (40, {'mIoU': 3.25})
     assert [each.score for each in again.best] == [each.score for each in found.best]
-    assert (again.worst[3].truth == found.worst[3].truth).all()
+    assert (again.worst[3].labels == found.worst[3].labels).all()
     content = (tmp_path / 'counts.npz').read_bytes()
     for damaged in (content[:200], b'', b'{}'):
         (tmp_path / 'counts.npz').write_bytes(damaged)
@@ -264,16 +264,16 @@ def test_nothing_of_a_report_ends_a_run(runner, tmp_path, monkeypatch, caplog):
     runner.hooks = [EvaluationHook()]
     runner.logger.propagate = True
     monkeypatch.setattr(report, 'read_curves', lambda folder: 1 / 0)
-    evaluation.explain(runner)
-    assert 'the run is as it should be' in caplog.text
+    EvaluationHook().after_success(runner)
+    assert 'the run itself is complete' in caplog.text
     assert 'ZeroDivisionError' in caplog.text
     assert caplog.records[-1].levelname == 'ERROR'
     caplog.clear()
     monkeypatch.undo()
     (tmp_path / 'report').write_text('a file where the folder belongs')
-    evaluation.explain(runner)
+    EvaluationHook().after_success(runner)
     assert caplog.records[-1].levelname == 'WARNING'
-    assert re.search(r'the run is as it should be: .*exists', caplog.text)
+    assert re.search(r'the run itself is complete: .*exists', caplog.text)
 
 
 def test_the_switch():
@@ -409,7 +409,7 @@ def test_a_folder_that_cannot_be_written(trained, tmp_path):
     config, work, _ = trained
     (tmp_path / 'report').write_text('a file where the folder belongs')
     log = tool('tools/test.py', config, work / 'iter_5.pth', '--work-dir', tmp_path)
-    assert 'There is no report, but the run is as it should be: ' in log
+    assert 'cannot write the report, the run itself is complete: ' in log
     assert 'Traceback' not in log
 
 
