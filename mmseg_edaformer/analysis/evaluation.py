@@ -1,4 +1,4 @@
-"""Counting validations and tests class by class and image by image, and the hook that reports it."""
+"""Counts of a validation or test by class and by image, and the hook that reports them."""
 import json
 import logging
 import time
@@ -119,7 +119,7 @@ class Evaluation:
 
     @property
     def accuracy(self) -> np.ndarray:
-        """Share of each class's pixels that are predicted correctly; nan where it is not labelled."""
+        """Share of each class's pixels that are predicted correctly; nan where there are none."""
         with np.errstate(invalid='ignore'):
             return self.correct / self.labelled
 
@@ -158,8 +158,8 @@ class Evaluation:
     def merge(self, others: Sequence['Evaluation']) -> None:
         """Add the counts of other processes, which took turns with the images."""
         parts = [self, *others]
-        self.matrix = sum(part.matrix for part in parts)
-        self.occurs = sum(part.occurs for part in parts)
+        self.matrix = np.sum([part.matrix for part in parts], 0)
+        self.occurs = np.sum([part.occurs for part in parts], 0)
         self.unlabelled = sum(part.unlabelled for part in parts)
         longest = max(len(part.images) for part in parts)
         self.images = [part.images[i] for i in range(longest) for part in parts
@@ -212,8 +212,9 @@ class Evaluation:
 def _confusion(labels: Tensor, predicted: Tensor, count: int, ignore_index: int) -> np.ndarray:
     """Count pixels by label and prediction; values outside of 0 to ``count`` - 1 share one row."""
     valid = labels != ignore_index
+    pixels = (values[valid].to(torch.int32) for values in (labels, predicted))
     rows, columns = (torch.where((values < 0) | (values >= count), count, values)
-                     for values in (labels[valid].to(torch.int32), predicted[valid].to(torch.int32)))
+                     for values in pixels)
     pairs = torch.bincount(rows * (count + 1) + columns, minlength=(count + 1) ** 2)
     return pairs.view(count + 1, count + 1).cpu().numpy()
 

@@ -342,8 +342,8 @@ def test_a_training_that_goes_on(scenes, tmp_path):
     report = tmp_path / 'work' / 'report.html'
     assert f'Report: {report}' in (tmp_path / 'log').read_text()
     page = check_page(report)
-    for text in ('The run goes on.', 'iterations 2 of 4', 'best: best_mIoU_iter_2.pth',
-                 'Of the validation after iteration 2', 'Measured when the run ends'):
+    for text in ('The run has not ended.', 'iterations 2 of 4', 'best: best_mIoU_iter_2.pth',
+                 'From the last validation, after iteration 2', 'Measured when the run ends'):
         assert text in page.says
     steps = read_csv(tmp_path / 'work' / 'report' / 'curves.csv')
     assert [bool(row['val/mIoU']) for row in steps] == [False, True]
@@ -356,7 +356,7 @@ def test_the_report_of_a_run_killed_before_it(trained, tmp_path):
     tool('tools/train.py', config, '--work-dir', work, '--resume', '--cfg-options',
          'train_cfg.max_iters=5', 'train_cfg.val_interval=5')
     first, again = Page(tmp_path / 'first.html').says, check_page(work / 'report.html').says
-    section = re.compile(r'Classes Of the validation.*Best 2')
+    section = re.compile(r'Classes From the last validation.*Best 2')
     assert section.search(again)[0] == section.search(first)[0]
 
 
@@ -400,7 +400,7 @@ test_evaluator = dict(type='IoUMetric', format_only=True, output_dir='{tmp_path}
 """)
     tool('tools/test.py', plain, work / 'iter_5.pth', '--work-dir', tmp_path)
     page = check_page(tmp_path / 'report.html')
-    assert 'The 4 images have no labels to compare with' in page.says
+    assert 'Not evaluated: the 4 images have no labels' in page.says
     assert 'GMACs' in page.says
 
 
