@@ -4,13 +4,10 @@ from pathlib import Path
 
 from mmseg_edaformer.command_line import add_cost_arguments, add_model_arguments
 from mmseg_edaformer.errors import ConfigError, clear_errors, shown
-from mmseg_edaformer.predict.segmenter import (
-    VIDEOS,
-    Segmenter,
-    describe_summary,
-    predict_pictures,
-    predict_video,
-)
+from mmseg_edaformer.predict.inputs import VIDEOS
+from mmseg_edaformer.predict.outputs import describe_summary
+from mmseg_edaformer.predict.run import predict_images, predict_video
+from mmseg_edaformer.predict.segmenter import Segmenter
 
 
 def parse_args() -> argparse.Namespace:
@@ -38,14 +35,14 @@ def main() -> None:
         raise ConfigError('one video at a time: give a single input')
     if args.masks and not video:
         raise ConfigError('--masks is for a video: pictures always get a mask')
-    segmenter = Segmenter(args.model, args.checkpoint, device=args.device, isr=args.isr_ratio,
+    segmenter = Segmenter(args.model, args.checkpoint, device=args.device, isr_ratio=args.isr_ratio,
                           max_side=args.max_side, batch_size=args.batch_size)
     print(f'{shown(segmenter.source)}, {len(segmenter.classes)} classes, on {segmenter.device}',
           flush=True)
     if video:
         summary = predict_video(segmenter, args.input[0], args.out, masks=args.masks)
     else:
-        summary = predict_pictures(segmenter, args.input, args.out)
+        summary = predict_images(segmenter, args.input, args.out)
     print(describe_summary(summary, args.out))
 
 

@@ -4,7 +4,6 @@ All variants of a run, each a config at an ISR ratio, take turns call by call, s
 the machine does falls on all of them alike.
 """
 import copy
-import math
 import os
 import platform
 import statistics
@@ -37,7 +36,7 @@ from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
 from .. import __version__
-from ..cost import count_macs
+from ..cost import count_macs, windows
 from ..data.drawing import draw_scene
 from ..engine.allocator import keep_freed_memory
 from ..engine.compile import compile_model
@@ -314,32 +313,10 @@ def run(contenders: Sequence[Contender], plan: Plan) -> Iterator[list[Row]]:
 def _count(contender: Contender, ratio: ISRRatio, size: tuple[int, int]) -> _Cost:
     set_ratio(contender.model, ratio)
     views = windows(contender.model, size)
-    rows, columns = views[0]
-    view = (len(range(size[0])[rows]), len(range(size[1])[columns]))
-    cost = _Cost(len(views), len(views) * count_macs(contender.model, view),
-                 len(views) * count_activations(contender.model, view))
+    cost = _Cost(len(views), len(views) * count_macs(contender.model, views[0]),
+                 len(views) * count_activations(contender.model, views[0]))
     set_ratio(contender.model, NONE)
     return cost
-
-
-def windows(model: nn.Module, size: tuple[int, int]) -> list[tuple[slice, slice]]:
-    """Rows and columns of the windows that mmseg's sliding inference makes of an image.
-
-    One window, the image, where the model's ``test_cfg`` does not slide.
-    """
-    settings = getattr(model, 'test_cfg', None) or {}
-    if settings.get('mode') != 'slide':
-        return [(slice(0, size[0]), slice(0, size[1]))]
-    rows, columns = (_spans(*sides) for sides in zip(
-        size, settings['crop_size'], settings['stride']))
-    return list(product(rows, columns))
-
-
-def _spans(length: int, window: int, stride: int) -> list[slice]:
-    """Steps along one side; the last window is moved back into the image."""
-    count = max(math.ceil((length - window) / stride), 0) + 1
-    ends = (min(i * stride + window, length) for i in range(count))
-    return [slice(max(end - window, 0), end) for end in ends]
 
 
 class Subject:
@@ -373,7 +350,7 @@ class Subject:
 
             def call() -> Any:
                 with torch.no_grad(), self.precision():
-                    return [self.model(images[:, :, rows, columns]) for rows, columns in views]
+                    return [self.model(images[:, :, :rows, :columns]) for rows, columns in views]
             return call
 
         def predict() -> Callable[[], Any]:

@@ -30,7 +30,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ..cost import count_macs
+from ..cost import count_macs, windows
 from ..engine import launch
 from ..engine.allocator import keep_freed_memory
 from ..engine.run_config import load_config
@@ -39,7 +39,6 @@ from ..files import replacing, write_file
 from ..isr import ISRRatio, isr
 from ..isr.adapters import find_attention
 from ..pretraining.folders import is_classifier
-from .benchmark import windows
 from .compare import load_model
 from .memory import peak_bytes
 from .sweep_report import (
@@ -194,9 +193,8 @@ class Bench:
         name = ratio_name(ratio)
         if name not in self.macs:
             views = windows(self.model, self.size)
-            view = (len(range(self.size[0])[views[0][0]]), len(range(self.size[1])[views[0][1]]))
             with isr(self.model, ratio):
-                self.macs[name] = len(views) * count_macs(self.model, view) / 1e9
+                self.macs[name] = len(views) * count_macs(self.model, views[0]) / 1e9
         return self.macs[name]
 
     def miou(self, ratio: ISRRatio) -> float:

@@ -31,7 +31,8 @@ from ..errors import ConfigError, DataError, RatioError, UserError
 from ..files import write_file
 from ..isr import ISRRatio, isr
 from ..isr.adapters import find_attention
-from .segmenter import Segmentation, Segmenter, scale_down
+from .inputs import scale_down
+from .segmenter import Segmentation, Segmenter
 
 MAX_SIDE = 1024
 """Pixels of the longer side that pictures are reduced to by default."""
@@ -128,7 +129,7 @@ class Comparer:
         seconds: dict[ISRRatio, list[float]] = defaultdict(list)
         with self._lock:
             for each in turns:  # the first prediction of a size may compile or allocate
-                self.segmenter.isr = each
+                self.segmenter.isr_ratio = each
                 with self._watch() as shapes:
                     found[each] = self.segmenter(picture)
                 gmacs[each] = sum(self._count(each, shape) for shape in shapes)
@@ -136,7 +137,7 @@ class Comparer:
             while not seconds or (len(seconds[ratio]) < _ROUNDS and
                                   time.perf_counter() - start < _SECONDS):
                 for each in turns:
-                    self.segmenter.isr = each
+                    self.segmenter.isr_ratio = each
                     begin = time.perf_counter()
                     self.segmenter(picture)
                     seconds[each].append(time.perf_counter() - begin)

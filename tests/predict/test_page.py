@@ -73,7 +73,7 @@ def pictures(tmp_path_factory):
 
 
 def expected(segmenter, path, ratio):
-    segmenter.isr = ratio
+    segmenter.isr_ratio = ratio
     return segmenter(path)
 
 
@@ -124,7 +124,7 @@ def test_large_pictures_are_reduced_and_turned_ones_upright(work, pictures):
     found = comparer.compare(str(pictures / 'turned.jpg'), RATIO)
     assert found.found[0].labels.shape == (96, 64)
     upright = np.array(Image.open(pictures / '0.png').rotate(-90, expand=True).resize((64, 96)))
-    assert np.abs(found.found[0].picture[..., ::-1].astype(int) - upright).mean() < 10
+    assert np.abs(found.found[0].image[..., ::-1].astype(int) - upright).mean() < 10
     with pytest.raises(ConfigError, match='--max-side 8: give 32 or more'):
         demo.Comparer(comparer.segmenter, 8)
 
