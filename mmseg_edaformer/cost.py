@@ -2,12 +2,12 @@
 import copy
 import inspect
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from mmengine.model import BaseTTAModel, is_model_wrapper
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
@@ -159,11 +159,20 @@ def with_weights(shadow: nn.Module) -> None:
                                        name not in module._non_persistent_buffers_set)
 
 
-def unwrap(model: Any) -> nn.Module:
-    """The model within DDP and test-time augmentation."""
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model within DDP, and within mmengine's wrappers and test-time augmentation."""
+    while isinstance(model, _wrappers()):
+        model = cast(Any, model).module
     return model
+
+
+def _wrappers() -> tuple[type, ...]:
+    wrappers: tuple[type, ...] = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    if 'mmengine.model' in sys.modules:  # without it, no model can be wrapped by it
+        from mmengine.model import BaseTTAModel
+        from mmengine.registry import MODEL_WRAPPERS
+        wrappers += BaseTTAModel, *MODEL_WRAPPERS.module_dict.values()
+    return wrappers
 
 
 @contextmanager

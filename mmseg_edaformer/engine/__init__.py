@@ -2,11 +2,12 @@
 from .backbone_weights import BackboneWeightsHook
 from .checkpoint_hook import SafeCheckpointHook, find_checkpoint
 from .checkpoint_loading import CheckWeightsHook, load_from_file
+from .isr_hook import ISRHook
 from .loop import ExactTrainLoop
 from .nonfinite import FiniteLossHook
 from .preemption import PreemptionHook
 from .progress import ProgressHook
 
 __all__ = ['BackboneWeightsHook', 'CheckWeightsHook', 'ExactTrainLoop', 'FiniteLossHook',
-           'PreemptionHook', 'ProgressHook', 'SafeCheckpointHook', 'find_checkpoint',
+           'ISRHook', 'PreemptionHook', 'ProgressHook', 'SafeCheckpointHook', 'find_checkpoint',
            'load_from_file']
