@@ -35,7 +35,7 @@ from ..isr import ISRRatio, isr
 from ..pretraining.folders import is_classifier
 from . import report_plots as plots
 from .benchmark import Plan, environment
-from .evaluation import EXAMPLES, FOLDER, Evaluation
+from .counts import EXAMPLES, FOLDER, Evaluation
 from .report_sources import LiveBench, Ratios, find_sweep, join_curves, read_curves, size_name
 from .sweep import DEFAULT, GREEDY, make_rows, ratio_name
 from .sweep_report import draw

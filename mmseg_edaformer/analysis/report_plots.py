@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from ..files import replacing, write_file
-from .evaluation import Example
+from .counts import Example
 
 NAMED = 40
 """Largest number of classes that are named at a matrix; more are numbered."""

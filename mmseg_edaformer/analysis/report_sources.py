@@ -12,7 +12,7 @@ import torch
 
 from ..isr import ISRRatio, isr
 from ..isr.adapters import find_attention
-from .evaluation import Evaluation
+from .counts import Evaluation
 from .sweep import Bench, Measurements, ratio_name
 from .sweep_report import Row
 

@@ -18,7 +18,8 @@ from mmseg.evaluation import IoUMetric
 from mmseg.structures import SegDataSample
 
 from mmseg_edaformer.analysis import evaluation, report, report_sources
-from mmseg_edaformer.analysis.evaluation import EXAMPLES, Evaluation, EvaluationHook
+from mmseg_edaformer.analysis.counts import EXAMPLES, Evaluation
+from mmseg_edaformer.analysis.evaluation import EvaluationHook
 from mmseg_edaformer.engine.launch import add_report
 from tests.conftest import write_config
 from tests.engine.test_resume import sending
