@@ -61,9 +61,9 @@ def test_stubbed_operators_say_what_they_need():
 
 
 def test_resume_of_any_runner_looks_for_checkpoints():
-    import mmseg_edaformer.registered  # noqa: F401
     from mmengine.runner import runner
 
+    import mmseg_edaformer.registered  # noqa: F401
     from mmseg_edaformer.engine import find_checkpoint
     assert runner.find_latest_checkpoint is find_checkpoint
 

@@ -7,7 +7,8 @@ from .loop import ExactTrainLoop
 from .nonfinite import FiniteLossHook
 from .preemption import PreemptionHook
 from .progress import ProgressHook
+from .runner import QuietRunner
 
 __all__ = ['BackboneWeightsHook', 'CheckWeightsHook', 'ExactTrainLoop', 'FiniteLossHook',
-           'ISRHook', 'PreemptionHook', 'ProgressHook', 'SafeCheckpointHook', 'find_checkpoint',
-           'load_from_file']
+           'ISRHook', 'PreemptionHook', 'ProgressHook', 'QuietRunner', 'SafeCheckpointHook',
+           'find_checkpoint', 'load_from_file']

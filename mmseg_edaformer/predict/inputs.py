@@ -28,6 +28,11 @@ LONGEST_NAME = 235
 _Key = TypeVar('_Key')
 
 
+def is_video(path: str | Path) -> bool:
+    """Return whether a file has the ending of a video."""
+    return Path(path).suffix.lower() in VIDEOS
+
+
 def find_images(source: str | Path, without: Path | None = None,
                 endings: Set[str] = IMAGES) -> list[tuple[Path, str]]:
     """Return the images that a path means, and the name of each within it.

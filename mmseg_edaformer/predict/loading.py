@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from mmengine.runner import CheckpointLoader
 
+from ..command_line import check_model
 from ..engine import load_from_file
 from ..engine.allocator import keep_freed_memory
 from ..engine.convert import Description, describe, load_model, read_description
@@ -23,6 +24,7 @@ def load_segmentor(model: Path, checkpoint: str | Path | None
     Raises:
         UserError: One of them is not there, or they do not fit.
     """
+    check_model(model, checkpoint)
     if model.suffix == '.safetensors':
         if checkpoint is not None:
             raise ConfigError(f'{model} holds its own weights: leave {checkpoint} out, or give a '
@@ -34,9 +36,6 @@ def load_segmentor(model: Path, checkpoint: str | Path | None
         except Exception as error:  # sizes that make no sense raise anything
             raise CheckpointError(f'{model} is refused: its model cannot be built '
                                   f'({first_line(error)})') from error
-    if checkpoint is None and not model.exists():
-        raise ConfigError(f'no such file or folder: {model}: give the work dir of a training, a '
-                          'config and its checkpoint, or a .safetensors')
     if model.is_dir():
         model, checkpoint = _find_in_work_dir(model, checkpoint)
     if model.suffix == '.pth':

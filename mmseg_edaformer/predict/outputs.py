@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
-from prettytable import PrettyTable
 
 from .. import __version__
 from ..errors import ConfigError, shown
@@ -24,7 +23,7 @@ from .inputs import silent_opencv
 from .segmenter import Segmentation, Segmenter, class_shares, count_pixels, ratio_name
 
 _TEXT = 'mmseg_edaformer'
-_SHOWN = 20
+_SHOWN = 5  # classes, and images that were skipped
 _FILES = 'masks, overlays, legend.png and summary.json'
 
 
@@ -199,35 +198,31 @@ def read_summary(out: Path) -> dict[str, Any]:
 
 
 def describe_summary(summary: dict[str, Any], out: str | Path, files: str = _FILES) -> str:
-    """Return a summary for a terminal: the classes, what was done and what was skipped."""
-    rows = PrettyTable(['class', 'share of pixels'], align='l')
-    rows.align['share of pixels'] = 'r'
-    shares = list(summary['shares'].items())
-    for name, share in shares[:_SHOWN]:
-        rows.add_row([name, f'{share:.1%}'])
-    lines = [str(rows)]
-    if len(shares) > _SHOWN:
-        lines.append(f'and {len(shares) - _SHOWN} more classes')
+    """Return a few lines for a terminal: what was done, skipped and found, and where it is."""
+    lines = []
     skipped = list(summary['skipped'].values())
-    lines += [f'skipped: {reason}' for reason in skipped[:_SHOWN]]
-    if len(skipped) > _SHOWN:
-        lines.append(f'skipped: {len(skipped) - _SHOWN} more, see summary.json')
     if 'video' in summary:
-        lines.append(f'{summary["frames"]} frames at ISR ratio {summary["isr_ratio"]}: '
-                     f'{shown(Path(out, summary["video"]))}')
-        if summary.get('codec') != 'h264':
-            lines.append('It is MPEG-4 part 2, which browsers do not play: install ffmpeg, remove '
-                         'the video and run again to get H.264')
+        lines.append(f'{summary["frames"]} frames at ISR ratio {summary["isr_ratio"]}')
         if (summary['frames_expected'] or 0) > summary['frames'] + 1:
-            lines.append(f'The file states {summary["frames_expected"]} frames: it may be cut off')
+            lines.append(f'the file states {summary["frames_expected"]} frames: it may be cut off')
+        if summary['codec'] != 'h264':
+            lines.append('the result is MPEG-4 part 2, which browsers do not play: install ffmpeg, '
+                         'remove the video and run again to get H.264')
+        place = shown(Path(out, summary['video']))
     else:
         images = summary['images']
         done = images if isinstance(images, int) else len(images)
         lines.append(f'{done} image{"s" * (done != 1)} at ISR ratio {summary["isr_ratio"]}' +
                      (f', {summary["kept"]} of them done before' if summary['kept'] else '') +
                      (f', {len(skipped)} skipped' if skipped else ''))
-        lines.append(f'{files} are in {shown(out)}')
-    return '\n'.join(lines)
+        place = f'{files} are in {shown(out)}'
+    lines += [f'skipped: {reason}' for reason in skipped[:_SHOWN]]
+    if len(skipped) > _SHOWN:
+        lines.append(f'skipped: {len(skipped) - _SHOWN} more, see summary.json')
+    shares = [f'{name} {share:.1%}' for name, share in summary['shares'].items()]
+    lines.append('pixels: ' + ', '.join(shares[:_SHOWN]) +
+                 (f' and {len(shares) - _SHOWN} more classes' if len(shares) > _SHOWN else ''))
+    return '\n'.join([*lines, place])
 
 
 class _FFmpeg:

@@ -21,10 +21,10 @@ from PIL import Image
 
 from ..cost import count_macs, windows
 from ..data.transforms import MAX_PIXELS, allow_pixels
-from ..errors import CheckpointError, ConfigError, DataError
+from ..errors import CheckpointError, ConfigError, DataError, shown
 from ..isr import ISRRatio, apply_isr, remove_isr
 from ..isr.adapters import find_attention
-from .inputs import VIDEOS, Video, find_images, read_ahead, scale_down, to_array, to_bgr
+from .inputs import Video, find_images, is_video, read_ahead, scale_down, to_array, to_bgr
 from .loading import find_device, first_line, load_segmentor
 
 LARGE = 2048 * 2048
@@ -191,6 +191,9 @@ class Segmenter:
         self.isr_ratio = isr_ratio  # type: ignore[assignment]
         del self._turns.own.ratio  # this thread, too, follows others until it sets one
 
+    def __str__(self) -> str:
+        return f'{shown(self.source)}, {len(self.classes)} classes, on {self.device}'
+
     isr = property(_refuse_isr, _refuse_isr)
 
     @property
@@ -250,11 +253,11 @@ class Segmenter:
             return next(self.stream([source]))
         if not isinstance(source, (str, Path)):
             return self.stream(source, skipped)
-        path = Path(source)
-        if os.path.isfile(path) and path.suffix.lower() in VIDEOS:
-            return self.stream(Video(path), skipped)
+        is_file = os.path.isfile(source)
+        if is_file and is_video(source):
+            return self.stream(Video(source), skipped)
         files = [file for file, _ in find_images(source)]
-        return next(self.stream(files)) if os.path.isfile(path) else self.stream(files, skipped)
+        return next(self.stream(files)) if is_file else self.stream(files, skipped)
 
     def stream(self, items: Iterable[Any],
                skipped: dict[str, str] | None = None) -> Iterator[Segmentation]:

@@ -569,7 +569,7 @@ def test_names_do_a_terminal_no_harm(single, tmp_path):
 
 
 @pytest.mark.parametrize(('arguments', 'error', 'says'), [
-    (['{work}/none.py', '{pth}'], ConfigError, 'config not found: .*none.py'),
+    (['{work}/none.py', '{pth}'], ConfigError, 'no such model: .*none.py'),
     (['{work}/mini.py'], ConfigError, 'mini.py: a config needs a checkpoint'),
     (['{work}/mini.py', '{work}/none.pth'], CheckpointError, 'checkpoint not found: .*none.pth'),
     (['{pth}'], ConfigError, 'is a checkpoint and does not say what model it is of'),
@@ -579,8 +579,8 @@ def test_names_do_a_terminal_no_harm(single, tmp_path):
     (['{root}/configs/eft_t_in1k.py', '{pth}'], ConfigError, 'no model that predicts a class for'),
     (['{work}/weights.safetensors'], CheckpointError, 'weights.safetensors holds weights alone'),
     (['{single}', '{pth}'], ConfigError, 'model.safetensors holds its own weights: leave'),
-    (['{work}/nope'], ConfigError, 'no such file or folder: .*nope: give the work dir of a'),
-    (['{work}/nope.pth'], ConfigError, 'no such file or folder: .*nope.pth'),
+    (['{work}/nope'], ConfigError, 'no such model: .*nope: give the work dir of a training'),
+    (['{work}/nope.pth'], ConfigError, 'no such model: .*nope.pth'),
 ])
 def test_models_that_are_none(work, single, arguments, error, says):
     pth = work / 'best_mIoU_iter_4.pth'
