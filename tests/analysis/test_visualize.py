@@ -1,4 +1,4 @@
-"""Attention, features and predictions as pictures: what is drawn is what the network computes."""
+"""Sheets of attention, features and predictions: what is drawn is what the network computes."""
 import math
 
 import cv2
@@ -14,14 +14,26 @@ from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 
 from mmseg_edaformer import register_isr
-from mmseg_edaformer.analysis import sheets, visualize as subject
 from mmseg_edaformer.analysis.attention import choose_layers, layer_names, look
-from mmseg_edaformer.analysis.sheets import Projection, paint, relative_error
-from mmseg_edaformer.analysis.visualize import choose_points, parse_point, visualize
+from mmseg_edaformer.analysis.sheets import (
+    draw_cells,
+    draw_cross,
+    paint,
+    project,
+    relative_error,
+)
+from mmseg_edaformer.analysis.visualize import (
+    choose_points,
+    find_subject,
+    parse_point,
+    read_labels,
+    visualize,
+)
 from mmseg_edaformer.errors import CheckpointError, ConfigError, DataError, RatioError
-from mmseg_edaformer.isr import isr
+from mmseg_edaformer.isr import ISRRatio, isr
 from mmseg_edaformer.predict.segmenter import Segmenter
 from tests.conftest import ROOT, run, write_config
+from tests.processes import run_tool
 
 SIZE = (72, 104)  # ragged cells in most layers
 POINTS = [(3., 5.), (60.5, 40.2), (103.9, 71.9)]
@@ -57,13 +69,23 @@ model = dict(data_preprocessor=dict(size=(64, 64)), backbone=dict(num_layers=[1,
     return save(config)
 
 
-@pytest.fixture(scope='module', params=['edaformer', 'segformer'])
+@pytest.fixture(scope='module')
+def segmenter(edaformer):
+    return Segmenter(edaformer, device='cpu')
+
+
+@pytest.fixture(scope='module')
+def other(segformer):
+    return Segmenter(segformer, device='cpu')
+
+
+@pytest.fixture(scope='module', params=['segmenter', 'other'])
 def model(request):
-    return Segmenter(request.getfixturevalue(request.param), device='cpu').model
+    return request.getfixturevalue(request.param).model
 
 
 @pytest.fixture
-def picture(scenes):
+def path(scenes):
     return scenes / 'images' / 'validation' / '00000.png'
 
 
@@ -77,7 +99,7 @@ def image():
 
 
 def inputs_of(model, names, x):
-    """What each layer is called with, and what it gives, by hooks."""
+    """What each layer is called with, and what it returns, by hooks."""
     calls, outs, handles = {}, {}, []
     modules = dict(model.named_modules())
     for name in names:
@@ -287,17 +309,17 @@ def test_one_projection_for_all():
     direction = F.normalize(torch.randn(6), dim=0)
     along = torch.randn(5, 7) * 10
     features = direction[:, None, None] * along + torch.randn(6, 5, 7) * 0.01 + 3
-    projection = Projection.of(features)
-    view = projection.view(features)
+    (view, same, _), (none, difference) = project([features, features, features * 1.1])
     assert abs(np.corrcoef(view.ravel(), along.numpy().ravel())[0, 1]) > 0.9999
-    assert np.allclose(projection.view(2 * features - features), view)
-    assert float(projection.axis[projection.axis.abs().argmax()]) > 0
+    assert np.array_equal(same, view)
+    assert not none.any()
+    sign = direction[direction.abs().argmax()].sign()
+    assert np.corrcoef(view.ravel(), (sign * along).numpy().ravel())[0, 1] > 0
     assert relative_error(features * 1.1, features) == pytest.approx(0.1, rel=1e-4)
     assert relative_error(features, features) == 0
     # Squared differences add up to that of the whole.
-    each = projection.difference(features * 1.1, features)
-    assert math.sqrt((each ** 2).mean()) == pytest.approx(0.1, rel=1e-4)
-    assert np.isfinite(Projection.of(torch.zeros(4, 2, 2)).view(torch.zeros(4, 2, 2))).all()
+    assert math.sqrt((difference ** 2).mean()) == pytest.approx(0.1, rel=1e-4)
+    assert np.isfinite(project([torch.zeros(4, 2, 2)])[0][0]).all()
 
 
 def test_points():
@@ -318,7 +340,7 @@ def test_points():
 @pytest.mark.parametrize(('point', 'says'), [
     ('20,5', 'point 20,5 lies outside of x.png, which has columns 0 to 19 and rows 0 to 9'),
     ('5,10', 'outside of x.png'), ('-1,5', 'outside'), ('1.2,0.5', 'outside'),
-    ('5', "point '5' is none: give column and row in pixels, 120,80"),
+    ('5', "cannot parse point '5': give column and row in pixels, 120,80"),
     ('a,b', "point 'a,b'"), ('1,2,3', "point '1,2,3'"), ('', "point ''"), ('.,1', "point '.,1'"),
 ])
 def test_points_that_are_none(point, says):
@@ -330,23 +352,22 @@ def silent(*args, **options):
     return visualize(*args, **{'say': lambda text: None, **options})
 
 
-def test_sheets(edaformer, segformer, picture, mask, tmp_path):
-    segmenter = Segmenter(edaformer, device='cpu')
+def test_sheets(segmenter, other, path, mask, tmp_path):
     texts = []
-    written = silent(segmenter, [picture], tmp_path, ratios=['none', '2', '2211-222'],
-                     others=[('segformer', Segmenter(segformer, device='cpu'))], labels=mask,
-                     points=['10,10', '0.9,0.9'], say=texts.append)
-    assert [path.name for path in written] == [
+    written = silent(segmenter, [path], tmp_path, isr_ratio=['none', '2', '2211-222'],
+                     others=[('segformer', other)], labels=mask, points=['10,10', '0.9,0.9'],
+                     say=texts.append)
+    assert [file.name for file in written] == [
         f'00000_{kind}.png' for kind in ('attention', 'features', 'predictions')]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [path.name for path in written]
-    assert str(segmenter.isr_ratio) == '1'
+    assert sorted(file.name for file in tmp_path.iterdir()) == [file.name for file in written]
+    assert segmenter.isr_ratio == ISRRatio.parse('none')
     sizes = []
-    for path in written:
-        with Image.open(path) as sheet:
+    for file in written:
+        with Image.open(file) as sheet:
             sheet.load()
             sizes.append(sheet.size)
             assert np.array(sheet).std() > 20
-    width, height = 300, 200  # a panel of the 96x64 picture
+    width, height = 300, 200  # a panel of the 96x64 image
     assert sizes[0][0] == 40 + 220 + 2 * (3 * (width + 10) + 64) + 10
     assert sizes[1][0] == 40 + 220 + 5 * (width + 10) + 2 * 64 + 10
     assert sizes[2][0] == 40 + 4 * (440 + 10) - 10
@@ -355,7 +376,8 @@ def test_sheets(edaformer, segformer, picture, mask, tmp_path):
     labels = {}
     for ratio in 'none', '2':
         segmenter.isr_ratio = ratio
-        labels[ratio] = segmenter(picture).labels
+        labels[ratio] = segmenter(path).labels
+    segmenter.isr_ratio = 'none'
     changed = (labels['2'] != labels['none']).mean()
     assert changed > 0
     line = next(line for line in texts[0].splitlines() if '| ISR 2 ' in line)
@@ -364,97 +386,103 @@ def test_sheets(edaformer, segformer, picture, mask, tmp_path):
     assert f'point 1 at 10,10: {segmenter.classes[labels["none"][10, 10]]}' in texts[0]
 
 
-def test_the_panels_are_what_they_say(edaformer, picture, mask, tmp_path):
-    """Painted cells show in the sheet, and truth is that of the mask."""
-    segmenter = Segmenter(edaformer, device='cpu')
+def test_the_panels_are_what_they_say(segmenter, path, mask, tmp_path):
+    """Painted cells show in the sheet, and the truth is that of the mask."""
     name = 'backbone.stages.0.blocks.0.attn'
-    silent(segmenter, [picture], tmp_path, ratios=['none'], points=['40,20'], layers=[name],
+    silent(segmenter, [path], tmp_path, isr_ratio=['none'], points=['40,20'], layers=[name],
            labels=mask)
     sheet = np.array(Image.open(tmp_path / '00000_attention.png'))
-    one = subject._subject(segmenter, picture, ['40,20'], segmenter.isr_ratio)
-    seen, _ = look(segmenter.model, one.inputs, [name], [one.to_inputs((40, 20))])
-    density = seen[name].density()[0]
-    panel = sheets._heat(one, density, seen[name].cells, (300, 200), float(density.max()))
-    sheets._cross(panel, one, (40, 20))
-    x, y = cv2.minMaxLoc(cv2.matchTemplate(sheet, np.array(panel), cv2.TM_SQDIFF))[2]
-    assert (sheet[y:y + 200, x:x + 300] == np.array(panel)).all()
-    truth = subject._read_labels(mask.parent, picture, (64, 96), 8, False)
+    subject = find_subject(segmenter, path, ['40,20'], segmenter.isr_ratio)
+    seen = look(segmenter.model, subject.inputs, [name], [subject.to_inputs((40, 20))])[0][name]
+    density = seen.density()[0]
+    image = draw_cells(subject, (300, 200), density, seen.cells, 'inferno', 0.,
+                       float(density.max()), photo=True)
+    draw_cross(image, subject, (40, 20))
+    panel = np.array(image)
+    x, y = cv2.minMaxLoc(cv2.matchTemplate(sheet, panel, cv2.TM_SQDIFF))[2]
+    assert (sheet[y:y + 200, x:x + 300] == panel).all()
+    truth = read_labels(mask.parent, path, (64, 96), 8, False)
     assert (truth == np.array(Image.open(mask))).all()
-    zero = subject._read_labels(mask, picture, (64, 96), 8, True)
+    zero = read_labels(mask, path, (64, 96), 8, True)
     assert ((zero == 255) == ((truth == 0) | (truth == 255))).all()
 
 
-def test_segformer_at_every_ratio(segformer, picture, tmp_path):
-    segmenter = Segmenter(segformer, device='cpu')
-    assert choose_layers(segmenter.model) == [f'backbone.layers.{i}.1.0.attn' for i in range(4)]
-    written = silent(segmenter, [picture], tmp_path, ratios=['none', '2211-222', 'auto'],
+def test_segformer_at_every_ratio(other, path, tmp_path):
+    assert choose_layers(other.model) == [f'backbone.layers.{i}.1.0.attn' for i in range(4)]
+    written = silent(other, [path], tmp_path, isr_ratio=['none', '2211-222', 'auto'],
                      layers=['backbone.layers.[03]*'])
     assert len(written) == 3
 
 
-def test_two_pictures_of_one_name_keep_apart(edaformer, picture, tmp_path):
+def test_two_images_of_one_name_keep_apart(segmenter, path, tmp_path):
     (tmp_path / 'a').mkdir()
     for name in 'x.png', 'x.jpg', 'a/x.png':
-        Image.open(picture).save(tmp_path / name)
-    written = silent(Segmenter(edaformer, device='cpu'), [tmp_path], tmp_path / 'out',
-                     ratios=['none'], layers=['*stages.0*'], points=['1,1'])
-    assert sorted({path.relative_to(tmp_path / 'out').as_posix() for path in written})[::3] == [
+        Image.open(path).save(tmp_path / name)
+    written = silent(segmenter, [tmp_path], tmp_path / 'out', isr_ratio=['none'],
+                     layers=['*stages.0*'], points=['1,1'])
+    assert sorted({file.relative_to(tmp_path / 'out').as_posix() for file in written})[::3] == [
         'a/x_attention.png', 'x.jpg_attention.png', 'x.png_attention.png']
 
 
 class NoAttention(nn.Module):
-    """A segmentor without any."""
+    """A segmentor without attention."""
 
 
 @pytest.mark.parametrize(('options', 'error', 'says'), [
-    (dict(pictures=['none.png']), DataError, 'no such file or folder: .*none.png'),
-    (dict(pictures=['text.png']), DataError, 'image cannot be decoded: .*text.png'),
-    (dict(pictures=['a.png', 'b/a.png']), DataError, 'under one name'),
+    (dict(images=['none.png']), DataError, 'no such file or folder: .*none.png'),
+    (dict(images=['text.png']), DataError, 'image cannot be decoded: .*text.png'),
+    (dict(images=['a.png', 'b/a.png']), DataError, 'under one name'),
     (dict(points=['96,3']), ConfigError, 'point 96,3 lies outside of .*a.png.* columns 0 to 95'),
     (dict(layers=['nothing']), ConfigError, r'no attention layer is called nothing. There are: '
      r'backbone.stages.0.blocks.0.attn, .*decode_head.levels.2.2.attn'),
-    (dict(ratios=['fast']), RatioError, "isr_ratio 'fast' means nothing"),
-    (dict(ratios=['none', '22-222']), RatioError, '2 multipliers for the encoder'),
+    (dict(isr_ratio=['fast']), RatioError, "isr_ratio 'fast'"),
+    (dict(isr_ratio=['none', '22-222']), RatioError, '2 multipliers for the encoder'),
     (dict(out='text.png'), ConfigError, 'text.png cannot be written to'),
     (dict(out='text.png/below'), ConfigError, 'below cannot be written to'),
     (dict(labels='none.png'), DataError, 'mask not found: .*none.png'),
     (dict(labels='b'), DataError, 'mask .*a.png'),
     (dict(labels='void'), DataError, r'void holds 0 masks called a.\*, not one'),
-    (dict(labels='a.png', pictures=['a.png', 'c.png']), ConfigError,
-     'of several pictures, give the folder of their masks'),
+    (dict(labels='a.png', images=['a.png', 'c.png']), ConfigError,
+     'for several images, give the folder of their masks'),
 ])
-def test_bad_input(edaformer, picture, tmp_path, options, error, says):
+def test_bad_input(segmenter, path, tmp_path, options, error, says):
     (tmp_path / 'b').mkdir()
     (tmp_path / 'void').mkdir()
     (tmp_path / 'text.png').write_text('words')
     for name in 'a.png', 'b/a.png', 'c.png':
-        Image.open(picture).save(tmp_path / name)
-    options = dict(pictures=['a.png'], out='out') | options
-    paths = [tmp_path / name for name in options.pop('pictures')]
+        Image.open(path).save(tmp_path / name)
+    options = dict(images=['a.png'], out='out') | options
+    images = [tmp_path / name for name in options.pop('images')]
     if 'labels' in options:
         options['labels'] = tmp_path / options['labels']
     with pytest.raises(error, match=says):
-        silent(Segmenter(edaformer, device='cpu'), paths, tmp_path / options.pop('out'), **options)
+        silent(segmenter, images, tmp_path / options.pop('out'), **options)
     assert not list(tmp_path.glob('out/*'))
 
 
-def test_models_that_do_not_fit(edaformer, segformer, picture, tmp_path):
-    with pytest.raises(ConfigError, match=r'NoAttention holds no attention that can be shown'):
+def test_models_that_do_not_fit(segmenter, edaformer, segformer, path, tmp_path):
+    with pytest.raises(ConfigError, match=r'NoAttention has no attention that can be shown'):
         choose_layers(NoAttention())
     with pytest.raises(CheckpointError, match='does not fit the model'):
         Segmenter(segformer / 'segformer.py', edaformer / 'best_mIoU_iter_4.pth', device='cpu')
-    segmenter, other = (Segmenter(edaformer, device='cpu') for _ in range(2))
+    other = Segmenter(edaformer, device='cpu')
     object.__setattr__(other.description, 'classes', ('one', 'two'))
     with pytest.raises(ConfigError, match=r'cars predicts 2 classes that are not the 8 of '):
-        silent(segmenter, [picture], tmp_path / 'out', others=[('cars', other)])
+        silent(segmenter, [path], tmp_path / 'out', others=[('cars', other)])
 
 
-def test_command_line(edaformer, segformer, picture, tmp_path):
+def test_command_line(edaformer, segformer, path, tmp_path):
     checkpoint = segformer / 'best_mIoU_iter_4.pth'
-    done = run('tools/visualize.py', picture, '--model', edaformer, '--out', tmp_path / 'out',
-               '--with', f'{segformer / "segformer.py"}:{checkpoint}', '--isr-ratios', 'none', '2',
-               '--layers', 'decode_head.*', '--device', 'cpu')
+    command = ('tools/visualize.py', path, '--model', edaformer, '--out', tmp_path / 'out')
+    code, output = run_tool(
+        *command, '--with', f'{segformer / "segformer.py"}:{checkpoint}', '--isr-ratio', 'none',
+        '2', '--layers', 'decode_head.*', '--device', 'cpu')
+    assert code == 0, output
     assert len(list((tmp_path / 'out').iterdir())) == 3
     for text in 'decode_head.levels.2.2.attn', 'ISR 2', 'segformer', 'Written: ':
-        assert text in done.stdout
-    assert 'Warning' not in done.stderr
+        assert text in output
+    assert 'Warning' not in output
+    for flags, says in ((('--isr-ratios', 'none'), '--isr-ratios is now --isr-ratio'),
+                        (('--with', 'none.py'), 'no such model: none.py'),
+                        (('--labels', 'none.png'), 'mask not found: none.png')):
+        assert says in run(*command, *flags, check=False).stderr
