@@ -13,7 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
@@ -98,30 +98,25 @@ class _Report:
         self.model.eval()
         try:
             self.ratios = self._measure_ratios()
-            self.cost = self._count_cost()
+            self.gmacs = self._count_gmacs()
         finally:
             self.model.train(training)
+        self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
         for name in _FILES:  # of an earlier report
             (self.folder / name).unlink(missing_ok=True)
-        cfg = self.runner.cfg
-        dumped = self.work_dir / (Path(cfg.filename).name if cfg.filename else '')
-        facts = self._environment()
         counts: dict[str, Any] = dict(classes=[], confusion=None, examples={})
         if self.evaluation and self.evaluation.images:
             counts = dict(classes=self._classes(self.evaluation),
                           confusion=self._confusion(self.evaluation),
                           examples=self._examples(self.evaluation))
-        page = _template().render(
-            title=f'{"Training" if self.training else "Test"} of '
-                  f'{Path(cfg.filename or "a config").stem}',
-            date=time.strftime('%Y-%m-%d %H:%M'), work_dir=self.work_dir.resolve(), folder=FOLDER,
-            final=self.final, training=self.training, evaluation=self.evaluation,
-            named=plots.NAMED, summary=self._summary(), curves=self._curves(), isr=self._isr(),
-            costs=self._costs(), built=facts.pop('PyTorch compiling details', ''),
-            environment=facts, config=dict(name=cfg.filename or '', text=dumped.read_text(
-                encoding='utf-8') if dumped.is_file() else cfg.pretty_text), **counts)
+        facts = self._environment()
         path = self.work_dir / 'report.html'
-        write_file(path, page)
+        write_file(path, _template().render(
+            report=self, runner=self.runner, cfg=self.runner.cfg, evaluation=self.evaluation,
+            date=time.strftime('%Y-%m-%d %H:%M'), folder=FOLDER, named=plots.NAMED,
+            best=self._best(), curves=self._curves(), isr=self._isr(), steps=self._steps(),
+            memory=_peak_memory(), settings=self._settings(),
+            built=facts.pop('PyTorch compiling details', ''), environment=facts, **counts))
         return path
 
     # What is measured
@@ -196,60 +191,43 @@ class _Report:
                 ratios += [] if value == GREEDY else [bench.ratio(value)]
         return list(dict.fromkeys(ratios))
 
-    def _count_cost(self) -> dict[str, str]:
-        """Return the parameters and, of the size that the network sees, the GMACs in effect."""
-        millions = sum(p.numel() for p in self.model.parameters()) / 1e6
-        cost = {'parameters': f'{millions:.2f} M'}
+    def _count_gmacs(self) -> tuple[float, str] | None:
+        """Return the GMACs in effect and the image size, as the network sees it, they are for."""
         for row in self.ratios.rows:
             if self.ratios.size is not None and row.isr_ratio == self.isr_ratio:
-                return cost | {'GMACs': f'{row.gmacs:.3f}', 'size': size_name(self.ratios.size)}
+                return row.gmacs, size_name(self.ratios.size)
         if not self.dataset or self.augmented:
-            return cost
+            return None
         try:
             data = self.model.data_preprocessor(pseudo_collate([self.dataset[0]]), False)
             size = tuple(data['inputs'].shape[-2:])
             views = windows(self.model, size)
-            if self.hook is None:
-                macs = count_macs(self.model, views[0])
-            else:
-                with isr(self.model, self.hook.ratio, method=self.hook.method,
-                         crop_size=self.hook.crop_size):
-                    macs = count_macs(self.model, views[0])
+            with nullcontext() if self.hook is None else isr(
+                    self.model, self.hook.ratio, method=self.hook.method,
+                    crop_size=self.hook.crop_size):
+                macs = len(views) * count_macs(self.model, views[0])
         except Exception as error:  # of a foreign model, or of data that has no such inputs
             self.runner.logger.info(f'GMACs could not be counted for the report: {error!r}')
-            return cost
-        return cost | {'GMACs': f'{len(views) * macs / 1e9:.3f}', 'size': size_name(size)}
+            return None
+        return macs / 1e9, size_name(size)
 
     # What is shown
 
-    def _summary(self) -> list[tuple[str, Any, str]]:
-        """Name, value and remark of each card."""
-        evaluation, cfg = self.evaluation, self.runner.cfg
-        metrics = evaluation.metrics if evaluation else {}
+    def _best(self) -> str:
+        """Return the value and step of the best validation of a training."""
         validated = self.curves.of(self.metric, True) if self.training else {}
         best = max(validated, key=lambda step: validated[step], default=None)
-        remark = '' if best is None else f'best {validated[best]:.2f} at {best}'
-        cards: list[tuple[str, Any, str]] = [
-            (name, f'{value:.2f}', remark if name == self.metric else '')
-            for name, value in sorted(metrics.items(), key=lambda item: item[0] != self.metric)
-            if isinstance(value, (int, float, np.number))]
-        if self.training:
-            cards.append(('iterations', self.runner.iter, f'of {self.runner.max_iters}'))
-        cards.append(('wall time', _duration(self.seconds), 'of this process'))
-        if evaluation is not None:
-            cards.append(('images', evaluation.size, 'validated' if self.training else 'tested'))
-        if 'GMACs' in self.cost:
-            cards.append(('GMACs', self.cost['GMACs'], f'for {self.cost["size"]} pixels'))
-        cards += [('parameters', self.cost['parameters'], ''),
-                  ('ISR ratio', self.isr_ratio,
-                   'as trained' if self.hook is None else self.other_method)]
-        if self.checkpoint is not None:
-            best_file = self.runner.message_hub.runtime_info.get('best_ckpt')
-            cards.append(('checkpoint', self.checkpoint.name, f'best: {Path(best_file).name}'
-                          if best_file and self.training else ''))
-        if cfg.get('load_from') and self.training and not cfg.get('resume'):
-            cards.append(('started from', Path(cfg.load_from).name, ''))
-        return cards
+        return '' if best is None else f'best {validated[best]:.2f} at {best}'
+
+    def _steps(self) -> dict[str, float] | None:
+        """Return seconds of all training steps and of the median one, and the share of waiting."""
+        times, waits = (self.curves.of(name) for name in ('time', 'data_time'))
+        if not self.training or not sum(times.values()):
+            return None
+        return dict(total=sum(value * (step - before) for (step, value), before in
+                              zip(times.items(), [0, *times])),
+                    median=statistics.median(times.values()),
+                    waiting=sum(waits.values()) / sum(times.values()))
 
     def _curves(self) -> dict[str, Any] | None:
         curves = self.curves
@@ -321,38 +299,10 @@ class _Report:
             (row.isr_ratio + (' (this run)' if row.isr_ratio == here else ''), f'{row.miou:.2f}',
              f'{row.change:+.2f}', f'{row.gmacs:.3f}', f'{row.ms:.1f}') for row in rows])
 
-    def _costs(self) -> dict[str, str]:
-        costs = {'this process': _duration(self.seconds)}
-        times, waits = (self.curves.of(name) for name in ('time', 'data_time'))
-        if self.training and times:
-            whole = sum(value * (step - before) for (step, value), before in
-                        zip(times.items(), [0, *times]))
-            starts = self.curves.starts
-            costs['training steps'] = (f'{_duration(whole)} over {starts} '
-                                       f'start{"s" if starts > 1 else ""}')
-            costs['per iteration'] = f'{statistics.median(times.values()):.3f} s, median'
-            if waits and sum(times.values()):
-                costs['waiting for data'] = (f'{sum(waits.values()) / sum(times.values()):.1%} '
-                                             'of the training steps')
-        evaluation = self.evaluation
-        if evaluation is not None and evaluation.seconds:
-            costs['last validation' if self.training else 'test'] = (
-                f'{_duration(evaluation.seconds)}, {evaluation.size} images, '
-                f'{evaluation.size / evaluation.seconds:.1f} images/s')
-        costs['processes'] = str(self.runner.world_size)
-        if torch.cuda.is_available():
-            peak = torch.cuda.max_memory_allocated() / 2**30
-            costs['peak GPU memory'] = f'{peak:.2f} GiB allocated on the first GPU'
-        with suppress(ImportError):
-            import resource  # Windows has none
-            # Kilobytes on Linux, bytes on macOS.
-            unit = 2**30 if sys.platform == 'darwin' else 2**20
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-            costs['peak memory'] = f'{peak:.2f} GiB of the first process'
-        if 'GMACs' in self.cost:
-            ratio = '' if self.hook is None else f', ISR {self.isr_ratio}'
-            costs['GMACs'] = f'{self.cost["GMACs"]} for {self.cost["size"]} pixels{ratio}'
-        return costs | {'parameters': self.cost['parameters']}
+    def _settings(self) -> str:
+        cfg = self.runner.cfg
+        dumped = self.work_dir / (Path(cfg.filename).name if cfg.filename else '')
+        return dumped.read_text(encoding='utf-8') if dumped.is_file() else cfg.pretty_text
 
     def _environment(self) -> dict[str, str]:
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -368,11 +318,26 @@ class _Report:
         write_file(self.folder / name, text.getvalue())
 
 
+def _peak_memory() -> dict[str, str]:
+    peaks = {}
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        peaks['peak GPU memory'] = f'{peak:.2f} GiB allocated on the first GPU'
+    with suppress(ImportError):
+        import resource  # Windows has none
+        # Kilobytes on Linux, bytes on macOS.
+        unit = 2**30 if sys.platform == 'darwin' else 2**20
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+        peaks['peak memory'] = f'{peak:.2f} GiB of the first process'
+    return peaks
+
+
 def _template() -> Any:
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True,
                               trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters.update(
-        uri=_data_uri, file_name=lambda path: Path(path).name,
+        uri=_data_uri, duration=_duration, file_name=lambda path: Path(path).name,
+        file_stem=lambda path: Path(path).stem,
         figure=lambda value: '–' if math.isnan(value) else f'{value:.2f}')
     return environment.get_template('report.html.jinja')
 
