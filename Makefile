@@ -3,7 +3,8 @@ PYTHON ?= python3
 DEMO := work_dirs/demo
 CONFIG := configs/edaformer_t_synthetic.py
 
-.PHONY: demo test soak test-fork test-kernels test-gpu bench-gpu lint env clean
+
+.PHONY: demo test soak test-fork test-isr test-kernels test-gpu bench-gpu lint env clean
 
 demo: .venv/ready
 	.venv/bin/python tools/prepare_data.py synthetic
@@ -40,6 +41,10 @@ FORK_TESTS := $(wildcard tests/test_*.py) tests/data tests/engine tests/export t
 
 test-fork: .venv-fork/ready
 	OMP_NUM_THREADS=1 .venv-fork/bin/python -m pytest -q -n 2 $(FORK_TESTS)
+
+# What `pip install mmseg_edaformer` brings is enough for ISR on a model of timm.
+test-isr: .venv-isr/ready
+	.venv-isr/bin/python -m tests.isr_alone
 
 # The GPU kernels without a GPU: Triton interprets them.
 test-kernels: .venv/ready .venv-triton/ready
@@ -82,6 +87,14 @@ env: .venv/ready
 	.venv/bin/python -m pip install -q --no-deps -r requirements/lock-libraries.txt
 	touch $@
 
+.venv-isr/ready: requirements/lock.txt requirements/lock-libraries.txt setup.py
+	$(PYTHON) -m venv .venv-isr
+	.venv-isr/bin/python -m pip install -q $$(grep ^torch== $<)
+	.venv-isr/bin/python -m pip install -q -e .
+	.venv-isr/bin/python -m pip install -q --no-deps $$(cat $< requirements/lock-libraries.txt | grep -E \
+		'^(timm|torchvision|pillow|PyYAML|safetensors|huggingface_hub|numpy|tqdm|packaging|requests|httpx|httpcore|anyio|idna|certifi|h11|sniffio|hf-xet)==' | sort -u)
+	touch $@
+
 .venv-triton/ready: .venv/ready
 	.venv/bin/python -m pip install -q --no-deps --target .venv-triton triton==3.6.0
 	touch $@
@@ -94,4 +107,4 @@ env: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-fork .site work_dirs
+	rm -rf .venv .venv-fork .venv-isr .venv-triton .site work_dirs

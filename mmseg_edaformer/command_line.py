@@ -1,10 +1,12 @@
 """Arguments that several tools share. It imports nothing heavy, so that ``--help`` is instant."""
 import argparse
+import glob
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError, ConfigError
+from .errors import CheckpointError, ConfigError, DataError
 
 _HERE = Path(__file__).resolve().parent
 
@@ -73,7 +75,7 @@ def run_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Return what `load_config` takes of the flags of `add_run_arguments`."""
     os.environ.setdefault('LOCAL_RANK', args.local_rank)  # older launchers pass it as an argument
     return dict(cfg_options=args.cfg_options, work_dir=args.work_dir, launcher=args.launcher,
-                compile=args.compile)
+                compile=args.compile, verbose=args.verbose)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,6 +94,11 @@ def add_cost_arguments(parser: argparse.ArgumentParser) -> None:
                         'the network, to N pixels on the longer side; masks keep their size')
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add ``--device``, as `Segmenter` takes it."""
+    parser.add_argument('--device', help='cpu, cuda, cuda:1 (default: a GPU if there is one)')
+
+
 def find_config(name: str | Path) -> Path:
     """Return the path of a config: a file, or the name of one that comes with this package.
 
@@ -108,25 +115,38 @@ def find_config(name: str | Path) -> Path:
     raise ConfigError(f'config not found: {name}')
 
 
-def check_checkpoint(name: str | None) -> None:
+def check_checkpoint(name: str | Path | None) -> None:
     """Fail early if a checkpoint is not there; an address such as ``https://...`` passes.
 
     Raises:
         CheckpointError: The file does not exist.
     """
-    if name is not None and '://' not in name and not Path(name).is_file():
+    if name is not None and '://' not in str(name) and not Path(name).is_file():
         raise CheckpointError(f'checkpoint not found: {name}')
 
 
-def check_model(model: str, checkpoint: str | None = None) -> None:
+def check_inputs(sources: Iterable[str]) -> None:
+    """Fail early if an input is not there; patterns such as ``photos/*.jpg`` pass.
+
+    Raises:
+        DataError: A file or folder does not exist.
+    """
+    for source in sources:
+        if not os.path.lexists(source) and not glob.has_magic(source):
+            raise DataError(f'no such file or folder: {source}')
+
+
+def check_model(model: str | Path, checkpoint: str | Path | None = None) -> None:
     """Fail early if what `add_model_arguments` names is not there.
 
     Raises:
         ConfigError: There is no such work dir, config or file.
         CheckpointError: The checkpoint does not exist.
     """
-    if not Path(model).is_dir() and not Path(model).is_file():
-        if Path(model).suffix == '.safetensors':
-            raise CheckpointError(f'checkpoint not found: {model}')
-        find_config(model)
+    if not os.path.exists(model):
+        try:
+            find_config(model)
+        except ConfigError as error:
+            raise ConfigError(f'no such model: {model}: give the work dir of a training, a config '
+                              'and its checkpoint, or a .safetensors') from error
     check_checkpoint(checkpoint)

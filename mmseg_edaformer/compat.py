@@ -5,18 +5,18 @@ Each piece names the upstream problem and when it can go.
 import atexit
 import functools
 import getpass
-import importlib.machinery
-import importlib.util
 import os
 import shlex
 import sys
 import tempfile
 import types
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import timedelta
 from importlib import metadata
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import LazyLoader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,44 +150,68 @@ def _digits(version: str) -> tuple[int, ...]:
     return tuple(digits)
 
 
+class _MissingOps(types.ModuleType):
+    """Stands for ``mmcv._ext``; its operators raise when they are called."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith('__'):
+            raise AttributeError(name)
+
+        def missing(*args: Any, **kwargs: Any) -> None:
+            raise RuntimeError(f'the operator {name} needs the compiled mmcv in place of mmcv-lite')
+        return missing
+
+
+class _Stub(MetaPathFinder, Loader):
+    """Finds ``mmcv._ext`` where no other finder does, so that ``mmcv.ops`` can be imported."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self) if name == 'mmcv._ext' else None
+
+    def create_module(self, spec: ModuleSpec) -> types.ModuleType:
+        return _MissingOps(spec.name)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        pass
+
+
+class _BeforeImport(MetaPathFinder):
+    """Calls `declare_torchvision_ops` before torchvision is imported, and defers timm.
+
+    mmseg imports timm, a second of work, for one of its backbones. It can go when mmseg imports it
+    there.
+    """
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name == 'torchvision':
+            declare_torchvision_ops()
+        spec = PathFinder.find_spec(name, path) if name == 'timm' else None
+        if spec is not None and spec.loader is not None:
+            spec.loader = LazyLoader(spec.loader)
+        return spec
+
+
+def prepare_imports() -> None:
+    """Let mmcv, mmseg, timm and mmpretrain be imported, and quietly; costs nothing until they are.
+
+    mmcv-lite warns of operators that nothing here uses, mmseg of a default of its loss: the two
+    filters can go when they warn at use instead.
+    """
+    provide_home()
+    stub_mmcv_ops()
+    sys.meta_path.insert(0, _BeforeImport())
+    warnings.filterwarnings('ignore', message='Fail to import|Default ``avg_non_ignore``')
+
+
 def stub_mmcv_ops() -> None:
     """Let ``mmseg.models`` be imported with mmcv-lite.
 
     mmseg 1.2.2 imports mmcv.ops for Mask2Former's sake, and mmcv.ops needs the compiled
-    ``mmcv._ext``, which mmcv-lite lacks. The stub's operators raise when they are called. Can go
-    when mmsegmentation imports mmcv.ops lazily; the fork needs no stub.
+    ``mmcv._ext``, which mmcv-lite lacks. The stub is used only where there is none. Can go when
+    mmsegmentation imports mmcv.ops lazily; the fork needs no stub.
     """
-    if _version('onedl-mmcv') is not None or importlib.util.find_spec('mmcv._ext') is not None:
-        return
-
-    class MissingOps(types.ModuleType):
-
-        def __getattr__(self, name: str) -> Any:
-            if name.startswith('__'):
-                raise AttributeError(name)
-
-            def missing(*args: Any, **kwargs: Any) -> None:
-                raise RuntimeError(f'the operator {name} needs the compiled mmcv in place of '
-                                   'mmcv-lite')
-            return missing
-
-    module = MissingOps('mmcv._ext')
-    # The Runner's report of the environment asks for the spec.
-    module.__spec__ = importlib.machinery.ModuleSpec('mmcv._ext', None)
-    sys.modules['mmcv._ext'] = module
-
-
-@contextmanager
-def quiet_imports() -> Iterator[None]:
-    """Keep what mmcv and mmseg say of themselves at every import off the terminal.
-
-    mmcv-lite warns of operators that nothing here uses, mmseg of a default of its loss. Can go
-    when they warn at use instead.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', message='Fail to import|Default ``avg_non_ignore``')
-        warnings.filterwarnings('ignore', category=DeprecationWarning)
-        yield
+    if not any(isinstance(finder, _Stub) for finder in sys.meta_path):
+        sys.meta_path.append(_Stub())
 
 
 def swaps_channels(preprocessor: Any) -> bool:

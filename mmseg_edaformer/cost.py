@@ -1,12 +1,13 @@
 """What one forward pass costs, counted without computing it."""
 import copy
 import inspect
+import math
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from mmengine.model import BaseTTAModel, is_model_wrapper
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
@@ -35,6 +36,22 @@ def count_macs(model: nn.Module, input_size: tuple[int, int] = (512, 512), *,
     """
     with on_meta(model) as shadow:
         return trace_macs(shadow, input_size, compute=compute)
+
+
+def windows(model: nn.Module, size: tuple[int, int]) -> list[tuple[int, int]]:
+    """Return height and width of each window that mmseg's sliding inference makes of an image.
+
+    All windows of an image have one size. It is the image itself where the model's ``test_cfg``
+    does not slide.
+    """
+    settings = getattr(model, 'test_cfg', None) or {}
+    if settings.get('mode') != 'slide':
+        return [size]
+    sides = list(zip(size, settings['crop_size'], settings['stride']))
+    count = math.prod(max(math.ceil((full - crop) / stride), 0) + 1
+                      for full, crop, stride in sides)
+    rows, columns = (min(full, crop) for full, crop, _ in sides)
+    return [(rows, columns)] * count
 
 
 def trace_macs(shadow: nn.Module, inputs: tuple[int, int] | Inputs, *,
@@ -142,11 +159,20 @@ def with_weights(shadow: nn.Module) -> None:
                                        name not in module._non_persistent_buffers_set)
 
 
-def unwrap(model: Any) -> nn.Module:
-    """The model within DDP and test-time augmentation."""
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model within DDP, and within mmengine's wrappers and test-time augmentation."""
+    while isinstance(model, _wrappers()):
+        model = cast(Any, model).module
     return model
+
+
+def _wrappers() -> tuple[type, ...]:
+    wrappers: tuple[type, ...] = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    if 'mmengine.model' in sys.modules:  # without it, no model can be wrapped by it
+        from mmengine.model import BaseTTAModel
+        from mmengine.registry import MODEL_WRAPPERS
+        wrappers += BaseTTAModel, *MODEL_WRAPPERS.module_dict.values()
+    return wrappers
 
 
 @contextmanager

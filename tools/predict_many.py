@@ -4,9 +4,7 @@ import argparse
 from mmseg_edaformer.command_line import add_cost_arguments, add_model_arguments
 from mmseg_edaformer.errors import clear_errors
 from mmseg_edaformer.predict.bulk import predict_many
-from mmseg_edaformer.predict.segmenter import (
-    describe_summary,
-)
+from mmseg_edaformer.predict.outputs import describe_summary
 
 
 def parse_args() -> argparse.Namespace:

@@ -25,14 +25,14 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import Runner
 from mmengine.utils.dl_utils import collect_env
 
-from ..cost import count_macs, unwrap
+from ..cost import count_macs, unwrap, windows
 from ..engine.isr_hook import ISRHook
 from ..errors import RatioError, UserError
 from ..files import write_file
 from ..isr import ISRRatio, isr
 from ..pretraining.folders import is_classifier
 from . import report_html as page, report_plots as plots
-from .benchmark import Plan, environment, windows
+from .benchmark import Plan, environment
 from .evaluation import FOLDER, Evaluation, ImageScore
 from .report_sources import LiveBench, Ratios, find_sweep, join_curves, read_curves, size_name
 from .sweep import DEFAULT, GREEDY, make_rows, ratio_name
@@ -209,13 +209,12 @@ class _Report:
             data = self.model.data_preprocessor(pseudo_collate([dataset[0]]), False)
             size = tuple(data['inputs'].shape[-2:])
             views = windows(self.model, size)
-            view = (len(range(size[0])[views[0][0]]), len(range(size[1])[views[0][1]]))
             if self.hook is None:
-                macs = count_macs(self.model, view)
+                macs = count_macs(self.model, views[0])
             else:
                 with isr(self.model, self.hook.ratio, method=self.hook.method,
                          crop_size=self.hook.crop_size):
-                    macs = count_macs(self.model, view)
+                    macs = count_macs(self.model, views[0])
         except Exception as error:  # of another's model, or of data that has no such inputs
             self.runner.logger.info(f'GMACs could not be counted for the report: {error!r}')
             return cost

@@ -187,7 +187,7 @@ def draw_predictions(subject: Subject, shots: Sequence[Shot], beside: Sequence[S
         _cross(panel, subject, point, str(i))
     blocks = [_below([panel, _text('\n'.join([subject.path.name, *subject.names]), size[0])], 4)]
     if truth is not None:
-        labelled = Segmentation(np.where(truth == IGNORED, 0, truth), first.found.picture,
+        labelled = Segmentation(np.where(truth == IGNORED, 0, truth), first.found.image,
                                 first.found.classes, first.found.palette)
         drawn = labelled.draw()
         drawn[truth == IGNORED] = 0

@@ -11,14 +11,16 @@ from mmseg.registry import TRANSFORMS
 from prettytable import PrettyTable
 from torch import Tensor
 
-from ..cost import count_macs
+from ..cost import count_macs, windows
 from ..errors import ConfigError, DataError, shown
 from ..files import replacing
 from ..isr import ISRRatio
 from ..isr.pooling import Grid
-from ..predict.segmenter import Segmenter, find_pictures, name_targets, writing
+from ..predict.inputs import find_images, name_targets
+from ..predict.outputs import writing
+from ..predict.segmenter import Segmenter
 from .attention import Attended, choose_layers, layer_names, look
-from .benchmark import ratio_name, windows
+from .benchmark import ratio_name
 from .sheets import (
     Shot,
     Subject,
@@ -40,7 +42,7 @@ def visualize(segmenter: Segmenter, pictures: Sequence[str | Path], out: str | P
 
     Args:
         segmenter: The model.
-        pictures: Files, folders and patterns, see `find_pictures`.
+        pictures: Files, folders and patterns, see `find_images`.
         out: A folder, which gets ``NAME_attention.png``, ``NAME_features.png`` and
             ``NAME_predictions.png`` for each picture.
         ratios: What to compare; the first is what the others are compared with.
@@ -63,7 +65,7 @@ def visualize(segmenter: Segmenter, pictures: Sequence[str | Path], out: str | P
     """
     out = Path(out)
     wanted = list(dict.fromkeys(map(ISRRatio.parse, ratios)))
-    files = name_targets([each for source in pictures for each in find_pictures(source)])
+    files = name_targets([each for source in pictures for each in find_images(source)])
     named = choose_layers(segmenter.model, layers)
     for title, other in others:
         if other.classes != segmenter.classes:
@@ -200,8 +202,7 @@ def _predict(segmenter: Segmenter, path: Path, title: str,
     """A picture at the ratio that a segmenter is set to."""
     height, width = _network_inputs(segmenter, path)[1].shape[2:]
     views = windows(segmenter.model, (height, width))
-    view = len(range(height)[views[0][0]]), len(range(width)[views[0][1]])
-    gmacs = len(views) * count_macs(segmenter.model, view) / 1e9
+    gmacs = len(views) * count_macs(segmenter.model, views[0]) / 1e9
     return Shot(title, segmenter(path), gmacs, seen or {})
 
 
@@ -228,12 +229,12 @@ def _read_labels(labels: Path, path: Path, size: Grid, classes: int,
 @contextmanager
 def _ratio(segmenter: Segmenter, ratio: ISRRatio) -> Iterator[None]:
     """Set a segmenter to a ratio within the block."""
-    before = segmenter.isr
-    segmenter.isr = ratio
+    before = segmenter.isr_ratio
+    segmenter.isr_ratio = ratio
     try:
         yield
     finally:
-        segmenter.isr = before
+        segmenter.isr_ratio = before
 
 
 def _tables(subject: Subject, shots: Sequence[Shot], beside: Sequence[Shot]) -> str:

@@ -3,11 +3,14 @@ from ..analysis.evaluation import EvaluationHook
 from .backbone_weights import BackboneWeightsHook
 from .checkpoint_hook import SafeCheckpointHook, find_checkpoint
 from .checkpoint_loading import CheckWeightsHook, load_from_file
+from .isr_hook import ISRHook
 from .loop import ExactTrainLoop
 from .nonfinite import FiniteLossHook
 from .preemption import PreemptionHook
 from .progress import ProgressHook
+from .runner import QuietRunner
 
 __all__ = ['BackboneWeightsHook', 'CheckWeightsHook', 'EvaluationHook', 'ExactTrainLoop',
-           'FiniteLossHook', 'PreemptionHook', 'ProgressHook', 'SafeCheckpointHook',
+           'FiniteLossHook', 'ISRHook', 'PreemptionHook', 'ProgressHook', 'QuietRunner',
+           'SafeCheckpointHook',
            'find_checkpoint', 'load_from_file']

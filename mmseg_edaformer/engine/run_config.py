@@ -17,7 +17,7 @@ _RANKS = dict(pytorch='RANK', slurm='SLURM_PROCID', mpi='OMPI_COMM_WORLD_RANK')
 
 def load_config(path: str | Path, *, cfg_options: Mapping[str, Any] | Sequence[str] | None = None,
                 work_dir: str | Path | None = None, launcher: str = 'none',
-                compile: bool = False) -> Config:
+                compile: bool = False, verbose: bool = False) -> Config:
     """Read a config, with what every run of this package adds to it.
 
     Args:
@@ -28,6 +28,8 @@ def load_config(path: str | Path, *, cfg_options: Mapping[str, Any] | Sequence[s
             name of the config.
         launcher: What started the processes: ``none``, ``pytorch``, ``slurm`` or ``mpi``.
         compile: Whether to compile the network, unless the config says how.
+        verbose: Whether the terminal shows the whole log; otherwise the runner is a `QuietRunner`,
+            unless the config names one.
 
     Raises:
         ConfigError: The file does not exist or cannot be read, or an option does not fit it.
@@ -51,6 +53,8 @@ def load_config(path: str | Path, *, cfg_options: Mapping[str, Any] | Sequence[s
             dict(type=backend) if isinstance(backend, str) else backend
             for backend in ([backends] if isinstance(backends, str) else backends)]
     cfg.launcher = launcher
+    if not verbose and 'runner_type' not in cfg:
+        cfg.runner_type = 'QuietRunner'
     if compile:
         cfg.compile = cfg.get('compile') or True
     cfg.work_dir = str(work_dir or cfg.get('work_dir') or os.path.join('work_dirs', path.stem))

@@ -14,7 +14,9 @@ from ..analysis.timing import take_turns
 from ..errors import ConfigError
 from ..files import write_file
 from ..isr import ISRRatio
-from ..predict.segmenter import Segmenter, find_pictures, writing
+from ..predict.inputs import find_images
+from ..predict.outputs import writing
+from ..predict.segmenter import Segmenter
 from .graph import Deployed, describe, quiet, trace
 from .parity import Agreement, Pictures, Report, Row, check, fit, read_images, reference
 from .runtimes import FORMATS, Exported, Run, placing
@@ -54,7 +56,7 @@ def export(model: str | Path, out: str | Path, *, format: str, checkpoint: str |
     """
     out = Path(out)
     _check_arguments(out, format, int8, calibrate, size, samples, threads)
-    segmenter = Segmenter(model, checkpoint, device='cpu', isr=isr)
+    segmenter = Segmenter(model, checkpoint, device='cpu', isr_ratio=isr)
     if size is None:
         _check_open_size(segmenter)
     deployed = Deployed(segmenter.model, labels)
@@ -127,7 +129,7 @@ def _check_arguments(out: Path, kind: str, int8: bool, calibrate: str | Path | N
         raise ConfigError(f'the export needs torch 2.9 or newer, this is {torch.__version__}')
     FORMATS[kind].check(*(['nncf'] if int8 and kind == 'openvino' else ()))
     if calibrate is not None:
-        find_pictures(calibrate)
+        find_images(calibrate)
     with writing(out):
         write_file(out.with_name(f'.{out.name}.writable'), '')
         out.with_name(f'.{out.name}.writable').unlink()
@@ -136,7 +138,7 @@ def _check_arguments(out: Path, kind: str, int8: bool, calibrate: str | Path | N
 def _check_open_size(segmenter: Segmenter) -> None:
     """See that the model predicts images of any size as one, with what a graph can tell."""
     model: Any = segmenter.model
-    if segmenter.isr.auto:
+    if segmenter.isr_ratio.auto:
         raise ConfigError('ISR auto follows the size of each image, a file keeps one ratio: give '
                           'the size that all have with --size H,W, or another --isr-ratio')
     if (getattr(model, 'test_cfg', None) or {}).get('mode') == 'slide':

@@ -126,7 +126,7 @@ def describe(segmenter: Segmenter, deployed: Deployed, size: tuple[int, int] | N
     """The metadata of a file; plain data."""
     preprocessor: Any = segmenter.model.data_preprocessor
     normalised = preprocessor._enable_normalize
-    ratio = segmenter.isr
+    ratio = segmenter.isr_ratio
     return dict(
         version=__version__, torch=torch.__version__, checkpoint=Path(segmenter.source).name,
         sha256=hashlib.sha256(Path(segmenter.source).read_bytes()).hexdigest(),

@@ -22,7 +22,8 @@ from torch import Tensor
 from ..data.drawing import draw_scene
 from ..engine.run_config import load_config
 from ..errors import ConfigError, UserError
-from ..predict.segmenter import Segmenter, find_pictures
+from ..predict.inputs import find_images
+from ..predict.segmenter import Segmenter
 from .graph import Deployed
 from .runtimes import OPENVINO, Exported, Run
 
@@ -286,7 +287,7 @@ def _test_set(model: Path) -> Any:
 
 def read_images(segmenter: Segmenter, source: str | Path, most: int) -> list[np.ndarray]:
     """Pictures of a folder as the model takes them, H x W x 3, RGB; so many of them, evenly."""
-    files = [file for file, _ in find_pictures(source)]
+    files = [file for file, _ in find_images(source)]
     ready = Compose(segmenter.description.pipeline)
     chosen = np.unique(np.linspace(0, len(files) - 1, min(most, len(files))).astype(int))
     return [_rgb(ready(dict(img_path=str(files[index])))) for index in chosen]

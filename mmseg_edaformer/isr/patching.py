@@ -15,6 +15,8 @@ from ..errors import RatioError
 from .intercept import Interception, Reduction
 from .pooling import Grid
 
+_forward_eager: Any = None
+
 
 def install(module: nn.Module, reduction: Reduction) -> None:
     """Reduce a module's keys from now on: its class becomes a subclass that intercepts."""
@@ -23,6 +25,8 @@ def install(module: nn.Module, reduction: Reduction) -> None:
     if before is not None and before.owners != reduction.owners:
         uninstall(module)
     vars(module)['isr_reduction'] = reduction
+    if not reduction.rule.traceable:
+        _provide_eager_forward()
     cls: Any = type(module)
     if hasattr(cls, 'isr_original'):
         return
@@ -76,10 +80,10 @@ def _forward_reduced(original: Any, module: Any, args: tuple[Any, ...],
     return out
 
 
-@torch.compiler.disable
-def _forward_eager(original: Any, module: Any, args: tuple[Any, ...],
-                   kwargs: dict[str, Any]) -> Any:
-    return _forward_reduced(original, module, args, kwargs)
+def _provide_eager_forward() -> None:
+    """Make `_forward_eager`; not at import, because torch's compiler takes a second to load."""
+    global _forward_eager
+    _forward_eager = _forward_eager or torch.compiler.disable(_forward_reduced)
 
 
 def _forward_recorded(original: Any, module: Any, args: tuple[Any, ...],
@@ -130,5 +134,6 @@ def _subclass(cls: Any, run: Any) -> type[nn.Module]:
 
 
 def _restore(cls: Any, run: Any, *args: Any) -> nn.Module:
+    _provide_eager_forward()
     subclass: Any = _subclass(cls, run)
     return subclass.__new__(subclass, *args)

@@ -32,24 +32,19 @@ from ..compat import install_command
 from ..data.transforms import MAX_PIXELS
 from ..errors import ConfigError, DataError, UserError, shown
 from ..files import remove_partial_files, replacing, write_file
-from .segmenter import (
-    PICTURES,
-    Segmentation,
-    Segmenter,
+from .inputs import IMAGES, find_images, name_targets
+from .outputs import (
     Summary,
-    class_shares,
-    count_pixels,
     draw_legend,
     encode_png,
-    find_pictures,
     make_folders,
     make_note,
-    name_targets,
-    progress_bar,
     read_mask,
     write_result,
     writing,
 )
+from .run import progress_bar
+from .segmenter import Segmentation, Segmenter, class_shares, count_pixels
 
 SHARDS = frozenset({'.parquet', '.tar'})
 """What files end in that hold many pictures each."""
@@ -93,7 +88,7 @@ def find_samples(source: str | Path, without: Path | None = None, column: str | 
     ``path`` beside its bytes says, or else by the shard and the number of the row.
 
     Args:
-        source: A folder, a file or a pattern, see `predictor.find_pictures`; of pictures, or of
+        source: A folder, a file or a pattern, see `find_images`; of pictures, or of
             shards (.tar as WebDataset has them, .parquet).
         without: A folder to pass over, such as that of the results.
         column: Of a .parquet the column of the pictures, by default ``image``, or else the only one
@@ -107,15 +102,15 @@ def find_samples(source: str | Path, without: Path | None = None, column: str | 
         DataError: There is no picture, the path is of another kind, the column is not there, or two
             pictures have one place.
     """
-    files = find_pictures(source, without, PICTURES | SHARDS)
+    files = find_images(source, without, IMAGES | SHARDS)
     kinds = {_ending(path) for path, _ in files}
-    other = kinds - PICTURES - SHARDS
+    other = kinds - IMAGES - SHARDS
     if other:
         path = next(path for path, _ in files if _ending(path) in other)
         raise DataError(f'{path} is neither a picture nor a shard, which end in .tar or .parquet'
                         + (': unpack it, what is compressed cannot be read from the middle'
                            if _ending(path) in ('.gz', '.tgz', '.zip', '.zst') else ''))
-    if kinds & PICTURES and kinds & SHARDS:
+    if kinds & IMAGES and kinds & SHARDS:
         raise DataError(f'{source} holds pictures and shards: give a pattern that means one of '
                         'them, such as "folder/*.tar"')
     if column is not None and not kinds & SHARDS:
@@ -156,7 +151,7 @@ def predict_many(source: str | Path, model: str | Path, out: str | Path, *,
                  column: str | None = None) -> dict[str, Any]:
     """Write the masks of many pictures to a folder, with Ray; a run that was stopped goes on.
 
-    The masks are those of `predictor.predict_pictures`. Pictures that cannot be read are passed
+    The masks are those of `predict_images`. Pictures that cannot be read are passed
     over, and so are those whose worker dies again and again.
 
     Args:
@@ -190,7 +185,7 @@ def predict_many(source: str | Path, model: str | Path, out: str | Path, *,
               for path in (source, model, checkpoint)]
     samples, skipped = find_samples(str(places[0]), Path(os.path.realpath(out)), column)
     targets = name_targets([(sample.address, sample.name) for sample in samples])
-    segmenter = Segmenter(str(places[1]), places[2], device='cpu', isr=isr, max_side=max_side,
+    segmenter = Segmenter(str(places[1]), places[2], device='cpu', isr_ratio=isr, max_side=max_side,
                           batch_size=batch_size)
     summary = Summary(segmenter, out)
     summary.skipped.update(skipped)
@@ -229,7 +224,7 @@ def predict_many(source: str | Path, model: str | Path, out: str | Path, *,
                     file.write(_line(picture=summary.place(place), skipped=reason))
         return summary.write(
             device='cuda' if pool.gpus else 'cpu', workers=pool.workers, threads=threads,
-            pictures=done)
+            images=done)
     finally:
         token.unlink(missing_ok=True)
 
@@ -301,7 +296,7 @@ class _Worker:
                                   'lie where all machines see them, under the same paths')
         torch.set_num_threads(self.job.threads)
         cv2.setNumThreads(self.job.threads)
-        self.segmenter = Segmenter(self.job.model, self.job.checkpoint, isr=self.job.isr,
+        self.segmenter = Segmenter(self.job.model, self.job.checkpoint, isr_ratio=self.job.isr,
                                    max_side=self.job.max_side, batch_size=self.job.batch_size)
         if self.segmenter.fingerprint() != self.job.base:
             raise ConfigError(
@@ -327,7 +322,7 @@ class _Worker:
                 yield dict(index=index, skipped=result.replace(_PREFIX, ''))
 
     def _notes(self, target: str, sample: Sample) -> tuple[str, str]:
-        """What a mask notes that has an overlay, as predict_pictures writes it, and one without."""
+        """What a mask notes that has an overlay, as predict_images writes it, and one without."""
         place = target if sample.start < 0 else f'{target} {sample.start} {sample.length}'
         first, second = (make_note(self.job.base, sample.file, f'{place}{alone}')
                          for alone in ('', ' alone'))
@@ -641,7 +636,7 @@ def _list_tar(path: Path, column: str | None, skipped: dict[str, str]) -> list[S
     """The pictures of a .tar, by its headers."""
     found: dict[str, list[tuple[str, Sample]]] = {}
     size, end, count = path.stat().st_size, 0, 0
-    wanted = PICTURES if column is None else {'.' + column.lower().removeprefix('.')}
+    wanted = IMAGES if column is None else {'.' + column.lower().removeprefix('.')}
     damage = ''
     try:
         with tarfile.open(path, 'r:') as tar:

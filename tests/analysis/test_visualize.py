@@ -339,7 +339,7 @@ def test_sheets(edaformer, segformer, picture, mask, tmp_path):
     assert [path.name for path in written] == [
         f'00000_{kind}.png' for kind in ('attention', 'features', 'predictions')]
     assert sorted(path.name for path in tmp_path.iterdir()) == [path.name for path in written]
-    assert str(segmenter.isr) == '1'
+    assert str(segmenter.isr_ratio) == '1'
     sizes = []
     for path in written:
         with Image.open(path) as sheet:
@@ -354,7 +354,7 @@ def test_sheets(edaformer, segformer, picture, mask, tmp_path):
     # The figures are those of the predictions.
     labels = {}
     for ratio in 'none', '2':
-        segmenter.isr = ratio
+        segmenter.isr_ratio = ratio
         labels[ratio] = segmenter(picture).labels
     changed = (labels['2'] != labels['none']).mean()
     assert changed > 0
@@ -371,7 +371,7 @@ def test_the_panels_are_what_they_say(edaformer, picture, mask, tmp_path):
     silent(segmenter, [picture], tmp_path, ratios=['none'], points=['40,20'], layers=[name],
            labels=mask)
     sheet = np.array(Image.open(tmp_path / '00000_attention.png'))
-    one = subject._subject(segmenter, picture, ['40,20'], segmenter.isr)
+    one = subject._subject(segmenter, picture, ['40,20'], segmenter.isr_ratio)
     seen, _ = look(segmenter.model, one.inputs, [name], [one.to_inputs((40, 20))])
     density = seen[name].density()[0]
     panel = sheets._heat(one, density, seen[name].cells, (300, 200), float(density.max()))

@@ -90,7 +90,7 @@ def normalised(images):
 def test_a_file_predicts_as_the_model_at_any_size_and_number(work, scenes, files, kind, ratio,
                                                              labels):
     path, report = files(kind, ratio, labels)
-    file, segmenter = Exported(path), Segmenter(work, device='cpu', isr=ratio)
+    file, segmenter = Exported(path), Segmenter(work, device='cpu', isr_ratio=ratio)
     for size, count in (((128, 160), 1), ((131, 157), 3), ((187, 129), 2)):
         images = pictures(scenes, size, count)
         found = file(images)
@@ -235,7 +235,7 @@ test_dataloader = dict(dataset=dict(data_root='{scenes}'))
     with pytest.raises(ConfigError, match='pads the images: export it with --labels'):
         export(config, path, format='pt2', checkpoint=weights)
     export(config, path, format='pt2', checkpoint=weights, isr='21', labels=True)
-    file, segmenter = Exported(path), Segmenter(config, weights, device='cpu', isr='21')
+    file, segmenter = Exported(path), Segmenter(config, weights, device='cpu', isr_ratio='21')
     # Cells that are all whole, and such that are cut off at the border.
     for size, count in (((96, 128), 1), ((128, 256), 2), ((131, 157), 2), ((187, 129), 1)):
         images = pictures(scenes, size, count)

@@ -21,7 +21,8 @@ from mmseg_edaformer.data import drawing as synthetic
 from mmseg_edaformer.errors import CheckpointError, ConfigError, DataError
 from mmseg_edaformer.predict import bulk as module, segmenter as predictor
 from mmseg_edaformer.predict.bulk import find_samples, predict_many
-from mmseg_edaformer.predict.segmenter import Segmenter, predict_pictures
+from mmseg_edaformer.predict.run import predict_images
+from mmseg_edaformer.predict.segmenter import Segmenter
 from tests.conftest import ROOT, run, write_config
 from tests.processes import finish, free_port, in_child
 
@@ -61,7 +62,7 @@ def plain(work, photos, tmp_path_factory):
     """What tools/predict.py makes of them on one core: masks by name, and the summary."""
     out, threads = tmp_path_factory.mktemp('plain'), torch.get_num_threads()
     torch.set_num_threads(1)
-    summary = predict_pictures(Segmenter(work, device='cpu'), [photos], out)
+    summary = predict_images(Segmenter(work, device='cpu'), [photos], out)
     torch.set_num_threads(threads)
     return masks(out), summary
 
@@ -176,8 +177,8 @@ def stop_and_go_on(work, photos, plain, out):
     assert before.items() <= states(out).items()
     assert same(masks(out), plain[0])
     assert {os.path.basename(entry.pop('picture')): entry for entry in manifest(out)} == {
-        os.path.basename(path): entry for path, entry in plain[1]['pictures'].items()}
-    assert (summary['pictures'], summary['shares']) == (COUNT, plain[1]['shares'])
+        os.path.basename(path): entry for path, entry in plain[1]['images'].items()}
+    assert (summary['images'], summary['shares']) == (COUNT, plain[1]['shares'])
 
 
 def test_a_killed_run_goes_on(here, work, photos, plain, tmp_path):
@@ -208,21 +209,21 @@ def test_a_killed_worker_loses_nothing_and_does_nothing_twice(
     assert [entry['picture'] for entry in manifest(out)] == list(dict.fromkeys(
         os.path.relpath(path, out)
         for path in sorted(photos.glob('*.png')) + sorted(photos.glob('more/*'))))
-    assert (summary['pictures'], summary['skipped'], summary['workers']) == (COUNT, {}, 2)
+    assert (summary['images'], summary['skipped'], summary['workers']) == (COUNT, {}, 2)
     assert json.loads((out / 'summary.json').read_text()) == summary
     assert sorted(os.listdir(out)) == ['legend.png', 'manifest.jsonl', 'masks', 'summary.json']
 
 
 def test_other_settings_are_predicted_anew_and_predict_py_goes_on(here, work, photos, tmp_path):
     segmenter, some, out = Segmenter(work, device='cpu'), photos / '0[0-5].png', tmp_path / 'out'
-    wanted = predict_pictures(segmenter, [some], out)
+    wanted = predict_images(segmenter, [some], out)
     assert predict_many(some, work, out, overlays=True)['kept'] == 3
     os.remove(out / 'masks' / '02.png')
     summary = predict_many(some, work, out)  # an overlay more than asked for does no harm
     assert summary['kept'] == 2
     assert not (out / 'overlays' / '02.jpg').exists()
     assert predict_many(some, work, out, overlays=True)['kept'] == 2
-    assert predict_pictures(segmenter, [some], out)['kept'] == 3
+    assert predict_images(segmenter, [some], out)['kept'] == 3
     other = predict_many(some, work, out, isr='optimal')
     assert (other['kept'], other['isr_ratio']) == (0, '2211-222')
     assert not list((out / 'overlays').iterdir())
@@ -239,12 +240,12 @@ def test_large_images_and_max_side(here, work, photos, tmp_path, caplog, monkeyp
         assert summary['kept'] == kept
     assert 'an image of 192x128 pixels takes about 0 s on cpu at ISR ratio auto' in (
         caplog.messages[0])
-    segmenter = Segmenter(work, device='cpu', isr='auto')
-    predict_pictures(segmenter, [some], tmp_path / 'wanted')
+    segmenter = Segmenter(work, device='cpu', isr_ratio='auto')
+    predict_images(segmenter, [some], tmp_path / 'wanted')
     assert same(masks(tmp_path / 'auto'), masks(tmp_path / 'wanted'))
     summary = predict_many(some, work, tmp_path / 'small', max_side=64)
     assert (summary['isr_ratio'], summary['skipped']) == ('none', {})
-    predict_pictures(Segmenter(work, device='cpu', max_side=64), [some], tmp_path / 'less')
+    predict_images(Segmenter(work, device='cpu', max_side=64), [some], tmp_path / 'less')
     assert same(masks(tmp_path / 'small'), masks(tmp_path / 'less'))
     assert not same(masks(tmp_path / 'small'), masks(tmp_path / 'wanted'))
 
@@ -259,14 +260,14 @@ def test_a_folder_with_entries_that_are_no_pictures(here, work, photos, tmp_path
     (folder / 'here').symlink_to('.')
     os.mkfifo(folder / 'pipe.png')
     first = predict_many(folder, work, out)
-    assert (first['pictures'], first['kept']) == (4, 0)
+    assert (first['images'], first['kept']) == (4, 0)
     bad = [f'../photos/{name}.png' for name in ('gone', 'loop', 'pipe')]
     assert sorted(first['skipped']) == bad
     assert {entry['picture'] for entry in manifest(out)} >= {*bad, '../photos/\\xe9.png'}
     assert '\\ud' not in (out / 'manifest.jsonl').read_text() + (out / 'summary.json').read_text()
     again = predict_many(folder, work, out)
     assert (again['kept'], again['seconds']) == (4, first['seconds'])
-    plain = predict_pictures(Segmenter(work, device='cpu'), [folder], tmp_path / 'plain')
+    plain = predict_images(Segmenter(work, device='cpu'), [folder], tmp_path / 'plain')
     assert plain['skipped'].keys() == first['skipped'].keys()
     assert same(masks(out), masks(tmp_path / 'plain'))
 
@@ -316,7 +317,7 @@ def test_shards(here, work, photos, plain, tmp_path):
                for reason in summary['skipped'].values())
     entries = manifest(tmp_path / 'out')
     assert len({entry['picture'] for entry in entries}) == len(entries) == len(found) + len(says)
-    assert summary['pictures'] == len(found) == 20
+    assert summary['images'] == len(found) == 20
     assert predict_many(shards, work, tmp_path / 'out', workers=2)['kept'] == 20
     # A shard made anew is predicted anew, its neighbours are not.
     os.utime(shards / os.fsdecode(b'\xe9.parquet'), (1, 1))
@@ -435,7 +436,7 @@ def test_what_does_not_fit_into_memory_is_listed(here, work, photos, tmp_path, m
     monkeypatch.setattr(Segmenter, '_labels', labels)
     summary = predict_many(photos / '*.png', work, tmp_path / 'out', batch_size=6)
     assert len(summary['skipped']) == 4
-    assert summary['pictures'] == count_masks(tmp_path / 'out') == 8
+    assert summary['images'] == count_masks(tmp_path / 'out') == 8
 
 
 def test_a_defect_keeps_its_traceback(here, work, photos, tmp_path, monkeypatch):
@@ -466,11 +467,11 @@ test_dataloader = dict(dataset=dict(data_root=data_root, pipeline=[
     done = run('tools/predict_many.py', photos, '--model', tmp_path / 'mini.py', '--checkpoint',
                work / 'best_mIoU_iter_4.pth', '--out', tmp_path / 'out', '--workers', 1,
                env=dict(os.environ, PYTHONPATH=f'{tmp_path}:{ROOT}'))  # two in a block
-    assert '23 pictures at ISR ratio none, 1 skipped\n' in done.stdout
+    assert '23 images at ISR ratio none, 1 skipped\n' in done.stdout
     assert 'Warning' not in done.stderr
     summary = json.loads((tmp_path / 'out' / 'summary.json').read_text())
     [place] = summary['skipped']
     assert os.path.samefile(tmp_path / 'out' / place, photos / 'more' / '05.png')
     assert 'its worker died 3 times over it' in summary['skipped'][place]
-    assert summary['pictures'] == COUNT - 1
+    assert summary['images'] == COUNT - 1
     assert same({**masks(tmp_path / 'out'), 'more/05.png': 0}, {**plain[0], 'more/05.png': 0})

@@ -28,7 +28,7 @@ from mmseg_edaformer import report_isr
 from mmseg_edaformer.data import drawing as synthetic
 from mmseg_edaformer.errors import ConfigError, DataError, RatioError
 from mmseg_edaformer.isr import ISRRatio
-from mmseg_edaformer.predict import page as demo
+from mmseg_edaformer.predict import comparison, page as demo
 from mmseg_edaformer.predict.segmenter import Segmentation, Segmenter
 from tests.conftest import ROOT, seeing_model, write_config
 from tests.processes import finish, in_child
@@ -54,7 +54,7 @@ def segmenter(work):
 
 @pytest.fixture
 def comparer(work):
-    return demo.Comparer(Segmenter(work, device='cpu'))
+    return comparison.Comparer(Segmenter(work, device='cpu'))
 
 
 @pytest.fixture(scope='module')
@@ -73,7 +73,7 @@ def pictures(tmp_path_factory):
 
 
 def expected(segmenter, path, ratio):
-    segmenter.isr = ratio
+    segmenter.isr_ratio = ratio
     return segmenter(path)
 
 
@@ -83,8 +83,8 @@ def test_a_comparison_is_what_segmenter_and_report_say(comparer, segmenter, pict
     path = str(pictures / '0.png')
     found = comparer.compare(path, RATIO)
     before, after = (expected(segmenter, path, ratio).labels for ratio in ('none', RATIO))
-    assert (found.found[0].labels == before).all()
-    assert (found.found[1].labels == after).all()
+    assert (found.results[0].labels == before).all()
+    assert (found.results[1].labels == after).all()
     assert found.changed == (before != after).mean() > 0
     assert found.gmacs == pytest.approx(
         [macs / 1e9 for macs in report_isr(segmenter.model, RATIO, (128, 192)).macs])
@@ -108,7 +108,7 @@ def test_requests_at_once_do_not_mix_their_ratios(comparer, segmenter, pictures)
         thread.join()
     for ratio in ratios:
         wanted = expected(segmenter, pictures / '1.png', ratio).labels
-        assert (found[ratio].found[1].labels == wanted).all()
+        assert (found[ratio].results[1].labels == wanted).all()
 
 
 def test_the_windows_of_a_sliding_model_are_all_counted(comparer, segmenter, pictures):
@@ -120,13 +120,13 @@ def test_the_windows_of_a_sliding_model_are_all_counted(comparer, segmenter, pic
 
 
 def test_large_pictures_are_reduced_and_turned_ones_upright(work, pictures):
-    comparer = demo.Comparer(Segmenter(work, device='cpu'), 96)
+    comparer = comparison.Comparer(Segmenter(work, device='cpu'), 96)
     found = comparer.compare(str(pictures / 'turned.jpg'), RATIO)
-    assert found.found[0].labels.shape == (96, 64)
+    assert found.results[0].labels.shape == (96, 64)
     upright = np.array(Image.open(pictures / '0.png').rotate(-90, expand=True).resize((64, 96)))
-    assert np.abs(found.found[0].picture[..., ::-1].astype(int) - upright).mean() < 10
+    assert np.abs(found.results[0].image[..., ::-1].astype(int) - upright).mean() < 10
     with pytest.raises(ConfigError, match='--max-side 8: give 32 or more'):
-        demo.Comparer(comparer.segmenter, 8)
+        comparison.Comparer(comparer.segmenter, 8)
 
 
 def test_what_cannot_be_read_is_named_as_it_was_uploaded(comparer, pictures, tmp_path):
@@ -144,7 +144,7 @@ def test_stages_are_those_of_the_model(comparer, tmp_path):
     config = ROOT / 'configs' / 'segformer_b0_synthetic.py'
     model = init_model(str(config), device='cpu')
     torch.save(dict(state_dict=model.state_dict(), meta={}), tmp_path / 'b0.pth')
-    other = demo.Comparer(Segmenter(config, tmp_path / 'b0.pth', device='cpu'))
+    other = comparison.Comparer(Segmenter(config, tmp_path / 'b0.pth', device='cpu'))
     assert other.stages == dict(encoder=(1, 2, 3, 4))
     assert other.ratio([1, 1, 1, 1]) == ISRRatio.parse('none')
     assert str(other.ratio([2, 2, 1, 1])) == '2211-1'
@@ -152,7 +152,7 @@ def test_stages_are_those_of_the_model(comparer, tmp_path):
     assert other.multipliers('211-1') is None
     other.segmenter.model.backbone = torch.nn.Identity()
     with pytest.raises(RatioError, match='holds no attention that ISR can reduce'):
-        demo.Comparer(other.segmenter)
+        comparison.Comparer(other.segmenter)
 
 
 class Cells(HTMLParser):
@@ -177,13 +177,13 @@ def test_names_of_classes_are_text():
     classes, palette = ('<script>alert(1)</script>', 'a&b'), ((255, 0, 0), (0, 1, 2))
     found = tuple(Segmentation(each, np.zeros((50, 50, 3), np.uint8), classes, palette)
                   for each in (labels, other))
-    comparison = demo.Comparison(RATIO, found, (10., 8.), 3, (2., 1.5))
-    cells = Cells(demo.describe_classes(comparison))
+    made = comparison.Comparison(RATIO, found, (10., 8.), 3, (2., 1.5))
+    cells = Cells(demo.describe_classes(made))
     assert 'script' not in cells.tags
     assert cells.texts == ['class', 'trained', 'chosen', classes[0], '100.0%', '99.9%',
                            classes[1], '0.0%', '0.1%']
-    assert 'rgb(255, 0, 0)' in demo.describe_classes(comparison)
-    assert ' '.join(Cells(demo.describe_figures(comparison)).texts) == (
+    assert 'rgb(255, 0, 0)' in demo.describe_classes(made)
+    assert ' '.join(Cells(demo.describe_figures(made)).texts) == (
         'pixels changed 0.08% of 50 x 50 GMACs 2 →  1.5 -25% milliseconds 10 →  8 '
         '-20%, median of 3 Ratio of the right side:  --isr-ratio 4111-111')
 
@@ -273,12 +273,12 @@ def wait_for(page, selector, pattern):
 
 
 def upload(page, path):
-    page.set_input_files('#eda-picture input[type=file]', path)
+    page.set_input_files('#eda-image input[type=file]', path)
 
 
 def clear(page):
-    page.click('#eda-picture button[aria-label="Remove Image"]')
-    wait_for(page, '#eda-message', 'Choose a picture')
+    page.click('#eda-image button[aria-label="Remove Image"]')
+    wait_for(page, '#eda-message', 'Choose an image')
 
 
 def shown(page):
@@ -386,10 +386,10 @@ def test_bad_files_give_a_message_and_the_next_one_works(page, server, pictures)
 
 def test_a_webcam_frame(page, pictures):
     clear(page)
-    page.click('#eda-picture button[aria-label="Capture from camera"]')
+    page.click('#eda-image button[aria-label="Capture from camera"]')
     page.click('text=Click to Access Webcam')
-    page.wait_for_function('document.querySelector("#eda-picture video")?.readyState === 4')
-    page.click('#eda-picture button[aria-label="capture photo"]')
+    page.wait_for_function('document.querySelector("#eda-image video")?.readyState === 4')
+    page.click('#eda-image button[aria-label="capture photo"]')
     wait_for(page, '.eda-changed', r'of \d+ x \d+')
     assert page.wrong == []
 

@@ -28,16 +28,11 @@ from mmseg_edaformer import apply_isr
 from mmseg_edaformer.data import drawing as synthetic
 from mmseg_edaformer.engine.convert import pack_file
 from mmseg_edaformer.errors import CheckpointError, ConfigError, DataError, RatioError
-from mmseg_edaformer.predict import segmenter as predictor
-from mmseg_edaformer.predict.segmenter import (
-    Segmentation,
-    Segmenter,
-    Video,
-    describe_summary,
-    find_pictures,
-    predict_pictures,
-    predict_video,
-)
+from mmseg_edaformer.predict import run as running, segmenter as predictor
+from mmseg_edaformer.predict.inputs import Video, find_images
+from mmseg_edaformer.predict.outputs import describe_summary
+from mmseg_edaformer.predict.run import predict_images, predict_video
+from mmseg_edaformer.predict.segmenter import Segmentation, Segmenter
 from tests.conftest import ROOT, run, seeing_model, write_config
 from tests.processes import run_tool
 
@@ -108,7 +103,7 @@ def test_paths_arrays_and_pil_are_predicted_as_mmseg_does(work, device, mmsegs, 
         for source in path, str(path), array, Image.open(path):
             found = segmenter(source)
             assert agree(found.labels, wanted, device)
-            assert same(found.picture, array)
+            assert same(found.image, array)
 
 
 @pytest.mark.gpu
@@ -125,8 +120,8 @@ def test_labels_are_those_of_the_test_tool(work, pictures, tmp_path):
     code, output = run_tool('tools/test.py', work / 'mini.py', checkpoint, '--isr-ratio', '2',
                             '--out', tmp_path / 'test', '--work-dir', tmp_path / 'log')
     assert code == 0, output
-    segmenter = Segmenter(work / 'mini.py', checkpoint, device='cpu', isr='2')
-    predict_pictures(segmenter, [pictures[0].parent], tmp_path / 'out')
+    segmenter = Segmenter(work / 'mini.py', checkpoint, device='cpu', isr_ratio='2')
+    predict_images(segmenter, [pictures[0].parent], tmp_path / 'out')
     for path in pictures:
         ours, theirs = (Image.open(folder / path.name) for folder in (
             tmp_path / 'out' / 'masks', tmp_path / 'test'))
@@ -146,7 +141,7 @@ def test_many_come_in_order_whatever_their_sizes(work, device):
     rng = np.random.default_rng(1)
     images = [synthetic.draw_scene(rng, (64, 96) if i % 3 else (96, 64))[0] for i in range(10)]
     for image, found in zip(images, batched(images), strict=True):
-        assert same(found.picture, image)
+        assert same(found.image, image)
         assert (found.labels == single(image).labels).mean() > 0.999  # rounds otherwise
     assert max(batches) == 3
     assert sum(batches) == 10
@@ -185,7 +180,7 @@ def test_what_does_not_fit_into_memory_is_halved(work, pictures, monkeypatch):
     found = [found.labels for found in segmenter(pictures)]
     assert np.mean([(a == b).mean() for a, b in zip(found, wanted, strict=True)]) > 0.999
     most = 0
-    with pytest.raises(DataError, match=r'an image of 128x96 pixels does not fit .* isr to auto'):
+    with pytest.raises(DataError, match=r'an image of 128x96 pixels .* set isr_ratio to auto'):
         segmenter(pictures[0])
 
 
@@ -206,7 +201,7 @@ def test_a_gpu_that_is_full(work, pictures, cuda, monkeypatch):
     assert sizes == [4, 2, 2]
     assert np.mean([(a == b).mean() for a, b in zip(found, wanted, strict=True)]) > 0.999
     most = 0
-    with pytest.raises(DataError, match=r'does not fit into the memory of cuda: set isr to auto'):
+    with pytest.raises(DataError, match='does not fit into the memory of cuda: set isr_ratio to'):
         segmenter(pictures[0])
 
 
@@ -237,20 +232,20 @@ def test_pictures_are_upright(segmenter, pictures, tmp_path, orientation):
 
 @pytest.mark.gpu
 def test_the_ratio_is_a_dial(work, pictures, device):
-    segmenter = Segmenter(work, device=str(device), isr='optimal')
+    segmenter = Segmenter(work, device=str(device), isr_ratio='optimal')
     optimal = segmenter(pictures[0]).labels
     other = Segmenter(work, device=str(device))
     plain = other(pictures[0]).labels
     assert not same(plain, optimal)
     apply_isr(other.model, 'optimal')
     assert same(other(pictures[0]).labels, optimal)
-    segmenter.isr = 'none'
+    segmenter.isr_ratio = 'none'
     assert same(segmenter(pictures[0]).labels, plain)
     with pytest.raises(RatioError, match='4 multipliers for the decoder'):
-        segmenter.isr = '2211-2222'
+        segmenter.isr_ratio = '2211-2222'
     assert same(segmenter(pictures[0]).labels, plain)
-    segmenter.isr = 2
-    assert str(segmenter.isr) == '2'
+    segmenter.isr_ratio = 2
+    assert str(segmenter.isr_ratio) == '2'
     assert not same(segmenter(pictures[0]).labels, plain)
 
 
@@ -263,10 +258,10 @@ def test_shares_masks_and_overlays(segmenter, pictures):
     sample = SegDataSample(pred_sem_seg=PixelData(data=torch.tensor(found.labels)[None]))
     visualizer = SegLocalVisualizer(alpha=0.5)
     visualizer.dataset_meta = dict(classes=CLASSES, palette=PALETTE)
-    visualizer.add_datasample('', found.picture[..., ::-1], sample, with_labels=False)
+    visualizer.add_datasample('', found.image[..., ::-1], sample, with_labels=False)
     drawn = np.array(found.overlay()).astype(int)
     assert np.abs(drawn - visualizer.get_image()).max() <= 1  # mmseg cuts off, OpenCV rounds
-    assert same(np.array(found.overlay(0.)), found.picture[..., ::-1])
+    assert same(np.array(found.overlay(0.)), found.image[..., ::-1])
 
 
 def test_more_classes_than_a_byte_counts():
@@ -308,7 +303,7 @@ def large():
 
 def test_large_images_have_auto_by_default(whole, large, pictures, caplog, monkeypatch):
     small = cv2.imread(str(pictures[0]))
-    default, plain, auto = (Segmenter(*whole, device='cpu', isr=ratio)
+    default, plain, auto = (Segmenter(*whole, device='cpu', isr_ratio=ratio)
                             for ratio in (None, 'none', 'auto'))
     assert not same(plain(large).labels, auto(large).labels)
     monkeypatch.setattr(predictor, '_QUICK', 100 * 100)
@@ -319,10 +314,10 @@ def test_large_images_have_auto_by_default(whole, large, pictures, caplog, monke
     [record] = caplog.records
     assert record.message.startswith(
         'an image of 256x160 pixels takes about 0 s on cpu at ISR ratio auto, the default above ')
-    assert str(default.isr) == '1'
-    default.isr = 'none'
+    assert str(default.isr_ratio) == '1'
+    default.isr_ratio = 'none'
     assert same(default(large).labels, plain(large).labels)
-    default.isr = None
+    default.isr_ratio = None
     assert same(default(large).labels, auto(large).labels)
     # Where there is nothing to reduce, and in windows that are not large, it is none.
     with monkeypatch.context() as patch:
@@ -337,22 +332,22 @@ def test_the_summary_says_which_ratio_large_images_had(whole, work, large, pictu
     cv2.imwrite(str(tmp_path / 'large.png'), large)
     out = tmp_path / 'out'
     segmenter = Segmenter(*whole, device='cpu')
-    assert predict_pictures(segmenter, [pictures[0]], out)['isr_ratio'] == 'none'
+    assert predict_images(segmenter, [pictures[0]], out)['isr_ratio'] == 'none'
     for kept in 0, 1:
-        summary = predict_pictures(segmenter, [tmp_path / 'large.png'], out)
+        summary = predict_images(segmenter, [tmp_path / 'large.png'], out)
         assert (summary['kept'], summary['isr_ratio']) == (kept, 'auto')
-    both = predict_pictures(segmenter, [pictures[0], tmp_path / 'large.png'], out)
+    both = predict_images(segmenter, [pictures[0], tmp_path / 'large.png'], out)
     assert both['isr_ratio'] == 'none, auto for 1 of 2'
-    segmenter.isr = 'none'  # asked for: no mask of auto is taken for it
-    summary = predict_pictures(segmenter, [tmp_path / 'large.png'], out)
+    segmenter.isr_ratio = 'none'  # asked for: no mask of auto is taken for it
+    summary = predict_images(segmenter, [tmp_path / 'large.png'], out)
     assert (summary['kept'], summary['isr_ratio']) == (0, 'none')
     # The pipeline makes it small.
-    assert predict_pictures(Segmenter(work, device='cpu'), [tmp_path / 'large.png'],
+    assert predict_images(Segmenter(work, device='cpu'), [tmp_path / 'large.png'],
                             tmp_path / 'other')['isr_ratio'] == 'none'
 
 
 def test_what_takes_long_is_said_before(whole, large, caplog, monkeypatch):
-    segmenter = Segmenter(*whole, device='cpu', isr='none')
+    segmenter = Segmenter(*whole, device='cpu', isr_ratio='none')
     monkeypatch.setattr(predictor, '_QUICK', 90 * 90)
     segmenter(large)
     assert not caplog.records
@@ -367,11 +362,11 @@ def test_what_takes_long_is_said_before(whole, large, caplog, monkeypatch):
         'an image of 768x480 pixels takes about 7 min on cpu at ISR ratio none',
         'an image of 1536x1440 pixels takes long on cpu at ISR ratio none']
     assert caplog.messages[0].endswith(
-        ': a smaller max_side (--max-side N) takes less, and so may isr auto (--isr-ratio auto)')
+        'takes less, and so may isr_ratio auto (--isr-ratio auto)')
 
 
 def test_an_estimate_is_near_and_never_an_error(whole, monkeypatch):
-    segmenter = Segmenter(*whole, device='cpu', isr='none')
+    segmenter = Segmenter(*whole, device='cpu', isr_ratio='none')
     with torch.no_grad():
         segmenter._estimate((64, 64))
         found = segmenter._estimate((640, 960))
@@ -390,11 +385,11 @@ def test_max_side(whole, work, large, resizing):
     segmenter.model.predict_labels = lambda inputs, data_samples: (
         seen.append(tuple(inputs.shape[2:])), own(inputs, data_samples))[1]
     found = segmenter(large)
-    assert same(found.picture, large)
+    assert same(found.image, large)
     assert found.labels.shape == large.shape[:2]
-    assert same(segmenter(large[:40, :60]).picture, large[:40, :60])
+    assert same(segmenter(large[:40, :60]).image, large[:40, :60])
     assert seen == ([(64, 96), (64, 96)] if resizing else [(60, 96), (40, 60)])
-    plain = Segmenter(*source, device='cpu', isr='none')
+    plain = Segmenter(*source, device='cpu', isr_ratio='none')
     assert segmenter.fingerprint() != plain.fingerprint()
     if not resizing:
         assert same(segmenter(large[:40, :60]).labels, plain(large[:40, :60]).labels)
@@ -405,12 +400,12 @@ def test_max_side(whole, work, large, resizing):
 
 def test_progress_for_a_log_file(monkeypatch, capsys):
     now = 0.
-    monkeypatch.setattr(predictor.time, 'monotonic', lambda: now)
-    with predictor.progress_bar('predict', 1000, done=100) as advance:
+    monkeypatch.setattr(running.time, 'monotonic', lambda: now)
+    with running.progress_bar('predict', 1000, done=100) as advance:
         for step in range(1, 901):
             now = step * 2.
             advance(100 + step)
-    with predictor.progress_bar('frames', None) as advance:
+    with running.progress_bar('frames', None) as advance:
         now += 10
         advance(7)
     lines = capsys.readouterr().err.splitlines()
@@ -427,14 +422,14 @@ def test_threads_share_a_segmenter_each_with_its_ratio(whole, pictures):
     single = Segmenter(*whole, device='cpu')
     wanted = []
     for ratio in ratios:
-        single.isr = ratio
+        single.isr_ratio = ratio
         wanted.append([single(image).labels for image in images])
     shared = Segmenter(*whole, device='cpu')
 
     def predict(index):
         wrong = 0
         for _ in range(3):
-            shared.isr = ratios[index]
+            shared.isr_ratio = ratios[index]
             wrong += sum(not same(shared(image).labels, labels)
                          for image, labels in zip(images, wanted[index], strict=True))
         return wrong
@@ -442,10 +437,10 @@ def test_threads_share_a_segmenter_each_with_its_ratio(whole, pictures):
         assert list(threads.map(predict, range(4))) == [0] * 4
     # Who has set none follows: this thread, and a new one.
     with ThreadPoolExecutor(1) as thread:
-        thread.submit(setattr, shared, 'isr', 2).result()
+        thread.submit(setattr, shared, 'isr_ratio', 2).result()
     assert same(shared(images[0]).labels, wanted[2][0])
     other = copy.deepcopy(shared)  # with a lock of its own
-    shared.isr = 'none'
+    shared.isr_ratio = 'none'
     assert same(other(images[0]).labels, wanted[2][0])
 
 
@@ -574,18 +569,18 @@ def test_names_do_a_terminal_no_harm(single, tmp_path):
 
 
 @pytest.mark.parametrize(('arguments', 'error', 'says'), [
-    (['{work}/none.py', '{pth}'], ConfigError, 'config not found: .*none.py'),
+    (['{work}/none.py', '{pth}'], ConfigError, 'no such model: .*none.py'),
     (['{work}/mini.py'], ConfigError, 'mini.py: a config needs a checkpoint'),
     (['{work}/mini.py', '{work}/none.pth'], CheckpointError, 'checkpoint not found: .*none.pth'),
     (['{pth}'], ConfigError, 'is a checkpoint and does not say what model it is of'),
-    (['{work}/empty'], ConfigError, 'empty is the work dir of no training, it holds no config'),
+    (['{work}/empty'], ConfigError, 'empty is not the work dir of a training: it holds no config'),
     (['{root}/configs/edaformer_t_synthetic.py', '{pth}'], CheckpointError,
      'the checkpoint does not fit the model: .* is 16x3x7x7 in the checkpoint and 32x3x7x7'),
     (['{root}/configs/eft_t_in1k.py', '{pth}'], ConfigError, 'no model that predicts a class for'),
     (['{work}/weights.safetensors'], CheckpointError, 'weights.safetensors holds weights alone'),
     (['{single}', '{pth}'], ConfigError, 'model.safetensors holds its own weights: leave'),
-    (['{work}/nope'], ConfigError, 'no such file or folder: .*nope: give the work dir of a'),
-    (['{work}/nope.pth'], ConfigError, 'no such file or folder: .*nope.pth'),
+    (['{work}/nope'], ConfigError, 'no such model: .*nope: give the work dir of a training'),
+    (['{work}/nope.pth'], ConfigError, 'no such model: .*nope.pth'),
 ])
 def test_models_that_are_none(work, single, arguments, error, says):
     pth = work / 'best_mIoU_iter_4.pth'
@@ -610,7 +605,7 @@ def test_weights_that_are_no_numbers(work, tmp_path, name, value):
 
 def test_no_such_device_and_no_such_batch(work):
     for nothing in None, 3:
-        with pytest.raises(ConfigError, match=f'model {nothing} is no path: give a work dir'):
+        with pytest.raises(ConfigError, match=f'model {nothing} is not a path: give a work dir'):
             Segmenter(nothing)
     with pytest.raises(ConfigError, match='max_side 8: give 32 or more pixels'):
         Segmenter(work, device='cpu', max_side=8)
@@ -640,14 +635,14 @@ def test_a_work_dir_without_a_best_checkpoint(work, tmp_path):
     ('text.jpg', 'image cannot be decoded: .*text.jpg .*no picture is recognised'),
     ('nothing.png', 'nothing.png .*it is empty'),
     ('cut.png', 'image cannot be decoded: .*cut.png'),
-    ('void', 'no picture in the folder .*void: nothing below it ends in .avif'),
+    ('void', 'no image in the folder .*void: nothing below it ends in .avif'),
     ('text.mp4', 'video cannot be decoded: .*text.mp4'),
     ('page.pdf', 'page.pdf .*no picture is recognised'),
-    (np.zeros((4, 5)), r'an array of shape \(4, 5\) and type float64 is no picture'),
+    (np.zeros((4, 5)), r'an array of shape \(4, 5\) and type float64 is not an image'),
     (np.zeros((0, 5, 3), np.uint8), r'shape \(0, 5, 3\)'),
     (np.zeros((4, 5, 7), np.uint8), r'shape \(4, 5, 7\)'),
-    (Image.new('F', (3, 3)), "PIL's mode F"),
-    ([3], 'a int is no picture'),
+    (Image.new('F', (3, 3)), "PIL image of mode F"),
+    ([3], 'cannot predict a int'),
 ])
 def test_bad_input(segmenter, pictures, tmp_path, source, says):
     (tmp_path / 'void').mkdir()
@@ -710,7 +705,7 @@ def test_a_folder(segmenter, photos):
     out = photos / 'results'  # within the input: not to be read again
     seconds = 0
     for kept in 0, 3:
-        summary = predict_pictures(segmenter, [photos], out)
+        summary = predict_images(segmenter, [photos], out)
         assert sorted(written(out)) == [
             'masks/a.jpg.png', 'masks/a.png.png', 'masks/more/b.png',
             'overlays/a.jpg.jpg', 'overlays/a.png.jpg', 'overlays/more/b.jpg']
@@ -721,7 +716,7 @@ def test_a_folder(segmenter, photos):
     assert summary['seconds'] == seconds  # of the run that predicted
     assert os.path.samefile(out / summary['checkpoint'], segmenter.source)
     assert json.loads((out / 'summary.json').read_text()) == summary
-    entry = summary['pictures']['../more/b.png']
+    entry = summary['images']['../more/b.png']
     found = segmenter(photos / 'more' / 'b.png')
     assert entry == dict(mask='masks/more/b.png', shares=found.shares)
     assert same(np.array(Image.open(out / entry['mask'])), found.labels)
@@ -734,7 +729,7 @@ def test_a_folder(segmenter, photos):
 
 def test_it_goes_on_where_it_stopped(work, photos, tmp_path, monkeypatch):
     segmenter, out = Segmenter(work, device='cpu'), tmp_path / 'out'
-    whole = predict_pictures(segmenter, [photos], tmp_path / 'whole')
+    whole = predict_images(segmenter, [photos], tmp_path / 'whole')
     own, calls = segmenter.model.predict_labels, []
 
     def predict(*args, **kwargs):
@@ -744,28 +739,28 @@ def test_it_goes_on_where_it_stopped(work, photos, tmp_path, monkeypatch):
         return own(*args, **kwargs)
     monkeypatch.setattr(segmenter.model, 'predict_labels', predict)
     with pytest.raises(KeyboardInterrupt):
-        predict_pictures(segmenter, [photos], out)
+        predict_images(segmenter, [photos], out)
     before = written(out)
     assert len(before) == 4
-    summary = predict_pictures(segmenter, [photos], out)
+    summary = predict_images(segmenter, [photos], out)
     assert len(calls) == 4
     assert before.items() <= written(out).items()
     assert {**summary, 'kept': 0, 'seconds': 0} == {**whole, 'kept': 0, 'seconds': 0}
     # Another ratio, another picture: done anew.
     os.utime(photos / 'a.png', (1, 1))
     (out / 'summary.json').write_text(json.dumps(dict(summary, seconds=1e6)))
-    more = predict_pictures(segmenter, [photos], out)
+    more = predict_images(segmenter, [photos], out)
     assert more['kept'] == 2
     assert 1e6 < more['seconds'] < 2e6  # with those of the run before
-    segmenter.isr = 2
-    assert predict_pictures(segmenter, [photos], out)['kept'] == 0
+    segmenter.isr_ratio = 2
+    assert predict_images(segmenter, [photos], out)['kept'] == 0
     (out / 'masks' / 'a.png.png').write_bytes(b'damaged')
-    assert predict_pictures(segmenter, [photos], out)['kept'] == 2
+    assert predict_images(segmenter, [photos], out)['kept'] == 2
 
 
 def test_entries_that_are_no_pictures_are_listed(segmenter, photos, tmp_path, capsys):
     spoil(photos)
-    summary = predict_pictures(segmenter, [photos], tmp_path / 'out')
+    summary = predict_images(segmenter, [photos], tmp_path / 'out')
     reasons = {os.path.basename(path): reason for path, reason in summary['skipped'].items()}
     for name, reason in {
             'gone.png': 'gone.png: it is a link to nowhere, which is not there',
@@ -775,65 +770,65 @@ def test_entries_that_are_no_pictures_are_listed(segmenter, photos, tmp_path, ca
             'bad.JPG': 'bad.JPG (5 bytes)'}.items():
         assert reason in reasons.pop(name)
     assert not reasons
-    assert len(summary['pictures']) == 7
+    assert len(summary['images']) == 7
     print(describe_summary(summary, tmp_path / os.fsdecode(b'\xff')))
     assert f'are in {tmp_path}/\\xff\n' in capsys.readouterr().out
     with pytest.raises(DataError, match=r'gone.png: it is a link to nowhere, which is not there'):
-        predict_pictures(segmenter, [photos / 'gone.png'], tmp_path / 'out')
+        predict_images(segmenter, [photos / 'gone.png'], tmp_path / 'out')
 
 
 def test_names_that_are_long_or_not_utf8(segmenter, photos, tmp_path):
     spoil(photos)
     out = tmp_path / 'out'
     for kept in 0, 7:
-        summary = predict_pictures(segmenter, [photos], out)
+        summary = predict_images(segmenter, [photos], out)
         assert summary['kept'] == kept
         read = json.loads((out / 'summary.json').read_bytes().decode())  # without lone surrogates
         assert json.dumps(read, ensure_ascii=False).encode()
         names = sorted(os.listdir(os.fsencode(out / 'masks')))
         assert names[-1] == b'\xe9.png'
-        assert read['pictures']['../photos/\\xe9.png']['mask'] == 'masks/\\xe9.png'
+        assert read['images']['../photos/\\xe9.png']['mask'] == 'masks/\\xe9.png'
         long = [name for name in names if name.startswith(b'nn')]
         assert len(long) == 2
         assert all(len(name) <= 255 and f'masks/{os.fsdecode(name)}' in {
-            entry['mask'] for entry in read['pictures'].values()} for name in long)
+            entry['mask'] for entry in read['images'].values()} for name in long)
     assert same(np.array(Image.open(out / 'masks' / os.fsdecode(b'\xe9.png'))),
                 segmenter(photos / 'a.png').labels)
 
 
 def test_links_that_lead_back_up(photos, tmp_path):
-    plain = find_pictures(photos / '**' / '**.png')
+    plain = find_images(photos / '**' / '**.png')
     (photos / 'a_loop').symlink_to('.')
     (photos / 'more' / 'up').symlink_to('..')
-    assert find_pictures(photos / '**' / '*.png') == plain == [
+    assert find_images(photos / '**' / '*.png') == plain == [
         (photos / name, name) for name in ('a.png', 'more/b.png')]
-    assert len(find_pictures(photos / '**')) == 5
-    assert len(find_pictures(photos / '**' / '.hidden' / '*')) == 1
-    assert find_pictures(photos / '**' / '*.png', (photos / 'more').resolve()) == plain[:1]
-    assert len(find_pictures(photos)) == 4
+    assert len(find_images(photos / '**')) == 5
+    assert len(find_images(photos / '**' / '.hidden' / '*')) == 1
+    assert find_images(photos / '**' / '*.png', (photos / 'more').resolve()) == plain[:1]
+    assert len(find_images(photos)) == 4
     with pytest.raises(DataError, match='no such file or folder'):
-        find_pictures('n' * 300)
+        find_images('n' * 300)
 
 
 def test_one_bad_picture_alone_is_an_error(segmenter, photos, tmp_path):
     with pytest.raises(DataError, match=r'bad.JPG'):
-        predict_pictures(segmenter, [photos / 'bad.JPG'], tmp_path / 'out')
+        predict_images(segmenter, [photos / 'bad.JPG'], tmp_path / 'out')
     shutil.copy(photos / 'bad.JPG', photos / 'worse.jpg')
-    with pytest.raises(DataError, match=r'not one picture can be read: .*bad.JPG'):
-        predict_pictures(segmenter, [photos / '*.JPG', photos / 'worse.jpg'], tmp_path / 'out')
+    with pytest.raises(DataError, match=r'no image can be read: .*bad.JPG'):
+        predict_images(segmenter, [photos / '*.JPG', photos / 'worse.jpg'], tmp_path / 'out')
 
 
 def test_two_pictures_of_one_name(segmenter, photos, tmp_path):
     shutil.copy(photos / 'a.png', tmp_path)
     with pytest.raises(DataError, match=r'a.png and .*a.png would be written under one name'):
-        predict_pictures(segmenter, [photos / 'a.png', tmp_path / 'a.png'], tmp_path / 'out')
+        predict_images(segmenter, [photos / 'a.png', tmp_path / 'a.png'], tmp_path / 'out')
 
 
 def test_an_output_that_cannot_be_written(segmenter, pictures, tmp_path):
     (tmp_path / 'file').write_text('')
     for out in tmp_path / 'file', tmp_path / 'file' / 'below':
         with pytest.raises(ConfigError, match='cannot be written to'):
-            predict_pictures(segmenter, [pictures[0]], out)
+            predict_images(segmenter, [pictures[0]], out)
 
 
 # Videos.
@@ -992,7 +987,7 @@ def test_command_line(work, photos, tmp_path):
     done = run('tools/predict.py', photos, '--model', work, '--out', tmp_path / 'out',
                '--isr-ratio', 'optimal', '--max-side', 64, '--device', 'cpu')
     assert f'{work}/best_mIoU_iter_4.pth, 8 classes, on cpu\n' in done.stdout
-    assert '3 pictures at ISR ratio 2211-222, 1 skipped\n' in done.stdout
+    assert '3 images at ISR ratio 2211-222, 1 skipped\n' in done.stdout
     assert f'skipped: image cannot be decoded: {photos}/bad.JPG' in done.stdout
     assert '| class ' in done.stdout
     assert 'Warning' not in done.stderr

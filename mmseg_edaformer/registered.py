@@ -1,0 +1,11 @@
+"""Everything that OpenMMLab's registries know of this package: importing it registers all."""
+from . import compat
+
+compat.check_environment()
+
+from . import data, engine, models, pretraining  # noqa: E402, F401
+
+compat.allow_mmengine_checkpoints()
+compat.register_cpu_wrapper()
+compat.find_newest_checkpoints()
+compat.log_in_utf8()
