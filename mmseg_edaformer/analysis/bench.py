@@ -5,8 +5,8 @@ import math
 import os
 import time
 import zipfile
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,10 @@ from ..errors import ConfigError, DataError
 from ..files import replacing
 from ..isr import ISRRatio, isr
 from ..isr.adapters import find_attention
+from ..predict.run import progress_bar
 from .loading import count_windows, load_model, ratio_name
 from .memory import peak_bytes
 from .timing import milliseconds, relative, time_call
-
-Progress = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
-"""Takes a title and a number of images, and gives what is called after each image."""
 
 _CACHE = 2**30  # bytes of loaded images that are kept for the next pass
 _LOOK = 25  # images whose sizes are looked at
@@ -178,7 +176,7 @@ class Bench:
         return min((len(areas) for areas in self.measured.areas.values()), default=0)
 
     @torch.no_grad()
-    def measure(self, ratios: Sequence[ISRRatio], progress: Progress | None = None, *,
+    def measure(self, ratios: Sequence[ISRRatio], *, show: bool = False,
                 seconds: float = math.inf) -> None:
         """Predict each image at every ratio in turn, the trained one among them for the times.
 
@@ -186,7 +184,7 @@ class Bench:
 
         Args:
             ratios: Ratios to measure.
-            progress: Shows how far it is.
+            show: Whether to show a progress bar.
             seconds: Time after which no further image begins.
         """
         missing = {ratio_name(ratio): ratio for ratio in ratios
@@ -197,15 +195,15 @@ class Bench:
         title = f'pass {self.passes}: {len(missing)} ratio{"s" if len(missing) > 1 else ""}'
         end = time.monotonic() + seconds
         try:
-            with (progress(title, len(self.order)) if progress else
-                  nullcontext(lambda: None)) as advance:
+            with (progress_bar(title, len(self.order)) if show else
+                  nullcontext(lambda done: None)) as advance:
                 for position in range(len(self.order)):
                     due = {name: ratio for name, ratio in missing.items()
                            if self.measured.count(name) == position}
                     if due:
                         self._take_turns(position, due)
                         self.measured.save(_SAVE_SECONDS)
-                    advance()
+                    advance(position + 1)
                     if time.monotonic() > end:
                         break
         finally:

@@ -26,7 +26,7 @@ from ..isr.pooling import check_method
 from ..pretraining.folders import is_classifier
 from .bench import Bench, open_bench
 from .loading import count_windows, load_model, ratio_name
-from .sweep import make_rows, progress
+from .sweep import make_rows
 from .timing import Prepare, milliseconds, relative, take_turns
 
 Setting = tuple[ISRRatio, Mapping[str, Any]]
@@ -132,7 +132,7 @@ def compare_checkpoint(config: str, checkpoint: str, isr_ratios: Sequence[str], 
         if large:
             benches.append(_large_bench(cfg, bench, Path(folder), large))
         for one in benches:
-            one.measure(ratios, progress)
+            one.measure(ratios, show=True)
         if picture:
             draw(bench.model, [one.dataset for one in benches],
                  [(ratio_name(ratio), (ratio, {})) for ratio in ratios], picture)

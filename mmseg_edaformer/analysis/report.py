@@ -25,20 +25,23 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import Runner
 from mmengine.utils.dl_utils import collect_env
 
-from ..cost import count_macs, unwrap, windows
+from ..cost import unwrap
 from ..engine.isr_hook import ISRHook
 from ..errors import RatioError, UserError
 from ..files import write_file
 from ..isr import ISRRatio, isr
 from ..pretraining.folders import is_classifier
 from . import report_html as page, report_plots as plots
-from .benchmark import Plan, environment
+from .bench import Bench
 from .evaluation import FOLDER, Evaluation, ImageScore
-from .report_sources import LiveBench, Ratios, find_sweep, join_curves, read_curves, size_name
-from .sweep import DEFAULT, GREEDY, make_rows, ratio_name
+from .loading import count_windows, ratio_name
+from .report_sources import Ratios, find_sweep, join_curves, read_curves, size_name
+from .sweep import DEFAULT, GREEDY, make_rows
 from .sweep_report import Row, draw
+from .timing import environment
 
 _RATIO_SECONDS, _RATIO_SHARE, _LEAST_SECONDS = 60., 0.05, 10.
+_RATIO_IMAGES = 50
 _PAIRS = 12  # of classes that are confused
 _FILES = ('curves.csv', 'loss.png', 'lr.png', 'metric.png', 'classes.csv', 'confusion.csv',
           'confusion.png', 'images.csv', 'isr.csv', 'isr.png',
@@ -145,7 +148,9 @@ class _Report:
         try:
             with warnings.catch_warnings():  # of ratios that nobody asked for
                 warnings.simplefilter('ignore', UserWarning)
-                bench = LiveBench(self.model, self._dataset(), self.evaluation)
+                bench = Bench(self.model, self._dataset(), dict(
+                    classes=len(self.evaluation.classes), nan_to_num=self.evaluation.nan_to_num,
+                    ignore_index=self.evaluation.ignore_index), samples=_RATIO_IMAGES, look=1)
                 ratios = self._ratios(bench)
                 limit = max(min(_RATIO_SECONDS, _RATIO_SHARE * self.seconds), _LEAST_SECONDS)
                 each = self.evaluation.seconds * self.runner.world_size / self.evaluation.size
@@ -154,7 +159,7 @@ class _Report:
                         f'Not measured: one image takes {each:.1f} s here, and {len(ratios)} '
                         f'ratios of it more than the {limit:.0f} s that a report may take. '
                         'tools/isr_sweep.py measures them.'))
-                bench.measure_for(ratios, limit)
+                bench.measure(ratios, seconds=limit)
                 rows = make_rows(bench, ratios, memory=False)
         except UserError as error:
             return Ratios(says=f'There is none: {error}.')
@@ -188,7 +193,7 @@ class _Report:
                     'tools/isr_sweep.py measures the checkpoint.')
         return '' if self.final else 'Measured when the run ends.'
 
-    def _ratios(self, bench: LiveBench) -> list[ISRRatio]:
+    def _ratios(self, bench: Bench) -> list[ISRRatio]:
         found = []
         for value in (*DEFAULT, self.hook.ratio if self.hook else 'none'):
             with suppress(RatioError):  # the model may have other stages than the paper's
@@ -208,17 +213,16 @@ class _Report:
         try:
             data = self.model.data_preprocessor(pseudo_collate([dataset[0]]), False)
             size = tuple(data['inputs'].shape[-2:])
-            views = windows(self.model, size)
             if self.hook is None:
-                macs = count_macs(self.model, views[0])
+                macs = count_windows(self.model, size)
             else:
                 with isr(self.model, self.hook.ratio, method=self.hook.method,
                          crop_size=self.hook.crop_size):
-                    macs = count_macs(self.model, views[0])
+                    macs = count_windows(self.model, size)
         except Exception as error:  # of another's model, or of data that has no such inputs
             self.runner.logger.info(f'GMACs could not be counted for the report: {error!r}')
             return cost
-        return cost | {'GMACs': f'{len(views) * macs / 1e9:.3f}', 'size': size_name(size)}
+        return cost | {'GMACs': f'{macs / 1e9:.3f}', 'size': size_name(size)}
 
     # What is shown
 
@@ -407,7 +411,7 @@ class _Report:
         text = dumped.read_text(encoding='utf-8') if dumped.is_file() else cfg.pretty_text
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
         found = {'command': shlex.join(sys.argv), 'compile': 'yes' if self.compiled else 'no',
-                 **environment(Plan(device=device, keep_memory=True)),
+                 **environment(device),
                  **{str(name): str(value) for name, value in collect_env().items()}}
         built = found.pop('PyTorch compiling details', '')
         found.pop('numpy_random_seed', None)  # not that of the run

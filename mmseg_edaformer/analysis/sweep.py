@@ -3,10 +3,7 @@
 All ratios of a pass take turns on each image, so that they see the same images and other load on
 the machine falls on all of them alike.
 """
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -96,7 +93,7 @@ def search(bench: Bench, ratios: Sequence[ISRRatio], goal: Goal, greedy: bool) -
     closed: set[tuple[str, int]] = set()
     current, steps = trained, _steps(bench, trained, closed, budget) if greedy else {}
     tried += [ratio for ratio in steps.values() if ratio not in tried]
-    bench.measure(tried, progress)
+    bench.measure(tried, show=True)
     if not greedy or (goal.budget_ms is not None and
                       min(map(bench.milliseconds, tried)) > goal.budget_ms):
         return tried
@@ -104,7 +101,7 @@ def search(bench: Bench, ratios: Sequence[ISRRatio], goal: Goal, greedy: bool) -
     end = budget or (0. if goal.max_drop is not None else bench.gmacs(bench.ratio(2)))
     while cost(current) > end and (steps := _steps(bench, current, closed, budget)):
         tried += [ratio for ratio in steps.values() if ratio not in tried]
-        bench.measure(list(steps.values()), progress)
+        bench.measure(list(steps.values()), show=True)
         if goal.max_drop is not None:
             least = bench.miou(trained) - goal.max_drop
             over = {stage for stage, ratio in steps.items() if bench.miou(ratio) < least}
@@ -263,25 +260,3 @@ def sweep(config: str, checkpoint: str, *, isr_ratios: Sequence[str] = DEFAULT,
         raise ConfigError(f'{goal}: the fastest ratio here, {fastest.isr_ratio}, takes '
                           f'{fastest.ms:.1f} ms. Give at least that, or take a smaller model')
     return rows
-
-
-@contextmanager
-def progress(title: str, total: int) -> Iterator[Callable[[], None]]:
-    """Show a bar with the time left on a terminal, elsewhere print a line at the end."""
-    start = time.monotonic()
-    if sys.stdout.isatty():
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
-        with Progress(TextColumn('{task.description}'), BarColumn(bar_width=20),
-                      MofNCompleteColumn(), TextColumn('images, left'),
-                      TimeRemainingColumn()) as bar:
-            task = bar.add_task(title, total=total)
-            yield lambda: bar.advance(task)
-    else:
-        yield lambda: None
-        print(f'{title} on {total} images in {time.monotonic() - start:.0f} s', flush=True)

@@ -11,7 +11,6 @@ from mmseg.registry import TRANSFORMS
 from prettytable import PrettyTable
 from torch import Tensor
 
-from ..cost import count_macs, windows
 from ..errors import ConfigError, DataError, shown
 from ..files import replacing
 from ..isr import ISRRatio
@@ -20,7 +19,7 @@ from ..predict.inputs import find_images, name_targets
 from ..predict.outputs import writing
 from ..predict.segmenter import Segmenter
 from .attention import Attended, choose_layers, layer_names, look
-from .benchmark import ratio_name
+from .loading import count_windows, ratio_name
 from .sheets import (
     Shot,
     Subject,
@@ -201,8 +200,7 @@ def _predict(segmenter: Segmenter, path: Path, title: str,
              seen: dict[str, Attended] | None = None) -> Shot:
     """A picture at the ratio that a segmenter is set to."""
     height, width = _network_inputs(segmenter, path)[1].shape[2:]
-    views = windows(segmenter.model, (height, width))
-    gmacs = len(views) * count_macs(segmenter.model, views[0]) / 1e9
+    gmacs = count_windows(segmenter.model, (height, width)) / 1e9
     return Shot(title, segmenter(path), gmacs, seen or {})
 
 
