@@ -43,7 +43,7 @@ def _short(rows: Rows) -> list[str]:
     for row in rows:
         if row['config'].startswith('EDAFormer') and 'plain' not in row['config'] and (
                 row['isr_ratio'] == 'none' and 'time_vs_first' in row):
-            cell = (row['config'].partition(',')[0], row['mode'], row['dtype'], row['height'],
+            cell = (row['config'].partition(',')[0], row['mode'], row['dtype'], _size(row),
                     row['batch_size'])
             if cell not in best or row['time_vs_first'] < best[cell]['time_vs_first']:
                 best[cell] = row
@@ -58,13 +58,13 @@ def _short(rows: Rows) -> list[str]:
 
 def _evaluation(rows: Rows) -> list[str]:
     shown = sorted((row for row in rows if row['mode'] == 'eval'), key=lambda row: (
-        row['dtype'], row['height'], row['batch_size']))
+        row['dtype'], row['height'] * row['width'], row['batch_size']))
     if not shown:
         return []
     return ['## Prediction', '', *_table(
         ['size', 'batch', 'dtype', 'model', 'ISR', 'network', 'total', 'p95', 'images/s', 'MiB',
          'speed'],
-        ([row['height'], row['batch_size'], row['dtype'], row['config'], row['isr_ratio'],
+        ([_size(row), row['batch_size'], row['dtype'], row['config'], row['isr_ratio'],
           _number(row.get('network_ms')), _total(row), _number(row.get('total_p95_ms')),
           _number(row.get('images_per_s')), _number(row.get('peak_mib')), _speed(row)]
          for row in shown))]
@@ -75,7 +75,7 @@ def _training(rows: Rows, files: dict[str, float]) -> list[str]:
     lines = ['## Training', ''] if shown or files else []
     if shown:
         lines += _table(['size', 'batch', 'dtype', 'model', 'total', 'images/s', 'MiB', 'speed'], (
-            [row['height'], row['batch_size'], row['dtype'], row['config'], _total(row),
+            [_size(row), row['batch_size'], row['dtype'], row['config'], _total(row),
              _number(row.get('images_per_s')), _number(row.get('peak_mib')), _speed(row)]
             for row in shown))
     if files:
@@ -95,7 +95,7 @@ def _rooflines(rates: dict[str, Any], found: dict[str, Any]) -> list[str]:
         roof = found[mode]
         lines += [
             f'## The most expensive operators of {what}', '',
-            f'EDAFormer-T, {roof["size"]}x{roof["size"]}, batch {roof["batch_size"]}, bfloat16, '
+            f'EDAFormer-T, {_size(roof)}, batch {roof["batch_size"]}, bfloat16, '
             f'eager: one pass takes {_number(roof["pass_ms"])} ms, its operators one by one '
             f'{_number(roof["operators_ms"])} ms. The limit is the longer of two times: floating-'
             f'point operations at {2 * rates["bfloat16"]["gmacs_per_s"] / 1e3:.0f} TFLOP/s, what a '
@@ -114,6 +114,10 @@ def _table(head: Sequence[str], body: Iterable[Sequence[Any]]) -> list[str]:
     return ['| ' + ' | '.join(map(str, line)) + ' |' for line in lines] + ['']
 
 
+def _size(row: dict[str, Any]) -> str:
+    return f'{row["height"]}x{row["width"]}'
+
+
 def _total(row: dict[str, Any]) -> str:
     return 'out of memory' if row['status'] == 'OOM' else _number(row.get('total_ms'))
 
@@ -123,7 +127,7 @@ def _speed(row: dict[str, Any]) -> str:
 
 
 def _number(value: float | None) -> str:
-    """Three digits that matter."""
+    """Format three significant digits; nothing for None."""
     if value is None:
         return ''
     return f'{value:.0f}' if abs(value) >= 100 else f'{value:.3g}'

@@ -27,20 +27,23 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import Runner
 from mmengine.utils.dl_utils import collect_env
 
-from ..cost import count_macs, unwrap, windows
+from ..cost import unwrap
 from ..engine.isr_hook import ISRHook
 from ..errors import RatioError, UserError
 from ..files import write_file
 from ..isr import ISRRatio, isr
 from ..pretraining.folders import is_classifier
 from . import report_plots as plots
-from .benchmark import Plan, environment
+from .bench import Bench
 from .counts import EXAMPLES, FOLDER, Evaluation
-from .report_sources import LiveBench, Ratios, find_sweep, join_curves, read_curves, size_name
-from .sweep import DEFAULT, GREEDY, make_rows, ratio_name
+from .loading import count_windows, ratio_name
+from .report_sources import Ratios, find_sweep, join_curves, read_curves, size_name
+from .sweep import DEFAULT, GREEDY, make_rows
 from .sweep_report import draw
+from .timing import environment
 
 _CURVE_SECONDS, _CURVE_SHARE, _LEAST_SECONDS = 60., 0.05, 10.
+_CURVE_IMAGES = 50
 _PAIRS = 12  # of classes that are confused
 _FILES = ('curves.csv', 'loss.png', 'lr.png', 'metric.png', 'classes.csv', 'confusion.csv',
           'confusion.png', 'images.csv', 'isr.csv', 'isr.png',
@@ -141,7 +144,9 @@ class _Report:
         try:
             with warnings.catch_warnings():  # of ratios that nobody asked for
                 warnings.simplefilter('ignore', UserWarning)
-                bench = LiveBench(self.model, self.dataset, self.evaluation)
+                bench = Bench(self.model, self.dataset, dict(
+                    classes=len(self.evaluation.classes), nan_to_num=self.evaluation.nan_to_num,
+                    ignore_index=self.evaluation.ignore_index), samples=_CURVE_IMAGES, look=1)
                 ratios = self._choose_ratios(bench)
                 limit = max(min(_CURVE_SECONDS, _CURVE_SHARE * self.seconds), _LEAST_SECONDS)
                 image = self.evaluation.seconds * self.runner.world_size / self.evaluation.size
@@ -150,7 +155,7 @@ class _Report:
                         f'Not measured: one image takes {image:.1f} s here, so {len(ratios)} '
                         f'ratios would exceed the {limit:.0f} s that a report may take. '
                         'Use tools/isr_sweep.py.'))
-                bench.measure_for(ratios, limit)
+                bench.measure(ratios, seconds=limit)
                 rows = make_rows(bench, ratios, memory=False)
         except UserError as error:
             return Ratios(note=f'Not measured: {error}.')
@@ -184,7 +189,7 @@ class _Report:
                     'tools/isr_sweep.py.')
         return '' if self.final else 'Measured when the run ends.'
 
-    def _choose_ratios(self, bench: LiveBench) -> list[ISRRatio]:
+    def _choose_ratios(self, bench: Bench) -> list[ISRRatio]:
         ratios = []
         for value in (*DEFAULT, self.hook.ratio if self.hook else 'none'):
             with suppress(RatioError):  # the model may have other stages than the paper's
@@ -201,11 +206,10 @@ class _Report:
         try:
             data = self.model.data_preprocessor(pseudo_collate([self.dataset[0]]), False)
             size = tuple(data['inputs'].shape[-2:])
-            views = windows(self.model, size)
             with nullcontext() if self.hook is None else isr(
                     self.model, self.hook.ratio, method=self.hook.method,
                     crop_size=self.hook.crop_size):
-                macs = len(views) * count_macs(self.model, views[0])
+                macs = count_windows(self.model, size)
         except Exception as error:  # of a foreign model, or of data that has no such inputs
             self.runner.logger.info(f'GMACs could not be counted for the report: {error!r}')
             return None
@@ -307,7 +311,7 @@ class _Report:
     def _environment(self) -> dict[str, str]:
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
         facts = {'command': shlex.join(sys.argv), 'compile': 'yes' if self.compiled else 'no',
-                 **environment(Plan(device=device, keep_memory=True)), **collect_env()}
+                 **environment(device), **collect_env()}
         facts.pop('numpy_random_seed', None)  # not that of the run
         return {str(name): str(value) for name, value in facts.items()}
 

@@ -1,22 +1,12 @@
 """The sources of a run's report beside its counts: the training log and the ISR curve."""
 import json
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from ..isr import ISRRatio, isr
-from ..isr.adapters import find_attention
-from .counts import Evaluation
-from .sweep import Bench, Measurements, ratio_name
 from .sweep_report import Row
-
-_IMAGES = 50  # that the ISR curve is measured on at most
 
 
 @dataclass
@@ -83,42 +73,6 @@ def join_curves(curves: Curves) -> tuple[list[str], list[list[Any]]]:
                    key=lambda name: (name.startswith('val/'), name))
     return ['step', *names], [[step, *(line.get(name, '') for name in names)]
                               for step, line in sorted(lines.items())]
-
-
-class LiveBench(Bench):
-    """The bench of a sweep with the model of a run that has ended, for a limited time.
-
-    Args:
-        model: The model, in eval mode, on its device.
-        dataset: Images to predict.
-        evaluation: The evaluation of the run, whose mIoU is counted by the same rules.
-    """
-
-    def __init__(self, model: Any, dataset: Any, evaluation: Evaluation) -> None:
-        self.metric = dict(classes=len(evaluation.classes), ignore_index=evaluation.ignore_index,
-                           nan_to_num=evaluation.nan_to_num)
-        self.model, self.dataset = model, dataset
-        self.device = next(model.parameters()).device
-        with isr(model, 1):
-            pass  # fails early if there is nothing to reduce
-        self.stages = {part.kind: len(part.stages) for part in find_attention(model).parts}
-        order = np.random.default_rng(0).permutation(len(dataset))[:_IMAGES].tolist()
-        self.found = Measurements(Path(os.devnull), '')
-        self.cache, self.cached, self.passes = {}, 0, 0
-        self.warm, self.macs, self.peaks = set(), {}, {}
-        self.order = order[:1]
-        self.example, self.size = self._middle_image()
-        self.order = order
-
-    @torch.no_grad()
-    def measure_for(self, ratios: Sequence[ISRRatio], seconds: float) -> None:
-        """Predict images at all ratios in turn, at least one image, until the time is up."""
-        names = {ratio_name(ratio): ratio for ratio in ratios}
-        end = time.monotonic() + seconds
-        for position in range(len(self.order)):
-            self._take_turns(position, names, list(names))
-            if time.monotonic() > end:
-                return
 
 
 @dataclass

@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mmengine.config import Config
-from mmengine.registry import init_default_scope
-from mmseg.registry import MODELS
 from prettytable import PrettyTable
 
 from ..cost import on_meta, trace_macs
 from ..errors import ConfigError, RatioError
 from ..isr import isr
+from .loading import load_model
 
 INPUT_SIZE = (1024, 2048)
 
@@ -52,6 +51,18 @@ RATIOS = ('1-2', '1-3', '1-4', '2', '3', '4', '2211-1', '2211-222', '2221-222', 
 """The ratios tried; those of another number of stages than a model has are passed over."""
 
 
+def choose(names: Sequence[str]) -> list[Published]:
+    """Return the columns of these names, or all.
+
+    Raises:
+        ConfigError: There is no such column.
+    """
+    known = {row.name: row for row in TABLE7}
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(f'no such column: {", ".join(unknown)}; they are {", ".join(known)}')
+    return [known[name] for name in names or known]
+
+
 @dataclass(frozen=True)
 class Measured:
     """What one model costs: parameters, GMACs without ISR, GMACs for each ratio that fits.
@@ -73,7 +84,7 @@ class Measured:
 
     @property
     def note(self) -> str:
-        """What ISR leaves as it is, or the problem."""
+        """What ISR does not reduce, or the problem."""
         if self.reduced and self.nearest is None:
             return 'ISR reduces nothing'
         if '2' in self.reduced and self.reduced['2'] == self.reduced.get('1-2'):
@@ -93,9 +104,8 @@ def measure(published: Published, configs: Path, ratios: Sequence[str] = RATIOS,
     """
     input_size = input_size or published.input_size
     cfg = Config.fromfile(configs / f'{published.config}.py')
-    init_default_scope(cfg.default_scope)
     try:
-        model = MODELS.build(cfg.model)
+        model = load_model(cfg)
     except ConfigError as error:
         return Measured(published, problem=str(error))
     reduced, problem = {}, ''

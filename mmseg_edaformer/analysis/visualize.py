@@ -11,15 +11,15 @@ from mmseg.registry import TRANSFORMS
 from prettytable import PrettyTable
 from torch import Tensor
 
-from ..cost import count_macs, windows
 from ..errors import ConfigError, DataError, shown
 from ..files import replacing
 from ..isr import ISRRatio
 from ..isr.pooling import Grid
 from ..predict.inputs import find_images, name_targets
 from ..predict.outputs import writing
-from ..predict.segmenter import Segmenter, ratio_name
+from ..predict.segmenter import Segmenter
 from .attention import choose_layers, layer_names, look
+from .loading import count_windows, ratio_name
 from .sheets import (
     Shot,
     Subject,
@@ -199,8 +199,7 @@ def _observe(segmenter: Segmenter, subject: Subject, ratios: Sequence[ISRRatio],
 def _predict(segmenter: Segmenter, subject: Subject, title: str) -> Shot:
     """Predict an image at the ratio that a segmenter is set to."""
     height, width = _load(segmenter, subject.path)[1].shape[2:]
-    views = windows(segmenter.model, (height, width))
-    gmacs = len(views) * count_macs(segmenter.model, views[0]) / 1e9
+    gmacs = count_windows(segmenter.model, (height, width)) / 1e9
     return Shot(title, segmenter(subject.path), gmacs, {})
 
 

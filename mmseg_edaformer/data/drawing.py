@@ -64,12 +64,12 @@ _Place = Callable[[np.ndarray, np.ndarray | float], np.ndarray]
 class _Scene:
     """A canvas of image and label, with the light and the perspective that all objects share."""
 
-    def __init__(self, rng: np.random.Generator, height: int, width: int) -> None:
-        self.rng, self.height, self.width = rng, height, width
+    def __init__(self, rng: np.random.Generator, height: int, width: int, scale: float) -> None:
+        self.rng, self.height, self.width, self.scale = rng, height, width, scale
         self.label = np.zeros((height, width), np.uint8)
         self.horizon = height * rng.uniform(0.34, 0.5)
         self.ground = height - self.horizon
-        self.camera = rng.uniform(3.6, 6.5)
+        self.camera = rng.uniform(3.6, 6.5) / scale
         self.sun = rng.uniform(0.05, 0.95)
         self.side = 1 if self.sun > 0.5 else -1
         odds = [light[0] for light in _LIGHTS]
@@ -85,6 +85,10 @@ class _Scene:
     def metre(self, y: float | np.ndarray) -> np.ndarray:
         """Pixels per metre for what stands on the ground at row `y`."""
         return np.maximum(y - self.horizon, 1) / self.camera * min(1, self.width / self.height)
+
+    def many(self, count: int) -> int:
+        """How many small objects stand as densely as ``count`` that fill the image."""
+        return int(count / self.scale ** 2)
 
     def tint(self, y: float) -> tuple[np.ndarray, np.ndarray]:
         """What light and haze at row `y` do to a colour: by what to multiply it, what to add."""
@@ -111,20 +115,21 @@ class _Scene:
         if self.night:
             sky[tuple(rng.integers((int(horizon), width), size=(50, 2)).T)] = (240, 236, 214)
         x, y = self.sun * width, horizon * rng.uniform(0.1, 0.8)
-        radius, orb = horizon * rng.uniform(0.07, 0.13), self.low * 0.3 + (178, 172, 150)
+        radius = horizon * rng.uniform(0.07, 0.13) * self.scale
+        orb = self.low * 0.3 + (178, 172, 150)
         if self.haze < 0.6:
             _glow(sky, x, y, radius * 5, orb)
             cv2.circle(sky, (int(x), int(y)), int(radius), orb.tolist(), -1)
         cover = np.zeros((height, width), np.float32)
-        for _ in range(rng.integers(0, 6)):
-            size = rng.uniform(0.03, 0.09) * min(height, width)
+        for _ in range(self.many(int(rng.integers(0, 6)))):
+            size = rng.uniform(0.03, 0.09) * min(height, width) * self.scale
             x, y = rng.uniform(0, width), rng.uniform(0, 0.9) * horizon
             for shift in rng.uniform(-3, 3, 9):
                 puff = (1.6 - abs(shift) / 3) * size
                 cv2.circle(cover, (int(x + shift * size), int(y - puff / 2)), int(puff), 1, -1)
             cover[int(y) + 1 : int(y + 3 * size)] *= 0.6
         cloud = np.minimum(self.low * 0.5 + 128 * self.light, 255).astype(np.float32)
-        soft = cv2.GaussianBlur(cover, (0, 0), 1 + width / 100)[..., None]
+        soft = cv2.GaussianBlur(cover, (0, 0), 1 + width * self.scale / 100)[..., None]
         sky = (sky + (cloud - sky) * soft * np.float32(rng.uniform(0.5, 0.95))).astype(np.uint8)
         return cv2.resize(sky, (self.width, self.height))
 
@@ -416,7 +421,7 @@ def _draw_lamp(scene: _Scene, x: float, y: float, style: int, paint: np.ndarray)
 
 
 def _draw_birds(scene: _Scene) -> None:
-    rng, unit = scene.rng, min(scene.height, scene.width)
+    rng, unit = scene.rng, min(scene.height, scene.width) * scene.scale
     paint = _pick(rng, ((226, 226, 230),) if scene.night else ((38, 36, 44), (66, 52, 48)))
     flock = rng.uniform((0.1, 0.06), (0.9, 0.9)) * (scene.width, scene.horizon)
     for _ in range(rng.integers(1, 6)):
@@ -445,29 +450,34 @@ def _place_objects(scene: _Scene, place: _Place, leading_away: bool) -> list[tup
         (_draw_tree, 2.2, 1, rng.integers(4, 14), 0.1, 0.5),
         (_draw_tree, 2.2, 1, rng.integers(0, 3), 0.5, 0.95),
     ):
-        for right, depth in rng.uniform((0, low), (1, high), (count, 2)).tolist():
+        for right, depth in rng.uniform((0, low), (1, high), (scene.many(int(count)), 2)).tolist():
             x, y = right * scene.width, scene.horizon + depth * scene.ground
             reach = half * scene.metre(y)
             if ROAD not in scene.label[int(y), max(int(x - reach), 0) : int(x + reach) + 1]:
                 add(draw, half, gap, x, y)
-    ways = rng.uniform(0.12 * leading_away, 1 - 0.3 * leading_away, rng.integers(0, 6))
+    cars = int(rng.integers(0, 6) / scene.scale)  # they stand along a line
+    ways = rng.uniform(0.12 * leading_away, 1 - 0.3 * leading_away, cars)
     for spot in place(ways, rng.choice((-0.5, 0.5), ways.size)):
         add(_draw_car, 1.3 if leading_away else 2.5, 5, *spot, leading_away)
     if rng.random() < 0.75:
         style, paint = int(rng.integers(3)), _pick(rng, _POSTS)
-        posts = rng.uniform(0.16, 0.4) * (rng.random() + np.arange(6))
+        posts = rng.uniform(0.16, 0.4) * scene.scale * (
+            rng.random() + np.arange(round(6 / scene.scale)))
         side = rng.choice((-1.2, 1.2))
         for spot in place(0.8 / (1 + 3 * posts) if leading_away else posts, side):
             add(_draw_lamp, 0.4, 1, *spot, style, paint)
     return sorted(things, key=lambda thing: thing[0])
 
 
-def draw_scene(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+def draw_scene(rng: np.random.Generator, size: tuple[int, int],
+               scale: float = 1.) -> tuple[np.ndarray, np.ndarray]:
     """Draw one outdoor scene and its label.
 
     Args:
         rng: Source of everything that varies; the same state draws the same scene.
         size: Height and width in pixels, each at least 32. Objects scale with it.
+        scale: Size of the objects relative to those of an ordinary scene of this size: with 0.25 a
+            scene of 1024x1024 is a larger world, whose objects are as large as at 256x256.
 
     Returns:
         The image, (H, W, 3) in RGB, and the label, (H, W) with indices into `CLASSES`.
@@ -478,7 +488,7 @@ def draw_scene(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndar
     _check_size(size)
     height, width = size
     # Twice as large, so that edges come out smooth; the label takes every second pixel.
-    scene = _Scene(rng, 2 * height, 2 * width)
+    scene = _Scene(rng, 2 * height, 2 * width, scale)
     _draw_hills(scene)
     place, stations, leading_away = _plan_road(scene)
     _draw_ground(scene, place, stations)
@@ -488,11 +498,12 @@ def draw_scene(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndar
         reach = half * scene.metre(y) / 2
         middle, axes = (x / 2 - scene.side * reach * 0.6, y / 2), (reach * 2.8, reach * 0.44 + 1)
         cv2.ellipse(shade, (middle, axes, 0), 145, -1)
-    soft = cv2.resize(cv2.GaussianBlur(shade, (0, 0), 0.5 + height / 300), (2 * width, 2 * height))
+    soft = cv2.GaussianBlur(shade, (0, 0), 0.5 + height * scale / 300)
+    soft = cv2.resize(soft, (2 * width, 2 * height))
     cv2.multiply(scene.image, cv2.cvtColor(soft, cv2.COLOR_GRAY2RGB), scene.image, 1 / 255)
     for y, x, _, draw, rest in things:
         draw(scene, x, y, *rest)
-    if rng.random() < 0.55:
+    for _ in range(scene.many(rng.random() < 0.55)):
         _draw_birds(scene)
     image = cv2.resize(scene.image, (width, height), interpolation=cv2.INTER_AREA)
     image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.3, 0.6))
@@ -507,6 +518,7 @@ def draw_dataset(
     val: int = 80,
     size: tuple[int, int] = (192, 256),
     seed: int = 0,
+    scale: float = 1.,
 ) -> Path:
     """Draw a data set into a folder laid out like ADE20K, unless it is there already.
 
@@ -521,6 +533,7 @@ def draw_dataset(
         val: Number of validation pictures.
         size: Height and width of each picture in pixels, each at least 32.
         seed: Chooses the pictures.
+        scale: See `draw_scene`.
 
     Returns:
         The folder.
@@ -537,6 +550,8 @@ def draw_dataset(
     root = Path(root)
     marker = root / 'synthetic.json'
     asked = {'train': train, 'val': val, 'size': list(size), 'seed': seed, 'revision': _REVISION}
+    if scale != 1:
+        asked['scale'] = scale
     record = json.dumps(asked, indent=2) + '\n'
     if marker.is_file() and marker.read_text(encoding='utf-8') == record:
         return root
@@ -548,7 +563,7 @@ def draw_dataset(
         images.mkdir(parents=True, exist_ok=True)
         labels.mkdir(parents=True, exist_ok=True)
         for index in range(count):
-            image, label = draw_scene(np.random.default_rng((seed, split, index)), size)
+            image, label = draw_scene(np.random.default_rng((seed, split, index)), size, scale)
             Image.fromarray(image).save(images / f'{index:05d}.png', compress_level=1)
             Image.fromarray(label).save(labels / f'{index:05d}.png', compress_level=1)
     marker.write_text(record, encoding='utf-8')
