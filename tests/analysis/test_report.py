@@ -379,8 +379,8 @@ def test_a_test_with_a_ratio(trained, tmp_path):
 @pytest.mark.slow
 def test_a_sweep_of_the_checkpoint_is_shown(trained, tmp_path):
     config, work, _ = trained
-    tool('tools/isr_sweep.py', config, work / 'iter_5.pth', '--ratios', 'none', '2', '5', '--out',
-         tmp_path / 'isr_sweep_5', '--samples', '3')
+    tool('tools/isr_sweep.py', config, work / 'iter_5.pth', '--isr-ratio', 'none', '2', '5',
+         '--out', tmp_path / 'isr_sweep_5', '--samples', '3')
     tool('tools/test.py', config, work / 'iter_5.pth', '--work-dir', tmp_path)
     assert f'From {tmp_path}/isr_sweep_5/sweep.json: 3 of 4 images' in Page(
         tmp_path / 'report.html').says
