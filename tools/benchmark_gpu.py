@@ -55,7 +55,8 @@ def main() -> int:
         from mmseg_edaformer.analysis.gpu_page import page
         suite = Suite(Settings(
             sorted(set(args.size), key=math.prod), sorted(set(args.batch_size)),
-            args.train_batch, args.seconds, args.workers, args.repeats, args.steps, args.gemm, out / 'gpu.json'))
+            args.train_batch, args.seconds, args.workers, args.repeats, args.steps, args.gemm,
+            out / 'gpu.json'))
         sound = suite.run()
         text = page(suite.content)
     write_file(out / 'gpu.md', text)

@@ -4,6 +4,8 @@ from typing import Any
 
 from prettytable import PrettyTable, TableStyle
 
+from .timing import number
+
 Row = dict[str, Any]
 _COLUMNS: dict[str, Callable[[Row], Any]] = {
     'size': lambda row: f'{row["height"]}x{row["width"]}',
@@ -11,18 +13,18 @@ _COLUMNS: dict[str, Callable[[Row], Any]] = {
     'model': lambda row: row['config'], 'ISR': lambda row: row['isr_ratio'],
     'mode': lambda row: 'prediction' if row['mode'] == 'eval' else 'training',
     'execution': lambda row: row['execution'],
-    'network': lambda row: _number(row.get('network_ms')),
+    'network': lambda row: number(row.get('network_ms')),
     'total': lambda row: ('out of memory' if row['status'] == 'OOM' else
-                          _number(row.get('total_ms'))),
-    'p95': lambda row: _number(row.get('total_p95_ms')),
-    'images/s': lambda row: _number(row.get('images_per_s')),
-    'MiB': lambda row: _number(row.get('peak_mib')),
+                          number(row.get('total_ms'))),
+    'p95': lambda row: number(row.get('total_p95_ms')),
+    'images/s': lambda row: number(row.get('images_per_s')),
+    'MiB': lambda row: number(row.get('peak_mib')),
     'speed': lambda row: f'{1 / row["time_vs_first"]:.2f}x' if 'time_vs_first' in row else '',
     'operator': lambda row: f'`{row["name"]}`', 'sizes': lambda row: row['shapes'],
-    'calls': lambda row: row['calls'], 'ms': lambda row: _number(row['ms']),
-    'GFLOP': lambda row: _number(row['gflop']), 'MB': lambda row: _number(row['mb']),
-    'limit, ms': lambda row: _number(row['limit_ms']), 'bound by': lambda row: row['bound'],
-    'ms / limit': lambda row: _number(row['ms'] / row['limit_ms'])}
+    'calls': lambda row: row['calls'], 'ms': lambda row: number(row['ms']),
+    'GFLOP': lambda row: number(row['gflop']), 'MB': lambda row: number(row['mb']),
+    'limit, ms': lambda row: number(row['limit_ms']), 'bound by': lambda row: row['bound'],
+    'ms / limit': lambda row: number(row['ms'] / row['limit_ms'])}
 
 
 def page(content: dict[str, Any]) -> str:
@@ -53,9 +55,9 @@ def page(content: dict[str, Any]) -> str:
         lines += ['## Training from files', '',
                   f'With everything that `tools/train.py --amp` does, from JPEG images that '
                   f'{files["workers"]} processes read, EDAFormer-T trains '
-                  f'{_number(files["images_per_s"])} images/s at batch {files["batch_size"]}: '
-                  f'{_number(files["step_ms"])} ms a step, of which it waits '
-                  f'{_number(files["waited_ms"])} ms ({files["share"]:.0%}) for data.', '']
+                  f'{number(files["images_per_s"])} images/s at batch {files["batch_size"]}: '
+                  f'{number(files["step_ms"])} ms a step, of which it waits '
+                  f'{number(files["waited_ms"])} ms ({files["share"]:.0%}) for data.', '']
     for mode, title in (('eval', 'prediction'), ('train', 'a training step')):
         if roof := content['rooflines'].get(mode):
             lines += _roofline(f'The most expensive operators of {title}', roof,
@@ -91,8 +93,8 @@ def _roofline(title: str, roof: dict[str, Any], rates: dict[str, float]) -> list
     return [
         heading, space,
         f'EDAFormer-T, {_COLUMNS["size"](roof)}, batch {roof["batch_size"]}, bfloat16, '
-        f'eager: one pass takes {_number(roof["pass_ms"])} ms, its operators one by one '
-        f'{_number(roof["operators_ms"])} ms. The limit is the longer of two times: floating-'
+        f'eager: one pass takes {number(roof["pass_ms"])} ms, its operators one by one '
+        f'{number(roof["operators_ms"])} ms. The limit is the longer of two times: floating-'
         f'point operations at {2 * rates["gmacs_per_s"] / 1e3:.0f} TFLOP/s, which a large matrix '
         f'product reaches in this run, and bytes at {rates["gb_per_s"]:.0f} GB/s, which a large '
         'copy reaches.', '', *table]
@@ -105,10 +107,3 @@ def _section(title: str, rows: Sequence[Row], *columns: str) -> list[str]:
     table.add_rows([[_COLUMNS[name](row) for name in columns] for row in rows])
     table.set_style(TableStyle.MARKDOWN)
     return [f'## {title}', '', table.get_string(), '']
-
-
-def _number(value: float | None) -> str:
-    """Format three significant digits; nothing for None."""
-    if value is None:
-        return ''
-    return f'{value:.0f}' if abs(value) >= 100 else f'{value:.3g}'
