@@ -58,7 +58,7 @@ setup(
         'cluster': ['ray[data]'],
         'export': ['onnx', 'onnxscript', 'onnxruntime', 'openvino', 'nncf'],
         'tensorboard': ['tensorboard'],
-        'dev': ['pytest', 'pytest-xdist', 'ruff', 'mypy', 'timm', 'torchvision', 'transformers',
-                'mmpretrain', 'playwright', 'segmentation-models-pytorch'],
+        'dev': ['jupytext', 'pytest', 'pytest-xdist', 'ruff', 'mypy', 'timm', 'torchvision',
+                'transformers', 'mmpretrain', 'playwright', 'segmentation-models-pytorch'],
     },
 )

@@ -42,13 +42,13 @@ def add_report(cfg: Config) -> None:
 def build_runner(cfg: Config) -> Runner:
     """Start the process group where there is one, and build the runner that the config names.
 
-    The config's ``compile`` is True or the arguments of `compile_model`.
+    The config's ``compile`` is True, or the arguments of `compile_model`.
     """
     if cfg.launcher == 'pytorch':
         compat.init_distributed(cfg)
     if not torch.cuda.is_available():
         keep_freed_memory()
-    compiling = cfg.pop('compile', None)  # the runner would compile more than can be compiled
+    compiling = cfg.pop('compile', None)  # its own compiles parts that fail
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     if compiling:
         compile_model(runner.model, **({} if compiling is True else compiling))
@@ -59,23 +59,23 @@ def prepare_train(cfg: Config, *, resume: bool = False, load_from: str | None = 
                   amp: bool = False, auto_scale_lr: bool = False,
                   skip_nonfinite: int | None = None, skip_bad_files: bool = False,
                   backbone_weights: str | None = None) -> None:
-    """Apply the flags of a training to its config and check what can be checked beforehand.
+    """Apply the flags of a training to its config, and fail early if it cannot run.
 
-    A training that torchrun starts again, because a process failed, resumes.
+    A training that torchrun restarts after a failed process resumes.
 
     Raises:
-        UserError: What the checks find.
+        UserError: A check of `checks` fails.
     """
     if load_from is not None:
         cfg.load_from = load_from
     if backbone_weights is not None:
         if cfg.get('load_from'):
-            raise ConfigError('--backbone-weights starts the encoder alone, load_from the whole '
-                              'model: give one of the two')
+            raise ConfigError('--backbone-weights initialises the encoder and load_from the whole '
+                              'model: give only one of them')
         check_backbone(cfg, backbone_weights)
         add_hook(cfg, dict(type='BackboneWeightsHook', checkpoint=backbone_weights))
     restart = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
-    # A run that starts anew in the folder of an earlier one must not be started again from that.
+    # A new run in the folder of an earlier one must not resume from that one's checkpoints.
     started = Path(cfg.work_dir) / '.started'
     cfg.resume = False
     if resume or restart:
@@ -91,7 +91,8 @@ def prepare_train(cfg: Config, *, resume: bool = False, load_from: str | None = 
     add_hook(cfg, dict(type='PreemptionHook'), replace=False)
     add_report(cfg)
     if skip_nonfinite is not None and skip_nonfinite < 0:
-        raise ConfigError(f'--skip-nonfinite {skip_nonfinite}: give the number of steps, 0 or more')
+        raise ConfigError(f'--skip-nonfinite {skip_nonfinite} is negative: give a number of '
+                          'steps, 0 or more')
     if skip_nonfinite is None:
         add_hook(cfg, dict(type='FiniteLossHook'), replace=False)
     else:
@@ -123,10 +124,10 @@ def prepare_train(cfg: Config, *, resume: bool = False, load_from: str | None = 
 
 
 def train(cfg: Config) -> int:
-    """Train; warns first when the images per step are not those of the recipe.
+    """Train, and warn first if the images per step differ from those of the recipe.
 
     Returns:
-        The exit code: 0, or `EXIT_PREEMPTED` when the run was told to stop and can be resumed.
+        The exit code: 0, or `EXIT_PREEMPTED` if a signal stopped the run, which can be resumed.
     """
     watchdog = Watchdog() if cfg.launcher == 'pytorch' else None
     if watchdog is not None:
@@ -147,8 +148,8 @@ def train(cfg: Config) -> int:
     except Exception as error:
         if not is_lost_peer(error):
             raise
-        sys.exit(f'error: rank {get_rank()} ends, because another process of this run did: what '
-                 f'that logged last says why ({error}); go on with --resume')
+        sys.exit(f'error: rank {get_rank()} ends because another process of this run ended '
+                 f'({error}): the last lines of that one say why. Continue with --resume')
     finally:
         if watchdog is not None:
             watchdog.stop()  # the others may leave now, and wait while the first one writes
@@ -163,7 +164,7 @@ def prepare_test(cfg: Config, checkpoint: str, *, isr_ratio: str | None = None,
     """Apply the flags of a test to its config.
 
     Raises:
-        UserError: The checkpoint or the data is not there, the ratio means nothing, or the config
+        UserError: The checkpoint or the data is missing, the ratio cannot be parsed, or the config
             lacks what a flag needs.
     """
     if '://' not in checkpoint and not Path(checkpoint).is_file():
@@ -206,10 +207,15 @@ def prepare_test(cfg: Config, checkpoint: str, *, isr_ratio: str | None = None,
 
 
 def evaluate(cfg: Config, json_file: str | None = None, *, bf16: bool = False) -> dict[str, float]:
-    """Test, and write the figures to a file if one is named.
+    """Test, and write the metrics, the ISR ratio, the time and the machine to a JSON file.
 
-    The file holds the metrics, the ISR ratio, how many images took how long, and where it ran.
-    ``bf16`` keeps and computes all but the normalisation of the images in bfloat16.
+    Args:
+        cfg: A config that `prepare_test` has seen.
+        json_file: The file, if one is wanted.
+        bf16: Whether to compute in bfloat16, except for the normalisation of images.
+
+    Returns:
+        The metrics.
     """
     runner = build_runner(cfg)
     if bf16:

@@ -94,7 +94,7 @@ default_hooks = dict(checkpoint=dict(interval=10))
     assert max((one[name] - halfway[name]).abs().max() for name in one) > 1e-3  # it does move
     log = script('dist_train.sh', with_hook('KillHook', 3), 2, '--work-dir', work, '--resume',
                  *half)
-    assert re.search(r'rank 0 ends, because another process of this run did', log)
+    assert re.search(r'rank 0 ends because another process of this run ended', log)
     assert re.search(r'Resuming from .*three/iter_\d.pth \(start 2 of this run\)', log)
     assert_close(weights(work / 'iter_4.pth'), one)
 
