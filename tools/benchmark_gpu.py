@@ -1,6 +1,7 @@
 """Measure this project on a GPU in a few minutes, and write gpu.json and the page gpu.md."""
 import argparse
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -53,8 +54,9 @@ def main() -> int:
         from mmseg_edaformer.analysis.gpu_benchmark import Settings, Suite
         from mmseg_edaformer.analysis.gpu_page import page
         suite = Suite(Settings(
-            sorted(set(args.size)), sorted(set(args.batch_size)), args.train_batch, args.seconds,
-            args.workers, args.repeats, args.steps, args.gemm, out / 'gpu.json'))
+            sorted(set(args.size), key=math.prod), sorted(set(args.batch_size)),
+            args.train_batch, args.seconds, args.workers, args.repeats, args.steps, args.gemm,
+            out / 'gpu.json'))
         sound = suite.run()
         text = page(suite.content)
     write_file(out / 'gpu.md', text)

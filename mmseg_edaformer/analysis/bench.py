@@ -115,7 +115,6 @@ class Bench:
         self.measured = measured or Measurements()
         self.cache: dict[int, Any] = {}
         self.cached = 0
-        self.passes = 0
         self.warm: set[str] = set()
         self.macs: dict[str, float] = {}
         self.peaks: dict[str, float] = {}
@@ -176,7 +175,7 @@ class Bench:
         return min((len(areas) for areas in self.measured.areas.values()), default=0)
 
     @torch.no_grad()
-    def measure(self, ratios: Sequence[ISRRatio], *, show: bool = False,
+    def measure(self, ratios: Sequence[ISRRatio], *, title: str = '',
                 seconds: float = math.inf) -> None:
         """Predict each image at every ratio in turn, the trained one among them for the times.
 
@@ -184,18 +183,17 @@ class Bench:
 
         Args:
             ratios: Ratios to measure.
-            show: Whether to show a progress bar.
+            title: Title of the progress bar; without one none is shown.
             seconds: Time after which no further image begins.
         """
         missing = {ratio_name(ratio): ratio for ratio in ratios
                    if self.measured.count(ratio_name(ratio)) < len(self.order)}
         if not missing:
             return
-        self.passes += 1
-        title = f'pass {self.passes}: {len(missing)} ratio{"s" if len(missing) > 1 else ""}'
+        text = f'{title}: {len(missing)} ratio{"s" if len(missing) > 1 else ""}'
         end = time.monotonic() + seconds
         try:
-            with (progress_bar(title, len(self.order)) if show else
+            with (progress_bar(text, len(self.order)) if title else
                   nullcontext(lambda done: None)) as advance:
                 for position in range(len(self.order)):
                     due = {name: ratio for name, ratio in missing.items()

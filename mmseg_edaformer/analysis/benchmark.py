@@ -147,14 +147,12 @@ class Figures:
     rounds: int | None = None
     pipeline_ms: float | None = None
     network_ms: float | None = None
-    network_p95_ms: float | None = None
     post_ms: float | None = None
     total_ms: float | None = None
     total_p95_ms: float | None = None
     images_per_s: float | None = None
     time_vs_first: float | None = None
     peak_mib: float | None = None
-    peak_mib_per_image: float | None = None
     compute_limit_ms: float | None = None
     memory_limit_ms: float | None = None
     network_share: float | None = None
@@ -402,16 +400,14 @@ def _measure(contenders: Sequence[Contender], subjects: Mapping[str, Subject],
         peak = None if total is None else subjects[contender.name].peak(
             calls[contender.name, ratio, 'total'], inputs)
         row = _figures(
-            contender, ratio, cell,
-            status='OOM' if total is None else 'ok', rounds=total and len(total),
-            pipeline_ms=cell.pipelines.get(contender.name),
-            network_ms=network_ms, network_p95_ms=milliseconds(network, 0.95), total_ms=total_ms,
+            contender, ratio, cell, status='OOM' if total is None else 'ok',
+            rounds=total and len(total), pipeline_ms=cell.pipelines.get(contender.name),
+            network_ms=network_ms, total_ms=total_ms,
             post_ms=network_ms and total_ms and total_ms - network_ms,
             total_p95_ms=milliseconds(total, 0.95),
             images_per_s=total_ms and 1e3 * cell.batch_size / total_ms,
             time_vs_first=None if total is None or first is None else relative(total, first),
-            peak_mib=peak and peak / 2**20,
-            peak_mib_per_image=peak and peak / 2**20 / cell.batch_size)
+            peak_mib=peak and peak / 2**20)
         rows.append(_with_limits(row, contender, ratio, cell))
     return rows
 

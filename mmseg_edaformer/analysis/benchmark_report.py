@@ -10,12 +10,12 @@ from prettytable import PrettyTable, TableStyle
 
 from ..files import write_file
 from .benchmark import Figures
+from .timing import number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_NETWORK, _POST, _STEP, _COST = '#33658a', '#f2a65a', '#5b8e7d', '#6c7a89'
-_COLOURS = ('#33658a', '#e08a2e', '#5b8e7d', '#b5485d', '#7d5ba6', '#8a8d33', '#444444', '#4db6c6')
+_NETWORK, _POST = '#33658a', '#f2a65a'
 _MARKERS, _STYLES = 'osD^vPX*', ('-', '--', ':', '-.')
 
 
@@ -163,15 +163,13 @@ def draw(cells: Sequence[Sequence[Figures]], environment: Mapping[str, str]) -> 
     growth with the number of pixels.
     """
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
     settings: dict[tuple[str, str, int], list[Sequence[Figures]]] = {}
     for cell in cells:
-        first = cell[0]
-        settings.setdefault((first.mode, first.dtype, first.batch_size), []).append(cell)
+        settings.setdefault((cell[0].mode, cell[0].dtype, cell[0].batch_size), []).append(cell)
     columns = max(map(len, settings.values()))
     growth = columns > 1
-    longest = max(len(cell) for cell in cells)
-    label = max(len(_variant(row)) for cell in cells for row in cell)
+    longest = max(map(len, cells))
+    label = max(len(_variant(row.config, row.isr_ratio)) for cell in cells for row in cell)
     figure = Figure(figsize=(0.075 * label * (1 + growth) + 3.1 * columns + 3.9 * growth,
                              0.9 + len(settings) * max(0.8 + 0.36 * longest, 2.8 * growth)),
                     layout='constrained')
@@ -184,34 +182,19 @@ def draw(cells: Sequence[Sequence[Figures]], environment: Mapping[str, str]) -> 
             _draw_bars(axis, cell, named=axis is row_axes[0])
         if growth:
             _draw_growth(row_axes[-1], same)
-    rows = [row for cell in cells for row in cell]
-    handles = [Patch(color=colour, label=name) for colour, name, shown in (
-        (_NETWORK, 'network', any(row.post_ms is not None for row in rows)),
-        (_POST, 'post-processing', any(row.post_ms is not None for row in rows)),
-        (_STEP, 'training step', any(row.mode == 'train' for row in rows))) if shown]
-    if handles:
-        figure.legend(handles=handles, loc='outside lower center', ncols=len(handles),
-                      frameon=False)
-    figure.suptitle(_chart_title(rows, environment), fontsize=11)
+    facts = [environment['device'], f'torch {environment["torch"]}']
+    if 'cudnn_benchmark' not in environment:
+        facts.insert(1, f'threads: {environment["threads"]}')
+    first = cells[0][0]
+    figure.suptitle('Multiply-adds of one image' if first.status == 'costs' else ', '.join(
+        [*facts, first.execution]), fontsize=11)
     buffer = io.BytesIO()
     figure.savefig(buffer, format='png', dpi=130)
     return buffer.getvalue()
 
 
-def _chart_title(rows: Sequence[Figures], environment: Mapping[str, str]) -> str:
-    if rows[0].status == 'costs':
-        return 'Multiply-adds of one image'
-    settings = dict.fromkeys([*(row.dtype for row in rows),
-                              *(row.execution for row in rows if row.execution != 'eager')])
-    count = environment['threads']
-    threads = ('' if 'cudnn_benchmark' in environment else
-               f', {count} thread{"s" if count != "1" else ""}')
-    return f'{environment["device"]}{threads}, {", ".join(settings)}, torch {environment["torch"]}'
-
-
 def _draw_bars(axis: 'Axes', cell: Sequence[Figures], named: bool) -> None:
-    """Draw one bar for each variant, the first on top."""
-    from matplotlib.ticker import MaxNLocator
+    """Draw one bar for each variant, the first on top, with its post-processing set apart."""
     values = [_value(row) for row in cell]
     largest = max([value for value in values if value is not None], default=1.)
     for y, (row, value) in enumerate(zip(cell, values)):
@@ -219,20 +202,20 @@ def _draw_bars(axis: 'Axes', cell: Sequence[Figures], named: bool) -> None:
             axis.text(0, y, ' out of memory', va='center', color='#b5485d')
             continue
         post = max(row.post_ms or 0., 0.)
-        colour = _COST if row.status == 'costs' else _STEP if row.mode == 'train' else _NETWORK
-        axis.barh(y, value - post, 0.66, color=colour)
+        axis.barh(y, value - post, 0.66, color=_NETWORK)
         axis.barh(y, post, 0.66, left=value - post, color=_POST)
         times = value / values[0] if row.status == 'costs' and values[0] else row.time_vs_first
         relative = '' if y == 0 or times is None else f'  ({times:.2f}x)'
         axis.text(value + 0.02 * largest, y, f'{number(value)}{relative}', va='center', fontsize=8)
     axis.set_xlim(0, 1.42 * largest)
     axis.set_ylim(len(cell) - 0.4, -0.6)
-    axis.set_yticks(range(len(cell)), [_variant(row) for row in cell] if named else [])
+    axis.set_yticks(range(len(cell)), [_variant(row.config, row.isr_ratio) for row in cell]
+                    if named else [])
     axis.tick_params(axis='y', length=0)
-    axis.xaxis.set_major_locator(MaxNLocator(4, min_n_ticks=2))
+    axis.locator_params('x', nbins=4)
     axis.spines[['top', 'right']].set_visible(False)
     axis.set_title(title(cell[0]), fontsize=9)
-    axis.set_xlabel(f'{_unit(cell[0])} (in brackets: relative to the first)')
+    axis.set_xlabel(_unit(cell[0]) + (' (orange: post-processing)' if cell[0].post_ms else ''))
 
 
 def _draw_growth(axis: 'Axes', cells: Sequence[Sequence[Figures]]) -> None:
@@ -241,16 +224,16 @@ def _draw_growth(axis: 'Axes', cells: Sequence[Sequence[Figures]]) -> None:
     lines: dict[tuple[str, str], list[tuple[float, float]]] = {}
     sizes = {}
     for row in (row for cell in cells for row in cell):
-        sizes[row.height * row.width / 1e6] = _size(row)
+        megapixels = row.height * row.width / 1e6
+        sizes[megapixels] = _size(row)
         if (value := _value(row)) is not None:
-            lines.setdefault((row.config, row.isr_ratio), []).append(
-                (row.height * row.width / 1e6, value))
-    configs, ratios = (list(dict.fromkeys(names)) for names in zip(*lines)) if lines else ([], [])
+            lines.setdefault((row.config, row.isr_ratio), []).append((megapixels, value))
+    configs, ratios = ([*dict.fromkeys(key[i] for key in lines)] for i in range(2))
     for (config, ratio), points in lines.items():
         i, j = configs.index(config), ratios.index(ratio)
-        axis.plot(*zip(*sorted(points)), label=_variant_name(config, ratio), markersize=4,
-                  linewidth=1.4, color=_COLOURS[i % len(_COLOURS)],
-                  marker=_MARKERS[j % len(_MARKERS)], linestyle=_STYLES[j % len(_STYLES)])
+        axis.plot(*zip(*sorted(points)), label=_variant(config, ratio), markersize=4,
+                  linewidth=1.4, color=f'C{i % 10}', marker=_MARKERS[j % len(_MARKERS)],
+                  linestyle=_STYLES[j % len(_STYLES)])
     pixels = sorted(sizes)
     if lines:
         low = min(value / x for points in lines.values() for x, value in points)
@@ -258,7 +241,7 @@ def _draw_growth(axis: 'Axes', cells: Sequence[Sequence[Figures]]) -> None:
                   label='linear in pixels')
     axis.set_xscale('log')
     axis.set_yscale('log')
-    axis.set_xticks(pixels, [sizes[x] for x in pixels], fontsize=8 if len(pixels) < 4 else 7)
+    axis.set_xticks(pixels, [sizes[x] for x in pixels], fontsize=7)
     axis.xaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_major_locator(LogLocator(subs=(1., 2., 5.)))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
@@ -270,11 +253,7 @@ def _draw_growth(axis: 'Axes', cells: Sequence[Sequence[Figures]]) -> None:
     axis.legend(frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5))
 
 
-def _variant(row: Figures) -> str:
-    return _variant_name(row.config, row.isr_ratio)
-
-
-def _variant_name(config: str, ratio: str) -> str:
+def _variant(config: str, ratio: str) -> str:
     return config if ratio == 'none' else f'{config}, ISR {ratio}'
 
 
@@ -290,14 +269,6 @@ def _unit(row: Figures) -> str:
 
 def _size(row: Figures) -> str:
     return f'{row.height}x{row.width}'
-
-
-def number(value: float | None) -> str:
-    """Format three significant digits; nothing for None."""
-    if value is None:
-        return ''
-    return f'{value:.0f}' if abs(value) >= 100 else f'{value:.1f}' if abs(value) >= 10 else (
-        f'{value:.2f}')
 
 
 def _share(value: float | None) -> str:

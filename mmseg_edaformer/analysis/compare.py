@@ -35,6 +35,7 @@ Setting = tuple[ISRRatio, Mapping[str, Any]]
 _COLUMNS = {'accuracy/top1': 'top-1', 'accuracy/top5': 'top-5', 'mIoU': 'mIoU'}
 """Metrics of classifiers and of segmentors, and how the table names them."""
 _FIELDS: dict[str, Any] = dict(config=str, checkpoint=str, isr_ratio=(str, int), metrics=dict)
+_TITLES = ('test set', 'larger worlds')
 _LARGE, _ORDINARY = (1024, 1024), 192
 """Size of the larger worlds, and the height of the scenes whose objects are as large."""
 
@@ -131,16 +132,16 @@ def compare_checkpoint(config: str, checkpoint: str, isr_ratios: Sequence[str], 
     with tempfile.TemporaryDirectory() as folder:
         if large:
             benches.append(_large_bench(cfg, bench, Path(folder), large))
-        for one in benches:
-            one.measure(ratios, show=True)
+        for one, title in zip(benches, _TITLES):
+            one.measure(ratios, title=title)
         if picture:
             draw(bench.model, [one.dataset for one in benches],
                  [(ratio_name(ratio), (ratio, {})) for ratio in ratios], picture)
+        lines = [_dial_table(benches, ratios), *(
+            f'{title.capitalize()}: {one.images} images of {one.size[0]},{one.size[1]} pixels. '
+            f'{_chance_line(one.dataset, False)}' for one, title in zip(benches, _TITLES))]
     return '\n'.join([
-        _dial_table(benches, ratios),
-        *(f'{name}: {line}' for name, line in zip(('Test set', 'Larger worlds'), (
-            f'{one.images} images of {one.size[0]},{one.size[1]} pixels. '
-            f'{_chance_line(one.dataset, False)}' for one in benches))),
+        *lines,
         *_meaning(benches, ratios),
         f'ms: median from image to labels (and quartiles), batch 1, {bench.device.type}, '
         f'{torch.get_num_threads()} threads, all ratios in turn on each image; time: median ratio '
@@ -153,7 +154,8 @@ def _large_bench(cfg: Config, bench: Bench, folder: Path, number: int) -> Bench:
     if tuple(bench.dataset.metainfo['classes']) != CLASSES:
         raise ConfigError('--large draws scenes, whose classes are not those of '
                           f'{cfg.filename}: leave it out')
-    draw_dataset(folder / 'large', train=1, val=number, size=_LARGE, scale=_ORDINARY / _LARGE[0])
+    draw_dataset(folder / 'large', train=1, val=number, size=_LARGE, seed=1,
+                 scale=_ORDINARY / _LARGE[0])
     dataset = dict(cfg.test_dataloader.dataset, data_root=str(folder / 'large'))
     return Bench(bench.model, DATASETS.build(dataset), bench.metric)
 

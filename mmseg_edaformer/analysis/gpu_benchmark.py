@@ -12,12 +12,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.drawing import draw_scene
 from ..engine import launch
 from ..engine.run_config import load_config
 from ..errors import ConfigError
@@ -27,6 +25,7 @@ from ..models.resize import Chain
 from . import benchmark
 from .benchmark import Contender, Plan, Subject
 from .loading import NONE
+from .pipeline import draw_files
 from .roofline import Work, rooflines
 from .timing import Rates, environment, measure_rates
 
@@ -135,90 +134,82 @@ class Suite:
 
     def parts(self) -> Iterator[Part]:
         """Yield all parts; the first ones are those that a short budget should not miss."""
-        small, *larger = self.settings.sizes
-        one, *more = self.settings.batch_sizes
-        many = self.settings.batch_sizes[-1]
-        largest = self.settings.sizes[-1]
+        small, largest = self.settings.sizes[0], self.settings.sizes[-1]
+        one, many = self.settings.batch_sizes[0], self.settings.batch_sizes[-1]
+        cells = list(product(self.settings.sizes, self.settings.batch_sizes))
         yield Part('rates', 10, self._rates)
         for batch in dict.fromkeys((one, many)):
             yield self._prediction('T', small, batch)
-        yield self._graphs('T', small, one, ('none', 'optimal'))
+        yield self._executed('graphed', 'T', small, one, ('none', 'optimal'))
         yield self._prediction('B', small, one)
-        yield self._graphs('B', small, one)
-        yield Part('training T', 30, lambda: self._training('T'))
+        yield self._executed('graphed', 'B', small, one)
+        yield self._training('T', 30)
         yield Part('roofline of predicting', 20, lambda: self._roofline('eval'))
         yield Part('training T from files', 45, self._training_from_files)
-        if larger:
+        if largest != small:
             yield self._prediction('T', largest, one)
-            yield self._graphs('T', largest, one, ('auto',))
-        if more:
-            yield self._graphs('T', small, many)
+            yield self._executed('graphed', 'T', largest, one, ('auto',))
+        if many != one:
+            yield self._executed('graphed', 'T', small, many)
             yield self._prediction('B', small, many)
-        yield self._compiled('T', small, one)
-        if more:
-            yield self._compiled('T', small, many)
-        yield Part('training T, compiled', 90, lambda: self._training('T', 'compiled'))
+        for batch in dict.fromkeys((one, many)):
+            yield self._executed('compiled', 'T', small, batch)
+        yield self._training('T', 90, 'compiled')
         yield Part('roofline of training', 25, lambda: self._roofline('train'))
         yield self._prediction('T', small, one, 'float32')
-        yield self._compiled('B', small, one)
-        done = {(small, one), (small, many), (largest, one)}
-        for size, batch in product(self.settings.sizes, self.settings.batch_sizes):
-            if (size, batch) not in done:
-                yield self._prediction('T', size, batch)
-        for size, batch in product(self.settings.sizes, self.settings.batch_sizes):
-            if (size, batch) not in {(small, one), (small, many)}:
-                yield self._prediction('B', size, batch)
-        yield Part('training B', 40, lambda: self._training('B'))
-        for size, batch in product(self.settings.sizes, self.settings.batch_sizes):
-            if (size, batch) != (small, one):
-                yield self._prediction('T', size, batch, 'float32')
-
-    # Each of these makes a part; the first contender of a cell is the plain network.
+        yield self._executed('compiled', 'B', small, one)
+        done = {(small, one), (small, many)}
+        yield from (self._prediction('T', *cell) for cell in cells
+                    if cell not in done | {(largest, one)})
+        yield from (self._prediction('B', *cell) for cell in cells if cell not in done)
+        yield self._training('B', 40)
+        yield from (self._prediction('T', *cell, 'float32') for cell in cells[1:])
 
     def _prediction(self, model: str, size: tuple[int, int], batch: int,
                     dtype: str = 'bfloat16') -> Part:
-        ours, plain = self.models[f'EDAFormer-{model}'], self.models[f'plain {model}']
+        ours, plain = self._models(model)
         ratios = RATIOS if size == self.settings.sizes[0] else (*RATIOS, 'auto')
-        cell = [plain.run_as(ratios=['none', 'optimal']),
-                *([self.models['SegFormer-B0']] if model == 'T' else []),
+        cell = [plain.run_as(ratios=['none', 'optimal']), *self._segformer(model),
                 ours.run_as(ratios=ratios), ours.run_as(kernels=False, ratios=['none'])]
         megapixels = batch * size[0] * size[1] / 2 ** 20
         if megapixels > 40:  # the plain version would take seconds a call, or not fit
             cell = [ours.run_as(ratios=['none', 'optimal', 'auto'])]
-        return Part(f'{model}, {size[0]}x{size[1]}, batch {batch}, {dtype}', 12 + megapixels,
-                    lambda: self._cell(cell, size, batch, dtype))
+        return self._timed(dtype, 12 + megapixels, model, cell, size, batch, dtype)
 
-    def _graphs(self, model: str, size: tuple[int, int], batch: int,
-                ratios: Sequence[str] = ('none',)) -> Part:
-        return self._executed('graphed', model, size, batch, ratios, 10 + 12 * len(ratios))
+    def _executed(self, execution: str, model: str, size: tuple[int, int], batch: int,
+                  ratios: Sequence[str] = ('none',)) -> Part:
+        ours, plain = self._models(model)
+        seconds = 10 + 12 * len(ratios) if execution == 'graphed' else dict(T=75, B=120)[model]
+        return self._timed(execution, seconds, model, [
+            plain.run_as(ratios=['none']), ours.run_as(execution, ratios=ratios)], size, batch)
 
-    def _compiled(self, model: str, size: tuple[int, int], batch: int) -> Part:
-        return self._executed('compiled', model, size, batch, ('none',),
-                              75 if model == 'T' else 120)
+    def _training(self, model: str, seconds: float, execution: str = 'eager') -> Part:
+        ours, plain = self._models(model)
+        cell = [plain, ours.run_as(execution)]
+        if execution == 'eager':
+            cell += [ours.run_as(kernels=False), *self._segformer(model)]
+        return self._timed(f'training, {execution}', seconds, model, cell, self.settings.sizes[0],
+                           self.settings.train_batch, mode='train')
 
-    def _executed(self, how: str, model: str, size: tuple[int, int], batch: int,
-                  ratios: Sequence[str], seconds: float) -> Part:
-        ours, plain = self.models[f'EDAFormer-{model}'], self.models[f'plain {model}']
-        cell = [plain.run_as(ratios=['none']), ours.run_as(how, ratios=ratios)]
-        return Part(f'{model}, {size[0]}x{size[1]}, batch {batch}, {how}', seconds,
-                    lambda: self._cell(cell, size, batch, 'bfloat16'))
+    def _models(self, model: str) -> tuple[Contender, Contender]:
+        return self.models[f'EDAFormer-{model}'], self.models[f'plain {model}']
 
-    def _cell(self, contenders: Sequence[Contender], size: tuple[int, int], batch: int,
-              dtype: str, mode: str = 'eval') -> None:
-        plan = replace(self.plan, sizes=[size], batch_sizes=[batch], dtypes=[dtype],
-                       modes=[mode])
-        hidden = () if contenders[0].name.startswith('plain') else ('time_vs_first',)
-        for rows in benchmark.run(contenders, plan):
-            self.content['rows'] += [{name: value for name, value in asdict(row).items()
-                                    if value is not None and name not in hidden}
-                                   for row in rows]
+    def _segformer(self, model: str) -> list[Contender]:
+        return [self.models['SegFormer-B0']] if model == 'T' else []
 
-    def _training(self, model: str, how: str = 'eager') -> None:
-        ours, plain = self.models[f'EDAFormer-{model}'], self.models[f'plain {model}']
-        cell = [plain, ours.run_as(how)]
-        if how == 'eager':
-            cell += [ours.run_as(kernels=False), *([self.models['SegFormer-B0']] * (model == 'T'))]
-        self._cell(cell, self.settings.sizes[0], self.settings.train_batch, 'bfloat16', 'train')
+    def _timed(self, title: str, seconds: float, model: str, cell: Sequence[Contender],
+               size: tuple[int, int], batch: int, dtype: str = 'bfloat16',
+               mode: str = 'eval') -> Part:
+        """Make a part of a cell; speeds are shown where its first contender is the plain one."""
+        plan = replace(self.plan, sizes=[size], batch_sizes=[batch], dtypes=[dtype], modes=[mode])
+        hidden = () if cell[0].name.startswith('plain') else ('time_vs_first',)
+
+        def measure() -> None:
+            for rows in benchmark.run(cell, plan):
+                self.content['rows'] += [{
+                    name: value for name, value in asdict(row).items()
+                    if value is not None and name not in hidden} for row in rows]
+        return Part(f'{model}, {size[0]}x{size[1]}, batch {batch}, {title}', seconds, measure)
 
     def _rates(self) -> None:
         for dtype in benchmark.DTYPES:
@@ -282,18 +273,15 @@ def train_from_files(config: Path, folder: Path, batch_size: int, workers: int, 
     Returns:
         Images per second, milliseconds of a step and of waiting for data in it, and that share.
     """
-    data = folder / 'data'
+    (folder / 'data').mkdir()
     for index in range(_DRAWN):
-        image, label = draw_scene(np.random.default_rng(index), (512, 683))
-        for kind, ending, content in (('images', 'jpg', image[..., ::-1]),
-                                      ('annotations', 'png', label)):
-            place = data / kind / 'training' / f'{index}.{ending}'
-            place.parent.mkdir(parents=True, exist_ok=True)
-            cv2.imwrite(str(place), content)
+        draw_files(folder / 'data', index, (512, 683))
     cfg = load_config(config, cfg_options={
         'train_dataloader.batch_size': batch_size, 'train_dataloader.num_workers': workers,
         'train_dataloader.persistent_workers': workers > 0,
-        'train_dataloader.dataset.data_root': str(data), 'train_cfg.max_iters': steps,
+        'train_dataloader.dataset.data_root': str(folder / 'data'),
+        'train_dataloader.dataset.data_prefix': dict(img_path='', seg_map_path=''),
+        'train_cfg.max_iters': steps,
         'train_cfg.val_interval': steps + 1, 'default_hooks.logger.interval': 1,
         'log_processor.window_size': 1, 'default_hooks.checkpoint.interval': steps + 1,
         'default_hooks.checkpoint.save_last': False, 'default_hooks.checkpoint.save_best': None,

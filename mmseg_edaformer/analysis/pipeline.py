@@ -65,7 +65,8 @@ def measure_pipeline(cfg: Config, size: tuple[int, int] | None = None, images: i
     collate = FUNCTIONS.get(kind) if isinstance(kind, str) else kind
     seconds = np.zeros((images + 1, len(steps)))
     with _one_thread(), tempfile.TemporaryDirectory() as folder:
-        files = [_draw(Path(folder), index, size, is_classifier(cfg))
+        size = size or ((375, 500) if is_classifier(cfg) else (512, 683))
+        files = [draw_files(Path(folder), index, size, 18. if is_classifier(cfg) else 0.)
                  for index in range(min(_DRAWN, images))]
         count = min(loader.batch_size, images)
         samples: deque[Any] = deque(maxlen=count)  # frees memory as a worker does
@@ -128,13 +129,13 @@ def describe_pipelines(cfgs: Sequence[Config], size: tuple[int, int] | None = No
     return '\n'.join(parts)
 
 
-def _draw(folder: Path, index: int, size: tuple[int, int] | None,
-          classifies: bool) -> dict[str, Any]:
-    """Draw an image and its labels, of two classes, into a folder."""
+def draw_files(folder: Path, index: int, size: tuple[int, int], grain: float = 0.
+               ) -> dict[str, Any]:
+    """Draw a JPEG image and its labels, of two classes, into a folder."""
     rng = np.random.default_rng(index)
-    image, labels = draw_scene(rng, size or ((375, 500) if classifies else (512, 683)))
-    if classifies:
-        image = np.clip(image + rng.normal(0, 18, image.shape), 0, 255).astype(np.uint8)
+    image, labels = draw_scene(rng, size)
+    if grain:
+        image = np.clip(image + rng.normal(0, grain, image.shape), 0, 255).astype(np.uint8)
     paths = dict(img_path=str(folder / f'{index}.jpg'), seg_map_path=str(folder / f'{index}.png'))
     Image.fromarray(image).save(paths['img_path'], quality=92)
     Image.fromarray(labels % 2).save(paths['seg_map_path'])

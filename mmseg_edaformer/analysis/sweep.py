@@ -93,7 +93,7 @@ def search(bench: Bench, ratios: Sequence[ISRRatio], goal: Goal, greedy: bool) -
     closed: set[tuple[str, int]] = set()
     current, steps = trained, _steps(bench, trained, closed, budget) if greedy else {}
     tried += [ratio for ratio in steps.values() if ratio not in tried]
-    bench.measure(tried, show=True)
+    bench.measure(tried, title='measuring')
     if not greedy or (goal.budget_ms is not None and
                       min(map(bench.milliseconds, tried)) > goal.budget_ms):
         return tried
@@ -101,7 +101,7 @@ def search(bench: Bench, ratios: Sequence[ISRRatio], goal: Goal, greedy: bool) -
     end = budget or (0. if goal.max_drop is not None else bench.gmacs(bench.ratio(2)))
     while cost(current) > end and (steps := _steps(bench, current, closed, budget)):
         tried += [ratio for ratio in steps.values() if ratio not in tried]
-        bench.measure(list(steps.values()), show=True)
+        bench.measure(list(steps.values()), title='measuring')
         if goal.max_drop is not None:
             least = bench.miou(trained) - goal.max_drop
             over = {stage for stage, ratio in steps.items() if bench.miou(ratio) < least}

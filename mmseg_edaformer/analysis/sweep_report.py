@@ -6,11 +6,9 @@ import math
 import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from itertools import pairwise, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from prettytable import PrettyTable
 
@@ -248,45 +246,27 @@ def chart(rows: Sequence[Row], recommended: str | None, named: Collection[str]) 
     figure.canvas.draw()  # settles the layout, which the labels must not change
     figure.set_layout_engine('none')
     for axis, cost, front in ((axes[0], 'gmacs', 'pareto_gmacs'), (axes[1], 'ms', 'pareto_ms')):
-        points = {row.isr_ratio: (getattr(row, cost), row.miou) for row in rows}
-        leaders = [row.isr_ratio for row in rows if getattr(row, front)]
-        _label(axis, points, sorted(points[name] for name in leaders), recommended, named, leaders)
+        _label(axis, {row.isr_ratio: (getattr(row, cost), row.miou) for row in rows
+                      if getattr(row, front) or row.isr_ratio in named}, recommended, named)
     return figure
 
 
-def _label(axis: 'Axes', points: Mapping[str, tuple[float, float]],
-           line: Sequence[tuple[float, float]], recommended: str | None, named: Collection[str],
-           leaders: Sequence[str]) -> None:
+def _label(axis: 'Axes', points: Mapping[str, tuple[float, float]], recommended: str | None,
+           named: Collection[str]) -> None:
     """Label points where there is room: the named ones first, and the others only close by."""
     from matplotlib.text import Text
-    from matplotlib.transforms import Bbox
     figure: Any = axis.figure
-    scale = figure.dpi / 72
-    along = [(1 - t) * np.array(a) + t * np.array(b)
-             for a, b in pairwise(line) for t in np.linspace(0, 1, 40)]
-    taken = [Bbox.from_bounds(x - half, y - half, 2 * half, 2 * half)
-             for half, kind in ((3.5 * scale, points.values()), (scale, along),
-                                (7 * scale, [points[recommended]] if recommended else []))
-             for x, y in (axis.transData.transform(point) for point in kind)]
-    around = [(0, 1), (1, 1), (-1, 1), (0, -1), (1, -1), (-1, -1), (1, 0), (-1, 0)]
-    wanted = [name for name in points if name in named or name in leaders]
-    for name in sorted(wanted, key=lambda name: (name != recommended, name not in named)):
-        far = (7, 12, 20, 30, 42) if name in named else (7, 12)
-        for distance, (right, up) in product(far, around):
+    taken: list[Any] = []
+    for name in sorted(points, key=lambda name: (name != recommended, name not in named)):
+        for distance in (9, -9, 22, -22, 35, -35) if name in named else (9, -9):
             note = axis.annotate(
-                name, points[name], (right * distance, up * distance), fontsize=8,
-                textcoords='offset points', annotation_clip=False,
-                ha={0: 'center', 1: 'left', -1: 'right'}[right],
-                va={0: 'center', 1: 'bottom', -1: 'top'}[up],
+                name, points[name], (0, distance), fontsize=8, textcoords='offset points',
+                annotation_clip=False, ha='center', va='center',
                 color=_RECOMMENDED if name == recommended else '#222222',
-                fontweight='bold' if name == recommended else 'normal',
-                arrowprops=None if distance < 12 else dict(
-                    arrowstyle='-', color='#999999', linewidth=0.6, shrinkA=0, shrinkB=4))
+                arrowprops=dict(arrowstyle='-', color='#999999', linewidth=0.6))
             note.update_positions(figure.canvas.get_renderer())
             box = Text.get_window_extent(note)  # without its line
-            inside = (box.x0 >= axis.bbox.x0 and box.x1 <= figure.bbox.x1 and
-                      box.y0 >= axis.bbox.y0 and box.y1 <= figure.bbox.y1)
-            if inside and not any(box.overlaps(other) for other in taken):
+            if not any(box.overlaps(other) for other in taken):
                 taken.append(box)
                 break
             note.remove()

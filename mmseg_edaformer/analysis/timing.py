@@ -77,6 +77,14 @@ def relative(seconds: Sequence[float] | np.ndarray,
     return float(np.median(np.divide(seconds, others)))
 
 
+def number(value: float | None) -> str:
+    """Format three significant digits; nothing for None."""
+    if value is None:
+        return ''
+    return f'{value:.0f}' if abs(value) >= 100 else f'{value:.1f}' if abs(value) >= 10 else (
+        f'{value:.2f}')
+
+
 def _synchronize(device: torch.device) -> None:
     if device.type == 'cuda':
         torch.cuda.synchronize()

@@ -190,7 +190,7 @@ class Known(Bench):
     def miou(self, ratio):
         return 50 - self._sum(ratio, self.loses)
 
-    def measure(self, ratios, show=False):
+    def measure(self, ratios, title=''):
         self.passes.append([ratio_name(ratio) for ratio in ratios])
 
 
