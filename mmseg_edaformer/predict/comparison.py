@@ -31,14 +31,10 @@ _KEPT = 8  # comparisons
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """One image at the trained ratio and at another; pairs are trained and chosen.
+    """One image at the trained ratio and at another, `ratio`; pairs are trained and chosen.
 
-    Attributes:
-        ratio: The other ratio.
-        results: The predictions.
-        milliseconds: Medians of whole predictions in turns, from the decoded image to its labels.
-        rounds: Number of turns.
-        gmacs: Billions of multiply-accumulates of what the network saw.
+    ``milliseconds`` are medians of whole predictions in ``rounds`` turns, from the decoded image to
+    its labels; ``gmacs`` count what the network saw.
     """
     ratio: ISRRatio
     results: tuple[Segmentation, Segmentation]

@@ -91,10 +91,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def name_targets(files: Sequence[tuple[_Key, str]]) -> dict[_Key, str]:
-    """Return the name of the results of each image, without a suffix.
-
-    Args:
-        files: The images, and the name of each within its folder.
+    """Return the name of the results of each image, without a suffix, from those in its folder.
 
     Raises:
         DataError: Two images have one name.

@@ -17,10 +17,6 @@ def load_segmentor(model: Path, checkpoint: str | Path | None
                    ) -> tuple[Description, torch.nn.Module, str]:
     """Return the description of a model, the model on the CPU, and the file of its weights.
 
-    Args:
-        model: A work dir, a config, or a .safetensors that describes its model.
-        checkpoint: Weights for a config; None for the best or last ones of a work dir.
-
     Raises:
         UserError: One of them is not there, or they do not fit.
     """

@@ -33,7 +33,7 @@ def writing(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ConfigError(f'{out} cannot be written to: {error.strerror or error}. Free some '
+        raise ConfigError(f'{out} cannot be written to: {error.strerror or error}: free some '
                           'space, or give another --out') from error
 
 
@@ -46,15 +46,11 @@ def make_folders(out: Path, targets: Iterable[str],
 
 
 def make_note(base: str, path: str | Path, target: str) -> str:
-    """Return the note in a mask that tells which image and settings it was made from.
+    """Return the note in a mask that tells what it was made from: a hash.
 
-    Args:
-        base: The fingerprint of the `Segmenter`.
-        path: The file that the image is in; its size and time count.
-        target: The name of the results, and all else that decides them.
-
-    Returns:
-        A hash; '' for a file that is not there, as reading it will explain.
+    It depends on `base`, the fingerprint of the `Segmenter`, on the size and time of the file
+    `path`, and on `target`, the name of the results. It is '' if the file is not there, as reading
+    it will explain.
     """
     try:
         stat = os.stat(path)
@@ -77,13 +73,7 @@ def write_result(out: Path, target: str, result: Segmentation, note: str,
                  overlay: bool = True) -> None:
     """Write the overlay and then the mask, whose note says that both are there.
 
-    Args:
-        out: Folder of the results.
-        target: The name of the results.
-        result: The prediction.
-        note: What `make_note` returned.
-        overlay: Whether to write an overlay; otherwise an old one, which would not belong to the
-            mask, is removed.
+    Without `overlay` an old one, which would not belong to the mask, is removed.
     """
     path = out / 'overlays' / target
     if overlay:
@@ -226,7 +216,7 @@ def describe_summary(summary: dict[str, Any], out: str | Path, files: str = _FIL
 
 
 class _FFmpeg:
-    """Writes frames as H.264 through the command ffmpeg, with the methods of ``VideoWriter``."""
+    """Writes frames as H.264 through the command ffmpeg, as ``cv2.VideoWriter`` does."""
 
     def __init__(self, path: Path, size: tuple[int, int], rate: float) -> None:
         self.process = subprocess.Popen(
@@ -241,7 +231,7 @@ class _FFmpeg:
         try:
             self.process.stdin.write(frame.tobytes())
         except BrokenPipeError as error:
-            raise OSError('ffmpeg ended too early, is the disk full?') from error
+            raise OSError('ffmpeg ended too early') from error
 
     def release(self) -> None:
         self.process.communicate()

@@ -7,8 +7,8 @@ import os
 import signal
 import socket
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -78,12 +78,7 @@ def draw_examples(folder: Path, count: int = 4) -> list[str]:
 
 
 def build_page(comparer: Comparer, examples: Sequence[str]) -> Any:
-    """Return the page, as gradio's Blocks.
-
-    Args:
-        comparer: Predicts the images.
-        examples: Paths of images to begin with; the first one is shown.
-    """
+    """Return the page, as gradio's Blocks; the first of the examples is shown."""
     gr = _import_gradio()
 
     def tell(text: str) -> tuple[Any, str, str, Any]:
@@ -172,11 +167,12 @@ def serve(segmenter: Segmenter, *, host: str = _HERE, port: int = 7860, names: S
     if not max_upload > 0:
         raise ConfigError(f'--max-upload {max_upload:g}: give a number of megabytes above 0')
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the folder is removed
-    with _temporary_folder() as folder:
+    with tempfile.TemporaryDirectory(prefix='mmseg_edaformer_demo_') as folder:
+        os.environ['GRADIO_TEMP_DIR'] = os.path.join(folder, 'uploads')
         gr = _import_gradio()
         comparer = Comparer(segmenter, max_side)
         with _listen(host, port) as listening:
-            page = build_page(comparer, draw_examples(folder))
+            page = build_page(comparer, draw_examples(Path(folder)))
             fastapi, uvicorn = (importlib.import_module(name) for name in ('fastapi', 'uvicorn'))
             app = gr.mount_gradio_app(
                 fastapi.FastAPI(openapi_url=None), page, '/', allowed_paths=[], show_error=False,
@@ -198,20 +194,6 @@ def serve(segmenter: Segmenter, *, host: str = _HERE, port: int = 7860, names: S
             print(f'http://{address}:{number}   (Ctrl-C ends it)', flush=True)
             with suppress(KeyboardInterrupt):  # raised again after the server has ended
                 server.run(sockets=[listening])
-
-
-@contextmanager
-def _temporary_folder() -> Iterator[Path]:
-    """Make a temporary folder, in ``uploads`` of which gradio puts what it stores."""
-    before = os.environ.get('GRADIO_TEMP_DIR')
-    with tempfile.TemporaryDirectory(prefix='mmseg_edaformer_demo_') as folder:
-        os.environ['GRADIO_TEMP_DIR'] = os.path.join(folder, 'uploads')
-        try:
-            yield Path(folder)
-        finally:
-            del os.environ['GRADIO_TEMP_DIR']
-            if before is not None:
-                os.environ['GRADIO_TEMP_DIR'] = before
 
 
 def _import_gradio() -> Any:

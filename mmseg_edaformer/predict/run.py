@@ -38,7 +38,9 @@ from .segmenter import Segmenter
 
 def predict_images(segmenter: Segmenter, sources: Sequence[str | Path],
                    out: str | Path) -> dict[str, Any]:
-    """Write masks and overlays of images to a folder; re-running resumes where it stopped.
+    """Write masks and overlays of images to a folder, and return the summary.
+
+    Re-running resumes where it stopped.
 
     A mask is a PNG of one channel in the colours of the classes. It is written last and whole, and
     notes its image, weights and ratio; a mask that would come out the same is kept. Of several
@@ -48,9 +50,6 @@ def predict_images(segmenter: Segmenter, sources: Sequence[str | Path],
         segmenter: The model.
         sources: Files, folders and patterns, see `find_images`.
         out: Folder for ``masks``, ``overlays``, ``legend.png`` and ``summary.json``.
-
-    Returns:
-        The content of the summary.
 
     Raises:
         DataError: There is no image, none can be read, or two would get the same name.
@@ -89,18 +88,16 @@ def predict_images(segmenter: Segmenter, sources: Sequence[str | Path],
 
 def predict_video(segmenter: Segmenter, source: str | Path, out: str | Path, *,
                   masks: bool = False) -> dict[str, Any]:
-    """Write the overlays of a video to another one, at the same pace and without sound.
+    """Write the overlays of a video to another one, and return the summary.
 
-    It is written whole; a video that would come out the same is kept.
+    The result has the same pace and no sound. It is written whole; a result that would come out the
+    same is kept.
 
     Args:
         segmenter: The model.
         source: The video.
         out: Folder for a video named after it, ``legend.png`` and ``summary.json``.
         masks: Whether to write the mask of each frame to ``masks``.
-
-    Returns:
-        The content of the summary.
 
     Raises:
         DataError: The video cannot be decoded.
@@ -138,7 +135,7 @@ def predict_video(segmenter: Segmenter, source: str | Path, out: str | Path, *,
         except DataError:
             written = 0
         if written != count:  # the writer is silent about a full disk
-            raise OSError(f'{written} of {count} frames arrived, is the disk full?')
+            raise OSError(f'{written} of {count} frames were written')
     return summary.write(note=note, video=shown(target.name), codec=codec, frames=count,
                          frames_expected=video.frames)
 

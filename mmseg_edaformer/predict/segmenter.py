@@ -147,11 +147,9 @@ class Segmenter:
     def __init__(self, model: str | Path, checkpoint: str | Path | None = None, *,
                  device: str | None = None, isr_ratio: ISRRatio | int | str | None = None,
                  max_side: int | None = None, batch_size: int | None = None,
-                 **renamed: Any) -> None:
-        if 'isr' in renamed:
+                 isr: None = None) -> None:
+        if isr is not None:
             _refuse_isr()
-        if renamed:
-            raise TypeError(f'Segmenter got an unexpected keyword argument {min(renamed)!r}')
         if not isinstance(model, (str, Path)):
             raise ConfigError(f'model {model!r} is not a path: give a work dir, a config or a '
                               '.safetensors')
