@@ -1,7 +1,6 @@
 """The hook that counts validations and tests, and has the report of a run written."""
 import logging
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -74,9 +73,24 @@ class EvaluationHook(Hook):
 
     def _after_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None,
                     outputs: Any = None, mode: str = 'train') -> None:
-        """Count the images of a batch."""
-        if mode != 'train':
-            self._count(data_batch, outputs or ())
+        """Count the images of a batch, each of them once on all processes."""
+        evaluation = self.evaluation
+        if mode == 'train' or evaluation is None:
+            return
+        rank, processes = get_dist_info()
+        for i, sample in enumerate(outputs or ()):
+            number = self.seen * processes + rank
+            self.seen += 1
+            if number >= evaluation.size or 'pred_sem_seg' not in sample:
+                continue
+            if 'gt_sem_seg' not in sample:
+                evaluation.unlabelled += 1
+                continue
+            predicted = sample.pred_sem_seg.data.squeeze()
+            labels = sample.gt_sem_seg.data.squeeze().to(predicted.device)
+            name = str(sample.get('img_path', '') or f'image {number}')
+            evaluation.add(name, labels, predicted,
+                           partial(_load_image, data_batch['inputs'], i, name))
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Sum the counts of all processes, and save them."""
@@ -121,23 +135,6 @@ class EvaluationHook(Hook):
                 break
         self.seen = 0
         self.begun = time.perf_counter()
-
-    def _count(self, data_batch: Any, outputs: Sequence[Any]) -> None:
-        evaluation = self.evaluation
-        rank, processes = get_dist_info()
-        for i, sample in enumerate(outputs):
-            number = self.seen * processes + rank
-            self.seen += 1
-            if evaluation is None or number >= evaluation.size or 'pred_sem_seg' not in sample:
-                continue
-            if 'gt_sem_seg' not in sample:
-                evaluation.unlabelled += 1
-                continue
-            predicted = sample.pred_sem_seg.data.squeeze()
-            labels = sample.gt_sem_seg.data.squeeze().to(predicted.device)
-            name = str(sample.get('img_path', '') or f'image {number}')
-            evaluation.add(name, labels, predicted,
-                           partial(_load_image, data_batch['inputs'], i, name))
 
     def _end(self, metrics: dict[str, float] | None) -> None:
         if self.evaluation is None:

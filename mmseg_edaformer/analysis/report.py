@@ -77,6 +77,8 @@ class _Report:
                  compiled: bool, final: bool) -> None:
         self.runner, self.evaluation, self.seconds = runner, evaluation, seconds
         self.training, self.compiled, self.final = kind == 'training', compiled, final
+        self.counted = evaluation if evaluation and evaluation.classes and (
+            evaluation.images) else None
         self.work_dir = Path(runner.work_dir)
         self.folder = self.work_dir / FOLDER
         self.model: Any = unwrap(runner.model)
@@ -108,10 +110,10 @@ class _Report:
         for name in _FILES:  # of an earlier report
             (self.folder / name).unlink(missing_ok=True)
         counts: dict[str, Any] = dict(classes=[], confusion=None, examples={})
-        if self.evaluation and self.evaluation.images:
-            counts = dict(classes=self._classes(self.evaluation),
-                          confusion=self._confusion(self.evaluation),
-                          examples=self._examples(self.evaluation))
+        if self.counted is not None:
+            counts = dict(classes=self._classes(self.counted),
+                          confusion=self._confusion(self.counted),
+                          examples=self._examples(self.counted))
         facts = self._environment()
         path = self.work_dir / 'report.html'
         write_file(path, _template().render(
@@ -140,16 +142,17 @@ class _Report:
         reason = self._why_no_ratios()
         if reason:
             return Ratios(note=reason)
-        assert self.evaluation is not None
+        counted = self.counted
+        assert counted is not None
         try:
             with warnings.catch_warnings():  # of ratios that nobody asked for
                 warnings.simplefilter('ignore', UserWarning)
                 bench = Bench(self.model, self.dataset, dict(
-                    classes=len(self.evaluation.classes), nan_to_num=self.evaluation.nan_to_num,
-                    ignore_index=self.evaluation.ignore_index), samples=_CURVE_IMAGES, look=1)
+                    classes=len(counted.classes), ignore_index=counted.ignore_index,
+                    nan_to_num=counted.nan_to_num), samples=_CURVE_IMAGES, look=1)
                 ratios = self._choose_ratios(bench)
                 limit = max(min(_CURVE_SECONDS, _CURVE_SHARE * self.seconds), _LEAST_SECONDS)
-                image = self.evaluation.seconds * self.runner.world_size / self.evaluation.size
+                image = counted.seconds * self.runner.world_size / counted.size
                 if 2 * len(ratios) * image > 1.5 * limit:
                     return Ratios(note=(
                         f'Not measured: one image takes {image:.1f} s here, so {len(ratios)} '
@@ -163,21 +166,20 @@ class _Report:
             self.runner.logger.warning('The ISR curve of the report could not be measured: '
                                        f'{error!r}')
             return Ratios(note=f'It could not be measured: {type(error).__name__}: {error}')
-        sample = ('' if bench.images == len(bench.dataset)
-                  else f' of {len(bench.dataset)}, drawn at random')
+        sample = '' if bench.images == len(bench.dataset) else (
+            f' of {len(bench.dataset)}, drawn at random, so the mIoU is not that of the whole set')
         method = self.other_method and (
             f' Keys are averaged here; the metrics above are those of {self.other_method}.')
         return Ratios(rows, bench.size, (
             f'Measured at the end of the run on {bench.images} image'
-            f'{"s" if bench.images != 1 else ""}{sample}, so the mIoU is not that of the whole '
-            f'set. GMACs for {size_name(bench.size)} pixels; ms: batch 1, from the image to its '
-            f'labels.{method} tools/isr_sweep.py measures more ratios on more images and '
-            'recommends one.'))
+            f'{"s" if bench.images != 1 else ""}{sample}.{method} GMACs for '
+            f'{size_name(bench.size)} pixels; ms: batch 1, from the image to its labels. '
+            'tools/isr_sweep.py measures more ratios on more images and recommends one.'))
 
     def _why_no_ratios(self) -> str:
         if is_classifier(self.runner.cfg):
             return 'Not measured for classifiers: use tools/compare_isr.py.'
-        if not (self.evaluation and self.evaluation.images):
+        if self.counted is None:
             return 'Not measured: no image with labels was predicted.'
         if self.augmented:
             return 'Not measured with test-time augmentation: test without --tta.'
