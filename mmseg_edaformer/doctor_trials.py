@@ -170,7 +170,7 @@ def predict(report: Report, device: str) -> str:
                 model.test_step(dict(inputs=[torch.zeros(3, 64, 64, dtype=torch.uint8)],
                                      data_samples=[SegDataSample(metainfo=sizes)]))
     for warning in caught:
-        if str(warning.message).startswith('native.cpp'):
+        if str(warning.message).startswith('cpu_kernels.cpp'):
             report.add('warning', str(warning.message))
     return 'predicts a 64 x 64 image, without ISR and with it'
 

@@ -1,4 +1,4 @@
-"""How near a network's operators come to what the device can do.
+"""How close a network's operators come to the limits of the device.
 
 The operators of a call are recorded as PyTorch dispatches them, and each is then timed by itself on
 tensors of the same sizes. Its *limit* is the longer of two times: its floating-point operations at
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.flop_counter import flop_registry
 
-from .benchmark import Rates
+from .timing import Rates
 
 _WORKING_SET = 2 ** 28
 """Bytes that a timed operator walks through, which no cache holds."""
@@ -39,7 +39,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Row:
+class Operator:
     """One operator; all figures are for all its calls in one pass.
 
     Attributes:
@@ -135,7 +135,7 @@ def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
 
 def rooflines(call: Callable[[], Any], rates: Rates, device: torch.device, *,
               others: Mapping[str, Work] | None = None,
-              most: int = 5) -> tuple[list[Row], float]:
+              most: int = 5) -> tuple[list[Operator], float]:
     """The operators on which a call spends the most time.
 
     Args:
@@ -159,10 +159,10 @@ def rooflines(call: Callable[[], Any], rates: Rates, device: torch.device, *,
 
 
 def _row(name: str, shapes: str, count: int, work: Work, rates: Rates,
-         device: torch.device) -> Row:
+         device: torch.device) -> Operator:
     compute = work.flops / 2e6 / rates.gmacs_per_s
     memory = work.bytes / 1e6 / rates.gb_per_s
-    return Row(name, shapes, count, 1e3 * count * time_work(work, device),
+    return Operator(name, shapes, count, 1e3 * count * time_work(work, device),
                count * work.flops / 1e9, count * work.bytes / 1e6, count * max(compute, memory),
                'compute' if compute > memory else 'memory')
 

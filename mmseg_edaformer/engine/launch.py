@@ -12,10 +12,10 @@ from mmengine.config import Config
 from mmengine.dist import get_rank, is_main_process
 from mmengine.logging import print_log
 from mmengine.runner import Runner
+from mmengine.utils import import_modules_from_strings
 from mmseg.registry import RUNNERS
 
 from .. import __version__, compat
-from ..analysis.evaluation import explain
 from ..cost import unwrap
 from ..data.bad_files import skip_bad_files as skip_files
 from ..data.classification import is_classifier
@@ -36,6 +36,9 @@ from .run_config import add_hook
 def add_report(cfg: Config) -> None:
     """Have a run leave report.html in its work dir, unless the config says ``report = False``."""
     if cfg.get('report', True):
+        imports = cfg.get('custom_imports') or dict(imports=[])
+        cfg.custom_imports = dict(imports, imports=[*dict.fromkeys((
+            *imports['imports'], 'mmseg_edaformer.analysis.evaluation'))])
         add_hook(cfg, dict(type='EvaluationHook', compiled=bool(cfg.get('compile'))),
                  replace=False)
 
@@ -45,6 +48,8 @@ def build_runner(cfg: Config) -> Runner:
 
     The config's ``compile`` is True, or the arguments of `compile_model`.
     """
+    if cfg.get('custom_imports'):  # some were added after the config was read
+        import_modules_from_strings(**cfg.custom_imports)
     if cfg.launcher == 'pytorch':
         compat.init_distributed(cfg)
     if not torch.cuda.is_available():
@@ -155,7 +160,7 @@ def train(cfg: Config) -> int:
     finally:
         if watchdog is not None:
             watchdog.stop()  # the others may leave now, and wait while the first one writes
-    explain(runner)
+    runner.call_hook('after_success')
     return 0
 
 
@@ -230,7 +235,7 @@ def evaluate(cfg: Config, json_file: str | None = None, *, bf16: bool = False) -
     seconds = time.perf_counter() - start
     if json_file is not None and is_main_process():
         write_file(json_file, json.dumps(_figures(cfg, runner, metrics, seconds), indent=2) + '\n')
-    explain(runner)
+    runner.call_hook('after_success')
     return metrics
 
 

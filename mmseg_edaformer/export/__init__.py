@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from packaging.version import Version
 
-from ..analysis.benchmark import take_turns
-from ..analysis.sweep import mean_iou
+from ..analysis.bench import mean_iou
+from ..analysis.timing import take_turns
 from ..errors import ConfigError
 from ..files import write_file
 from ..isr import ISRRatio
