@@ -52,20 +52,14 @@ class Result:
 
 def compare_results(files: Sequence[str | Path], picture: str | Path | None = None,
                     cfg_options: Mapping[str, Any] | Sequence[str] | None = None) -> str:
-    """Put the results of one checkpoint at several ratios side by side, and time the ratios.
-
-    Args:
-        files: What `tools/test.py --json` wrote for each ratio.
-        picture: PNG file for predictions of a segmentor.
-        cfg_options: Settings of the config that the tests were given.
+    """Put what `tools/test.py --json` wrote of one checkpoint side by side, and time the ratios.
 
     Returns:
         A table for a terminal, what chance would give, and how it was measured.
 
     Raises:
-        ConfigError: A file does not hold such results, they are of several checkpoints or lack a
-            metric, or a picture of a classifier is asked for.
-        UserError: The checkpoint or the data does not exist, or does not fit.
+        UserError: A file does not hold such results, they do not belong together, or the
+            checkpoint or the data does not exist or fit.
     """
     results = read_results(files)
     cfg = load_config(results[0].config, cfg_options=cfg_options)
@@ -118,8 +112,7 @@ def compare_checkpoint(config: str, checkpoint: str, isr_ratios: Sequence[str], 
         A table for a terminal, and what it means.
 
     Raises:
-        ConfigError: The config is a classifier's, or ``large`` is given for other classes.
-        UserError: The checkpoint, the data or a ratio cannot be used.
+        UserError: The config, the checkpoint, the data or a ratio cannot be used.
     """
     cfg = load_config(config, cfg_options=cfg_options)
     if is_classifier(cfg):
@@ -194,13 +187,7 @@ def _meaning(benches: Sequence[Bench], ratios: Sequence[ISRRatio]) -> Iterator[s
 
 
 def read_results(files: Sequence[str | Path]) -> list[Result]:
-    """Read what `tools/test.py --json` wrote.
-
-    Raises:
-        ConfigError: A file is missing or holds something else, or the results are not of one
-            config and checkpoint.
-        RatioError: A ratio or a method cannot be used.
-    """
+    """Read what `tools/test.py --json` wrote of one config and checkpoint."""
     results: list[Result] = []
     for file in files:
         try:
@@ -227,11 +214,7 @@ def read_results(files: Sequence[str | Path]) -> list[Result]:
 
 
 def _metrics(files: Sequence[str | Path], results: Sequence[Result], main: str) -> list[str]:
-    """Return the metrics to show: the main one, and of `_COLUMNS` what any of the results has.
-
-    Raises:
-        ConfigError: A result lacks one of them.
-    """
+    """Return the metrics to show: the main one, and of `_COLUMNS` what any of the results has."""
     metrics = [name for name in _COLUMNS
                if name == main or any(name in result.metrics for result in results)]
     for file, result in zip(files, results):
@@ -246,13 +229,7 @@ def _metrics(files: Sequence[str | Path], results: Sequence[Result], main: str) 
 @torch.no_grad()
 def time_ratios(model: Any, dataset: BaseDataset, settings: Sequence[Setting],
                 rounds: int = 30) -> dict[int, list[float]]:
-    """Time whole predictions, from the decoded image to its labels, one image a round.
-
-    Args:
-        model: A segmentor or a classifier.
-        dataset: Its images.
-        settings: What takes turns.
-        rounds: Number of rounds, besides three that warm up.
+    """Time predictions from the decoded image to its labels, one image a round.
 
     Returns:
         Seconds of each round, by the index of the setting.
@@ -304,12 +281,7 @@ def draw(model: Any, datasets: Sequence[BaseDataset],
          indices: Sequence[int] = (0, 2, 7)) -> None:
     """Draw image, truth and the prediction at each ratio, a row for each image, as a PNG.
 
-    Args:
-        model: A segmentor.
-        datasets: Its test set, and others of which the first image is drawn.
-        settings: What to predict with, and how it is called.
-        path: File to write.
-        indices: Images of the test set, where there are so many.
+    Of the first data set these are the images at ``indices``, of others the first one.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
