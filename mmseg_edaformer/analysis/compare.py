@@ -15,6 +15,7 @@ from mmengine.dataset import BaseDataset, pseudo_collate
 from mmseg.registry import DATASETS
 from prettytable import PrettyTable
 
+from ..data.classification import is_classifier
 from ..data.drawing import CLASSES, draw_dataset
 from ..data.transforms import IGNORED
 from ..engine import checks, launch
@@ -23,11 +24,10 @@ from ..errors import ConfigError
 from ..files import replacing
 from ..isr import ISRRatio, apply_isr, isr, remove_isr
 from ..isr.pooling import check_method
-from ..pretraining.folders import is_classifier
 from .bench import Bench, open_bench
 from .loading import count_windows, load_model, ratio_name
 from .sweep import make_rows
-from .timing import Prepare, milliseconds, relative, take_turns
+from .timing import Prepare, milliseconds, number, relative, take_turns
 
 Setting = tuple[ISRRatio, Mapping[str, Any]]
 """A ratio, and other arguments of `isr`."""
@@ -90,7 +90,7 @@ def compare_results(files: Sequence[str | Path], picture: str | Path | None = No
         draw(model, [dataset], list(zip(names, settings)), picture)
     return '\n'.join([
         str(table), _chance_line(dataset, classifies),
-        f'{len(dataset)} images, batch 1, {torch.get_num_threads()} threads, '
+        f'{len(dataset)} images, batch 1, {_threads()}, '
         f'torch {torch.__version__}; time is the median ratio to the first row.',
         *([f'Picture: {picture}'] if picture else [])])
 
@@ -136,9 +136,9 @@ def compare_checkpoint(config: str, checkpoint: str, isr_ratios: Sequence[str], 
     return '\n'.join([
         *lines,
         *_meaning(benches, ratios),
-        f'ms: median from image to labels (and quartiles), batch 1, {bench.device.type}, '
-        f'{torch.get_num_threads()} threads, all ratios in turn on each image; time: median ratio '
-        f'to {ratio_name(ratios[0])}.',
+        f'ms: median and quartiles, image to labels, batch 1, {bench.device.type}, '
+        f'{_threads()}; the ratios take turns on each image.',
+        f'time: median ratio to {ratio_name(ratios[0])} in the same turn.',
         *([f'Picture: {picture}'] if picture else [])])
 
 
@@ -162,10 +162,11 @@ def _dial_table(benches: Sequence[Bench], ratios: Sequence[ISRRatio]) -> str:
         shown = [rows[ratio_name(ratio)] for ratio in ratios]
         times = [bench.seconds(ratio)[:, 0] for ratio in ratios]
         for name, cells in (
-                (f'mIoU at {height},{width}', [f'{row.miou:.1f}' for row in shown]),
+                (f'mIoU {height},{width}', [f'{row.miou:.1f}' for row in shown]),
                 ('GMACs', [f'{row.gmacs:.2f}' for row in shown]),
-                ('ms', [f'{milliseconds(own):.1f} ({milliseconds(own, 0.25):.1f}-'
-                        f'{milliseconds(own, 0.75):.1f})' for own in times]),
+                ('ms', ['{} ({}-{})'.format(*(
+                    number(milliseconds(own, share)) for share in (0.5, 0.25, 0.75)))
+                    for own in times]),
                 ('time', [f'x {relative(own, times[0]):.2f}' for own in times])):
             table.add_column(name + note, cells, align='r')
     return str(table)
@@ -181,9 +182,14 @@ def _meaning(benches: Sequence[Bench], ratios: Sequence[ISRRatio]) -> Iterator[s
                                                      bench.seconds(first)[:, 0]))
     factor = relative(bench.seconds(first)[:, 0], bench.seconds(fastest)[:, 0])
     change = bench.miou(fastest) - bench.miou(first)
-    yield (f'The weights are the same in all rows. At {bench.size[0]},{bench.size[1]} pixels '
-           f'--isr-ratio {ratio_name(fastest)} predicts '
-           f'{factor:.2f} times as fast as {ratio_name(first)}, at {change:+.1f} mIoU.')
+    yield (f'All rows have the same weights. At {bench.size[0]},{bench.size[1]} pixels '
+           f'--isr-ratio {ratio_name(fastest)} is {factor:.2f} times as fast as '
+           f'{ratio_name(first)}, at {change:+.1f} mIoU.')
+
+
+def _threads() -> str:
+    count = torch.get_num_threads()
+    return f'{count} thread{"s" if count > 1 else ""}'
 
 
 def read_results(files: Sequence[str | Path]) -> list[Result]:

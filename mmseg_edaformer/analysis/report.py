@@ -26,11 +26,11 @@ from mmengine.runner import Runner
 from mmengine.utils.dl_utils import collect_env
 
 from ..cost import unwrap
+from ..data.classification import is_classifier
 from ..engine.isr_hook import ISRHook
 from ..errors import RatioError, UserError
 from ..files import write_file
 from ..isr import ISRRatio, isr
-from ..pretraining.folders import is_classifier
 from . import report_html as page, report_plots as plots
 from .bench import Bench
 from .evaluation import FOLDER, Evaluation, ImageScore

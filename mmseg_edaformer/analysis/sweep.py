@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from ..data.classification import is_classifier
 from ..engine import launch
 from ..engine.run_config import load_config
 from ..errors import ConfigError, RatioError
 from ..files import write_file
 from ..isr import ISRRatio
-from ..pretraining.folders import is_classifier
 from .bench import Bench, mean_iou, open_bench
 from .loading import ratio_name
 from .sweep_report import (

@@ -217,7 +217,7 @@ def _read_labels(labels: Path, path: Path, size: Grid, classes: int,
         if len(found) != 1:
             raise DataError(f'{labels} holds {len(found)} masks called {path.stem}.*, not one')
         mask = found[0]
-    step = TRANSFORMS.build(dict(type='LoadAnnotations', num_classes=classes))
+    step = TRANSFORMS.build(dict(type='LoadSegLabels', num_classes=classes))
     results = step(dict(img_path=str(path), seg_map_path=str(mask), ori_shape=size, seg_fields=[],
                         reduce_zero_label=reduce_zero_label))
     read: np.ndarray = results['gt_seg_map']
