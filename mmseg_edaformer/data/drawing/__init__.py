@@ -151,7 +151,8 @@ def draw_dataset(root: str | Path, *, train: int = 400, val: int = 80,
                 Image.fromarray(image).save(images / f'{index:05d}.png', compress_level=1)
                 Image.fromarray(label).save(labels / f'{index:05d}.png', compress_level=1)
 
-    asked: dict[str, Any] = dict(train=train, val=val, size=list(size), seed=seed, revision=_REVISION)
+    asked: dict[str, Any] = dict(train=train, val=val, size=list(size), seed=seed,
+                                 revision=_REVISION)
     if scale != 1:
         asked['scale'] = scale
     return draw_once(Path(root), 'synthetic.json', asked, _NAMES, draw)
