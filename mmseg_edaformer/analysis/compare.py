@@ -121,12 +121,12 @@ def compare_checkpoint(config: str, checkpoint: str, isr_ratios: Sequence[str], 
     launch.prepare_test(cfg, checkpoint)
     bench = open_bench(cfg, checkpoint)
     benches = [bench]
-    ratios = [bench.ratio(ratio) for ratio in isr_ratios]
+    ratios = list(dict.fromkeys(map(bench.ratio, isr_ratios)))
     with tempfile.TemporaryDirectory() as folder:
         if large:
             benches.append(_large_bench(cfg, bench, Path(folder), large))
         for one, title in zip(benches, _TITLES):
-            one.measure(ratios, title=title)
+            one.measure([bench.ratio('none'), *ratios], title=title)
         if picture:
             draw(bench.model, [one.dataset for one in benches],
                  [(ratio_name(ratio), (ratio, {})) for ratio in ratios], picture)

@@ -211,6 +211,12 @@ def test_command_line(segmentor, tmp_path):
     assert Image.open(tmp_path / 'x.png').size[0] > 1000
 
 
+def test_without_the_trained_ratio(segmentor):
+    text = compare.compare_checkpoint(*map(str, segmentor), ['2', 'optimal', '2'])
+    assert [row[0] for row in rows(text)] == ['isr_ratio', '2', '2211-222']
+    assert 'time: median ratio to 2 in' in text
+
+
 def test_what_cannot_be_compared(segmentor, monkeypatch):
     with pytest.raises(ConfigError, match='trains a classifier: test it with'):
         compare.compare_checkpoint(f'{ROOT}/configs/eft_t_crops.py', segmentor[1], ['2'])
