@@ -21,6 +21,7 @@ from PIL import Image
 
 from ..cost import count_macs, windows
 from ..data.transforms import MAX_PIXELS, allow_pixels
+from ..data.transforms import MAX_PIXELS, allow_pixels, with_checks
 from ..errors import CheckpointError, ConfigError, DataError, shown
 from ..isr import ISRRatio, apply_isr, remove_isr
 from ..isr.adapters import find_attention
