@@ -21,9 +21,9 @@ from ..engine.allocator import keep_freed_memory
 from ..errors import ConfigError, DataError
 from ..files import replacing
 from ..isr import ISRRatio, isr
-from ..isr.adapters import find_attention
+from ..isr.registry import find_attention
 from ..predict.run import progress_bar
-from .loading import count_windows, load_model, ratio_name
+from .loading import count_windows, load_model
 from .memory import peak_bytes
 from .timing import milliseconds, relative, time_call
 
@@ -139,7 +139,7 @@ class Bench:
 
     def gmacs(self, ratio: ISRRatio) -> float:
         """Return billions of multiply-adds of one image of `size`, all of its windows counted."""
-        name = ratio_name(ratio)
+        name = str(ratio)
         if name not in self.macs:
             with isr(self.model, ratio):
                 self.macs[name] = count_windows(self.model, self.size) / 1e9
@@ -151,11 +151,11 @@ class Bench:
 
     def areas(self, ratio: ISRRatio) -> np.ndarray:
         """Return intersections and unions of those images, N x 2 x C."""
-        return np.stack(self.measured.areas[ratio_name(ratio)][:self.images]).astype(np.float64)
+        return np.stack(self.measured.areas[str(ratio)][:self.images]).astype(np.float64)
 
     def seconds(self, ratio: ISRRatio) -> np.ndarray:
         """Return the times on those images, and those of the trained ratio beside them, N x 2."""
-        return np.array(self.measured.seconds[ratio_name(ratio)][:self.images])
+        return np.array(self.measured.seconds[str(ratio)][:self.images])
 
     def relative(self, ratio: ISRRatio) -> float:
         """Return the median ratio of the time to that of the trained ratio in the same turn."""
@@ -182,8 +182,8 @@ class Bench:
         What has been measured before is not measured again. No further image begins after so many
         ``seconds``. With a ``title`` a progress bar is shown.
         """
-        missing = {ratio_name(ratio): ratio for ratio in ratios
-                   if self.measured.count(ratio_name(ratio)) < len(self.order)}
+        missing = {str(ratio): ratio for ratio in ratios
+                   if self.measured.count(str(ratio)) < len(self.order)}
         if not missing:
             return
         text = f'{title}: {len(missing)} ratio{"s" if len(missing) > 1 else ""}'
@@ -255,7 +255,7 @@ class Bench:
     @torch.no_grad()
     def peak_mib(self, ratio: ISRRatio) -> float:
         """Return the most memory at once of a prediction of `size`, with the weights."""
-        name = ratio_name(ratio)
+        name = str(ratio)
         if name not in self.peaks:
             with isr(self.model, ratio):
                 self.peaks[name] = peak_bytes(

@@ -25,7 +25,7 @@ from ..engine.run_config import load_config
 from ..errors import ConfigError
 from ..isr import ISRRatio
 from ..models.cpu_kernels import allow_kernels
-from .loading import NONE, can_reduce, count_windows, load_model, ratio_name, set_ratio
+from .loading import NONE, can_reduce, count_windows, load_model, set_ratio
 from .memory import count_activations, peak_bytes
 from .pipeline import measure_pipeline
 from .timing import (
@@ -398,7 +398,7 @@ def _figures(contender: Contender, ratio: ISRRatio, cell: _Cell, **measured: Any
         set_ratio(contender.model, ratio)
         gmacs = count_windows(contender.model, cell.size) / 1e9
         set_ratio(contender.model, NONE)
-    return Figures(contender.name, ratio_name(ratio), cell.mode, cell.dtype, *cell.size,
+    return Figures(contender.name, str(ratio), cell.mode, cell.dtype, *cell.size,
                    cell.batch_size, len(windows(contender.model, cell.size)), gmacs,
                    _parameters(contender) / 1e6, contender.execution, **measured)
 

@@ -24,11 +24,9 @@ from ..errors import ConfigError
 from ..files import replacing
 from ..isr import ISRRatio, apply_isr, isr, remove_isr
 from ..isr.pooling import check_method
-from ..pretraining.folders import is_classifier
 from .bench import Bench, open_bench
-from .loading import count_windows, load_model, ratio_name
+from .loading import count_windows, load_model
 from .sweep import make_rows
-from .timing import Prepare, milliseconds, relative, take_turns
 from .timing import Prepare, milliseconds, number, relative, take_turns
 
 Setting = tuple[ISRRatio, Mapping[str, Any]]
@@ -131,7 +129,7 @@ def compare_checkpoint(config: str, checkpoint: str, isr_ratios: Sequence[str], 
             one.measure([bench.ratio('none'), *ratios], title=title)
         if picture:
             draw(bench.model, [one.dataset for one in benches],
-                 [(ratio_name(ratio), (ratio, {})) for ratio in ratios], picture)
+                 [(str(ratio), (ratio, {})) for ratio in ratios], picture)
         lines = [_dial_table(benches, ratios), *(
             f'{title.capitalize()}: {one.images} images of {one.size[0]},{one.size[1]} pixels. '
             f'{_chance_line(one.dataset, False)}' for one, title in zip(benches, _TITLES))]
@@ -140,7 +138,7 @@ def compare_checkpoint(config: str, checkpoint: str, isr_ratios: Sequence[str], 
         *_meaning(benches, ratios),
         f'ms: median and quartiles, image to labels, batch 1, {bench.device.type}, '
         f'{_threads()}; the ratios take turns on each image.',
-        f'time: median ratio to {ratio_name(ratios[0])} in the same turn.',
+        f'time: median ratio to {ratios[0]!s} in the same turn.',
         *([f'Picture: {picture}'] if picture else [])])
 
 
@@ -157,11 +155,11 @@ def _large_bench(cfg: Config, bench: Bench, folder: Path, number: int) -> Bench:
 
 def _dial_table(benches: Sequence[Bench], ratios: Sequence[ISRRatio]) -> str:
     table = PrettyTable(align='r')
-    table.add_column('isr_ratio', list(map(ratio_name, ratios)), align='l')
+    table.add_column('isr_ratio', list(map(str, ratios)), align='l')
     for bench, note in zip(benches, ('', ' ')):  # names of columns are unique
         height, width = bench.size
         rows = {row.isr_ratio: row for row in make_rows(bench, ratios, memory=False)}
-        shown = [rows[ratio_name(ratio)] for ratio in ratios]
+        shown = [rows[str(ratio)] for ratio in ratios]
         times = [bench.seconds(ratio)[:, 0] for ratio in ratios]
         for name, cells in (
                 (f'mIoU {height},{width}', [f'{row.miou:.1f}' for row in shown]),
@@ -185,8 +183,8 @@ def _meaning(benches: Sequence[Bench], ratios: Sequence[ISRRatio]) -> Iterator[s
     factor = relative(bench.seconds(first)[:, 0], bench.seconds(fastest)[:, 0])
     change = bench.miou(fastest) - bench.miou(first)
     yield (f'All rows have the same weights. At {bench.size[0]},{bench.size[1]} pixels '
-           f'--isr-ratio {ratio_name(fastest)} is {factor:.2f} times as fast as '
-           f'{ratio_name(first)}, at {change:+.1f} mIoU.')
+           f'--isr-ratio {fastest!s} is {factor:.2f} times as fast as '
+           f'{first!s}, at {change:+.1f} mIoU.')
 
 
 def _threads() -> str:
@@ -259,7 +257,7 @@ def time_ratios(model: Any, dataset: BaseDataset, settings: Sequence[Setting],
 
 def _name(result: Result, classifies: bool) -> str:
     """Return the ratio, a classifier's without decoder, and the method if it is not the default."""
-    name = ratio_name(result.isr_ratio)
+    name = str(result.isr_ratio)
     if name == 'none':
         return name
     if classifies:

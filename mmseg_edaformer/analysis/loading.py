@@ -62,14 +62,6 @@ def set_ratio(model: Any, ratio: ISRRatio) -> None:
         apply_isr(model, ratio)
 
 
-def ratio_name(ratio: ISRRatio) -> str:
-    """Return a ratio as the tables show it and the command lines take it."""
-    if ratio == NONE:
-        return 'none'
-    # A lone multiplier is followed by a comma, which matters from 10 up.
-    return str(ratio).removesuffix(',') if max(ratio.decoder) < 10 else str(ratio)
-
-
 def count_windows(model: nn.Module, size: tuple[int, int],
                   count: Callable[[nn.Module, tuple[int, int]], int] = count_macs) -> int:
     """Count what one image costs at the ratio in effect, all windows of the config included."""

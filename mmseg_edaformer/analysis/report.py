@@ -33,11 +33,10 @@ from ..engine.isr_hook import ISRHook
 from ..errors import RatioError, UserError
 from ..files import write_file
 from ..isr import ISRRatio, isr
-from ..pretraining.folders import is_classifier
 from . import report_plots as plots
 from .bench import Bench
 from .counts import EXAMPLES, FOLDER, Evaluation
-from .loading import count_windows, ratio_name
+from .loading import count_windows
 from .report_sources import Ratios, find_sweep, join_curves, read_curves, size_name
 from .sweep import DEFAULT, GREEDY, make_rows
 from .sweep_report import draw
@@ -87,7 +86,7 @@ class _Report:
         self.augmented = isinstance(whole.module if is_model_wrapper(whole) else whole,
                                     BaseTTAModel)
         self.hook = next((hook for hook in runner.hooks if isinstance(hook, ISRHook)), None)
-        self.isr_ratio = 'none' if self.hook is None else ratio_name(self.hook.ratio)
+        self.isr_ratio = 'none' if self.hook is None else str(self.hook.isr_ratio)
         self.other_method = '' if self.hook is None or self.hook.method == 'average' else (
             self.hook.method)
         self.curves = read_curves(self.work_dir)
@@ -194,7 +193,7 @@ class _Report:
 
     def _choose_ratios(self, bench: Bench) -> list[ISRRatio]:
         ratios = []
-        for value in (*DEFAULT, self.hook.ratio if self.hook else 'none'):
+        for value in (*DEFAULT, self.hook.isr_ratio if self.hook else 'none'):
             with suppress(RatioError):  # the model may have other stages than the paper's
                 ratios += [] if value == GREEDY else [bench.ratio(value)]
         return list(dict.fromkeys(ratios))
@@ -210,7 +209,7 @@ class _Report:
             data = self.model.data_preprocessor(pseudo_collate([self.dataset[0]]), False)
             size = tuple(data['inputs'].shape[-2:])
             with nullcontext() if self.hook is None else isr(
-                    self.model, self.hook.ratio, method=self.hook.method,
+                    self.model, self.hook.isr_ratio, method=self.hook.method,
                     crop_size=self.hook.crop_size):
                 macs = count_windows(self.model, size)
         except Exception as error:  # of a foreign model, or of data that has no such inputs

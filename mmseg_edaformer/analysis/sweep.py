@@ -17,7 +17,6 @@ from ..errors import ConfigError, RatioError
 from ..files import write_file
 from ..isr import ISRRatio
 from .bench import Bench, mean_iou, open_bench
-from .loading import ratio_name
 from .sweep_report import (
     FEWEST,
     Goal,
@@ -83,7 +82,7 @@ def search(bench: Bench, ratios: Sequence[ISRRatio], goal: Goal, greedy: bool) -
     if goal.budget_gmacs is not None:
         cheapest = min([*tried, *[most] * greedy], key=bench.gmacs)
         if bench.gmacs(cheapest) > goal.budget_gmacs:
-            raise ConfigError(f'{goal}: the cheapest ratio here, {ratio_name(cheapest)}, costs '
+            raise ConfigError(f'{goal}: the cheapest ratio here, {cheapest!s}, costs '
                               f'{bench.gmacs(cheapest):.3f} GMACs for {shape(bench)} pixels. Give '
                               'at least that, or take a smaller model')
     budget = goal.budget_gmacs or goal.budget_ms
@@ -167,14 +166,14 @@ def make_rows(bench: Bench, ratios: Sequence[ISRRatio], *, memory: bool = True) 
 
     ``memory`` takes one more prediction of each.
     """
-    done = [ratio for ratio in ratios if bench.measured.count(ratio_name(ratio)) >= bench.images]
+    done = [ratio for ratio in ratios if bench.measured.count(str(ratio)) >= bench.images]
     done.sort(key=lambda ratio: -bench.gmacs(ratio))
     trained = bench.ratio('none')
     rows = []
     for ratio in done:
         low, high = (None, None) if bench.images < FEWEST else change_interval(
             bench.areas(ratio), bench.areas(trained), bench.metric['nan_to_num'])
-        rows.append(Row(ratio_name(ratio), bench.images, bench.miou(ratio),
+        rows.append(Row(str(ratio), bench.images, bench.miou(ratio),
                         bench.miou(ratio) - bench.miou(trained), low, high, bench.gmacs(ratio),
                         bench.milliseconds(ratio), bench.relative(ratio),
                         bench.peak_mib(ratio) if memory else None))
@@ -233,7 +232,7 @@ def sweep(config: str, checkpoint: str, *, isr_ratios: Sequence[str] = DEFAULT,
         rows = make_rows(bench, tried, memory=memory)
         best = recommend(rows, goal)
         write(folder, bench, rows, goal, best, command)
-        named = {'none', *map(ratio_name, wanted)} | ({best.isr_ratio} if best else set())
+        named = {'none', *map(str, wanted)} | ({best.isr_ratio} if best else set())
         draw(rows, folder / 'sweep.png', best.isr_ratio if best else None, named)
         say('\n'.join([table(rows, named), *notes(bench, rows), f'Written: {folder}/sweep.csv, '
                        '.json, .png, and .npz for a later sweep', *(

@@ -19,7 +19,7 @@ from ..predict.inputs import find_images, name_targets
 from ..predict.outputs import writing
 from ..predict.segmenter import Segmenter
 from .attention import choose_layers, layer_names, look
-from .loading import count_windows, ratio_name
+from .loading import count_windows
 from .sheets import (
     Shot,
     Subject,
@@ -186,7 +186,7 @@ def _observe(segmenter: Segmenter, subject: Subject, ratios: Sequence[ISRRatio],
     for ratio in ratios:
         with _at_ratio(segmenter, ratio):
             seen, why = look(segmenter.model, subject.inputs, layers, points)
-            shot = _predict(segmenter, subject, f'ISR {ratio_name(ratio)}')
+            shot = _predict(segmenter, subject, f'ISR {ratio!s}')
         shot.seen.update(seen)
         shots.append(shot)
         reasons |= why

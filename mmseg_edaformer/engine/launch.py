@@ -184,7 +184,7 @@ def prepare_test(cfg: Config, checkpoint: str, *, isr_ratio: str | None = None,
         read = ISRRatio.parse_encoder if is_classifier(cfg) else ISRRatio.parse
         # A segmentor's preprocessor knows the size of its crops.
         size = dict(crop_size=cfg.get('crop_size')) if is_classifier(cfg) else {}
-        add_hook(cfg, dict(type='ISRHook', ratio=str(read(isr_ratio)),
+        add_hook(cfg, dict(type='ISRHook', isr_ratio=str(read(isr_ratio)),
                            method=check_method(isr_method), **size))
     if show or show_dir:
         if 'visualization' not in cfg.default_hooks:
@@ -244,7 +244,7 @@ def _figures(cfg: Config, runner: Runner, metrics: dict[str, float],
     hook: dict[str, Any] = next(
         (hook for hook in cfg.custom_hooks if hook['type'] == 'ISRHook'), {})
     return dict(
-        config=str(cfg.filename), checkpoint=cfg.load_from, isr_ratio=hook.get('ratio', 'none'),
+        config=str(cfg.filename), checkpoint=cfg.load_from, isr_ratio=hook.get('isr_ratio', 'none'),
         isr_method=hook.get('method', 'average'),
         metrics={name: float(value) for name, value in metrics.items()},
         images=len(runner.test_dataloader.dataset), seconds=round(seconds, 3),

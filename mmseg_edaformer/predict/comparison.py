@@ -17,7 +17,7 @@ from ..cost import count_macs
 from ..data.transforms import with_checks
 from ..errors import ConfigError, DataError, RatioError
 from ..isr import ISRRatio, isr
-from ..isr.adapters import find_attention
+from ..isr.registry import find_attention
 from .inputs import scale_down
 from .segmenter import Segmentation, Segmenter
 

@@ -8,8 +8,8 @@ from mmengine.runner import CheckpointLoader
 from ..command_line import check_model
 from ..engine import load_from_file
 from ..engine.allocator import keep_freed_memory
-from ..engine.convert import Description, describe, load_model, read_description
 from ..engine.run_config import load_config
+from ..engine.single_file import Description, describe, load_model, read_description
 from ..errors import CheckpointError, ConfigError, UserError
 
 

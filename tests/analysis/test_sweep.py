@@ -19,7 +19,6 @@ from PIL import Image
 
 from mmseg_edaformer.analysis import bench as bench_module, sweep, sweep_report
 from mmseg_edaformer.analysis.bench import Bench, mean_iou
-from mmseg_edaformer.analysis.loading import ratio_name
 from mmseg_edaformer.analysis.sweep import Goal, Row
 from mmseg_edaformer.cost import count_macs
 from mmseg_edaformer.errors import CheckpointError, ConfigError, DataError, RatioError
@@ -191,11 +190,11 @@ class Known(Bench):
         return 50 - self._sum(ratio, self.loses)
 
     def measure(self, ratios, title=''):
-        self.passes.append([ratio_name(ratio) for ratio in ratios])
+        self.passes.append([str(ratio) for ratio in ratios])
 
 
 def rows_of(bench, ratios):
-    return [Row(ratio_name(ratio), 1, bench.miou(ratio), bench.miou(ratio) - 50, None, None,
+    return [Row(str(ratio), 1, bench.miou(ratio), bench.miou(ratio) - 50, None, None,
                 bench.gmacs(ratio), bench.milliseconds(ratio), 1.) for ratio in ratios]
 
 
@@ -219,7 +218,7 @@ def test_greedy_search_for_a_drop(known):
     assert known.passes[2] == ['22-11', '13-11', '12-21']  # 12-11 was the best step
     optimum = min((ratio for ratio in all_ratios(known) if 50 - known.miou(ratio) <= 1.2),
                   key=known.gmacs)
-    assert best.isr_ratio == ratio_name(optimum)
+    assert best.isr_ratio == str(optimum)
     assert len(set(best.isr_ratio) - {'-'}) > 1  # not uniform
 
 

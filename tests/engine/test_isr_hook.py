@@ -53,7 +53,7 @@ def build(tmp_path, ratio, *hooks, **options):
         test_dataloader=loader, val_evaluator=[Count()], test_evaluator=[Count()],
         train_cfg=dict(by_epoch=True, max_epochs=2, val_interval=1), val_cfg=dict(),
         test_cfg=dict(), optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.)),
-        custom_hooks=[dict(type='ISRHook', ratio=ratio, **options), *hooks],
+        custom_hooks=[dict(type='ISRHook', isr_ratio=ratio, **options), *hooks],
         default_scope='mmengine', experiment_name=f'isr{tmp_path.name}', cfg=Config())
 
 
