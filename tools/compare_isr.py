@@ -12,13 +12,15 @@ from mmseg_edaformer.errors import ConfigError, clear_errors
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('inputs', nargs='+', metavar='CONFIG CHECKPOINT | RESULTS',
+    parser = argparse.ArgumentParser(
+        description=__doc__, usage='%(prog)s CONFIG CHECKPOINT [options]\n'
+        '       %(prog)s RESULT.json [RESULT.json ...] [options]')
+    parser.add_argument('inputs', nargs='+', metavar='FILE',
                         help='config and checkpoint of a segmentor, which is tested here; or what '
                         'tools/test.py --json wrote for each ratio of one checkpoint, of a '
                         'segmentor or a classifier')
     add_isr_ratio(parser, several=True, default=None,
-                  note=' (default: none optimal 2 auto); of a config')
+                  note=' (default: none optimal 2 auto); not with RESULT.json')
     parser.add_argument('--large', type=int, default=0, metavar='N',
                         help='also test on N larger drawn worlds, 1024,1024 pixels, whose objects '
                         'are as large as those of the demo that the model was trained on')

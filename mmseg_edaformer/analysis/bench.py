@@ -179,12 +179,8 @@ class Bench:
                 seconds: float = math.inf) -> None:
         """Predict each image at every ratio in turn, the trained one among them for the times.
 
-        What has been measured before is not measured again.
-
-        Args:
-            ratios: Ratios to measure.
-            title: Title of the progress bar; without one none is shown.
-            seconds: Time after which no further image begins.
+        What has been measured before is not measured again. No further image begins after so many
+        ``seconds``. With a ``title`` a progress bar is shown.
         """
         missing = {ratio_name(ratio): ratio for ratio in ratios
                    if self.measured.count(ratio_name(ratio)) < len(self.order)}
@@ -270,18 +266,13 @@ class Bench:
 
 def open_bench(cfg: Config, checkpoint: str, folder: Path | None = None,
                samples: int | None = None) -> Bench:
-    """Load a checkpoint and its test set.
+    """Load a checkpoint, and the test set of a config that `launch.prepare_test` has seen.
 
-    Args:
-        cfg: A config that `launch.prepare_test` has seen.
-        checkpoint: Its weights.
-        folder: Folder that keeps the measurements; by default they are not kept.
-        samples: See `Bench`.
+    A ``folder`` keeps the measurements.
 
     Raises:
-        ConfigError: The config has no IoUMetric, or ``samples`` is below 1.
-        CheckpointError: The checkpoint does not fit.
-        RatioError: The model holds no attention that ISR can reduce.
+        UserError: The config has no IoUMetric, the checkpoint does not fit, or the model holds no
+            attention that ISR can reduce.
     """
     if samples is not None and samples < 1:
         raise ConfigError(f'--samples {samples}: give 1 or more')

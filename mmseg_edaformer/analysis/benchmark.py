@@ -50,19 +50,13 @@ class Plan:
 
     Args:
         sizes: Heights and widths of the images in pixels.
-        batch_sizes: Images per call.
         modes: 'eval', 'train' or both. Training runs at the trained ratio only.
-        dtypes: Of `DTYPES`.
         device: 'cpu', 'cuda', or 'meta' for costs without timing.
         repeats: Maximum number of rounds of a cell.
         seconds: Time after which no round starts, once there are five.
         limits: Whether to measure the machine's rates too.
-        keep_memory: Whether to keep freed memory on the CPU, for the rest of the process, as
-            trainings and tests do.
+        keep_memory: Whether to keep freed memory on the CPU, as trainings and tests do.
         costs: Whether to count multiply-adds and to time the input pipelines.
-
-    Raises:
-        ConfigError: A number is below 1, a size below 32, or there is no GPU.
     """
     sizes: Sequence[tuple[int, int]] = ((512, 512),)
     batch_sizes: Sequence[int] = (1,)
@@ -88,14 +82,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class Contender:
-    """One config of a run.
+    """One config of a run, with its model in eval mode on the CPU, and how it is run.
 
-    Attributes:
-        name: Unique within a run.
-        model: In eval mode, on the CPU.
-        ratios: ISR ratios that it runs at.
-        execution: One of `EXECUTIONS`.
-        kernels: Whether this project's own kernels may be used.
+    Without ``kernels`` this project's own are not used.
     """
     name: str
     cfg: Config
@@ -161,7 +150,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class _Cell:
-    """What the variants that take turns share, and what was found out before."""
+    """What the variants that take turns share."""
     plan: Plan
     mode: str
     dtype: str
@@ -184,11 +173,6 @@ def load_contenders(config: str, checkpoint: str | None = None, compare: Sequenc
         isr_ratios: What `ISRRatio.parse` reads.
         cfg_options: Settings of ``config`` to override.
         execution: One of `EXECUTIONS`.
-
-    Raises:
-        ConfigError: A config cannot be read.
-        CheckpointError: The checkpoint is missing, damaged or of another model.
-        RatioError: A ratio cannot be parsed, or does not fit a model.
     """
     wanted = tuple(dict.fromkeys(map(ISRRatio.parse, isr_ratios)))
     contenders: list[Contender] = []
@@ -214,11 +198,7 @@ def left_out(contenders: Sequence[Contender]) -> list[str]:
 
 
 def run(contenders: Sequence[Contender], plan: Plan) -> Iterator[list[Figures]]:
-    """Measure cell by cell.
-
-    Yields:
-        The figures of one cell: every config at every ratio, of one mode, dtype, size and batch.
-    """
+    """Yield the figures of one cell after the other, each of every config at every ratio."""
     if plan.device == 'meta':
         for size in plan.sizes:
             cell = _Cell(plan, '', '', size, 1, None, {})

@@ -15,6 +15,7 @@ from mmengine.dataset import BaseDataset, pseudo_collate
 from mmseg.registry import DATASETS
 from prettytable import PrettyTable
 
+from ..data.classification import is_classifier
 from ..data.drawing import CLASSES, draw_dataset
 from ..data.transforms import IGNORED
 from ..engine import checks, launch
@@ -23,11 +24,10 @@ from ..errors import ConfigError
 from ..files import replacing
 from ..isr import ISRRatio, apply_isr, isr, remove_isr
 from ..isr.pooling import check_method
-from ..pretraining.folders import is_classifier
 from .bench import Bench, open_bench
 from .loading import count_windows, load_model, ratio_name
 from .sweep import make_rows
-from .timing import Prepare, milliseconds, relative, take_turns
+from .timing import Prepare, milliseconds, number, relative, take_turns
 
 Setting = tuple[ISRRatio, Mapping[str, Any]]
 """A ratio, and other arguments of `isr`."""
@@ -52,20 +52,14 @@ class Result:
 
 def compare_results(files: Sequence[str | Path], picture: str | Path | None = None,
                     cfg_options: Mapping[str, Any] | Sequence[str] | None = None) -> str:
-    """Put the results of one checkpoint at several ratios side by side, and time the ratios.
-
-    Args:
-        files: What `tools/test.py --json` wrote for each ratio.
-        picture: PNG file for predictions of a segmentor.
-        cfg_options: Settings of the config that the tests were given.
+    """Put what `tools/test.py --json` wrote of one checkpoint side by side, and time the ratios.
 
     Returns:
         A table for a terminal, what chance would give, and how it was measured.
 
     Raises:
-        ConfigError: A file does not hold such results, they are of several checkpoints or lack a
-            metric, or a picture of a classifier is asked for.
-        UserError: The checkpoint or the data does not exist, or does not fit.
+        UserError: A file does not hold such results, they do not belong together, or the
+            checkpoint or the data does not exist or fit.
     """
     results = read_results(files)
     cfg = load_config(results[0].config, cfg_options=cfg_options)
@@ -96,7 +90,7 @@ def compare_results(files: Sequence[str | Path], picture: str | Path | None = No
         draw(model, [dataset], list(zip(names, settings)), picture)
     return '\n'.join([
         str(table), _chance_line(dataset, classifies),
-        f'{len(dataset)} images, batch 1, {torch.get_num_threads()} threads, '
+        f'{len(dataset)} images, batch 1, {_threads()}, '
         f'torch {torch.__version__}; time is the median ratio to the first row.',
         *([f'Picture: {picture}'] if picture else [])])
 
@@ -118,8 +112,7 @@ def compare_checkpoint(config: str, checkpoint: str, isr_ratios: Sequence[str], 
         A table for a terminal, and what it means.
 
     Raises:
-        ConfigError: The config is a classifier's, or ``large`` is given for other classes.
-        UserError: The checkpoint, the data or a ratio cannot be used.
+        UserError: The config, the checkpoint, the data or a ratio cannot be used.
     """
     cfg = load_config(config, cfg_options=cfg_options)
     if is_classifier(cfg):
@@ -128,12 +121,12 @@ def compare_checkpoint(config: str, checkpoint: str, isr_ratios: Sequence[str], 
     launch.prepare_test(cfg, checkpoint)
     bench = open_bench(cfg, checkpoint)
     benches = [bench]
-    ratios = [bench.ratio(ratio) for ratio in isr_ratios]
+    ratios = list(dict.fromkeys(map(bench.ratio, isr_ratios)))
     with tempfile.TemporaryDirectory() as folder:
         if large:
             benches.append(_large_bench(cfg, bench, Path(folder), large))
         for one, title in zip(benches, _TITLES):
-            one.measure(ratios, title=title)
+            one.measure([bench.ratio('none'), *ratios], title=title)
         if picture:
             draw(bench.model, [one.dataset for one in benches],
                  [(ratio_name(ratio), (ratio, {})) for ratio in ratios], picture)
@@ -143,9 +136,9 @@ def compare_checkpoint(config: str, checkpoint: str, isr_ratios: Sequence[str], 
     return '\n'.join([
         *lines,
         *_meaning(benches, ratios),
-        f'ms: median from image to labels (and quartiles), batch 1, {bench.device.type}, '
-        f'{torch.get_num_threads()} threads, all ratios in turn on each image; time: median ratio '
-        f'to {ratio_name(ratios[0])}.',
+        f'ms: median and quartiles, image to labels, batch 1, {bench.device.type}, '
+        f'{_threads()}; the ratios take turns on each image.',
+        f'time: median ratio to {ratio_name(ratios[0])} in the same turn.',
         *([f'Picture: {picture}'] if picture else [])])
 
 
@@ -169,10 +162,11 @@ def _dial_table(benches: Sequence[Bench], ratios: Sequence[ISRRatio]) -> str:
         shown = [rows[ratio_name(ratio)] for ratio in ratios]
         times = [bench.seconds(ratio)[:, 0] for ratio in ratios]
         for name, cells in (
-                (f'mIoU at {height},{width}', [f'{row.miou:.1f}' for row in shown]),
+                (f'mIoU {height},{width}', [f'{row.miou:.1f}' for row in shown]),
                 ('GMACs', [f'{row.gmacs:.2f}' for row in shown]),
-                ('ms', [f'{milliseconds(own):.1f} ({milliseconds(own, 0.25):.1f}-'
-                        f'{milliseconds(own, 0.75):.1f})' for own in times]),
+                ('ms', ['{} ({}-{})'.format(*(
+                    number(milliseconds(own, share)) for share in (0.5, 0.25, 0.75)))
+                    for own in times]),
                 ('time', [f'x {relative(own, times[0]):.2f}' for own in times])):
             table.add_column(name + note, cells, align='r')
     return str(table)
@@ -188,19 +182,18 @@ def _meaning(benches: Sequence[Bench], ratios: Sequence[ISRRatio]) -> Iterator[s
                                                      bench.seconds(first)[:, 0]))
     factor = relative(bench.seconds(first)[:, 0], bench.seconds(fastest)[:, 0])
     change = bench.miou(fastest) - bench.miou(first)
-    yield (f'The weights are the same in all rows. At {bench.size[0]},{bench.size[1]} pixels '
-           f'--isr-ratio {ratio_name(fastest)} predicts '
-           f'{factor:.2f} times as fast as {ratio_name(first)}, at {change:+.1f} mIoU.')
+    yield (f'All rows have the same weights. At {bench.size[0]},{bench.size[1]} pixels '
+           f'--isr-ratio {ratio_name(fastest)} is {factor:.2f} times as fast as '
+           f'{ratio_name(first)}, at {change:+.1f} mIoU.')
+
+
+def _threads() -> str:
+    count = torch.get_num_threads()
+    return f'{count} thread{"s" if count > 1 else ""}'
 
 
 def read_results(files: Sequence[str | Path]) -> list[Result]:
-    """Read what `tools/test.py --json` wrote.
-
-    Raises:
-        ConfigError: A file is missing or holds something else, or the results are not of one
-            config and checkpoint.
-        RatioError: A ratio or a method cannot be used.
-    """
+    """Read what `tools/test.py --json` wrote of one config and checkpoint."""
     results: list[Result] = []
     for file in files:
         try:
@@ -227,11 +220,7 @@ def read_results(files: Sequence[str | Path]) -> list[Result]:
 
 
 def _metrics(files: Sequence[str | Path], results: Sequence[Result], main: str) -> list[str]:
-    """Return the metrics to show: the main one, and of `_COLUMNS` what any of the results has.
-
-    Raises:
-        ConfigError: A result lacks one of them.
-    """
+    """Return the metrics to show: the main one, and of `_COLUMNS` what any of the results has."""
     metrics = [name for name in _COLUMNS
                if name == main or any(name in result.metrics for result in results)]
     for file, result in zip(files, results):
@@ -246,13 +235,7 @@ def _metrics(files: Sequence[str | Path], results: Sequence[Result], main: str) 
 @torch.no_grad()
 def time_ratios(model: Any, dataset: BaseDataset, settings: Sequence[Setting],
                 rounds: int = 30) -> dict[int, list[float]]:
-    """Time whole predictions, from the decoded image to its labels, one image a round.
-
-    Args:
-        model: A segmentor or a classifier.
-        dataset: Its images.
-        settings: What takes turns.
-        rounds: Number of rounds, besides three that warm up.
+    """Time predictions from the decoded image to its labels, one image a round.
 
     Returns:
         Seconds of each round, by the index of the setting.
@@ -304,12 +287,7 @@ def draw(model: Any, datasets: Sequence[BaseDataset],
          indices: Sequence[int] = (0, 2, 7)) -> None:
     """Draw image, truth and the prediction at each ratio, a row for each image, as a PNG.
 
-    Args:
-        model: A segmentor.
-        datasets: Its test set, and others of which the first image is drawn.
-        settings: What to predict with, and how it is called.
-        path: File to write.
-        indices: Images of the test set, where there are so many.
+    Of the first data set these are the images at ``indices``, of others the first one.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch

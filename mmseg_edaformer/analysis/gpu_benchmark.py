@@ -41,19 +41,7 @@ _DRAWN = 24
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure on.
-
-    Args:
-        sizes: Heights and widths of the images in pixels, the smallest first.
-        batch_sizes: Images per call, the smallest first.
-        train_batch: Images per training step.
-        seconds: Time for all parts.
-        workers: Processes that read training images.
-        repeats: Maximum number of rounds of a cell.
-        steps: Steps of the training from files.
-        gemm: Side of the matrices whose product gives the rate.
-        out: The JSON file.
-    """
+    """The flags of `tools/benchmark_gpu.py`; sizes and batch sizes have the smallest first."""
     sizes: Sequence[tuple[int, int]]
     batch_sizes: Sequence[int]
     train_batch: int
@@ -74,14 +62,7 @@ class Part:
 
 
 class Suite:
-    """Measures one part after the other.
-
-    Attributes:
-        content: Content of the JSON.
-
-    Raises:
-        ConfigError: There is no GPU, or this is no checkout of the repository.
-    """
+    """Measures one part after the other, and keeps the ``content`` of the JSON."""
 
     def __init__(self, settings: Settings) -> None:
         for path in CONFIGS.values():
@@ -262,16 +243,7 @@ def train_from_files(config: Path, folder: Path, batch_size: int, workers: int, 
                      crop: tuple[int, int] = (512, 512), steps: int = 60) -> dict[str, float]:
     """Train as `tools/train.py --amp` does, on drawn JPEG images of the size of ADE20K's.
 
-    Args:
-        config: A config of ADE20K's layout.
-        folder: Folder for the images and the log.
-        batch_size: Images per step.
-        workers: Processes that read them.
-        crop: Height and width of the crops.
-        steps: Training steps; the first third is not counted.
-
-    Returns:
-        Images per second, milliseconds of a step and of waiting for data in it, and that share.
+    Images and log go to ``folder``. The first third of the steps is not counted.
     """
     (folder / 'data').mkdir()
     for index in range(_DRAWN):

@@ -12,10 +12,10 @@ from torch import nn
 
 from ..command_line import check_checkpoint
 from ..cost import count_macs, windows
+from ..data.classification import is_classifier
 from ..engine.checkpoint_loading import check_weights
 from ..errors import RatioError
 from ..isr import ISRRatio, apply_isr
-from ..pretraining.folders import is_classifier
 
 NONE = ISRRatio.parse('none')
 

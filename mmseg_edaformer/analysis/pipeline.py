@@ -16,9 +16,10 @@ from mmengine.registry import FUNCTIONS, TRANSFORMS, init_default_scope
 from PIL import Image
 from prettytable import PrettyTable
 
+from ..data.classification import check_library, is_classifier
 from ..data.drawing import draw_scene
+from ..data.transforms import without_checks
 from ..errors import ConfigError
-from ..pretraining.folders import check_library, is_classifier
 
 _DRAWN = 8
 """Different images; drawing one takes longer than reading it."""
@@ -54,11 +55,12 @@ def measure_pipeline(cfg: Config, size: tuple[int, int] | None = None, images: i
     dataset: Any = loader.get('dataset') or {}
     while 'pipeline' not in dataset and ('dataset' in dataset or 'datasets' in dataset):
         dataset = dataset.get('dataset') or dataset['datasets'][0]
-    types = [step['type'] for step in dataset.get('pipeline') or ()]
+    types = [without_checks(step)['type'] for step in dataset.get('pipeline') or ()]
     if 'LoadImageFromFile' not in types:
         raise ConfigError(f'{cfg.filename} has no {name}.dataset.pipeline that loads images')
-    pipeline = [step for step in dataset.pipeline[types.index('LoadImageFromFile'):]
-                if mode == 'train' or step['type'] != 'LoadAnnotations']
+    first = types.index('LoadImageFromFile')
+    pipeline = [step for name, step in zip(types[first:], dataset.pipeline[first:])
+                if mode == 'train' or name != 'LoadAnnotations']
     steps = [TRANSFORMS.build(step) for step in pipeline]
     options = dict(loader.get('collate_fn') or {})
     kind = options.pop('type', pseudo_collate)

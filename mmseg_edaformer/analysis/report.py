@@ -28,6 +28,7 @@ from mmengine.runner import Runner
 from mmengine.utils.dl_utils import collect_env
 
 from ..cost import unwrap
+from ..data.classification import is_classifier
 from ..engine.isr_hook import ISRHook
 from ..errors import RatioError, UserError
 from ..files import write_file

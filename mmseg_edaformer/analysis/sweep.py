@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from ..data.classification import is_classifier
 from ..engine import launch
 from ..engine.run_config import load_config
 from ..errors import ConfigError, RatioError
 from ..files import write_file
 from ..isr import ISRRatio
-from ..pretraining.folders import is_classifier
 from .bench import Bench, mean_iou, open_bench
 from .loading import ratio_name
 from .sweep_report import (
@@ -46,7 +46,7 @@ def change_interval(areas: np.ndarray, trained: np.ndarray,
     """Return the 95 % interval of the difference of two mIoU, by bootstrap over the images.
 
     Each resample draws as many images with replacement, the same for both, and its mIoU is that of
-    all their pixels together. The interval tells how far another sample of such images may differ.
+    all their pixels together.
 
     Args:
         areas: Intersections and unions of each image, N x 2 x C.
@@ -72,11 +72,8 @@ def search(bench: Bench, ratios: Sequence[ISRRatio], goal: Goal, greedy: bool) -
     where every step would lose more than ``max_drop`` or save little, or without a goal at the
     GMACs of ratio 2.
 
-    Returns:
-        All ratios that were to be measured.
-
-    Raises:
-        ConfigError: No ratio meets ``budget_gmacs``, which is known before any is measured.
+    Returns all ratios that were to be measured. That no ratio meets ``budget_gmacs`` is known
+    before any is measured, and raises a ConfigError.
     """
     trained = bench.ratio('none')
     tried = list(dict.fromkeys([trained, *ratios]))
@@ -168,10 +165,7 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
 def make_rows(bench: Bench, ratios: Sequence[ISRRatio], *, memory: bool = True) -> list[Row]:
     """Return the figures of those ratios that were measured on all images, the cheapest last.
 
-    Args:
-        bench: The measurements.
-        ratios: Ratios to show.
-        memory: Whether to measure the memory, which takes one more prediction of each.
+    ``memory`` takes one more prediction of each.
     """
     done = [ratio for ratio in ratios if bench.measured.count(ratio_name(ratio)) >= bench.images]
     done.sort(key=lambda ratio: -bench.gmacs(ratio))

@@ -14,9 +14,10 @@ from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATASETS
 
 from ..data.audit import check_samples, inner_datasets
+from ..data.classification import check_library, is_classifier
 from ..errors import CheckpointError, ConfigError, DataError
 from ..files import write_file
-from ..pretraining.folders import check_folders, check_library, check_same_classes, is_classifier
+from ..pretraining.folders import check_folders, check_same_classes
 
 
 def check_work_dir(work_dir: str) -> None:

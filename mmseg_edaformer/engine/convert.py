@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..data.audit import inner_datasets
+from ..data.classification import is_classifier
+from ..data.transforms import without_checks
 from ..errors import CheckpointError, ConfigError
 from ..files import replacing
 from ..models import EFT, EDAFormerHead
 from ..models.eft import ARCHITECTURES
-from ..pretraining.folders import is_classifier
 from .checkpoint_loading import check_weights, load_from_file
 
 DESCRIPTION_FORMAT = 1
@@ -319,6 +320,7 @@ def describe(cfg: Config, meta: Mapping[str, Any]) -> Description:
     pipeline = dataset.get('pipeline')
     if not pipeline or any(step['type'] == 'TestTimeAug' for step in pipeline):
         pipeline = cfg.get('test_pipeline')
+    pipeline = [without_checks(step) for step in pipeline or ()]
     if not pipeline or pipeline[0]['type'] != 'LoadImageFromFile':
         begin = pipeline[0]['type'] if pipeline else 'nothing'
         raise ConfigError(f'{cfg.filename} has a test pipeline that begins with {begin} and not '

@@ -18,11 +18,11 @@ from mmseg.registry import RUNNERS
 from .. import __version__, compat
 from ..cost import unwrap
 from ..data.bad_files import skip_bad_files as skip_files
+from ..data.classification import is_classifier
 from ..errors import CheckpointError, ConfigError
 from ..files import write_file
 from ..isr import ISRRatio
 from ..isr.pooling import check_method
-from ..pretraining.folders import encoder_ratio, is_classifier
 from . import checks
 from .allocator import keep_freed_memory
 from .backbone_weights import check_backbone
@@ -179,7 +179,7 @@ def prepare_test(cfg: Config, checkpoint: str, *, isr_ratio: str | None = None,
         checks.check_classifier_flags({'--tta': tta, '--out': out, '--show': show, '--bf16': bf16,
                                        '--show-dir': show_dir, '--skip-bad-files': skip_bad_files})
     if isr_ratio is not None:
-        read = encoder_ratio if is_classifier(cfg) else ISRRatio.parse
+        read = ISRRatio.parse_encoder if is_classifier(cfg) else ISRRatio.parse
         # A segmentor's preprocessor knows the size of its crops.
         size = dict(crop_size=cfg.get('crop_size')) if is_classifier(cfg) else {}
         add_hook(cfg, dict(type='ISRHook', ratio=str(read(isr_ratio)),

@@ -73,6 +73,19 @@ class ISRRatio:
             raise RatioError(f'isr_ratio {_brief(value)} means nothing. {_VALID}')
         return cls(_multipliers(parts[0], value), _multipliers(parts[1], value))
 
+    @classmethod
+    def parse_encoder(cls, text: str) -> 'ISRRatio':
+        """Read the ratio of a model without a decoder, for which ``2211`` is enough.
+
+        Raises:
+            RatioError: It cannot be parsed.
+        """
+        numbers = text.strip()
+        if '-' not in text and (',' in text or (len(numbers) > 2 and numbers.isdecimal())):
+            text = f'{numbers}-111'
+        ratio = cls.parse(text)
+        return ratio if len(ratio.encoder) == 1 else cls(ratio.encoder, (1, 1, 1))
+
     def for_stages(self, part: str, count: int) -> tuple[int, ...]:
         """The multipliers of 'encoder' or 'decoder', one for each of its ``count`` stages.
 

@@ -98,7 +98,7 @@ def test_the_tool_times_training_pipelines(configs):
                           configs / 'resnet.py', '--mode', 'data', '--size', '64,96',
                           '--repeats', '2')
     assert code == 0, told
-    for name in ('LoadAnnotations', 'RandomCrop', 'collate'):
+    for name in ('LoadSegLabels', 'RandomSegCrop', 'collate'):
         assert len(re.findall(rf'\| {name} +\| +\d+\.\d+ \| +\d+% \|', told)) == 2
     assert told.count('cores for every 1,000 images/s') == 2
     assert 'commit' in told

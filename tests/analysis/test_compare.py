@@ -37,7 +37,7 @@ def segmentor(scenes, tmp_path_factory):
 def classifier(tmp_path_factory):
     """The same of a classifier of drawn images, of which those of cars are the most."""
     pytest.importorskip('mmpretrain', reason='mmpretrain is not there')
-    from mmseg_edaformer.pretraining.folders import draw_crops
+    from mmseg_edaformer.pretraining.crops import draw_crops
     folder = tmp_path_factory.mktemp('classifier')
     data = draw_crops(folder / 'data', train=1, val=2)
     for i in range(20):
@@ -201,7 +201,7 @@ def test_command_line(segmentor, tmp_path):
                           '--large', 1, '--picture', tmp_path / 'x.png', *options)
     assert code == 0, told
     head, *body = rows(told)
-    assert head == ['isr_ratio', 'mIoUat64,96', 'GMACs', 'ms', 'time', 'mIoUat1024,1024', 'GMACs',
+    assert head == ['isr_ratio', 'mIoU64,96', 'GMACs', 'ms', 'time', 'mIoU1024,1024', 'GMACs',
                     'ms', 'time']
     assert [row[0] for row in body] == ['none', '2', 'auto']
     assert float(body[1][6]) < float(body[0][6])
@@ -211,9 +211,15 @@ def test_command_line(segmentor, tmp_path):
     assert Image.open(tmp_path / 'x.png').size[0] > 1000
 
 
-def test_what_cannot_be_compared(segmentor):
+def test_without_the_trained_ratio(segmentor):
+    text = compare.compare_checkpoint(*map(str, segmentor), ['2', 'optimal', '2'])
+    assert [row[0] for row in rows(text)] == ['isr_ratio', '2', '2211-222']
+    assert 'time: median ratio to 2 in' in text
+
+
+def test_what_cannot_be_compared(segmentor, monkeypatch):
     with pytest.raises(ConfigError, match='trains a classifier: test it with'):
         compare.compare_checkpoint(f'{ROOT}/configs/eft_t_crops.py', segmentor[1], ['2'])
-    other = {'test_dataloader.dataset.metainfo.classes': [str(i) for i in range(8)]}
+    monkeypatch.setattr(compare, 'CLASSES', ('other',))
     with pytest.raises(ConfigError, match='--large draws scenes, whose classes are not those'):
-        compare.compare_checkpoint(*map(str, segmentor), ['2'], large=1, cfg_options=other)
+        compare.compare_checkpoint(*map(str, segmentor), ['2'], large=1)

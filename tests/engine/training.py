@@ -27,9 +27,9 @@ model = dict(backbone=dict(drop_path_rate=0.2, depths=(1, 1, 1, 1)),
              train_cfg=dict(isr_range=dict(ratios=('2211-222', 2))))
 train_dataloader = dict(collate_fn=dict(type='stack_collate', photometric=dict()), dataset=dict(
     pipeline=[
-        dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', num_classes=8),
+        dict(type='LoadSegImage'), dict(type='LoadSegLabels', num_classes=8),
         dict(type='RandomResize', scale=(96, 64), ratio_range=(0.8, 1.5), keep_ratio=True),
-        dict(type='RandomCrop', crop_size=(64, 64), cat_max_ratio=0.75),
+        dict(type='RandomSegCrop', crop_size=(64, 64), cat_max_ratio=0.75),
         dict(type='RandomFlip', prob=0.5), dict(type='PackSegInputs')]))
 custom_hooks = [dict(type='CheckWeightsHook')]
 ''')
