@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,10 @@ def writing(out: Path) -> Iterator[None]:
                           'space, or give another --out') from error
 
 
-def make_folders(out: Path, targets: Iterable[str],
-                 kinds: Sequence[str] = ('masks', 'overlays')) -> None:
-    """Make the folders of the results, and remove what killed runs left half-written."""
-    for folder in {out / kind / Path(target).parent for target in targets for kind in kinds}:
-        folder.mkdir(parents=True, exist_ok=True)
+def remove_leftovers(out: Path) -> None:
+    """Remove what killed runs left half-written."""
+    for folder in out, *(Path(folder) for kind in ('masks', 'overlays')
+                         for folder, _, _ in os.walk(out / kind)):
         remove_partial_files(folder)
 
 

@@ -12,6 +12,7 @@ from contextlib import suppress
 from html import escape
 from pathlib import Path
 from typing import Any
+from unittest import mock
 from urllib.parse import urlsplit
 
 import cv2
@@ -167,8 +168,8 @@ def serve(segmenter: Segmenter, *, host: str = _HERE, port: int = 7860, names: S
     if not max_upload > 0:
         raise ConfigError(f'--max-upload {max_upload:g}: give a number of megabytes above 0')
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the folder is removed
-    with tempfile.TemporaryDirectory(prefix='mmseg_edaformer_demo_') as folder:
-        os.environ['GRADIO_TEMP_DIR'] = os.path.join(folder, 'uploads')
+    with tempfile.TemporaryDirectory(prefix='mmseg_edaformer_demo_') as folder, \
+            mock.patch.dict(os.environ, GRADIO_TEMP_DIR=os.path.join(folder, 'uploads')):
         gr = _import_gradio()
         comparer = Comparer(segmenter, max_side)
         with _listen(host, port) as listening:

@@ -25,11 +25,11 @@ from .outputs import (
     Summary,
     draw_legend,
     encode_png,
-    make_folders,
     make_note,
     open_video_writer,
     read_mask,
     read_summary,
+    remove_leftovers,
     write_result,
     writing,
 )
@@ -61,7 +61,7 @@ def predict_images(segmenter: Segmenter, sources: Sequence[str | Path],
     targets = name_targets(files)
     with writing(out):
         write_file(out / 'legend.png', encode_png(draw_legend(segmenter)))
-        make_folders(out, targets.values())
+        remove_leftovers(out)
     summary = Summary(segmenter, out)
     base = segmenter.fingerprint()
     notes = {path: make_note(base, path, target) for path, target in targets.items()}
@@ -74,13 +74,18 @@ def predict_images(segmenter: Segmenter, sources: Sequence[str | Path],
             summary.add(path, target, labels)
     summary.kept = len(targets) - len(left)
     skipped = summary.skipped if len(targets) > 1 else None
-    with writing(out), progress_bar('predict', len(targets), summary.kept) as advance:
-        paths = iter(left)
-        for result in segmenter.stream(left, skipped):
-            path = next(path for path in paths if str(path) not in summary.skipped)
-            write_result(out, targets[path], result, notes[path])
-            summary.add(path, targets[path], result.labels)
-            advance(len(summary.images) + len(summary.skipped))
+    try:
+        with writing(out), progress_bar('images', len(targets), summary.kept) as advance:
+            paths = iter(left)
+            for result in segmenter.stream(left, skipped):
+                path = next(path for path in paths if str(path) not in summary.skipped)
+                write_result(out, targets[path], result, notes[path])
+                summary.add(path, targets[path], result.labels)
+                advance(len(summary.images) + len(summary.skipped))
+    except KeyboardInterrupt:
+        print(f'{len(summary.images)} of {len(targets)} images are done: run the same command '
+              'again to resume', file=sys.stderr)
+        raise
     if not summary.images:
         raise DataError('no image can be read: ' + next(iter(summary.skipped.values())))
     return summary.write()

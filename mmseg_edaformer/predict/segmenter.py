@@ -307,9 +307,7 @@ class Segmenter:
             DataError: It cannot be read.
         """
         if isinstance(item, (str, Path)):
-            # A str may carry more, see bulk.py.
-            results = self._read_file(dict(
-                img_path=item if isinstance(item, str) else str(item)))
+            results = self._read_file(dict(img_path=str(item)))
             image = to_bgr(results['img'].astype(np.uint8, copy=False))
         else:
             image = to_array(item)
