@@ -33,7 +33,6 @@ from ..engine.isr_hook import ISRHook
 from ..errors import RatioError, UserError
 from ..files import write_file
 from ..isr import ISRRatio, isr
-from ..pretraining.folders import is_classifier
 from . import report_plots as plots
 from .bench import Bench
 from .counts import EXAMPLES, FOLDER, Evaluation
