@@ -216,7 +216,7 @@ def read_labels(labels: Path, path: Path, size: Grid, classes: int,
         if len(masks) != 1:
             raise DataError(f'{labels} holds {len(masks)} masks called {path.stem}.*, not one')
         mask = masks[0]
-    load = TRANSFORMS.build(dict(type='LoadAnnotations', num_classes=classes))
+    load = TRANSFORMS.build(dict(type='LoadSegLabels', num_classes=classes))
     results = load(dict(img_path=str(path), seg_map_path=str(mask), ori_shape=size, seg_fields=[],
                         reduce_zero_label=reduce_zero_label))
     truth: np.ndarray = results['gt_seg_map']
