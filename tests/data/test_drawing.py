@@ -142,10 +142,10 @@ def test_interrupted_run_is_repaired(tmp_path, monkeypatch):
 
     draw, left = synthetic.draw_scene, iter(range(2))
 
-    def stop(rng, size):
+    def stop(rng, size, scale):
         if next(left, None) is None:
             raise KeyboardInterrupt
-        return draw(rng, size)
+        return draw(rng, size, scale)
 
     monkeypatch.setattr(synthetic, 'draw_scene', stop)
     with pytest.raises(KeyboardInterrupt):
