@@ -96,7 +96,7 @@ del each
     (tmp_path / 'sitecustomize.py').write_text('import pwd\npwd.getpwuid = {}.__getitem__\n')
     kept = {name: value for name, value in os.environ.items()
             if name not in ('HOME', 'USER', 'LOGNAME', 'LNAME', 'USERNAME', 'PYTHONIOENCODING')}
-    done = run('tools/train.py', config, '--work-dir', tmp_path / 'work', env=dict(
+    done = run('tools/train.py', config, '--verbose', '--work-dir', tmp_path / 'work', env=dict(
         kept, LC_ALL='POSIX', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0', TMPDIR=str(tmp_path),
         PYTHONPATH=os.pathsep.join((str(tmp_path), str(ROOT))), EDAFORMER_NATIVE='0'))
     assert 'Traceback' not in done.stdout + done.stderr
