@@ -24,7 +24,7 @@ from ..data.drawing import draw_scene
 from ..errors import ConfigError, DataError, UserError
 from ..files import write_file
 from .comparison import MAX_SIDE, Comparer, Comparison
-from .segmenter import Segmenter, ratio_name
+from .segmenter import Segmenter
 
 _MOST = 8  # the largest multiplier on the sliders
 _WAITING = 16  # requests
@@ -44,7 +44,7 @@ def describe_figures(comparison: Comparison) -> str:
             ('ms', 'milliseconds', f'{milliseconds[0]:.0f} → <b>{milliseconds[1]:.0f}</b>',
              f'{_change(*milliseconds)}, median of {comparison.rounds}')))
     return (f'<div class="eda-cards">{cards}</div><p class="eda-note">Ratio of the right side: '
-            f'<code>--isr-ratio {ratio_name(comparison.ratio)}</code></p>')
+            f'<code>--isr-ratio {comparison.ratio!s}</code></p>')
 
 
 def _change(before: float, after: float) -> str:

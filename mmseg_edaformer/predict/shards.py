@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 from ..errors import DataError, UserError
 from ..files import shorten
 
-SHARDS = frozenset({'.gz', '.parquet', '.tar', '.tgz'})
-"""Endings of the files that hold many images each; ``.gz`` is that of ``.tar.gz``."""
+SHARDS = frozenset({'.parquet', '.tar', '.tgz'})
+"""Endings of the files of a folder that hold many images each."""
 
 _LONGEST_NAME = 235  # bytes between two slashes, as for the masks of single files
 _LONGEST_PATH = 2000  # bytes of a name with its folders: 4096, less those of the results
@@ -52,7 +52,7 @@ class Sample(NamedTuple):
 
 def is_shard(path: str | Path) -> bool:
     """Return whether a file holds many images."""
-    return Path(path).suffix.lower() in SHARDS
+    return str(path).lower().endswith(('.tar.gz', *SHARDS))
 
 
 def read_samples(source: Sample, column: str | None, endings: Set[str]) -> Iterator[Sample]:

@@ -8,6 +8,7 @@ import pytest
 from mmseg_edaformer.errors import DataError
 from mmseg_edaformer.predict.inputs import IMAGES
 from mmseg_edaformer.predict.shards import Sample, read_samples
+from tests.conftest import run
 
 pa = pytest.importorskip('pyarrow')
 parquet = pytest.importorskip('pyarrow.parquet')
@@ -47,6 +48,8 @@ def test_a_tar(tmp_path):
     assert 'a.tar holds no image that ends in .webp: name the ending' in reasons['a.tar']
     write_tar(tmp_path / 'b.tgz', [('0.png', b'zero')], 'w:gz')
     assert read(tmp_path / 'b.tgz') == ({'b/0': b'zero'}, {})
+    os.rename(tmp_path / 'b.tgz', tmp_path / 'c.tar.gz')
+    assert read(tmp_path / 'c.tar.gz') == ({'c.tar/0': b'zero'}, {})
     write_tar(tmp_path / 'two.tar', [('a.jpg', b'0'), ('a.png', b'0')])
     with pytest.raises(DataError, match=r'the sample a in .*two.tar has jpg and png: select one'):
         read(tmp_path / 'two.tar')
@@ -101,6 +104,10 @@ def test_damaged_shards(tmp_path):
         contents, reasons = read(tmp_path / name)
         assert not contents
         assert says in reasons[name]
+
+
+def test_reading_needs_no_torch():
+    run('-c', 'import sys, mmseg_edaformer.predict.shards; assert "torch" not in sys.modules')
 
 
 def test_hostile_names_stay_within_the_results(tmp_path):
