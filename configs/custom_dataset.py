@@ -15,15 +15,16 @@ data = dict(
 train = dict(data_prefix=dict(img_path='images/train', seg_map_path='masks/train'))
 val = dict(data_prefix=dict(img_path='images/val', seg_map_path='masks/val'))
 # 3. How the images are read.
-labels = dict(type='LoadAnnotations', num_classes=num_classes)
+labels = dict(type='LoadSegLabels', num_classes=num_classes)
 train_pipeline = [
-    dict(type='LoadImageFromFile'), labels,
-    dict(type='RandomResize', scale=(2048, 512), ratio_range=(0.5, 2.0), keep_ratio=True),
-    dict(type='RandomCrop', crop_size=(512, 512), cat_max_ratio=0.75),
+    dict(type='LoadSegImage'), labels,
+    dict(type='RandomResize', scale=(2048, 512), ratio_range=(0.5, 2.0), keep_ratio=True,
+         resize_type='SegResize'),
+    dict(type='RandomSegCrop', crop_size=(512, 512), cat_max_ratio=0.75),
     dict(type='RandomFlip', prob=0.5), dict(type='PackSegInputs'),
 ]
 test_pipeline = [
-    dict(type='LoadImageFromFile'), dict(type='Resize', scale=(2048, 512), keep_ratio=True),
+    dict(type='LoadImageFromFile'), dict(type='SegResize', scale=(2048, 512), keep_ratio=True),
     dict(type='ResizeToMultiple', size_divisor=32), labels, dict(type='PackSegInputs'),
 ]
 tta_pipeline = _base_.tta_pipeline

@@ -8,7 +8,7 @@ model = dict(
     head=dict(num_classes=10, loss=dict(num_classes=10)))
 train_pipeline = _base_.train_pipeline
 train_pipeline[1].update(scale=64, crop_ratio_range=(0.5, 1.0))
-test_pipeline = [dict(type='mmseg.LoadImageFromFile'), dict(type='PackInputs')]
+test_pipeline = [dict(type='mmseg.LoadSegImage'), dict(type='PackInputs')]
 train_dataloader = dict(
     batch_size=64,
     num_workers=1,

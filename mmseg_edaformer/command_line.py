@@ -24,10 +24,25 @@ def add_isr_ratio(parser: argparse.ArgumentParser, *, several: bool = False,
                   default: str | None = 'none', note: str = '') -> None:
     """Add ``--isr-ratio``; with ``several`` it takes a list of them."""
     parser.add_argument('--isr-ratio', metavar='RATIO', nargs='+' if several else None,
-                        default=[default] if several else default,
+                        default=[default] if several and default else default,
                         help='reduce keys further: none, optimal, auto, one integer for all stages '
                         '(2), or multipliers per stage, encoder-decoder, both shallow to deep '
                         f'(2211-222){"; several at once" if several else ""}{note}')
+
+
+class Renamed(argparse.Action):
+    """End with the new spelling of a flag: ``add_argument('--old', action=Renamed, new='--new')``.
+
+    The flag does not show up in ``--help``.
+    """
+
+    def __init__(self, *args: Any, new: str, **kwargs: Any) -> None:
+        self.new = new
+        super().__init__(*args, **(dict(nargs='*', help=argparse.SUPPRESS) | kwargs))
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> None:
+        """Raise the error."""
+        parser.error(f'{self.option_strings[0]} is now {self.new}')
 
 
 def add_cfg_options(parser: argparse.ArgumentParser) -> None:

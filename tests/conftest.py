@@ -13,7 +13,7 @@ from mmseg.registry import MODELS
 import mmseg_edaformer
 from mmseg_edaformer.data import drawing as synthetic
 from mmseg_edaformer.models import layers
-from mmseg_edaformer.pretraining import folders as pretrain
+from mmseg_edaformer.pretraining.crops import draw_crops
 from tests.fake_cuda import fake_cuda
 
 ROOT = Path(mmseg_edaformer.__file__).parents[1]
@@ -64,7 +64,7 @@ def scenes(tmp_path_factory):
 @pytest.fixture(scope='session')
 def crops(tmp_path_factory):
     """Forty drawn images of ten classes for training, ten for validation; read-only."""
-    return pretrain.draw_crops(tmp_path_factory.mktemp('crops') / 'data', train=4, val=1)
+    return draw_crops(tmp_path_factory.mktemp('crops') / 'data', train=4, val=1)
 
 
 @pytest.fixture(scope='session')
@@ -151,8 +151,8 @@ crop_size = (64, 64)
 data_root = '{scenes}'
 train_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False, dataset=dict(
     data_root=data_root, pipeline=[
-        dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', num_classes=8),
-        dict(type='RandomCrop', crop_size=crop_size), dict(type='PackSegInputs')]))
+        dict(type='LoadSegImage'), dict(type='LoadSegLabels', num_classes=8),
+        dict(type='RandomSegCrop', crop_size=crop_size), dict(type='PackSegInputs')]))
 val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(data_root=data_root))
 test_dataloader = val_dataloader
 param_scheduler = [dict(type='ConstantLR', factor=1., by_epoch=False)]

@@ -70,7 +70,7 @@ def test_it_builds_and_agrees_with_itself(path):
         assert len(dataset.metainfo['classes']) == cfg.model.decode_head.num_classes
         tta = list(itertools.chain(*cfg.tta_pipeline[1].transforms))
         for pipeline in (loader.dataset.pipeline, tta):
-            labels = [step for step in pipeline if step.type == 'LoadAnnotations']
+            labels = [step for step in pipeline if step.type == 'LoadSegLabels']
             assert [step.num_classes for step in labels] == [cfg.model.decode_head.num_classes]
     for step in cfg.tta_pipeline:
         TRANSFORMS.build(step)
@@ -109,7 +109,7 @@ def test_recipe(name):
     assert (resize.type, tuple(resize.scale), tuple(resize.ratio_range)) == (
         'RandomResize', (2048, side), (0.5, 2.0))
     assert (crop.type, tuple(crop.crop_size), crop.cat_max_ratio) == (
-        'RandomCrop', (side, side), 0.75)
+        'RandomSegCrop', (side, side), 0.75)
     ratios = {'ade': [0.75, 0.875, 1.0, 1.125, 1.25],
               'cityscapes': [0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0],
               'cocostuff': [0.5, 0.75, 1.0, 1.25, 1.5, 1.75]}[data]
@@ -120,7 +120,7 @@ def test_recipe(name):
         assert cfg.model.test_cfg == dict(mode='slide', crop_size=(1024, 1024), stride=(768, 768))
     else:
         assert cfg.model.test_cfg.mode == 'whole'
-        assert steps[1:3] == ['Resize', 'ResizeToMultiple']
+        assert steps[1:3] == ['SegResize', 'ResizeToMultiple']
     if tuned:
         trained = name.split('_isr40k')[0]
         assert Path(cfg.load_from) == Path('work_dirs') / trained / 'iter_160000.pth'
@@ -137,7 +137,7 @@ def test_pools(name):
     with torch.device('meta'):
         model = MODELS.build(load(name).model)
     factor = 2 if name.endswith(('isr40k', '_isr')) else 1
-    ratios = model.isr_range.ratios if model.isr_range else []
+    ratios = model.isr_range.isr_ratios if model.isr_range else []
     assert [str(ratio) for ratio in ratios] == (
         ['2211-222', '2222-222', '4422-444'] if name.endswith('_range') else [])
     assert sorted(set(pools(model))) == [factor * pool for pool in (1, 2, 4, 8)]

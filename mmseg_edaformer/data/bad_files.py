@@ -1,4 +1,4 @@
-"""Going on without the files that cannot be read, and saying which ones they are."""
+"""Continuing without the files that cannot be read, and listing them."""
 import copy
 import os
 from collections.abc import Iterator, Sequence
@@ -14,10 +14,14 @@ from mmengine.runner import Runner
 from ..errors import ConfigError, DataError
 
 IN_A_ROW = 100
-"""So many unreadable files one after the other are no matter of single files."""
+"""This many unreadable files one after the other suggest a broken disk or path."""
 
-_LOADERS = ('LoadImageFromFile', 'LoadAnnotations')
+# Transforms that read files, and the class that can skip them.
+_LOADERS = {'LoadImageFromFile': 'LoadSegImage', 'LoadSegImage': 'LoadSegImage',
+            'LoadAnnotations': 'LoadSegLabels', 'LoadSegLabels': 'LoadSegLabels'}
 _SHOWN = 10
+_SHARE = 0.1  # largest share of bad samples, once 100 were drawn
+_INTERVAL = 50  # iterations between two looks at the list
 
 
 class SkipList:
@@ -52,12 +56,12 @@ class SkipList:
             finally:
                 os.close(handle)
         if self.in_a_row >= IN_A_ROW:
-            raise DataError(f'{self.in_a_row} files in a row could not be read, so more is wrong '
-                            f'than a few files: see {self.path}. The last: {error}')
+            raise DataError(f'{self.in_a_row} files in a row could not be read, which suggests a '
+                            f'broken disk or path: see {self.path}. The last: {error}')
 
 
 def skip_bad_files(cfg: Config, work_dir: str, run: str = 'train') -> None:
-    """Let a run go on where an image or a mask cannot be read.
+    """Let a run continue where an image or a mask cannot be read.
 
     In training another sample is drawn in its place. In validation and test a blank image without
     labels takes its place, so that the sample counts for nothing in the IoU and all processes keep
@@ -65,19 +69,18 @@ def skip_bad_files(cfg: Config, work_dir: str, run: str = 'train') -> None:
 
     Args:
         cfg: The config of the run, changed in place.
-        work_dir: Where the list of skipped files goes.
-        run: What the list is called after: ``skipped_<run>.txt``.
+        work_dir: Folder for the list of skipped files.
+        run: Name of the run; the list is ``skipped_<run>.txt``.
 
     Raises:
-        ConfigError: The predictions are to be written or painted, and a blank image would be
-            among them.
+        ConfigError: Predictions are written or painted, and a blank image would be among them.
     """
     for evaluators in (cfg.get('val_evaluator'), cfg.get('test_evaluator')):
         for evaluator in evaluators if isinstance(evaluators, Sequence) else [evaluators]:
             if (evaluator or {}).get('output_dir'):
                 raise ConfigError('--skip-bad-files and --out (output_dir of an evaluator) do not '
                                   'go together: a label map would be written for a skipped image. '
-                                  'Mend or remove the bad files, or leave one of the two out')
+                                  'Fix or remove the bad files, or leave one of the two out')
     if ((cfg.get('default_hooks') or {}).get('visualization') or {}).get('draw'):
         raise ConfigError('--skip-bad-files and --show or --show-dir do not go together: a '
                           'skipped image cannot be painted. Leave one of the two out')
@@ -87,7 +90,7 @@ def skip_bad_files(cfg: Config, work_dir: str, run: str = 'train') -> None:
         if cfg.get(name) is not None:
             part = copy.deepcopy(cfg[name])  # configs share pipelines and whole dataloaders
             for step in _loaders(part):
-                step.update(skip_list=path, blank=blank)
+                step.update(type=_LOADERS[step['type']], skip_list=path, blank=blank)
             cfg[name] = part
     cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks') or []
                         if hook['type'] != 'SkippedFilesHook'] + [
@@ -95,36 +98,32 @@ def skip_bad_files(cfg: Config, work_dir: str, run: str = 'train') -> None:
 
 
 def _loaders(part: Any) -> Iterator[Any]:
-    """The steps of pipelines that read files, at any depth of a config."""
+    """Yield the steps of pipelines that read files, at any depth of a config."""
     if isinstance(part, dict):
         if part.get('type') in _LOADERS:
             yield part
-        for value in part.values():
-            yield from _loaders(value)
-    elif isinstance(part, (list, tuple)):
-        for value in part:
-            yield from _loaders(value)
+        part = part.values()
+    elif not isinstance(part, (list, tuple)):
+        return
+    for value in part:
+        yield from _loaders(value)
 
 
 @HOOKS.register_module()
 class SkippedFilesHook(Hook):
     """Logs the files that are skipped, and stops a run that skips too many.
 
-    A new run starts a new list, a resumed one goes on with its own.
+    A new run starts a new list, a resumed one continues its own.
 
     Args:
-        skip_list: The text file that the transforms write, see `SkipList`.
-        share: Of all samples, once 100 were drawn, so many may be bad.
-        interval: Iterations between two looks at the file's size.
+        skip_list: Text file that the transforms write, see `SkipList`.
 
     Raises:
-        DataError: More than ``share`` of the samples are bad.
+        DataError: More than a tenth of the samples are bad.
     """
 
-    def __init__(self, skip_list: str, share: float = 0.1, interval: int = 50) -> None:
+    def __init__(self, skip_list: str) -> None:
         self.skip_list = skip_list
-        self.share = share
-        self.interval = interval
         self.files: dict[str, str] = {}
         self.earlier = self.place = self.samples = 0
 
@@ -138,42 +137,30 @@ class SkippedFilesHook(Hook):
                 Path(self.skip_list).unlink(missing_ok=True)
         barrier()
 
-    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None,
-                         outputs: Any = None) -> None:
-        """Count, and look now and then."""
-        self._count(runner, batch_idx, data_batch)
-
-    def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None,
-                       outputs: Any = None) -> None:
-        """Count, and look now and then."""
-        self._count(runner, batch_idx, data_batch)
-
-    def after_test_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None,
-                        outputs: Any = None) -> None:
-        """Count, and look now and then."""
-        self._count(runner, batch_idx, data_batch)
-
-    def after_val(self, runner: Runner) -> None:
-        """Log what the validation skipped."""
-        self._look(runner)
-
-    def after_train(self, runner: Runner) -> None:
-        """Say how many there were."""
-        self._sum_up(runner)
-
-    def after_test(self, runner: Runner) -> None:
-        """Say how many there were."""
-        self._sum_up(runner)
-
-    def _count(self, runner: Runner, batch_idx: int, data_batch: Any) -> None:
+    def _after_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None,
+                    outputs: Any = None, mode: str = 'train') -> None:
         images = data_batch['inputs']
         if isinstance(images[0], (list, tuple)):  # test-time augmentation: views of a batch
             images = images[0]
         self.samples += len(images) * runner.world_size
-        if self.every_n_inner_iters(batch_idx, self.interval):
-            self._look(runner)
+        if self.every_n_inner_iters(batch_idx, _INTERVAL):
+            self._log_new(runner)
 
-    def _look(self, runner: Runner) -> None:
+    def after_val(self, runner: Runner) -> None:
+        """Log what the validation skipped."""
+        self._log_new(runner)
+
+    def after_train(self, runner: Runner) -> None:
+        """Log how many files were skipped."""
+        self._log_new(runner)
+        if self.files:
+            runner.logger.warning(
+                f'{len(self.files)} file{"s were" if len(self.files) > 1 else " was"} skipped, '
+                f'listed in {self.skip_list}')
+
+    after_test = after_train
+
+    def _log_new(self, runner: Runner) -> None:
         if not is_main_process():
             return
         new = self._read()
@@ -182,13 +169,13 @@ class SkippedFilesHook(Hook):
         if len(new) > _SHOWN:
             runner.logger.warning(f'skipped: {len(new) - _SHOWN} more, see {self.skip_list}')
         bad = len(self.files) - self.earlier
-        if self.samples >= 100 and bad > self.share * self.samples:
+        if self.samples >= 100 and bad > _SHARE * self.samples:
             raise DataError(f'{bad} files were skipped in {self.samples} samples, more than '
-                            f'{self.share:.0%}, so more is wrong than a few files: see '
-                            f'{self.skip_list}, and check the disk and the paths of the config')
+                            f'{_SHARE:.0%}: see {self.skip_list}, and check the disk and the '
+                            'paths of the config')
 
     def _read(self) -> list[str]:
-        """The reasons of the files that are new in the list."""
+        """Return the reasons of the files that are new in the list."""
         path = Path(self.skip_list)
         if not path.is_file() or path.stat().st_size <= self.place:
             return []
@@ -197,14 +184,7 @@ class SkippedFilesHook(Hook):
             content = lines.read()
         content = content[:content.rfind(b'\n') + 1]
         self.place += len(content)
-        found = dict(os.fsdecode(line).split('\t', 1) for line in content.splitlines())
-        new = {file: reason for file, reason in found.items() if file not in self.files}
+        listed = dict(os.fsdecode(line).split('\t', 1) for line in content.splitlines())
+        new = {file: reason for file, reason in listed.items() if file not in self.files}
         self.files.update(new)
         return list(new.values())
-
-    def _sum_up(self, runner: Runner) -> None:
-        self._look(runner)
-        if self.files:
-            runner.logger.warning(
-                f'{len(self.files)} file{"s were" if len(self.files) > 1 else " was"} skipped, '
-                f'listed in {self.skip_list}')

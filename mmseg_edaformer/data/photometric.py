@@ -1,6 +1,6 @@
 """mmseg's PhotoMetricDistortion for whole batches, on the device where they are.
 
-In the processes that read the data it takes a fifth of their time; a GPU does it for nothing.
+It takes a fifth of the time of the processes that read the data; a GPU does it at no cost.
 """
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -14,14 +14,14 @@ _LEVELS = np.arange(256, dtype=np.float32)
 
 
 class Distortion(NamedTuple):
-    """What happens to one image; None leaves a step out."""
+    """The changes of one image; None leaves a step out."""
 
     brightness: float | None = None
     """Added to every channel, in levels of 255."""
     contrast: float | None = None
     """Factor of every channel."""
     contrast_first: bool = False
-    """Whether contrast comes before saturation, or after hue."""
+    """Whether contrast comes before saturation instead of after hue."""
     saturation: float | None = None
     """Factor of S in HSV."""
     hue: int | None = None
@@ -32,14 +32,15 @@ def draw_distortions(count: int, *, brightness_delta: float = 32,
                      contrast_range: Sequence[float] = (0.5, 1.5),
                      saturation_range: Sequence[float] = (0.5, 1.5),
                      hue_delta: int = 18) -> list[Distortion]:
-    """Draw with the odds of mmseg's PhotoMetricDistortion, from torch's CPU generator.
+    """Draw with the probabilities of mmseg's PhotoMetricDistortion, from torch's CPU generator.
 
     Args:
         count: Number of images.
         brightness_delta: Largest shift, in levels of 255.
         contrast_range: Smallest and largest factor.
         saturation_range: Smallest and largest factor.
-        hue_delta: The shift is from -hue_delta to hue_delta - 1, in units of two degrees.
+        hue_delta: Bound of the shift, which is -hue_delta to hue_delta - 1, in units of two
+            degrees.
     """
     ranges = ((-brightness_delta, brightness_delta), contrast_range, saturation_range,
               (-hue_delta, hue_delta))
@@ -54,15 +55,15 @@ def draw_distortions(count: int, *, brightness_delta: float = 32,
 
 
 def distort(images: Tensor, distortions: Sequence[Distortion]) -> Tensor:
-    """Distort each image of a batch in its own way.
+    """Distort each image of a batch by its own draws.
 
-    Every step ends in whole levels, and HSV has 180 hues, as with mmseg's uint8 images in OpenCV.
+    Every step rounds to whole levels, and HSV has 180 hues, as with mmseg's uint8 images in OpenCV.
     On the CPU the result is OpenCV's; elsewhere a conversion from HSV differs by one level in fewer
     than 1 of 10,000 values.
 
     Args:
         images: N x 3 x H x W, uint8, BGR.
-        distortions: One for each image.
+        distortions: Draws of each image.
 
     Returns:
         The distorted levels as float32.
@@ -70,14 +71,14 @@ def distort(images: Tensor, distortions: Sequence[Distortion]) -> Tensor:
     if images.device.type != 'cpu':
         return distort_batch(images.float(), distortions)
     distorted = torch.empty(images.shape)
-    for image, drawn, room in zip(images, distortions, distorted):
-        pixels = distort_image(image.permute(1, 2, 0).contiguous().numpy(), drawn)
-        room.copy_(torch.from_numpy(pixels).permute(2, 0, 1))
+    for image, drawn, result in zip(images, distortions, distorted):
+        pixels = _distort_image(image.permute(1, 2, 0).contiguous().numpy(), drawn)
+        result.copy_(torch.from_numpy(pixels).permute(2, 0, 1))
     return distorted
 
 
-def distort_image(image: np.ndarray, drawn: Distortion) -> np.ndarray:
-    """Distort one image, H x W x 3, uint8, BGR, on the CPU: each step is a look-up."""
+def _distort_image(image: np.ndarray, drawn: Distortion) -> np.ndarray:
+    """Distort one image, H x W x 3, uint8, BGR, by look-ups."""
     if drawn.brightness is not None:
         image = cv2.LUT(image, _table(_LEVELS + drawn.brightness))
     contrast = None if drawn.contrast is None else _table(_LEVELS * drawn.contrast)
@@ -93,7 +94,7 @@ def distort_image(image: np.ndarray, drawn: Distortion) -> np.ndarray:
 
 
 def _table(levels: np.ndarray) -> np.ndarray:
-    """What conversion to uint8 leaves."""
+    """Convert to uint8 as OpenCV does."""
     return np.clip(levels, 0, 255).astype(np.uint8)
 
 
@@ -106,7 +107,7 @@ def _look_up_hsv(image: np.ndarray, hues: np.ndarray, saturations: np.ndarray) -
 def distort_batch(images: Tensor, distortions: Sequence[Distortion]) -> Tensor:
     """Distort float32 images, N x 3 x H x W, BGR, in place and without waiting for the device.
 
-    All go through the same operations, which leave those as they are for which nothing was drawn.
+    All go through the same operations, which do not change an image for which nothing was drawn.
     """
     def column(values: Iterable[float | None]) -> list[float]:
         return [nan if value is None else value for value in values]
@@ -129,7 +130,7 @@ def distort_batch(images: Tensor, distortions: Sequence[Distortion]) -> Tensor:
 
 
 def _whole(levels: Tensor) -> Tensor:
-    """What conversion to uint8 leaves, in place."""
+    """Round as a conversion to uint8 does, in place."""
     return levels.clamp_(0, 255).floor_()
 
 
@@ -150,7 +151,7 @@ def _to_hsv(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _put(images: Tensor, h: Tensor, s: Tensor, v: Tensor, drawn: Tensor) -> None:
-    """Convert from HSV, rounding as OpenCV does, into the images for which something was drawn."""
+    """Convert from HSV, rounding as OpenCV does, into those images that have a draw."""
     h, s, v = h * (1 / 30), s * (1 / 255), v * (1 / 255)
     for index, distance in enumerate((
             (h - 4).abs_().sub_(1), (h - 2).abs_().sub_(1), 2 - (h - 3).abs_())):

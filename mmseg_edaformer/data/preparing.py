@@ -1,5 +1,4 @@
-"""Make sure that a data set lies where the configs look for it, with its masks converted."""
-
+"""Check that a data set lies where the configs look for it, with its masks converted."""
 import os
 import shlex
 import subprocess
@@ -9,10 +8,11 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from mmseg_edaformer.errors import DataError
+from ..errors import DataError
 
 PNG_END = b'IEND\xaeB`\x82'
 SHOWN = 3
+DOWNLOADS = 'what belongs there (nothing is downloaded for you):'
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Split:
     Attributes:
         images: Folder of the images, below the root.
         masks: Folder of the masks, below the root.
-        official: How many pairs the published data set has; None where nothing is published.
+        official: Number of pairs of the published data set, if it is published.
     """
 
     name: str
@@ -57,11 +57,11 @@ class Layout:
     An image and its mask have the same name once folder and suffix are taken off.
 
     Attributes:
-        name: Word for it on the command line.
+        name: Name on the command line.
         root: Folder that the configs expect.
         downloads: One line per archive: name, size, address, and what goes where below `{root}`.
         configs: Configs that train on it.
-        converter: None where the published masks are used as they are.
+        converter: Script for the masks; None where the published ones are used as they are.
     """
 
     name: str
@@ -75,101 +75,61 @@ class Layout:
     converter: Converter | None = None
 
 
-LAYOUTS = {
-    layout.name: layout
-    for layout in (
-        Layout(
-            name='ade',
-            title='ADE20K',
-            root='data/ade/ADEChallengeData2016',
-            image_suffix='.jpg',
-            mask_suffix='.png',
-            splits=(
-                Split('train', 'images/training', 'annotations/training', 20210),
-                Split('val', 'images/validation', 'annotations/validation', 2000),
-            ),
-            downloads=(
-                'ADEChallengeData2016.zip (about 0.9 GB) from http://sceneparsing.csail.mit.edu: '
-                'its folder ADEChallengeData2016 becomes {root}',
-            ),
-            configs=('configs/edaformer_t_ade.py', 'configs/edaformer_b_ade.py'),
-        ),
-        Layout(
-            name='cityscapes',
-            title='Cityscapes',
-            root='data/cityscapes',
-            image_suffix='_leftImg8bit.png',
-            mask_suffix='_gtFine_labelTrainIds.png',
-            splits=(
-                Split('train', 'leftImg8bit/train', 'gtFine/train', 2975),
-                Split('val', 'leftImg8bit/val', 'gtFine/val', 500),
-            ),
-            downloads=(
-                'leftImg8bit_trainvaltest.zip (about 11 GB) from '
-                'https://www.cityscapes-dataset.com/downloads (after login): '
-                'its folder leftImg8bit goes into {root}',
-                'gtFine_trainvaltest.zip (about 0.25 GB) from the same page: '
-                'its folder gtFine goes into {root}',
-            ),
-            configs=('configs/edaformer_t_cityscapes.py', 'configs/edaformer_b_cityscapes.py'),
-            converter=Converter(
-                script='cityscapes.py',
-                source='_gtFine_polygons.json',
-                package='cityscapesscripts',
-                folders=('gtFine/test',),
-            ),
-        ),
-        Layout(
-            name='cocostuff',
-            title='COCO-Stuff 164k',
-            root='data/coco_stuff164k',
-            image_suffix='.jpg',
-            mask_suffix='_labelTrainIds.png',
-            splits=(
-                Split('train', 'images/train2017', 'annotations/train2017', 118287),
-                Split('val', 'images/val2017', 'annotations/val2017', 5000),
-            ),
-            downloads=(
-                'train2017.zip (about 18 GB) from '
-                'http://images.cocodataset.org/zips/train2017.zip: '
-                'its folder train2017 goes into {root}/images',
-                'val2017.zip (about 1 GB) from '
-                'http://images.cocodataset.org/zips/val2017.zip: '
-                'its folder val2017 goes into {root}/images',
-                'stuffthingmaps_trainval2017.zip (about 0.7 GB) from '
-                'http://calvin.inf.ed.ac.uk/wp-content/uploads/data/cocostuffdataset/'
-                'stuffthingmaps_trainval2017.zip: '
-                'its folders train2017 and val2017 go into {root}/annotations',
-            ),
-            configs=('configs/edaformer_t_cocostuff.py', 'configs/edaformer_b_cocostuff.py'),
-            converter=Converter(script='coco_stuff164k.py', source='.png', exact=123287),
-        ),
-        Layout(
-            name='synthetic',
-            title='Synthetic scenes',
-            root='data/synthetic',
-            image_suffix='.png',
-            mask_suffix='.png',
-            splits=(
-                Split('train', 'images/training', 'annotations/training'),
-                Split('val', 'images/validation', 'annotations/validation'),
-            ),
-            downloads=(
-                'all of it, drawn by: python tools/prepare_data.py synthetic --root {root} '
-                '(what was drawn once is drawn again after {root}/synthetic.json is removed)',
-            ),
-            configs=('configs/edaformer_t_synthetic.py',),
-        ),
-    )
-}
+LAYOUTS = {layout.name: layout for layout in (
+    Layout(
+        'ade', 'ADE20K', 'data/ade/ADEChallengeData2016', '.jpg', '.png',
+        splits=(Split('train', 'images/training', 'annotations/training', 20210),
+                Split('val', 'images/validation', 'annotations/validation', 2000)),
+        downloads=(
+            'ADEChallengeData2016.zip (about 0.9 GB) from http://sceneparsing.csail.mit.edu: '
+            'its folder ADEChallengeData2016 becomes {root}',),
+        configs=('configs/edaformer_t_ade.py', 'configs/edaformer_b_ade.py')),
+    Layout(
+        'cityscapes', 'Cityscapes', 'data/cityscapes', '_leftImg8bit.png',
+        '_gtFine_labelTrainIds.png',
+        splits=(Split('train', 'leftImg8bit/train', 'gtFine/train', 2975),
+                Split('val', 'leftImg8bit/val', 'gtFine/val', 500)),
+        downloads=(
+            'leftImg8bit_trainvaltest.zip (about 11 GB) from '
+            'https://www.cityscapes-dataset.com/downloads (after login): '
+            'its folder leftImg8bit goes into {root}',
+            'gtFine_trainvaltest.zip (about 0.25 GB) from the same page: '
+            'its folder gtFine goes into {root}'),
+        configs=('configs/edaformer_t_cityscapes.py', 'configs/edaformer_b_cityscapes.py'),
+        converter=Converter('cityscapes.py', '_gtFine_polygons.json',
+                            package='cityscapesscripts', folders=('gtFine/test',))),
+    Layout(
+        'cocostuff', 'COCO-Stuff 164k', 'data/coco_stuff164k', '.jpg', '_labelTrainIds.png',
+        splits=(Split('train', 'images/train2017', 'annotations/train2017', 118287),
+                Split('val', 'images/val2017', 'annotations/val2017', 5000)),
+        downloads=(
+            'train2017.zip (about 18 GB) from http://images.cocodataset.org/zips/train2017.zip: '
+            'its folder train2017 goes into {root}/images',
+            'val2017.zip (about 1 GB) from http://images.cocodataset.org/zips/val2017.zip: '
+            'its folder val2017 goes into {root}/images',
+            'stuffthingmaps_trainval2017.zip (about 0.7 GB) from '
+            'http://calvin.inf.ed.ac.uk/wp-content/uploads/data/cocostuffdataset/'
+            'stuffthingmaps_trainval2017.zip: '
+            'its folders train2017 and val2017 go into {root}/annotations'),
+        configs=('configs/edaformer_t_cocostuff.py', 'configs/edaformer_b_cocostuff.py'),
+        converter=Converter('coco_stuff164k.py', '.png', exact=123287)),
+    Layout(
+        'synthetic', 'Synthetic scenes', 'data/synthetic', '.png', '.png',
+        splits=(Split('train', 'images/training', 'annotations/training'),
+                Split('val', 'images/validation', 'annotations/validation')),
+        downloads=(
+            'all of it, drawn by: python tools/prepare_data.py synthetic --root {root} '
+            '(remove {root}/synthetic.json to draw it again)',),
+        configs=('configs/edaformer_t_synthetic.py',)),
+)}
 
 
 @dataclass(frozen=True)
-class Found:
+class _Files:
     """The files of one split that are on disk, by name without folder and suffix.
 
     Attributes:
-        cut: Those of the masks whose end is missing, because a conversion was interrupted.
+        cut: Masks whose end is missing, because a conversion was interrupted.
         sources: Annotations from which masks can be made.
     """
 
@@ -190,9 +150,54 @@ class Found:
         return self.bare & self.sources
 
 
-def survey(layout: Layout, root: Path) -> list[Found]:
+def prepare(layout: Layout, root: str | Path | None = None, *, check_only: bool = False) -> None:
+    """Check a data set, convert its masks where some are missing, and print what to do next.
+
+    Args:
+        layout: The data set.
+        root: Folder of the data set; by default the one that the configs expect.
+        check_only: Report masks that are not converted instead of converting them.
+
+    Raises:
+        DataError: The data set is not ready; says what is missing, where, and what to do.
+    """
+    root = Path(root or layout.root)
+    print(f'{layout.title} in {root}')
+    splits = _survey(layout, root)
+    _refuse(layout, root, splits, _problems(layout, splits))
+    lines = _unconverted(layout, splits)
+    if lines and check_only:
+        raise DataError('\n  '.join([f'{layout.title} in {root} is not converted:', *lines,
+                                     f'run: {_command(layout, root)}']))
+    if layout.converter and lines:
+        _convert(layout, layout.converter, root, splits)
+        splits = _survey(layout, root)
+        _refuse(layout, root, splits, _problems(layout, splits) + _unconverted(layout, splits))
+    print(f'ready: use {" or ".join(layout.configs)}{options(layout.root, root)}')
+
+
+def options(default: str, root: Path) -> str:
+    """Return what must follow the name of a config that looks for its data in another folder.
+
+    Args:
+        default: Folder that the config expects.
+        root: Folder of the data.
+    """
+    if root.resolve() == Path(default).resolve():
+        return ''
+    place = str(root.absolute())
+    # mmengine drops spaces from the values of --cfg-options and reads lists into the others.
+    if set(place) & set(' ,()[]\'"'):
+        return (f' after: ln -s {shlex.quote(place)} {default}\n'
+                '  (--cfg-options cannot carry this path)')
+    return '\n  with --cfg-options ' + ' '.join(
+        f'{split}_dataloader.dataset.data_root={shlex.quote(place)}'
+        for split in ('train', 'val', 'test'))
+
+
+def _survey(layout: Layout, root: Path) -> list[_Files]:
     """List what a data set has on disk, one entry per split; absent folders count as empty."""
-    found = []
+    splits = []
     for split in layout.splits:
         folder = root / split.masks
         masks = _names(folder, layout.mask_suffix)
@@ -202,53 +207,43 @@ def survey(layout: Layout, root: Path) -> list[Found]:
             end = layout.converter.source
             cut = {name for name in masks if not _is_whole(folder / (name + layout.mask_suffix))}
             # COCO-Stuff: the masks end like the annotations they were made from.
-            sources = {
-                name
-                for name in _names(folder, end)
-                if not (name + end).endswith(layout.mask_suffix)
-            }
+            sources = {name for name in _names(folder, end)
+                       if not (name + end).endswith(layout.mask_suffix)}
         images = _names(root / split.images, layout.image_suffix)
-        found.append(Found(split, images, masks, cut, sources))
-    return found
+        splits.append(_Files(split, images, masks, cut, sources))
+    return splits
 
 
-def problems(layout: Layout, found: Sequence[Found]) -> list[str]:
-    """Say what a conversion cannot mend: empty folders, and files without their partner.
-
-    Returns:
-        One line per problem, none for a sound data set.
-    """
+def _problems(layout: Layout, splits: Sequence[_Files]) -> list[str]:
+    """Name what a conversion cannot fix: empty folders, and files without their partner."""
     lines = []
-    for one in found:
-        split = one.split
-        if not one.images:
+    for files in splits:
+        split = files.split
+        if not files.images:
             lines.append(f'{split.name}: no *{layout.image_suffix} in {split.images}')
-        if not one.masks | one.sources:
+        if not files.masks | files.sources:
             suffix = layout.converter.source if layout.converter else layout.mask_suffix
             lines.append(f'{split.name}: no *{suffix} in {split.masks}')
-        if not one.images or not one.masks | one.sources:
+        if not files.images or not files.masks | files.sources:
             continue
-        for names, what, folder, suffix in (
-            (one.bare - one.waiting, 'without a complete mask', split.images, layout.image_suffix),
-            (one.masks - one.images, 'without an image', split.masks, layout.mask_suffix),
-        ):
+        for names, lack, folder, suffix in (
+                (files.bare - files.waiting, 'without a complete mask', split.images,
+                 layout.image_suffix),
+                (files.masks - files.images, 'without an image', split.masks,
+                 layout.mask_suffix)):
             if names:
-                lines.append(f'{split.name}: {len(names):,} {what}: {_some(names, folder, suffix)}')
+                lines.append(f'{split.name}: {len(names):,} {lack}: {_some(names, folder, suffix)}')
     return lines
 
 
-def unconverted(layout: Layout, found: Sequence[Found]) -> list[str]:
-    """Say which masks the converter has still to make, one line per split that lacks any."""
-    return [
-        f'{one.split.name}: {len(one.waiting):,} not converted: '
-        f'{_some(one.waiting, one.split.masks, layout.mask_suffix)}'
-        for one in found
-        if one.waiting
-    ]
+def _unconverted(layout: Layout, splits: Sequence[_Files]) -> list[str]:
+    return [f'{files.split.name}: {len(files.waiting):,} not converted: '
+            f'{_some(files.waiting, files.split.masks, layout.mask_suffix)}'
+            for files in splits if files.waiting]
 
 
-def convert(layout: Layout, converter: Converter, root: Path, found: Sequence[Found]) -> None:
-    """Run mmseg's converter, which makes all masks anew and writes next to the annotations.
+def _convert(layout: Layout, converter: Converter, root: Path, splits: Sequence[_Files]) -> None:
+    """Run mmseg's converter, which makes all masks again and writes next to the annotations.
 
     Raises:
         DataError: The converter, a package or an annotation that it needs is missing, or it failed.
@@ -261,21 +256,17 @@ def convert(layout: Layout, converter: Converter, root: Path, found: Sequence[Fo
         raise DataError(
             f'mmseg has no converter {converter.script} (looked for: '
             f'{", ".join(map(str, scripts)) or "the package mmseg"}). '
-            'Install mmsegmentation 1.x from PyPI; the wheel has it.'
-        )
+            'Install mmsegmentation 1.x from PyPI; the wheel has it.')
     if converter.package and not find_spec(converter.package):
-        raise DataError(
-            f'converting {layout.title} needs the package {converter.package}, '
-            f'which is not installed: pip install {converter.package}'
-        )
-    total = sum(len(one.sources) for one in found)
+        raise DataError(f'converting {layout.title} needs the package {converter.package}, which '
+                        f'is not installed: pip install {converter.package}')
+    total = sum(len(files.sources) for files in splits)
     if converter.exact not in (None, total):
         raise DataError(
             f'mmseg converts {layout.title} only as a whole, from {converter.exact:,} files '
-            f'*{converter.source}; {", ".join(one.split.masks for one in found)} below {root} '
+            f'*{converter.source}; {", ".join(files.split.masks for files in splits)} below {root} '
             f'hold {total:,}. Unpack all of them; to use fewer, remove images and '
-            f'*{layout.mask_suffix} after the conversion.\n{_downloads(layout, root)}'
-        )
+            f'*{layout.mask_suffix} after the conversion.\n{_downloads(layout, root)}')
     for folder in converter.folders:
         (root / folder).mkdir(parents=True, exist_ok=True)
     nproc = min(16, os.cpu_count() or 1)
@@ -283,78 +274,30 @@ def convert(layout: Layout, converter: Converter, root: Path, found: Sequence[Fo
     command = [sys.executable, str(script), str(root), '--nproc', str(nproc)]
     done = subprocess.run(command, check=False)
     if done.returncode:
-        raise DataError(
-            f'{script.name} of mmseg stopped with exit code {done.returncode}; its own message is '
-            f'above. Mend that, then run: {_command(layout, root)}'
-        )
+        raise DataError(f'{script.name} of mmseg stopped with exit code {done.returncode}; its own '
+                        f'message is above. Fix that, then run: {_command(layout, root)}')
 
 
-def prepare(layout: Layout, root: str | Path | None = None, *, check_only: bool = False) -> None:
-    """Check a data set, convert its masks where some are missing, and say what to do next.
-
-    The counts and the next step are printed.
-
-    Args:
-        root: Folder of the data set; by default the one that the configs expect.
-        check_only: Report masks that are not converted instead of converting them.
-
-    Raises:
-        DataError: The data set is not ready; says what is missing, where, and what to do.
-    """
-    root = Path(root or layout.root)
-    print(f'{layout.title} in {root}')
-    found = survey(layout, root)
-    _refuse(layout, root, problems(layout, found), found)
-    lines = unconverted(layout, found)
-    if lines and check_only:
-        heading = f'{layout.title} in {root} is not converted:'
-        raise DataError('\n  '.join([heading, *lines, f'run: {_command(layout, root)}']))
-    if layout.converter and lines:
-        convert(layout, layout.converter, root, found)
-        found = survey(layout, root)
-        _refuse(layout, root, problems(layout, found) + unconverted(layout, found), found)
-    print(f'ready: use {" or ".join(layout.configs)}{_options(layout, root)}')
-
-
-def _refuse(layout: Layout, root: Path, lines: Sequence[str], found: Sequence[Found]) -> None:
+def _refuse(layout: Layout, root: Path, splits: Sequence[_Files], lines: Sequence[str]) -> None:
     """Print the counts, then raise if there is a line to complain about."""
-    for one in found:
-        count = f'  {one.split.name}: {len(one.images):,} images, {len(one.masks):,} masks'
-        print(count + (f', {len(one.waiting):,} to convert' if one.waiting else ''))
-        if one.images and one.split.official not in (None, len(one.images)):
-            print(f'  warning: {one.split.name} has officially {one.split.official:,} images')
+    for files in splits:
+        count = f'  {files.split.name}: {len(files.images):,} images, {len(files.masks):,} masks'
+        print(count + (f', {len(files.waiting):,} to convert' if files.waiting else ''))
+        if files.images and files.split.official not in (None, len(files.images)):
+            print(f'  warning: {files.split.name} has officially {files.split.official:,} images')
     if lines:
         heading = f'{layout.title} in {root} is not complete:'
         raise DataError('\n  '.join([heading, *lines]) + '\n' + _downloads(layout, root))
 
 
 def _downloads(layout: Layout, root: Path) -> str:
-    heading = 'what belongs there (nothing is downloaded for you):'
-    return '\n  '.join([heading, *(line.format(root=root) for line in layout.downloads)])
-
-
-def _is_default(layout: Layout, root: Path) -> bool:
-    return root.resolve() == Path(layout.root).resolve()
+    return '\n  '.join([DOWNLOADS, *(line.format(root=root) for line in layout.downloads)])
 
 
 def _command(layout: Layout, root: Path) -> str:
-    place = '' if _is_default(layout, root) else f' --root {shlex.quote(str(root))}'
+    is_default = root.resolve() == Path(layout.root).resolve()
+    place = '' if is_default else f' --root {shlex.quote(str(root))}'
     return f'python tools/prepare_data.py {layout.name}{place}'
-
-
-def _options(layout: Layout, root: Path) -> str:
-    """Return what must follow a config for a root that is not the configs' own."""
-    if _is_default(layout, root):
-        return ''
-    place = str(root.absolute())
-    # mmengine drops spaces from the values of --cfg-options and reads lists into the others.
-    if set(place) & set(' ,()[]\'"'):
-        return (
-            f' after: ln -s {shlex.quote(place)} {layout.root}\n'
-            f'  (--cfg-options cannot carry this path)'
-        )
-    keys = (f'{part}_dataloader.dataset.data_root' for part in ('train', 'val', 'test'))
-    return '\n  with --cfg-options ' + ' '.join(f'{key}={shlex.quote(place)}' for key in keys)
 
 
 def _names(folder: Path, suffix: str) -> set[str]:
@@ -363,11 +306,8 @@ def _names(folder: Path, suffix: str) -> set[str]:
     for place, _, files in os.walk(folder, followlinks=True):
         inside = Path(place).relative_to(folder).as_posix()
         before = '' if inside == '.' else f'{inside}/'
-        names.update(
-            before + file.removesuffix(suffix)
-            for file in files
-            if file.endswith(suffix) and not file.startswith('.')
-        )
+        names.update(before + file.removesuffix(suffix) for file in files
+                     if file.endswith(suffix) and not file.startswith('.'))
     return names
 
 

@@ -1,7 +1,7 @@
 """From crops to batches: how images and labels reach the device on which the model trains.
 
 A worker hands over one block of images and one of labels, both uint8, instead of two tensors per
-image and labels of eight bytes; what is left is done on the device, for the whole batch at once.
+image and labels of eight bytes; the rest is done on the device, for the whole batch at once.
 """
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,18 +23,18 @@ from .photometric import distort, draw_distortions
 @FUNCTIONS.register_module()
 def stack_collate(samples: Sequence[dict[str, Any]],
                   photometric: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Stack what PackSegInputs packs, for a `BatchPreProcessor`; for training only.
+    """Stack the samples of PackSegInputs for a `BatchPreProcessor`; for training only.
 
     Args:
         samples: Images with a label map each, and no other annotation.
-        photometric: Arguments of `draw_distortions`; without it the colours stay. The draws are
-            made here, because mmengine seeds the workers of all ranks differently, but the ranks
-            themselves alike. A pipeline must not hold PhotoMetricDistortion besides.
+        photometric: Arguments of `draw_distortions`; None leaves the colours as they are. It draws
+            in the workers, which mmengine seeds differently on all ranks; the ranks themselves
+            share a seed. A pipeline must not also contain PhotoMetricDistortion.
 
     Returns:
         ``inputs`` (N x 3 x H x W) and ``labels`` (N x H x W), as large as the largest image and
         undefined beyond each image's ``img_shape``; ``data_samples`` without labels; and
-        ``distortions`` where colours are to change.
+        ``distortions`` if colours change.
     """
     batch = pseudo_collate(samples)
     labels = []
@@ -49,7 +49,7 @@ def stack_collate(samples: Sequence[dict[str, Any]],
 
 
 def _small(labels: Tensor) -> Tensor:
-    """As uint8 where that holds every label."""
+    """Return labels as uint8 if it holds all of them."""
     low, high = labels.aminmax()
     return labels.to(torch.uint8) if low >= 0 and high <= 255 else labels
 
@@ -67,8 +67,8 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
 class BatchPreProcessor(SegDataPreProcessor):
     """mmseg's SegDataPreProcessor that also takes the batches of `stack_collate`.
 
-    They come out as SegDataPreProcessor would return them had the images been distorted before.
-    Any other batch, and every batch outside training, is SegDataPreProcessor's own business.
+    The result is that of SegDataPreProcessor for images that were distorted before. Any other
+    batch, and every batch outside training, goes to SegDataPreProcessor.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -80,7 +80,7 @@ class BatchPreProcessor(SegDataPreProcessor):
         """Move a batch to the device, distort, normalise and pad it.
 
         Args:
-            data: What the dataloader gives.
+            data: Batch of the dataloader.
             training: Whether the batch is for training.
         """
         if not training or 'labels' not in data:
@@ -105,7 +105,7 @@ class BatchPreProcessor(SegDataPreProcessor):
         return dict(inputs=images, data_samples=samples)
 
     def _pad(self, batch: Tensor) -> Tensor:
-        """Pad to `size`, or to a multiple of `size_divisor`, with anything."""
+        """Pad to `size`, or to a multiple of `size_divisor`, with arbitrary values."""
         step = self.size_divisor or 1
         size = self.size or [-(-side // step) * step for side in batch.shape[-2:]]
         height, width = (max(wanted - side, 0) for wanted, side in zip(size, batch.shape[-2:]))
@@ -113,7 +113,7 @@ class BatchPreProcessor(SegDataPreProcessor):
 
     @staticmethod
     def _blank(tensor: Tensor, shape: tuple[int, int], value: float) -> None:
-        """Fill what lies below and to the right of an image."""
+        """Fill the area below and to the right of an image."""
         height, width = shape
         if height < tensor.shape[-2]:
             tensor[..., height:, :] = value

@@ -1,13 +1,14 @@
-"""Reading images and labels so that a bad file is named, before it reaches the GPU; sizes, crops.
+"""Reading images and labels so that a bad file is named before it reaches the GPU; sizes, crops.
 
-All stand in for mmseg's transforms under the same names in its registry: MMSegInferencer and
-inference_model look for these names in a pipeline, and every config gains the checks.
+Each class is one of mmcv's or mmseg's with more checks, and takes all of its arguments. `REPLACES`
+says which one.
 """
 import io
 import os
 import re
 import stat
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import cv2
@@ -31,42 +32,44 @@ except ImportError:  # no wheel for this machine: damaged JPEGs are read as Open
 
 IGNORED = 255
 MAX_PIXELS = 2 ** 28
-"""Larger pictures are refused before they are decoded: a few KB can hold gigabytes of pixels."""
+"""Larger images are refused before they are decoded: a few KB can hold gigabytes of pixels."""
+
+ORIENTATION = 0x0112
+"""EXIF's tag for how the camera was held."""
 
 _FORMATS = {'AVIF', 'BMP', 'DIB', 'GIF', 'JPEG', 'JPEG2000', 'MPO', 'PCX', 'PNG', 'PPM', 'SGI',
             'SUN', 'TGA', 'TIFF', 'WEBP'}
 _BLANK = 64
 _HARMLESS = 'JFIF|Adobe|ICC|subsampling|extraneous bytes before marker 0x(db|c[0-2]|e|fe)'
-"""What libjpeg says of JPEGs whose pixels are right, and of CMYK that simplejpeg does not read."""
-_ORIENTATION = 0x0112
+"""libjpeg's warnings about JPEGs whose pixels are right, and about CMYK, which simplejpeg lacks."""
 _REMEDY = 'replace it or remove it'
 
 
-def read_picture(kind: str, path: str, backend_args: dict[str, Any] | None = None,
-                 max_pixels: int = MAX_PIXELS) -> bytes:
-    """Read a file once, if it is a file and not too large to be a picture.
+def read_file(kind: str, path: str, backend_args: dict[str, Any] | None = None,
+              max_pixels: int = MAX_PIXELS) -> bytes:
+    """Read a file, unless it is no regular file or too large to be an image.
 
     Args:
         kind: 'image' or 'mask', for messages.
-        path: Where it is, or its address.
-        backend_args: Where files come from, see mmengine's fileio.
-        max_pixels: It may have four times as many bytes.
+        path: Path or address of the file.
+        backend_args: Backend of mmengine's fileio.
+        max_pixels: A quarter of the bytes that the file may have.
 
     Raises:
         DataError: It cannot be read, or it is a folder, a pipe or the like.
     """
     try:
         if '://' not in str(path) and (backend_args or {}).get('backend', 'local') == 'local':
-            found = os.stat(path)
-            if not stat.S_ISREG(found.st_mode):
-                what = 'a folder' if stat.S_ISDIR(found.st_mode) else 'not a regular file'
-                raise DataError(f'{kind} {path} is {what}: put the {kind} there, or remove it')
-            if found.st_size > 4 * max_pixels:
-                raise DataError(f'{kind} {path} has {found.st_size} bytes, too many for '
+            status = os.stat(path)
+            if not stat.S_ISREG(status.st_mode):
+                actual = 'a folder' if stat.S_ISDIR(status.st_mode) else 'not a regular file'
+                raise DataError(f'{kind} {path} is {actual}: put the {kind} there, or remove it')
+            if status.st_size > 4 * max_pixels:
+                raise DataError(f'{kind} {path} has {status.st_size} bytes, too many for '
                                 f'{max_pixels} pixels (max_pixels of the transform): {_REMEDY}')
         return fileio.get(path, backend_args=backend_args)
     except FileNotFoundError as error:
-        target = (f': it is a link to {os.readlink(path)}, which is not there'
+        target = (f': it is a link to {os.readlink(path)}, which does not exist'
                   if os.path.islink(path) else '')
         raise DataError(f'{kind} not found: {path}{target}') from error
     except OSError as error:
@@ -75,32 +78,32 @@ def read_picture(kind: str, path: str, backend_args: dict[str, Any] | None = Non
 
 
 def allow_pixels(max_pixels: int) -> None:
-    """Lift Pillow's limit on pixels for the whole process; larger pictures are refused here."""
+    """Raise Pillow's limit on pixels for the whole process; larger images are refused here."""
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels
-        # Up to twice as many Pillow only warns.
+        # Pillow only warns of up to twice as many.
         warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)
 
 
 def check_header(kind: str, path: str, content: bytes, max_pixels: int = MAX_PIXELS,
                  checksums: bool = False) -> str:
-    """See by its header that a picture can be decoded, and at what cost.
+    """Check by its header that an image can be decoded, and at what cost.
 
-    Pillow's limit on pixels is lifted to ``max_pixels``, for the whole process.
+    Pillow's limit on pixels is raised to ``max_pixels`` for the whole process.
 
     Args:
         kind: 'image' or 'mask', for messages.
-        path: For messages.
+        path: Path of the file, for messages.
         content: The whole file.
-        max_pixels: So many pixels are decoded.
-        checksums: Whether to check those of a PNG, which Pillow does not do when it decodes: it
-            takes damage in the last bytes for pixels. OpenCV notices.
+        max_pixels: Largest number of pixels that is decoded.
+        checksums: Whether to check those of a PNG. Pillow does not when it decodes, and takes
+            damage in the last bytes for pixels; OpenCV does.
 
     Returns:
-        Pillow's mode of it: 'RGB', 'L', 'P', ..., 'F' for floats.
+        Pillow's mode of the image: 'RGB', 'L', 'P', ..., 'F' for floats.
 
     Raises:
-        DataError: It is no picture, damaged, too large, or an animation.
+        DataError: It is no image, damaged, too large, or an animation.
     """
     wrong = f'{kind} cannot be decoded: {path} ({len(content)} bytes)'
     allow_pixels(max_pixels)
@@ -112,7 +115,7 @@ def check_header(kind: str, path: str, content: bytes, max_pixels: int = MAX_PIX
             if checksums:
                 header.verify()
     except UnidentifiedImageError as error:
-        reason = (f'no picture is recognised in it, it begins with {content[:16]!r}' if content
+        reason = (f'its format is unknown, it begins with {content[:16]!r}' if content
                   else 'it is empty')
         raise DataError(f'{wrong}: {reason}: {_REMEDY}') from error
     except Image.DecompressionBombError as error:
@@ -121,29 +124,29 @@ def check_header(kind: str, path: str, content: bytes, max_pixels: int = MAX_PIX
     except Exception as error:  # damaged files raise anything
         raise DataError(f'{wrong}: it is damaged ({error}): {_REMEDY}') from error
     if format not in _FORMATS:
-        raise DataError(f'{wrong}: {format} files are not read: convert it to PNG')
+        raise DataError(f'{wrong}: {format} files are not supported: convert it to PNG')
     if width * height > max_pixels:
         raise DataError(f'{wrong}: it has {width}x{height} pixels, more than {max_pixels} '
                         f'(max_pixels of the transform): {_REMEDY}')
     if several:
-        raise DataError(f'{wrong}: it holds several pictures: save the right one alone')
-    # What some versions of OpenCV make of half a JPEG is a half grey picture. The data of a scan
-    # cannot hold the end mark by chance; the thumbnail before it, and what follows it, can.
-    if format in ('JPEG', 'MPO') and not content.endswith(b'\xff\xd9') and (
-            content.find(b'\xff\xd9', start) < 0):
-        raise DataError(f'{wrong}: it is cut off: {_REMEDY}')
-    if simplejpeg is not None and format in ('JPEG', 'MPO'):
-        try:  # every bit of it is read, but few pixels are computed; OpenCV keeps no warning
-            simplejpeg.decode_jpeg(content, 'GRAY', min_height=1, min_width=1, min_factor=8)
-        except ValueError as error:
-            if not re.search(_HARMLESS, str(error)):
-                raise DataError(f'{wrong}: it is damaged ({error}): save it again if it looks '
-                                f'right, or {_REMEDY}') from error
+        raise DataError(f'{wrong}: it holds several images: save the right one alone')
+    if format in ('JPEG', 'MPO'):
+        # Some versions of OpenCV decode half a JPEG to a half grey image. The data of a scan
+        # cannot hold the end mark by chance; the thumbnail before it, and what follows it, can.
+        if not content.endswith(b'\xff\xd9') and content.find(b'\xff\xd9', start) < 0:
+            raise DataError(f'{wrong}: it is cut off: {_REMEDY}')
+        if simplejpeg is not None:
+            try:  # reads every bit, but computes few pixels; OpenCV drops these warnings
+                simplejpeg.decode_jpeg(content, 'GRAY', min_height=1, min_width=1, min_factor=8)
+            except ValueError as error:
+                if not re.search(_HARMLESS, str(error)):
+                    raise DataError(f'{wrong}: it is damaged ({error}): save it again if it looks '
+                                    f'right, or {_REMEDY}') from error
     return mode
 
 
 def _is_sequence(header: Image.Image) -> bool:
-    """Whether there are more pictures than previews of the first one."""
+    """Return whether a file holds more images than previews of the first one."""
     if header.format != 'TIFF':
         return header.format != 'MPO' and getattr(header, 'is_animated', False)
     try:
@@ -154,24 +157,55 @@ def _is_sequence(header: Image.Image) -> bool:
     return not header.tag_v2.get(254, 0) & smaller_or_mask  # type: ignore[attr-defined]
 
 
-@TRANSFORMS.register_module(name='LoadImageFromFile', force=True)
-class LoadSegImage(LoadImageFromFile):
+class _CheckedReader:
+    """What `LoadSegImage` and `LoadSegLabels` share: checks, and skipping bad files."""
+
+    max_pixels: int
+    skip_list: SkipList | None
+    blank: bool
+    backend_args: dict[str, Any] | None
+    imdecode_backend: str
+
+    def _set_up(self, max_pixels: int, skip_list: str | None, blank: bool) -> None:
+        self.max_pixels, self.blank = max_pixels, blank
+        self.skip_list = SkipList(skip_list) if skip_list else None
+
+    def _decode(self, kind: str, path: str, flag: str) -> np.ndarray:
+        content = read_file(kind, path, self.backend_args, self.max_pixels)
+        wrong = f'{kind} cannot be decoded: {path} ({len(content)} bytes)'
+        if self.imdecode_backend in ('cv2', 'pillow'):
+            mode = check_header(kind, path, content, self.max_pixels,
+                                checksums=self.imdecode_backend == 'pillow')
+            if mode == 'F' and flag != 'unchanged':
+                raise DataError(f'{wrong}: its pixels are floats of unknown range: convert it to '
+                                '8 bits per channel')
+        try:
+            pixels = mmcv.imfrombytes(content, flag, backend=self.imdecode_backend)
+        except Exception as error:  # damaged files raise anything
+            raise DataError(f'{wrong}: {_REMEDY}') from error
+        if pixels is None or pixels.ndim < 2:
+            raise DataError(f'{wrong}: {_REMEDY}')
+        return pixels
+
+
+@TRANSFORMS.register_module()
+class LoadSegImage(_CheckedReader, LoadImageFromFile):
     """mmcv's LoadImageFromFile that names the file which it cannot read.
 
-    What it reads it reads as mmcv does: upright by EXIF, with the alpha channel dropped, 16 bits
-    cut to 8, palettes and CMYK turned into colours. The decoders 'turbojpeg' and 'tifffile' read
-    what Pillow does not know, and come without the check of the header.
+    A good file gives the same image: upright by EXIF, without alpha channel, 16 bits cut to 8,
+    palettes and CMYK turned into colours. The decoders 'turbojpeg' and 'tifffile' read formats that
+    Pillow does not know, and skip the check of the header.
 
     Args:
-        to_float32: Whether the image is to be float32 instead of uint8.
+        to_float32: Whether the image becomes float32 instead of uint8.
         color_type: 'color', 'grayscale', 'unchanged' and more, see mmcv's imfrombytes.
         imdecode_backend: Decoder of the image.
         ignore_empty: Whether a bad image gives None instead of an error.
-        backend_args: Where files come from, see mmengine's fileio.
-        max_pixels: Images with more pixels are refused before they are decoded.
-        skip_list: A text file to which bad images are appended instead of raising an error, see
-            `SkipList`; the sample is then None, upon which mmengine draws another one.
-        blank: With ``skip_list``, go on with a small black image without labels instead.
+        backend_args: Backend of mmengine's fileio.
+        max_pixels: Largest number of pixels that is decoded.
+        skip_list: Text file to which bad images are appended instead of raising an error, see
+            `SkipList`; the sample is then None, so that mmengine draws another one.
+        blank: With ``skip_list``, return a small black image without labels instead of None.
 
     Raises:
         DataError: The image is missing or cannot be decoded.
@@ -183,15 +217,13 @@ class LoadSegImage(LoadImageFromFile):
                  skip_list: str | None = None, blank: bool = False) -> None:
         super().__init__(to_float32, color_type, imdecode_backend, ignore_empty=ignore_empty,
                          backend_args=backend_args)
-        self.max_pixels = max_pixels
-        self.skip_list = SkipList(skip_list) if skip_list else None
-        self.blank = blank
+        self._set_up(max_pixels, skip_list, blank)
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any] | None:
-        """Read the image into ``img`` (H x W x 3, BGR), its size into two more entries."""
+        """Read the image into ``img`` (H x W x 3, BGR), and set ``img_shape`` and ``ori_shape``."""
         path = results['img_path']
         try:
-            image = self._read(path)
+            image = self._decode('image', path, self.color_type)
             if self.skip_list is not None:
                 self.skip_list.in_a_row = 0
         except DataError as error:
@@ -208,41 +240,25 @@ class LoadSegImage(LoadImageFromFile):
         results['img_shape'] = results['ori_shape'] = image.shape[:2]
         return results
 
-    def _read(self, path: str) -> np.ndarray:
-        content = read_picture('image', path, self.backend_args, self.max_pixels)
-        wrong = f'image cannot be decoded: {path} ({len(content)} bytes)'
-        if self.imdecode_backend in ('cv2', 'pillow'):
-            mode = check_header('image', path, content, self.max_pixels,
-                                checksums=self.imdecode_backend == 'pillow')
-            if mode == 'F' and self.color_type != 'unchanged':
-                raise DataError(f'{wrong}: its pixels are floats of unknown range: convert it to '
-                                '8 bits per channel')
-        try:
-            image = mmcv.imfrombytes(content, self.color_type, backend=self.imdecode_backend)
-        except Exception as error:  # damaged files raise anything
-            raise DataError(f'{wrong}: {_REMEDY}') from error
-        if image is None:
-            raise DataError(f'{wrong}: {_REMEDY}')
-        return image
 
-
-@TRANSFORMS.register_module(name='LoadAnnotations', force=True)
-class LoadSegLabels(LoadAnnotations):
+@TRANSFORMS.register_module()
+class LoadSegLabels(_CheckedReader, LoadAnnotations):
     """mmseg's LoadAnnotations that checks what it reads.
 
-    A label out of range is an assertion deep in CUDA otherwise, a 16-bit label wraps around
-    silently, and a coloured mask fails far from its cause.
+    Otherwise a label out of range is an assertion deep in CUDA, a 16-bit label wraps around
+    silently, and a coloured mask fails far from its cause. Where no data set gives a mask, as in
+    mmseg's inferencers, it does nothing.
 
     Args:
         reduce_zero_label: Whether 0 means no label; by default what the data set says.
-        backend_args: Where files come from, see mmengine's fileio.
+        backend_args: Backend of mmengine's fileio.
         imdecode_backend: Decoder of the mask.
-        num_classes: Labels after ``reduce_zero_label`` and ``label_map`` lie below it or are 255;
-            without it their range is not checked.
-        max_pixels: Masks with more pixels are refused before they are decoded.
-        skip_list: A text file to which bad masks are appended instead of raising an error, see
-            `SkipList`; the sample is then None, upon which mmengine draws another one.
-        blank: With ``skip_list``, go on without any label instead: all is 255.
+        num_classes: Number of classes; labels after ``reduce_zero_label`` and ``label_map`` lie
+            below it or are 255. None checks no range.
+        max_pixels: Largest number of pixels that is decoded.
+        skip_list: Text file to which bad masks are appended instead of raising an error, see
+            `SkipList`; the sample is then None, so that mmengine draws another one.
+        blank: With ``skip_list``, return a mask without any label, all 255, instead of None.
 
     Raises:
         DataError: The mask is missing, cannot be decoded, is of another size than the image, has
@@ -255,13 +271,16 @@ class LoadSegLabels(LoadAnnotations):
                  skip_list: str | None = None, blank: bool = False) -> None:
         super().__init__(reduce_zero_label, backend_args, imdecode_backend)
         self.num_classes = num_classes
-        self.max_pixels = max_pixels
-        self.skip_list = SkipList(skip_list) if skip_list else None
-        self.blank = blank
+        self._set_up(max_pixels, skip_list, blank)
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any] | None:
         """Read the labels into ``gt_seg_map`` (H x W, uint8)."""
         if not results.get('skipped'):
+            if 'seg_map_path' not in results:
+                if 'seg_fields' not in results:
+                    return results
+                raise DataError(f'{results["img_path"]} has no mask: set data_prefix.seg_map_path '
+                                f'of the data set, or remove {type(self).__name__}')
             try:
                 results = super().transform(results)
                 if self.skip_list is not None:
@@ -277,17 +296,44 @@ class LoadSegLabels(LoadAnnotations):
         results['seg_fields'].append('gt_seg_map')
         return results
 
+    def table(self, results: Mapping[str, Any]) -> np.ndarray:
+        """Return the label of each of the 256 values of a mask.
+
+        Args:
+            results: ``reduce_zero_label`` and ``label_map`` of the data set.
+        """
+        table = np.arange(256)
+        if self.zero_is_no_label(results):
+            table = np.where((table == 0) | (table == IGNORED), IGNORED, table - 1)
+        if results.get('label_map') is not None:
+            mapped = table.copy()
+            for old, new in results['label_map'].items():
+                mapped[table == old] = new
+            table = mapped
+        return table.astype(np.uint8)
+
+    def zero_is_no_label(self, results: Mapping[str, Any]) -> bool:
+        """Return ``reduce_zero_label``, that of the data set unless this transform has its own."""
+        return bool(results.get('reduce_zero_label') if self.reduce_zero_label is None
+                    else self.reduce_zero_label)
+
     def _load_seg_map(self, results: dict[str, Any]) -> None:
-        mask = self._read(results)
+        path = results['seg_map_path']
+        mask = self._decode('mask', path, 'unchanged')
+        if mask.ndim == 3 and mask.shape[2] == 1:
+            mask = mask[..., 0]
+        if mask.ndim != 2:
+            raise DataError(f'mask {path} has {mask.shape[-1]} channels: it must be one channel of '
+                            'class indices, not colours')
         shape = results.get('ori_shape', mask.shape)
         if mask.shape != tuple(shape):
             orientation = _orientation(results) if mask.shape == tuple(shape[::-1]) else 1
             cause = (f': its EXIF orientation, {orientation}, turns the image and not the mask: '
                      'save the image upright, without EXIF'
                      if orientation > 4 else ': they do not belong together')
-            raise DataError(f'mask {results["seg_map_path"]} is {mask.shape[1]}x{mask.shape[0]} '
-                            f'pixels, its image {shape[1]}x{shape[0]}{cause}')
-        table = self._table(results)
+            raise DataError(f'mask {path} is {mask.shape[1]}x{mask.shape[0]} pixels, its image '
+                            f'{shape[1]}x{shape[0]}{cause}')
+        table = self.table(results)
         bad = (table >= (self.num_classes or IGNORED)) & (table != IGNORED)
         # OpenCV looks uint8 up four times as fast as numpy.
         with np.errstate(invalid='ignore'):
@@ -300,29 +346,9 @@ class LoadSegLabels(LoadAnnotations):
         results['gt_seg_map'] = cv2.LUT(small, table)
         results['seg_fields'].append('gt_seg_map')
 
-    def _read(self, results: dict[str, Any]) -> np.ndarray:
-        path = results['seg_map_path']
-        content = read_picture('mask', path, self.backend_args, self.max_pixels)
-        wrong = f'mask cannot be decoded: {path} ({len(content)} bytes)'
-        if self.imdecode_backend in ('cv2', 'pillow'):
-            check_header('mask', path, content, self.max_pixels,
-                         checksums=self.imdecode_backend == 'pillow')
-        try:
-            mask = mmcv.imfrombytes(content, 'unchanged', backend=self.imdecode_backend)
-        except Exception as error:  # damaged files raise anything
-            raise DataError(f'{wrong}: {_REMEDY}') from error
-        if mask is None or mask.ndim < 2:
-            raise DataError(f'{wrong}: {_REMEDY}')
-        if mask.ndim == 3 and mask.shape[2] == 1:
-            mask = mask[..., 0]
-        if mask.ndim != 2:
-            raise DataError(f'mask {path} has {mask.shape[-1]} channels: it must be one channel of '
-                            'class indices, not colours')
-        return mask
-
     def _describe(self, mask: np.ndarray, wrong: np.ndarray, results: dict[str, Any]) -> str:
         values = np.unique(mask[wrong])
-        zero = self._zero_is_no_label(results)
+        zero = self.zero_is_no_label(results)
         valid = (f'its {self.num_classes} classes are {int(zero)} to {self.num_classes - 1 + zero}'
                  if self.num_classes else 'labels lie below 255')
         return (f'mask {results["seg_map_path"]} holds the label '
@@ -330,29 +356,13 @@ class LoadSegLabels(LoadAnnotations):
                 f'({int(wrong.sum())} pixels): {valid}, and {"0 and " if zero else ""}255 mean no '
                 'label')
 
-    def _zero_is_no_label(self, results: dict[str, Any]) -> bool:
-        return bool(results.get('reduce_zero_label') if self.reduce_zero_label is None
-                    else self.reduce_zero_label)
 
-    def _table(self, results: dict[str, Any]) -> np.ndarray:
-        """What each of the 256 values of a mask becomes."""
-        table = np.arange(256)
-        if self._zero_is_no_label(results):
-            table = np.where((table == 0) | (table == IGNORED), IGNORED, table - 1)
-        if results.get('label_map') is not None:
-            mapped = table.copy()
-            for old, new in results['label_map'].items():
-                mapped[table == old] = new
-            table = mapped
-        return table.astype(np.uint8)
-
-
-@TRANSFORMS.register_module(name='Resize', force=True)
+@TRANSFORMS.register_module()
 class SegResize(Resize):
     """mmseg's Resize that leaves the short side of a thin image at least one pixel."""
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Resize the image and what belongs to it."""
+        """Resize the image and its labels."""
         width, height = size = results['img'].shape[1::-1]
         if self.scale is None:
             size = tuple(int(side * factor + 0.5) for side, factor in zip(size, self.scale_factor))
@@ -364,7 +374,7 @@ class SegResize(Resize):
                       interpolation=self.interpolation).transform(results)
 
 
-@TRANSFORMS.register_module(name='RandomCrop', force=True)
+@TRANSFORMS.register_module()
 class RandomSegCrop(RandomCrop):
     """mmseg's RandomCrop, which draws the same crops and counts their labels without sorting.
 
@@ -373,10 +383,10 @@ class RandomSegCrop(RandomCrop):
 
     @cache_randomness
     def crop_bbox(self, results: dict[str, Any]) -> tuple[int, int, int, int]:
-        """Top, bottom, left and right of a crop that no class but ``ignore_index`` dominates."""
+        """Return top, bottom, left and right of a crop that no valid class dominates."""
         box = self._draw(results['img'].shape)
         for _ in range(10 if self.cat_max_ratio < 1 else 0):
-            labels, counts = count_labels(self.crop(results['gt_seg_map'], box))
+            labels, counts = _count_labels(self.crop(results['gt_seg_map'], box))
             counts = counts[labels != self.ignore_index]
             if len(counts) > 1 and counts.max() / counts.sum() < self.cat_max_ratio:
                 break
@@ -389,8 +399,24 @@ class RandomSegCrop(RandomCrop):
         return top, top + self.crop_size[0], left, left + self.crop_size[1]
 
 
-def count_labels(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The labels of a map in ascending order, and the number of pixels of each."""
+REPLACES: dict[str, type] = {'LoadImageFromFile': LoadSegImage, 'LoadAnnotations': LoadSegLabels,
+                             'Resize': SegResize, 'RandomCrop': RandomSegCrop}
+"""Names of mmcv's and mmseg's transforms, and the class that can stand in for each."""
+
+
+def with_checks(step: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a step of a pipeline with our class in place of the one that it can stand in for."""
+    stand_in = REPLACES.get(step['type'])
+    return {**step, 'type': stand_in.__name__} if stand_in else dict(step)
+
+
+def without_checks(step: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a step of a pipeline with the name of mmcv or mmseg in place of our class."""
+    names = {cls.__name__: name for name, cls in REPLACES.items()}
+    return {**step, 'type': names.get(step['type'], step['type'])}
+
+
+def _count_labels(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if labels.dtype != np.uint8:
         return np.unique(labels, return_counts=True)
     # OpenCV counts in float32, which is exact up to 16 million pixels.
@@ -400,9 +426,9 @@ def count_labels(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _orientation(results: dict[str, Any]) -> int:
-    """The EXIF orientation of the image, 1 to 8."""
+    """Return the EXIF orientation of the image, 1 to 8."""
     path = results.get('img_path') or ''
     if not os.path.isfile(path):
         return 1
     with Image.open(path) as image:
-        return image.getexif().get(_ORIENTATION, 1)
+        return image.getexif().get(ORIENTATION, 1)

@@ -14,9 +14,10 @@ from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATASETS
 
 from ..data.audit import check_samples, inner_datasets
+from ..data.classification import check_library, is_classifier
 from ..errors import CheckpointError, ConfigError, DataError
 from ..files import write_file
-from ..pretraining.folders import check_folders, check_library, check_same_classes, is_classifier
+from ..pretraining.folders import check_folders, check_same_classes
 
 
 def check_work_dir(work_dir: str) -> None:
@@ -41,7 +42,8 @@ def check_amp(cfg: Config) -> None:
     Raises:
         ConfigError: The config wants AmpOptimWrapper, and there is no GPU.
     """
-    if cfg.optim_wrapper.type == 'AmpOptimWrapper' and not is_cuda_available():
+    wrapper = cfg.optim_wrapper.get('wrapped', cfg.optim_wrapper.type)
+    if wrapper == 'AmpOptimWrapper' and not is_cuda_available():
         raise ConfigError('--amp (AmpOptimWrapper) needs a GPU, and none is visible here: train '
                           'without it, or check CUDA_VISIBLE_DEVICES and the installed torch')
 

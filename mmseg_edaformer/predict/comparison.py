@@ -14,9 +14,10 @@ import numpy as np
 from mmseg.registry import TRANSFORMS
 
 from ..cost import count_macs
+from ..data.transforms import with_checks
 from ..errors import ConfigError, DataError, RatioError
 from ..isr import ISRRatio, isr
-from ..isr.adapters import find_attention
+from ..isr.registry import find_attention
 from .inputs import scale_down
 from .segmenter import Segmentation, Segmenter
 
@@ -76,7 +77,7 @@ class Comparer:
             if len(part.stages) != len(self.stages.setdefault(part.kind, tuple(part.stages))):
                 self.stages[part.kind] = (0,)  # one multiplier for all is what fits
         self._read: Any = TRANSFORMS.build(
-            {**segmenter.description.pipeline[0], 'max_pixels': _MAX_PIXELS})
+            {**with_checks(segmenter.description.pipeline[0]), 'max_pixels': _MAX_PIXELS})
         self._lock = threading.Lock()
         self._macs = functools.lru_cache(4096)(
             lambda ratio, size: count_macs(segmenter.model, size))

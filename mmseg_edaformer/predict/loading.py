@@ -8,9 +8,9 @@ from mmengine.runner import CheckpointLoader
 from ..command_line import check_model
 from ..engine import load_from_file
 from ..engine.allocator import keep_freed_memory
-from ..engine.convert import Description, describe, load_model, read_description
 from ..engine.run_config import load_config
-from ..errors import CheckpointError, ConfigError
+from ..engine.single_file import Description, describe, load_model, read_description
+from ..errors import CheckpointError, ConfigError, UserError
 
 
 def load_segmentor(model: Path, checkpoint: str | Path | None
@@ -41,7 +41,14 @@ def load_segmentor(model: Path, checkpoint: str | Path | None
         raise ConfigError(f'{model}: a config needs a checkpoint')
     cfg = load_config(model)
     content = CheckpointLoader.load_checkpoint(str(checkpoint), 'cpu', 'silent')
-    description = describe(cfg, content['meta'])
+    try:
+        description = describe(cfg, content['meta'])
+    except UserError:
+        raise
+    except Exception as error:  # of any data set
+        raise ConfigError(f'{checkpoint} does not hold the names of the classes, and the test set '
+                          f'of {model} cannot be built ({first_line(error)}): correct it there'
+                          ) from error
     try:
         return description, load_model(description, content), str(checkpoint)
     except CheckpointError as error:

@@ -20,7 +20,7 @@ from .. import __version__
 from ..errors import ConfigError, shown
 from ..files import remove_partial_files, write_file
 from .inputs import silent_opencv
-from .segmenter import Segmentation, Segmenter, class_shares, count_pixels, ratio_name
+from .segmenter import Segmentation, Segmenter, class_shares, count_pixels
 
 _TEXT = 'mmseg_edaformer'
 _SHOWN = 5  # classes, and images that were skipped
@@ -159,7 +159,7 @@ class Summary:
         done = more.get('frames', more.get('images', len(self.images)))
         if self.kept:  # add the run that made them; a run that predicts nothing does not count
             seconds = self.before + seconds * (done > self.kept or not self.before)
-        ratio = ratio_name(own.isr_ratio)
+        ratio = str(own.isr_ratio)
         if self.reduced:
             ratio = 'auto' if self.reduced == done else f'none, auto for {self.reduced} of {done}'
         summary = dict(

@@ -12,6 +12,7 @@ from contextlib import suppress
 from html import escape
 from pathlib import Path
 from typing import Any
+from unittest import mock
 from urllib.parse import urlsplit
 
 import cv2
@@ -23,7 +24,7 @@ from ..data.drawing import draw_scene
 from ..errors import ConfigError, DataError, UserError
 from ..files import write_file
 from .comparison import MAX_SIDE, Comparer, Comparison
-from .segmenter import Segmenter, ratio_name
+from .segmenter import Segmenter
 
 _MOST = 8  # the largest multiplier on the sliders
 _WAITING = 16  # requests
@@ -43,7 +44,7 @@ def describe_figures(comparison: Comparison) -> str:
             ('ms', 'milliseconds', f'{milliseconds[0]:.0f} → <b>{milliseconds[1]:.0f}</b>',
              f'{_change(*milliseconds)}, median of {comparison.rounds}')))
     return (f'<div class="eda-cards">{cards}</div><p class="eda-note">Ratio of the right side: '
-            f'<code>--isr-ratio {ratio_name(comparison.ratio)}</code></p>')
+            f'<code>--isr-ratio {comparison.ratio!s}</code></p>')
 
 
 def _change(before: float, after: float) -> str:
@@ -167,8 +168,8 @@ def serve(segmenter: Segmenter, *, host: str = _HERE, port: int = 7860, names: S
     if not max_upload > 0:
         raise ConfigError(f'--max-upload {max_upload:g}: give a number of megabytes above 0')
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the folder is removed
-    with tempfile.TemporaryDirectory(prefix='mmseg_edaformer_demo_') as folder:
-        os.environ['GRADIO_TEMP_DIR'] = os.path.join(folder, 'uploads')
+    with tempfile.TemporaryDirectory(prefix='mmseg_edaformer_demo_') as folder, \
+            mock.patch.dict(os.environ, GRADIO_TEMP_DIR=os.path.join(folder, 'uploads')):
         gr = _import_gradio()
         comparer = Comparer(segmenter, max_side)
         with _listen(host, port) as listening:

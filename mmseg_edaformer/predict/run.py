@@ -74,13 +74,18 @@ def predict_images(segmenter: Segmenter, sources: Sequence[str | Path],
             summary.add(path, target, labels)
     summary.kept = len(targets) - len(left)
     skipped = summary.skipped if len(targets) > 1 else None
-    with writing(out), progress_bar('predict', len(targets), summary.kept) as advance:
-        paths = iter(left)
-        for result in segmenter.stream(left, skipped):
-            path = next(path for path in paths if str(path) not in summary.skipped)
-            write_result(out, targets[path], result, notes[path])
-            summary.add(path, targets[path], result.labels)
-            advance(len(summary.images) + len(summary.skipped))
+    try:
+        with writing(out), progress_bar('images', len(targets), summary.kept) as advance:
+            paths = iter(left)
+            for result in segmenter.stream(left, skipped):
+                path = next(path for path in paths if str(path) not in summary.skipped)
+                write_result(out, targets[path], result, notes[path])
+                summary.add(path, targets[path], result.labels)
+                advance(len(summary.images) + len(summary.skipped))
+    except KeyboardInterrupt:
+        print(f'{len(summary.images)} of {len(targets)} images are done: run the same command '
+              'again to resume', file=sys.stderr)
+        raise
     if not summary.images:
         raise DataError('no image can be read: ' + next(iter(summary.skipped.values())))
     return summary.write()

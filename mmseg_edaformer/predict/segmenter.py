@@ -23,7 +23,7 @@ from ..cost import count_macs, windows
 from ..data.transforms import MAX_PIXELS, allow_pixels
 from ..errors import CheckpointError, ConfigError, DataError, shown
 from ..isr import ISRRatio, apply_isr, remove_isr
-from ..isr.adapters import find_attention
+from ..isr.registry import find_attention
 from .inputs import Video, find_images, is_video, read_ahead, scale_down, to_array, to_bgr
 from .loading import find_device, first_line, load_segmentor
 
@@ -405,7 +405,7 @@ class Segmenter:
                         else f'about {seconds / 60:.0f} min')
             height, width = data['data_samples'].ori_shape
             text = (f'an image of {width}x{height} pixels takes {duration} on {self.device} at ISR '
-                    f'ratio {ratio_name(ratio)}')
+                    f'ratio {ratio!s}')
             if by_default:
                 text += (f', the default above {_MEGAPIXELS} (isr_ratio none or --isr-ratio none: '
                          'the model as trained)')
@@ -435,8 +435,3 @@ class Segmenter:
         except Exception:  # which the prediction itself need not meet
             return math.nan
         return seconds * large / small
-
-
-def ratio_name(ratio: ISRRatio) -> str:
-    """Return the ratio as the command lines take it."""
-    return 'none' if ratio == _NONE else str(ratio)

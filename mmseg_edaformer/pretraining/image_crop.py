@@ -16,20 +16,20 @@ from ..errors import ConfigError
 class RandomResizedCrop(BaseTransform):
     """Cut out a window of random area and shape, and resize it: bicubic, with antialiasing.
 
-    From the same random numbers it takes the same window as mmpretrain's RandomResizedCrop. The
-    pixels are those of its ``backend='pillow', interpolation='bicubic'`` up to one level of 255,
-    rarely two: torch has Pillow's filter, but in vector instructions. Only where a window shrinks
-    in height and grows in width newer versions of Pillow filter columns before rows, and so cut to
-    0...255 elsewhere: the mean difference is a third of a level there, for noise.
+    The same random numbers give the same window as in mmpretrain's RandomResizedCrop. The pixels
+    are those of its ``backend='pillow', interpolation='bicubic'`` up to one level of 255, rarely
+    two: torch has Pillow's filter, but in vector instructions. Where a window shrinks in height and
+    grows in width, newer versions of Pillow filter columns before rows and clip in between: the
+    mean difference is a third of a level there, for noise.
 
     Args:
         scale: Height and width of the result in pixels, or one number for both.
         crop_ratio_range: Smallest and largest area of the window, as a share of the image.
         aspect_ratio_range: Smallest and largest width relative to the height.
-        max_attempts: After so many windows that do not fit into the image it is the middle one.
+        max_attempts: Attempts before falling back to a centre crop.
 
     Raises:
-        ConfigError: A number makes no sense, or the images are not of 8 bits.
+        ConfigError: A number is out of range, or the images are not of 8 bits.
     """
 
     def __init__(self, scale: int | Sequence[int],
@@ -51,7 +51,7 @@ class RandomResizedCrop(BaseTransform):
         image = results['img']
         if image.dtype != np.uint8:
             raise ConfigError(f'RandomResizedCrop takes uint8 images, not {image.dtype}: leave '
-                              'to_float32 and color_type of LoadImageFromFile at their defaults')
+                              'to_float32 and color_type of LoadSegImage at their defaults')
         top, left, height, width = self.draw(*image.shape[:2])
         window = image[top:top + height, left:left + width].copy()
         planes = torch.from_numpy(window.reshape(height, width, -1)).permute(2, 0, 1)[None]

@@ -1,8 +1,8 @@
 """mmpretrain's RandAugment and RandomErasing for whole batches, on the device where they are.
 
-In the processes that read the data they take a third of their time or more; a GPU does them for
-nothing. What happens to an image is drawn where it is read, by mmpretrain's own transforms and from
-the same random numbers; only the arithmetic waits for the device.
+They take a third or more of the time of the processes that read the data; a GPU does them at no
+cost. mmpretrain's own transforms draw what happens to an image where it is read, from the same
+random numbers; only the arithmetic is done on the device.
 """
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ _GEOMETRIC = ('Rotate', 'Shear', 'Translate')
 
 
 class Operation(NamedTuple):
-    """What is done to one image: a function of `augment_batch`, and numbers for it."""
+    """One step for one image: a function of `augment_batch`, and its numbers."""
 
     kind: str
     values: Any = None
@@ -37,11 +37,11 @@ class Operation(NamedTuple):
 def draw_augmentation(transform: Any, shape: tuple[int, int]) -> Iterator[Operation]:
     """Draw what mmpretrain's RandAugment or RandomErasing would do to an image.
 
-    It draws as the transform itself does, so numpy's generator is left as the transform leaves it,
-    but for the noise of RandomErasing, which comes from the generator of the device.
+    It leaves numpy's generator as the transform does, except for the noise of RandomErasing, which
+    comes from the generator of the device.
 
     Args:
-        transform: The transform.
+        transform: RandAugment or RandomErasing.
         shape: Height and width of the image.
     """
     if type(transform).__name__ == 'RandomErasing':
@@ -52,7 +52,7 @@ def draw_augmentation(transform: Any, shape: tuple[int, int]) -> Iterator[Operat
     for index in transform.random_policy_indices():
         step = transform.transforms[index]
         name = type(step).__name__
-        if name in _BY_LEVEL:  # a map of levels to levels: find it by applying the step to all
+        if name in _BY_LEVEL:  # a map of levels to levels, found by applying the step to all
             table = step.transform(dict(img=_RAMP.copy()))['img'][0, :, 0]
             if not np.array_equal(table, _RAMP[0, :, 0]):
                 yield Operation('table', table)
@@ -71,7 +71,7 @@ def draw_augmentation(transform: Any, shape: tuple[int, int]) -> Iterator[Operat
 
 
 def _matrix(step: Any, value: float, shape: tuple[int, int]) -> np.ndarray:
-    """Where Rotate, Shear and Translate move the pixels (x, y), 2 x 3."""
+    """Return the 2 x 3 matrix by which Rotate, Shear or Translate moves the pixels (x, y)."""
     height, width = shape
     if type(step).__name__ == 'Rotate':
         center = step.center or ((width - 1) * 0.5, (height - 1) * 0.5)
@@ -86,10 +86,10 @@ def _matrix(step: Any, value: float, shape: tuple[int, int]) -> np.ndarray:
 
 
 def check_augmentation(transform: Any) -> None:
-    """See that `augment_batch` can do what a transform does.
+    """Check that `augment_batch` can do what a transform does.
 
     Raises:
-        ConfigError: It cannot; the message says what it can do.
+        ConfigError: It cannot; the message lists what it can do.
     """
     name = type(transform).__name__
     known = (*_BY_LEVEL, *_BY_STATISTICS, *_BY_FACTOR, *_GEOMETRIC)
@@ -97,27 +97,28 @@ def check_augmentation(transform: Any) -> None:
         wrong = transform.mode == 'rand' and transform.fill_std is None
         reason = 'RandomErasing with mode="rand" needs a fill_std'
     elif name == 'RandAugment':
-        strange = [type(step).__name__ for step in transform.transforms
+        unknown = [type(step).__name__ for step in transform.transforms
                    if type(step).__name__ not in known or
                    getattr(step, 'interpolation', 'bicubic') != 'bicubic']
-        wrong = bool(strange)
-        reason = (f'of RandAugment {", ".join(strange)} cannot be: only {", ".join(known)}, with '
-                  'hparams=dict(interpolation="bicubic")')
+        wrong = bool(unknown)
+        reason = (f'the device cannot do {", ".join(unknown)} of RandAugment, only '
+                  f'{", ".join(known)}, with hparams=dict(interpolation="bicubic")')
     else:
-        wrong, reason = True, f'{name} cannot be, only RandAugment and RandomErasing'
+        wrong = True
+        reason = f'the device cannot do {name}, only RandAugment and RandomErasing'
     if wrong:
-        raise ConfigError(f'PackForDevice: {reason}. Put it into the pipeline before it instead')
+        raise ConfigError(f'PackForDevice: {reason}. Put it into the pipeline before PackForDevice')
 
 
 @TRANSFORMS.register_module()
 class PackForDevice(BaseTransform):
-    """mmpretrain's PackInputs after transforms that the training device is to do.
+    """mmpretrain's PackInputs, with transforms that are left to the training device.
 
     It stands last in a pipeline. The loader then needs `augment_collate` as its collate function
     and the model `AugmentingPreProcessor` as its data preprocessor.
 
     Args:
-        transforms: Configs of mmpretrain's RandAugment and RandomErasing, in their order.
+        transforms: Configs of mmpretrain's RandAugment and RandomErasing, in order.
 
     Raises:
         ConfigError: The device cannot do one of them.
@@ -130,19 +131,19 @@ class PackForDevice(BaseTransform):
         self.pack = TRANSFORMS.build(dict(type='mmpretrain.PackInputs'))
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Give ``inputs`` (3 x H x W, uint8), ``data_samples``, and what was ``drawn``."""
+        """Return ``inputs`` (3 x H x W, uint8), ``data_samples``, and what was ``drawn``."""
         shape = results['img'].shape[:2]
-        drawn = [each for transform in self.transforms
-                 for each in draw_augmentation(transform, shape)]
+        drawn = [operation for transform in self.transforms
+                 for operation in draw_augmentation(transform, shape)]
         return dict(self.pack(results), drawn=drawn)
 
 
 class Unfinished:
-    """Images of a batch that are still to be augmented; only `AugmentingPreProcessor` takes them.
+    """Images of a batch before augmentation; only `AugmentingPreProcessor` takes them.
 
     Args:
         images: N x 3 x H x W, uint8, BGR.
-        drawn: For each image its operations in their order.
+        drawn: Operations of each image, in order.
     """
 
     def __init__(self, images: Tensor, drawn: Sequence[Sequence[Operation]]) -> None:
@@ -152,12 +153,12 @@ class Unfinished:
         return len(self.images)
 
     def __iter__(self) -> Iterator[Tensor]:
-        raise ConfigError('the images of this batch are still to be augmented: set model.data_'
+        raise ConfigError('the images of this batch are not augmented yet: set model.data_'
                           "preprocessor.type to 'mmseg.AugmentingPreProcessor', or put the "
                           'transforms of PackForDevice into the pipeline, with PackInputs')
 
     def pin_memory(self) -> 'Unfinished':
-        """What DataLoader asks for where it pins memory."""
+        """Pin the images; DataLoader calls it."""
         return Unfinished(self.images.pin_memory(), self.drawn)
 
 
@@ -166,7 +167,7 @@ def augment_collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Stack what `PackForDevice` packs, for an `AugmentingPreProcessor`.
 
     Returns:
-        ``inputs``, which are `Unfinished`, and ``data_samples``.
+        ``inputs`` (`Unfinished`) and ``data_samples``.
     """
     return dict(inputs=Unfinished(default_collate([sample['inputs'] for sample in samples]),
                                   [sample['drawn'] for sample in samples]),
@@ -176,7 +177,7 @@ def augment_collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 class _Augmenting(BaseDataPreprocessor):
 
     def forward(self, data: dict[str, Any], training: bool = False) -> Any:
-        """Move a batch to the device, augment it, and go on as ClsDataPreprocessor."""
+        """Move a batch to the device, augment it, and continue as ClsDataPreprocessor."""
         inputs = data['inputs']
         if isinstance(inputs, Unfinished):
             data = dict(data, inputs=augment_batch(self.cast_data(inputs.images), inputs.drawn))
@@ -187,10 +188,10 @@ class _Augmenting(BaseDataPreprocessor):
 def augmenting_preprocessor(**kwargs: Any) -> BaseDataPreprocessor:
     """mmpretrain's ClsDataPreprocessor that also takes the batches of `augment_collate`.
 
-    They come out as it would return them had RandAugment and RandomErasing been done before.
+    The result is as if RandAugment and RandomErasing had been done before.
 
     Args:
-        kwargs: Those of ClsDataPreprocessor.
+        kwargs: Arguments of ClsDataPreprocessor.
     """
     from mmpretrain.models import ClsDataPreprocessor
     made = type('AugmentingPreProcessor', (_Augmenting, ClsDataPreprocessor), {})(**kwargs)
@@ -200,15 +201,15 @@ def augmenting_preprocessor(**kwargs: Any) -> BaseDataPreprocessor:
 
 @torch.no_grad()
 def augment_batch(images: Tensor, drawn: Sequence[Sequence[Operation]]) -> Tensor:
-    """Do to each image of a batch, in place, what was drawn for it.
+    """Augment each image of a batch, in place.
 
-    Every operation ends in whole levels, as mmpretrain's do with OpenCV and numpy. The results are
-    the same, but where pixels move: there fewer than 1 of 1,000 values differs, by one level.
-    OpenCV before 5 differs more, because it rounds places to 1/32 of a pixel.
+    Every operation rounds to whole levels, as mmpretrain's do with OpenCV and numpy. The results
+    are the same; where pixels move, fewer than 1 of 1,000 values differs, by one level. OpenCV
+    before 5 differs more, because it rounds positions to 1/32 of a pixel.
 
     Args:
         images: N x 3 x H x W, uint8, BGR.
-        drawn: For each image its operations in their order.
+        drawn: Operations of each image, in order.
 
     Returns:
         The same tensor.
@@ -219,24 +220,25 @@ def augment_batch(images: Tensor, drawn: Sequence[Sequence[Operation]]) -> Tenso
             if place < len(operations):
                 kind, values = operations[place]
                 groups.setdefault(kind, {})[row] = values
-        for kind, found in groups.items():
-            rows = torch.tensor(list(found)).to(images.device, non_blocking=True)
-            images[rows] = _KINDS[kind](images[rows], list(found.values()))
+        for kind, group in groups.items():
+            rows = torch.tensor(list(group)).to(images.device, non_blocking=True)
+            images[rows] = _KINDS[kind](images[rows], list(group.values()))
     return images
 
 
 def _numbers(values: Sequence[Any], images: Tensor) -> Tensor:
-    """One row for each image on its device, float32."""
+    """Return one row for each image on its device, float32."""
     return torch.tensor(values, dtype=torch.float32).to(images.device, non_blocking=True)
 
 
 def _blend(levels: Tensor, others: Tensor, factors: Sequence[float]) -> Tensor:
-    """OpenCV's addWeighted of float32, cut to whole levels: rounded as by one fused step.
+    """OpenCV's addWeighted of float32, cut to whole levels, with one rounding.
 
-    Otherwise a blend of a level with itself often falls just short of it, and is cut to the next.
+    With two, a blend of a level with itself often falls just short of it, and is cut to the next.
     """
-    share, rest = (_numbers(each, levels)[(slice(None),) + (None,) * (levels.dim() - 1)] for each in
-                   (factors, [1 - factor for factor in factors]))
+    dims = (slice(None),) + (None,) * (levels.dim() - 1)
+    share = _numbers(factors, levels)[dims]
+    rest = _numbers([1 - factor for factor in factors], levels)[dims]
     blended = levels.double() * share.double() + (others * rest).double()
     return blended.float().clamp_(0, 255).to(torch.uint8)
 
@@ -301,7 +303,7 @@ def _sharpness(images: Tensor, factors: Sequence[float]) -> Tensor:
 
 
 def _warp(images: Tensor, values: Sequence[Sequence[float]]) -> Tensor:
-    """Fetch each pixel from where an affine map says, bicubic; beyond the image lies a colour."""
+    """Fetch each pixel from where an affine map says, bicubic; a colour fills the outside."""
     numbers = _numbers(values, images)
     height, width = images.shape[-2:]
     x = torch.arange(width, device=images.device)

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -17,11 +18,8 @@ def scene(seed, size=(48, 64)):
 
 
 def contents(root):
-    return {
-        path.relative_to(root).as_posix(): path.read_bytes()
-        for path in Path(root).rglob('*')
-        if path.is_file()
-    }
+    return {path.relative_to(root).as_posix(): path.read_bytes()
+            for path in Path(root).rglob('*') if path.is_file()}
 
 
 @pytest.fixture(scope='module')
@@ -80,9 +78,6 @@ def test_every_class_occurs_and_none_rules(labels):
     assert share.shape == (8,)
     assert share.min() > 0.0003
     assert share.max() < 0.45
-
-
-def test_rare_classes_are_small_but_met(labels):
     lamp, bird = labels == synthetic.LAMP, labels == synthetic.BIRD
     assert (lamp | bird).mean() < 0.03
     assert lamp.any((1, 2)).mean() >= 0.4
@@ -105,19 +100,15 @@ def test_colour_alone_does_not_give_a_class_away():
 def test_data_set_layout(tmp_path):
     root = synthetic.draw_dataset(tmp_path / 'new' / 'drawn', **SMALL)
     assert root == tmp_path / 'new' / 'drawn'
-    pictures = [
-        f'{kind}/{split}/{index:05d}.png'
-        for kind in ('images', 'annotations')
-        for split, count in (('training', 3), ('validation', 2))
-        for index in range(count)
-    ]
-    assert set(contents(root)) == {*pictures, 'synthetic.json'}
-    for name in pictures:
-        with Image.open(root / name) as picture:
-            assert picture.size == (64, 48)
-            assert picture.mode == ('RGB' if name.startswith('images') else 'L')
-            if picture.mode == 'L':
-                assert np.asarray(picture).max() < 8
+    images = [f'{kind}/{split}/{index:05d}.png' for kind in ('images', 'annotations')
+                for split, count in (('training', 3), ('validation', 2)) for index in range(count)]
+    assert set(contents(root)) == {*images, 'synthetic.json'}
+    for name in images:
+        with Image.open(root / name) as image:
+            assert image.size == (64, 48)
+            assert image.mode == ('RGB' if name.startswith('images') else 'L')
+            if image.mode == 'L':
+                assert np.asarray(image).max() < 8
     record = json.loads((root / 'synthetic.json').read_text())
     assert (record['train'], record['val'], record['size'], record['seed']) == (3, 2, [48, 64], 0)
 
@@ -128,14 +119,10 @@ def test_data_set_is_its_seed(tmp_path):
     other = contents(synthetic.draw_dataset(tmp_path / 'c', **SMALL, seed=1))
     assert not set(first.values()) & set(other.values())
     assert len(set(first.values())) == len(first)
-
-
-def test_more_pictures_keep_the_earlier_ones(tmp_path):
-    few = contents(synthetic.draw_dataset(tmp_path / 'few', **SMALL))
-    many = contents(synthetic.draw_dataset(tmp_path / 'many', train=5, val=4, size=(48, 64)))
-    del few['synthetic.json']
-    assert len(many) == 19
-    assert few.items() <= many.items()
+    more = contents(synthetic.draw_dataset(tmp_path / 'more', train=5, val=4, size=(48, 64)))
+    del first['synthetic.json']  # a larger one keeps the images of a smaller one
+    assert len(more) == 19
+    assert first.items() <= more.items()
 
 
 def test_second_run_touches_nothing(tmp_path):
@@ -155,33 +142,30 @@ def test_interrupted_run_is_repaired(tmp_path, monkeypatch):
 
     draw, left = synthetic.draw_scene, iter(range(2))
 
-    def stop(rng, size):
+    def stop(rng, size, scale):
         if next(left, None) is None:
             raise KeyboardInterrupt
-        return draw(rng, size)
+        return draw(rng, size, scale)
 
     monkeypatch.setattr(synthetic, 'draw_scene', stop)
     with pytest.raises(KeyboardInterrupt):
         synthetic.draw_dataset(tmp_path, **SMALL, seed=1)
-    assert set(contents(tmp_path)) == {
-        f'{kind}/training/{index:05d}.png' for kind in ('images', 'annotations') for index in (0, 1)
-    }
+    assert set(contents(tmp_path)) == {f'{kind}/training/{index:05d}.png'
+                                       for kind in ('images', 'annotations') for index in (0, 1)}
     monkeypatch.undo()
     synthetic.draw_dataset(tmp_path, **SMALL)
     assert contents(tmp_path) == whole
 
 
-def test_other_parameters_leave_no_old_pictures(tmp_path):
+def test_other_parameters_leave_no_old_images(tmp_path):
     old, new = tmp_path / 'old', tmp_path / 'new'
     synthetic.draw_dataset(old, train=6, val=2, size=(32, 32))
     synthetic.draw_dataset(old, **SMALL)
     assert contents(old) == contents(synthetic.draw_dataset(new, **SMALL))
 
 
-@pytest.mark.parametrize(
-    'foreign',
-    ['notes.txt', 'images/training/ADE_train_00000001.jpg', 'images/00000.png', 'masks/00000.png'],
-)
+@pytest.mark.parametrize('foreign', [
+    'notes.txt', 'images/training/ADE_train_00000001.jpg', 'images/00000.png', 'masks/00000.png'])
 def test_foreign_folder_is_refused_and_untouched(tmp_path, foreign):
     synthetic.draw_dataset(tmp_path, **SMALL)
     (tmp_path / foreign).parent.mkdir(exist_ok=True)
@@ -193,16 +177,10 @@ def test_foreign_folder_is_refused_and_untouched(tmp_path, foreign):
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize(
-    ('wrong', 'remedy'),
-    [
-        ({'train': 0}, 'at least one'),
-        ({'val': 0}, 'at least one'),
-        ({'size': (31, 64)}, 'at least 32'),
-        ({'size': (64,)}, 'height and a width'),
-        ({'seed': -1}, '0 or more'),
-    ],
-)
+@pytest.mark.parametrize(('wrong', 'remedy'), [
+    (dict(train=0), 'at least one'), (dict(val=0), 'at least one'),
+    (dict(size=(31, 64)), 'at least 32'), (dict(size=(64,)), 'height and a width'),
+    (dict(seed=-1), '0 or more')])
 def test_bad_arguments(tmp_path, wrong, remedy):
     with pytest.raises(ValueError, match=remedy):
         synthetic.draw_dataset(tmp_path / 'drawn', **{**SMALL, **wrong})
@@ -215,3 +193,14 @@ def test_file_instead_of_a_folder(tmp_path):
         synthetic.draw_dataset(tmp_path / 'drawn', **SMALL)
     with pytest.raises(ValueError, match='at least 32'):
         scene(0, (31, 64))
+
+
+def test_larger_worlds_hold_more_objects_of_the_same_size():
+    areas = {}
+    for size, scale, seeds in ((192, 1., 24), (768, 0.25, 4)):
+        masks = [synthetic.draw_scene(np.random.default_rng(seed), (size, size), scale)[1] ==
+                 synthetic.BIRD for seed in range(seeds)]
+        areas[size] = np.concatenate([
+            cv2.connectedComponentsWithStats(mask.astype(np.uint8))[2][1:, -1] for mask in masks])
+    assert len(areas[768]) / 4 > 4 * len(areas[192]) / 24
+    assert np.median(areas[768]) == pytest.approx(np.median(areas[192]), rel=0.4)

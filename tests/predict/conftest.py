@@ -12,7 +12,7 @@ RESIZING = '''
 test_pipeline = [
     dict(type='LoadImageFromFile'), dict(type='Resize', scale=(256, 80), keep_ratio=True),
     dict(type='ResizeToMultiple', size_divisor=32),
-    dict(type='LoadAnnotations', num_classes=8), dict(type='PackSegInputs')]
+    dict(type='LoadSegLabels', num_classes=8), dict(type='PackSegInputs')]
 test_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(
     data_root=data_root, pipeline=test_pipeline))
 '''

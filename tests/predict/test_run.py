@@ -94,12 +94,13 @@ def test_a_folder(segmenter, photos):
     assert Image.open(out / 'legend.png').width > 60
 
 
-def test_it_resumes_where_it_stopped(work, photos, tmp_path, monkeypatch):
+def test_it_resumes_where_it_stopped(work, photos, tmp_path, monkeypatch, capsys):
     segmenter, out = Segmenter(work, device='cpu'), tmp_path / 'out'
     whole = predict_images(segmenter, [photos], tmp_path / 'whole')
     calls = interrupt(segmenter, monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         predict_images(segmenter, [photos], out)
+    assert '2 of 4 images are done: run the same command again' in capsys.readouterr().err
     before = written(out)
     assert len(before) == 4
     summary = predict_images(segmenter, [photos], out)

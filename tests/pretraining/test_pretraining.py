@@ -29,7 +29,8 @@ from mmseg_edaformer.cost import count_macs
 from mmseg_edaformer.engine import checks, launch
 from mmseg_edaformer.engine.loop import CountedBatches, SeededIndices
 from mmseg_edaformer.errors import ConfigError, DataError, RatioError
-from mmseg_edaformer.pretraining import folders as pretrain
+from mmseg_edaformer.isr import ISRRatio
+from mmseg_edaformer.pretraining import crops as drawn, folders
 from mmseg_edaformer.pretraining.rand_augment import augment_batch, draw_augmentation
 from tests.conftest import MINI, ROOT
 from tests.engine.training import differences, run_to_end, state, train
@@ -43,15 +44,10 @@ def _scope():
 
 
 @pytest.fixture(scope='module')
-def config(classifier):
-    return classifier
-
-
-@pytest.fixture(scope='module')
-def whole(config, tmp_path_factory):
+def whole(classifier, tmp_path_factory):
     """The work dir of a run of 12 steps that nothing interrupted; read-only."""
     work = tmp_path_factory.mktemp('whole') / 'work'
-    run_to_end(config, work)
+    run_to_end(classifier, work)
     return work
 
 
@@ -63,6 +59,9 @@ def recipe(size='t'):
 def test_size_and_cost(size, parameters, gmacs):
     """With the classifier, as ImageNet models are counted."""
     model = MODELS.build(recipe(size).model)
+    model.init_weights()
+    model(torch.randn(2, 3, 64, 64)).square().mean().backward()  # distributed training needs all
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == parameters
     assert round(count_macs(model, (224, 224)) / 1e9, 1) == gmacs
 
@@ -86,14 +85,6 @@ def test_exactly_norms_and_biases_do_not_decay(size):
     assert {group['lr'] for group in optimizer.param_groups} == {1e-3}
     assert optimizer.defaults['eps'] == 1e-8
     assert optimizer.defaults['betas'] == (0.9, 0.999)
-
-
-def test_every_parameter_has_a_gradient():
-    """What distributed training needs."""
-    model = MODELS.build(recipe().model)
-    model.init_weights()
-    model(torch.randn(2, 3, 64, 64)).square().mean().backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
 def test_learning_rate():
@@ -164,8 +155,8 @@ def test_repeated_augmentation(monkeypatch, ranks):
     assert len(drawn[0] & drawn[1]) / (images / 3) == pytest.approx(1 / 3, abs=0.1)
 
 
-def test_ranks_see_other_augmentations_of_an_image(config):
-    dataset = DATASETS.build(Config.fromfile(config).train_dataloader.dataset)
+def test_ranks_see_other_augmentations_of_an_image(classifier):
+    dataset = DATASETS.build(Config.fromfile(classifier).train_dataloader.dataset)
     views = []
     for key in ((7, 1, 0), (7, 1, 1), (7, 1, 2), (7, 1, 0)):
         views += [dataset[index]['inputs'] for index in SeededIndices([11], [key])]
@@ -312,11 +303,15 @@ def test_crop_and_evaluation(tmp_path):
     assert np.abs(results['img'].astype(int) - expected).max() <= 1
 
 
-def test_the_pipeline_is_timed():
-    steps = measure_pipeline(recipe(), (64, 96), images=3)
-    assert [name for name, _ in steps] == [
-        *(each.type for each in recipe().train_pipeline), 'collate', 'total']
+@pytest.mark.parametrize('name', ['eft_t_in1k', 'edaformer_t_ade'])
+def test_every_step_of_a_pipeline_is_timed(name):
+    cfg, threads = Config.fromfile(ROOT / f'configs/{name}.py'), torch.get_num_threads()
+    steps = measure_pipeline(cfg, (64, 96), images=3)
+    assert [step for step, _ in steps] == [
+        *(step.type for step in cfg.train_dataloader.dataset.pipeline), 'collate', 'total']
     assert min(time for _, time in steps) >= 0
+    assert steps[-1][1] == pytest.approx(sum(time for _, time in steps[:-1]))
+    assert torch.get_num_threads() == threads
 
 
 @HOOKS.register_module()
@@ -328,13 +323,13 @@ class KillHook(Hook):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_killed_and_resumed(config, whole, tmp_path):
+def test_killed_and_resumed(classifier, whole, tmp_path):
     """Bit for bit: repeated and random augmentation, mixup, drop path; in the second epoch."""
     work = tmp_path / 'work'
-    pid = in_child(train, config, work, log=tmp_path / 'log',
+    pid = in_child(train, classifier, work, log=tmp_path / 'log',
                    before=lambda cfg: cfg.custom_hooks.append(dict(type='KillHook')))
     assert finish(pid) == -signal.SIGKILL
-    log = run_to_end(config, work, options={
+    log = run_to_end(classifier, work, options={
         'train_dataloader.num_workers': 2, 'train_dataloader.persistent_workers': True})
     assert 'iter: 6' in log
     assert differences(state(whole), state(work)) == []
@@ -342,10 +337,10 @@ def test_killed_and_resumed(config, whole, tmp_path):
         whole / 'best_accuracy_top1_iter_6.pth').exists()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_it_learns(tmp_path):
     """The whole recipe with a small encoder: far from chance, a tenth, after 150 steps."""
-    data = pretrain.draw_crops(tmp_path / 'data', train=24, val=10)
+    data = drawn.draw_crops(tmp_path / 'data', train=24, val=10)
     config = tmp_path / 'learns.py'
     config.write_text(f'''
 _base_ = ['{ROOT}/configs/eft_t_crops.py']
@@ -374,9 +369,9 @@ def test_the_log_speaks_of_classification(whole):
 
 
 @pytest.mark.parametrize('ratio', ['2', '2211'])
-def test_isr(config, whole, tmp_path, ratio):
+def test_isr(classifier, whole, tmp_path, ratio):
     code, output = run_tool(
-        'tools/test.py', config, whole / 'iter_12.pth', '--work-dir', tmp_path / 'work',
+        'tools/test.py', classifier, whole / 'iter_12.pth', '--work-dir', tmp_path / 'work',
         '--isr-ratio', ratio, '--json', tmp_path / 'figures.json')
     assert code == 0, output[-2000:]
     figures = json.loads((tmp_path / 'figures.json').read_text())
@@ -389,16 +384,16 @@ def test_isr(config, whole, tmp_path, ratio):
 
 
 def test_ratios_that_mean_nothing():
-    assert pretrain.encoder_ratio('2,2,1,1') == pretrain.encoder_ratio('optimal')
-    assert pretrain.encoder_ratio('auto').auto
+    assert ISRRatio.parse_encoder('2,2,1,1') == ISRRatio.parse_encoder('optimal')
+    assert ISRRatio.parse_encoder('auto').auto
     for text in ('22x1', '0', ''):
         with pytest.raises(RatioError):
-            pretrain.encoder_ratio(text)
+            ISRRatio.parse_encoder(text)
 
 
 @pytest.mark.parametrize('flag', ['out', 'tta', 'show', 'show_dir', 'bf16', 'skip_bad_files'])
-def test_flags_of_segmentation(config, whole, flag):
-    cfg = Config.fromfile(config)
+def test_flags_of_segmentation(classifier, whole, flag):
+    cfg = Config.fromfile(classifier)
     with pytest.raises(ConfigError, match=f'--{flag.replace("_", "-")}: only for segmentation'):
         launch.prepare_test(cfg, str(whole / 'iter_12.pth'), **{flag: 'x'})
 
@@ -410,17 +405,17 @@ def data_config(config, root):
     return cfg
 
 
-def test_missing_and_wrong_folders(config, crops, tmp_path):
-    checks.check_data(data_config(config, crops), 'train', 'val')
+def test_missing_and_wrong_folders(classifier, crops, tmp_path):
+    checks.check_data(data_config(classifier, crops), 'train', 'val')
     with pytest.raises(DataError, match=r'train set is not where the config says: .*nowhere'):
-        checks.check_data(data_config(config, tmp_path / 'nowhere'), 'train', 'val')
+        checks.check_data(data_config(classifier, tmp_path / 'nowhere'), 'train', 'val')
     with pytest.raises(DataError, match='needs one folder per class'):
-        checks.check_data(data_config(config, tmp_path), 'train', 'val')
+        checks.check_data(data_config(classifier, tmp_path), 'train', 'val')
     for split in ('train', 'val'):
-        for name in pretrain.CROPS:
+        for name in drawn.CROPS:
             (tmp_path / split / name).mkdir(parents=True)
             (tmp_path / split / name / 'a.JPEG').touch()
-    cfg = data_config(config, tmp_path)
+    cfg = data_config(classifier, tmp_path)
     checks.check_data(cfg, 'train', 'val')
     (tmp_path / 'val' / 'tree').rename(tmp_path / 'val' / 'shrub')
     with pytest.raises(DataError, match='different class folders, such as shrub'):
@@ -433,8 +428,8 @@ def test_missing_and_wrong_folders(config, crops, tmp_path):
         checks.check_data(cfg, 'train', 'val')
 
 
-def test_a_damaged_image_is_named(config, crops, tmp_path):
-    dataset = data_config(config, tmp_path).train_dataloader.dataset
+def test_a_damaged_image_is_named(classifier, crops, tmp_path):
+    dataset = data_config(classifier, tmp_path).train_dataloader.dataset
     folder = tmp_path / 'train' / 'bird'
     folder.mkdir(parents=True)
     (folder / 'cut.png').write_bytes((crops / 'train/bird/00000.png').read_bytes()[:500])
@@ -449,16 +444,19 @@ def test_mmpretrain_that_cannot_be_imported(monkeypatch):
 
 
 def test_crops_are_drawn_once_and_reproducibly(crops, tmp_path, capsys):
-    assert sorted(path.name for path in (crops / 'train').iterdir()) == list(pretrain.CROPS)
+    assert sorted(path.name for path in (crops / 'train').iterdir()) == list(drawn.CROPS)
     image = np.asarray(Image.open(crops / 'val' / 'car' / '00000.png'))
-    again = pretrain.draw_crop(np.random.default_rng((0, 1, 1, 0)), 'car', 64)
+    again = drawn.draw_crop(np.random.default_rng((0, 1, 1, 0)), 'car', 64)
     np.testing.assert_array_equal(image, again)
     before = (crops / 'crops.json').stat().st_mtime_ns
-    pretrain.draw_crops(crops, train=4, val=1)
+    drawn.draw_crops(crops, train=4, val=1)
     assert (crops / 'crops.json').stat().st_mtime_ns == before
-    with pytest.raises(DataError, match=r'holds crops\.json'):
-        pretrain.draw_crops(crops, train=5, val=1)
-    pretrain.prepare(pretrain.FOLDERS['crops'], crops)
+    foreign = tmp_path / 'train' / 'car' / 'mine.png'
+    foreign.parent.mkdir(parents=True)
+    foreign.touch()
+    with pytest.raises(DataError, match=r'holds train/car/mine\.png, which does not belong'):
+        drawn.draw_crops(tmp_path, train=1, val=1)
+    folders.prepare(folders.FOLDERS['crops'], crops)
     assert 'train: 40 images in 10 folders' in capsys.readouterr().out
     with pytest.raises(DataError, match='instead of 1,000'):
-        pretrain.prepare(pretrain.FOLDERS['imagenet'], crops)
+        folders.prepare(folders.FOLDERS['imagenet'], crops)

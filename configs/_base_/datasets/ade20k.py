@@ -3,29 +3,31 @@ dataset_type = 'ADE20KDataset'
 data_root = 'data/ade/ADEChallengeData2016'
 crop_size = (512, 512)
 train_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='LoadAnnotations', num_classes=num_classes),
-    dict(type='RandomResize', scale=(2048, 512), ratio_range=(0.5, 2.0), keep_ratio=True),
-    dict(type='RandomCrop', crop_size=crop_size, cat_max_ratio=0.75),
+    dict(type='LoadSegImage'),
+    dict(type='LoadSegLabels', num_classes=num_classes),
+    dict(
+        type='RandomResize', scale=(2048, 512), ratio_range=(0.5, 2.0), keep_ratio=True,
+        resize_type='SegResize'),
+    dict(type='RandomSegCrop', crop_size=crop_size, cat_max_ratio=0.75),
     dict(type='RandomFlip', prob=0.5),
     dict(type='PackSegInputs'),
 ]
 test_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='Resize', scale=(2048, 512), keep_ratio=True),
+    dict(type='LoadImageFromFile'),  # by this name mmseg's inferencers find it
+    dict(type='SegResize', scale=(2048, 512), keep_ratio=True),
     dict(type='ResizeToMultiple', size_divisor=32),
     # Labels keep the original size, at which they are compared.
-    dict(type='LoadAnnotations', num_classes=num_classes),
+    dict(type='LoadSegLabels', num_classes=num_classes),
     dict(type='PackSegInputs'),
 ]
 tta_pipeline = [
-    dict(type='LoadImageFromFile'),
+    dict(type='LoadSegImage'),
     dict(type='TestTimeAug', transforms=[
-        [dict(type='Resize', scale=(int(2048 * ratio), int(512 * ratio)), keep_ratio=True)
+        [dict(type='SegResize', scale=(int(2048 * ratio), int(512 * ratio)), keep_ratio=True)
          for ratio in (0.75, 0.875, 1.0, 1.125, 1.25)],
         [dict(type='ResizeToMultiple', size_divisor=32)],
         [dict(type='RandomFlip', prob=prob, direction='horizontal') for prob in (0., 1.)],
-        [dict(type='LoadAnnotations', num_classes=num_classes)],
+        [dict(type='LoadSegLabels', num_classes=num_classes)],
         [dict(type='PackSegInputs')],
     ]),
 ]

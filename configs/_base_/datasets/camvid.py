@@ -3,25 +3,27 @@ dataset_type = 'CamVidDataset'
 data_root = 'data/camvid'
 crop_size = (320, 320)
 train_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='LoadAnnotations', num_classes=num_classes),
-    dict(type='RandomResize', scale=(480, 360), ratio_range=(0.75, 2.0), keep_ratio=True),
-    dict(type='RandomCrop', crop_size=crop_size, cat_max_ratio=0.75),
+    dict(type='LoadSegImage'),
+    dict(type='LoadSegLabels', num_classes=num_classes),
+    dict(
+        type='RandomResize', scale=(480, 360), ratio_range=(0.75, 2.0), keep_ratio=True,
+        resize_type='SegResize'),
+    dict(type='RandomSegCrop', crop_size=crop_size, cat_max_ratio=0.75),
     dict(type='RandomFlip', prob=0.5),
     dict(type='PackSegInputs'),
 ]
 test_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='LoadAnnotations', num_classes=num_classes),
+    dict(type='LoadImageFromFile'),  # by this name mmseg's inferencers find it
+    dict(type='LoadSegLabels', num_classes=num_classes),
     dict(type='PackSegInputs'),
 ]
 tta_pipeline = [
-    dict(type='LoadImageFromFile'),
+    dict(type='LoadSegImage'),
     dict(type='TestTimeAug', transforms=[
-        [dict(type='Resize', scale=(int(480 * ratio), int(360 * ratio)), keep_ratio=True)
+        [dict(type='SegResize', scale=(int(480 * ratio), int(360 * ratio)), keep_ratio=True)
          for ratio in (0.75, 1.0, 1.25, 1.5)],
         [dict(type='RandomFlip', prob=prob, direction='horizontal') for prob in (0., 1.)],
-        [dict(type='LoadAnnotations', num_classes=num_classes)],
+        [dict(type='LoadSegLabels', num_classes=num_classes)],
         [dict(type='PackSegInputs')],
     ]),
 ]

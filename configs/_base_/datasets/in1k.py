@@ -1,7 +1,7 @@
 data_root = 'data/imagenet'
 crop_size = (224, 224)
 train_pipeline = [
-    dict(type='mmseg.LoadImageFromFile'),  # names the files that it cannot read
+    dict(type='mmseg.LoadSegImage'),  # names the files that it cannot read
     dict(type='mmseg.RandomResizedCrop', scale=224),  # bicubic with antialiasing, as Pillow does
     dict(type='RandomFlip', prob=0.5, direction='horizontal'),
     # Drawn for each image here, done by the model's data preprocessor for the whole batch.
@@ -28,7 +28,7 @@ train_pipeline = [
         ]),
 ]
 test_pipeline = [
-    dict(type='mmseg.LoadImageFromFile'),
+    dict(type='mmseg.LoadSegImage'),
     dict(type='ResizeEdge', scale=256, edge='short', backend='pillow', interpolation='bicubic'),
     dict(type='CenterCrop', crop_size=224),
     dict(type='PackInputs'),

@@ -3,25 +3,27 @@ dataset_type = 'SyntheticDataset'
 data_root = 'data/synthetic'
 crop_size = (160, 160)
 train_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='LoadAnnotations', num_classes=num_classes),
-    dict(type='RandomResize', scale=(256, 192), ratio_range=(0.85, 1.4), keep_ratio=True),
-    dict(type='RandomCrop', crop_size=crop_size),
+    dict(type='LoadSegImage'),
+    dict(type='LoadSegLabels', num_classes=num_classes),
+    dict(
+        type='RandomResize', scale=(256, 192), ratio_range=(0.85, 1.4), keep_ratio=True,
+        resize_type='SegResize'),
+    dict(type='RandomSegCrop', crop_size=crop_size),
     dict(type='RandomFlip', prob=0.5),
     dict(type='PackSegInputs'),
 ]
 test_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='LoadAnnotations', num_classes=num_classes),
+    dict(type='LoadImageFromFile'),  # by this name mmseg's inferencers find it
+    dict(type='LoadSegLabels', num_classes=num_classes),
     dict(type='PackSegInputs'),
 ]
 tta_pipeline = [
-    dict(type='LoadImageFromFile'),
+    dict(type='LoadSegImage'),
     dict(type='TestTimeAug', transforms=[
-        [dict(type='Resize', scale=(int(256 * ratio), int(192 * ratio)), keep_ratio=True)
+        [dict(type='SegResize', scale=(int(256 * ratio), int(192 * ratio)), keep_ratio=True)
          for ratio in (0.75, 1.0, 1.25)],
         [dict(type='RandomFlip', prob=prob, direction='horizontal') for prob in (0., 1.)],
-        [dict(type='LoadAnnotations', num_classes=num_classes)],
+        [dict(type='LoadSegLabels', num_classes=num_classes)],
         [dict(type='PackSegInputs')],
     ]),
 ]
