@@ -2,6 +2,7 @@
 import copy
 import gc
 import os
+import re
 import shutil
 import time
 import warnings
@@ -233,8 +234,8 @@ def test_large_images_have_auto_by_default(whole, large, images, caplog, monkeyp
         assert same(default(large).labels, auto(large).labels)
         assert same(default(small).labels, plain(small).labels)
     [record] = caplog.records
-    assert record.message.startswith(
-        'an image of 256x160 pixels takes about 0 s on cpu at ISR ratio auto, the default above ')
+    assert re.match(r'an image of 256x160 pixels takes about \d+ s on cpu at ISR ratio auto, the '
+                    'default above ', record.message)
     default.isr_ratio = 'none'
     assert same(default(large).labels, plain(large).labels)
     default.isr_ratio = None
@@ -271,7 +272,7 @@ def test_an_estimate_is_near_and_never_an_error(whole, monkeypatch):
     segmenter = Segmenter(*whole, device='cpu', isr_ratio='none')
     with torch.no_grad():
         segmenter._estimate((64, 64))
-        seconds = segmenter._estimate((640, 960))
+        seconds = min(segmenter._estimate((640, 960)) for _ in range(3))
         start = time.perf_counter()
         segmenter.model.predict_labels(torch.zeros(1, 3, 640, 960))
         assert 0.05 < seconds / (time.perf_counter() - start) < 20  # other work runs beside it
