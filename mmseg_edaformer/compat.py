@@ -194,13 +194,14 @@ class _BeforeImport(MetaPathFinder):
 def prepare_imports() -> None:
     """Let mmcv, mmseg, timm and mmpretrain be imported, and quietly; costs nothing until they are.
 
-    mmcv-lite warns of operators that nothing here uses, mmseg of a default of its loss: the two
-    filters can go when they warn at use instead.
+    mmcv-lite warns of operators that nothing here uses, mmseg of a default of its loss, of its own
+    use of an old function and of a hook that draws nothing: the filter can go when they do not.
     """
     provide_home()
     stub_mmcv_ops()
     sys.meta_path.insert(0, _BeforeImport())
-    warnings.filterwarnings('ignore', message='Fail to import|Default ``avg_non_ignore``')
+    warnings.filterwarnings('ignore', message='Fail to import|Default ``avg_non_ignore``|'
+                            '``build_loss`` would be|The draw is False')
 
 
 def stub_mmcv_ops() -> None:

@@ -27,9 +27,9 @@ from rich.progress import (
 class ProgressHook(Hook):
     """Shows a bar with the loss, the mIoU so far, images per second and time left on a terminal.
 
-    The log lines scroll above it. If the output is not a terminal, a line takes the place of the bar
-    at every twentieth of a training, and at least every ten minutes. The figures of each validation
-    and test are a line of the log.
+    The log lines scroll above it. Where the output is no terminal, a training prints a line at
+    every twentieth of its iterations, and at least every ten minutes. The figures of each
+    validation and test are a line of the log.
 
     Args:
         interval: Number of iterations between readings of the loss, which wait for the GPU.

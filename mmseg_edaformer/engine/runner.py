@@ -1,5 +1,6 @@
 """The runner of this package's tools: mmengine's, with a quiet terminal."""
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 _PACKAGE = str(Path(__file__).resolve().parents[1])
+# What mmengine warns of in every run of mmseg, though nobody can do anything about it.
+_OF_NO_USE = re.compile('prefix is not set in metric|"FileClient" will be|"HardDiskBackend" is')
 
 
 @RUNNERS.register_module()
@@ -28,4 +31,6 @@ class QuietRunner(Runner):
 
 
 def _matters(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.WARNING or record.pathname.startswith(_PACKAGE)
+    if record.pathname.startswith(_PACKAGE):
+        return True
+    return record.levelno >= logging.WARNING and not _OF_NO_USE.search(record.getMessage())
