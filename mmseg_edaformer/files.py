@@ -43,7 +43,7 @@ def write_file(path: str | Path, content: bytes | str) -> None:
         partial.write_bytes(content)
 
 
-def shorten(name: str, most: int) -> str:
+def shorten(name: str, most: int = 235) -> str:
     """Cut a name of more bytes than ``most``, and end it in its hash: file systems allow 255."""
     raw = os.fsencode(name)
     if len(raw) <= most:

@@ -1,8 +1,7 @@
 """Masks of millions of images, made by many processes on many machines with Ray Data.
 
-Ray Data reads the shards, deals images out to workers that hold one model each, and deals those of
-a worker that died out again. A finished mask notes what it was made from, and a worker looks at it
-before it predicts: so nothing is done twice, whatever dies, and re-running resumes.
+A finished mask notes what it was made from, and a worker looks at it before it predicts: so nothing
+is done twice, whatever dies, and re-running resumes.
 """
 import hashlib
 import json
@@ -27,16 +26,7 @@ from .. import __version__
 from ..errors import ConfigError, DataError, UserError, shown
 from ..files import replacing, write_file
 from .inputs import IMAGES, find_images, name_targets
-from .outputs import (
-    Summary,
-    draw_legend,
-    encode_png,
-    make_note,
-    read_mask,
-    remove_leftovers,
-    write_result,
-    writing,
-)
+from .outputs import Summary, make_note, read_result, remove_leftovers, write_result, writing
 from .ray_pool import connect, count_workers, import_ray, run_workers
 from .run import progress_bar
 from .segmenter import Segmentation, Segmenter, class_shares, count_pixels
@@ -66,29 +56,21 @@ def predict_many(source: str | Path, model: str | Path, out: str | Path, *,
                  column: str | None = None) -> dict[str, Any]:
     """Write the masks of many images to a folder with Ray; re-running resumes where it stopped.
 
-    The masks are those of `predict_images`. Images that cannot be read are skipped, and so are
-    those whose worker dies again and again.
+    The masks are those of `predict_images`; docs/predict_many.md describes the files. Images that
+    cannot be read are skipped, and so are those whose worker dies again and again.
 
     Args:
         source: A folder, a file or a pattern of images and shards, see `find_images`.
         model: See `Segmenter`, as ``checkpoint``, ``isr_ratio``, ``max_side`` and ``batch_size``.
-        out: Folder for ``masks``, ``legend.png``, and at the end ``manifest.jsonl``, a line for
-            each image in their order, and ``summary.json``. All machines must see it, the model and
-            the images.
-        workers: Number of models at once; by default one for each GPU, or without one for every
-            ``threads`` cores.
+        out: Folder for the results, which all machines must see.
+        workers: Number of models at once; by default as many as there is room for.
         threads: Cores of each worker.
         address: Address of a running Ray, see `connect`.
         overlays: Whether to write ``overlays``.
         column: The images of a shard, see `read_samples`.
 
-    Returns:
-        The content of the summary.
-
     Raises:
-        UserError: There is no image or none can be read, two would get the same name, the model
-            does not load, Ray is missing or has no room, a machine does not see the files, or the
-            folder cannot be written to.
+        UserError: The input, the model or Ray cannot be used, or ``out`` not written to.
     """
     if threads < 1 or (workers is not None and workers < 1):
         raise ConfigError(f'workers {workers}, threads {threads}: they must be 1 or more')
@@ -110,8 +92,7 @@ def predict_many(source: str | Path, model: str | Path, out: str | Path, *,
     with writing(out):
         for name in MANIFEST, 'summary.json':  # they are not to speak for this run yet
             (out / name).unlink(missing_ok=True)
-        write_file(out / 'legend.png', encode_png(draw_legend(segmenter)))
-        remove_leftovers(out)
+        summary.begin()
         write_file(token, '')
     top = os.path.commonpath([os.path.dirname(sample.file) for sample in samples])
     try:
@@ -150,11 +131,7 @@ def _tell_cost(segmenter: Segmenter, sample: Sample, threads: int) -> None:
 
 
 def _collect(results: Iterator[_Result], total: int | None, summary: Summary) -> int:
-    """Write the manifest and fill the summary; returns the number of masks.
-
-    Raises:
-        DataError: There is none.
-    """
+    """Write the manifest and fill the summary; returns the number of masks."""
     done = 0
     with writing(summary.out), replacing(summary.out / MANIFEST) as path, path.open('w') as lines:
         try:
@@ -227,11 +204,8 @@ class _Worker:
             if sample.reason:
                 results[index] = _Result(sample.target, sample.address, sample.reason)
                 continue
-            # A mask that has an overlay is noted as by predict_images, and will do without one.
-            both, alone = (make_note(self.fingerprint, sample.file, f'{sample.target}{mark}')
-                           for mark in ('', ' alone'))
-            notes[index] = both if self.overlays else alone
-            labels = read_mask(self.out / 'masks' / f'{sample.target}.png', both, notes[index])
+            notes[index] = make_note(self.fingerprint, sample.file, sample.target)
+            labels = read_result(self.out, sample.target, notes[index], self.overlays)
             if labels is not None:
                 results[index] = self._count(sample, labels, kept=True)
         for index, result in self._segment(samples, sorted(notes.keys() - results.keys())):
@@ -250,13 +224,11 @@ class _Worker:
 
     def _segment(self, samples: Sequence[Sample], left: Sequence[int]
                  ) -> Iterator[tuple[int, Segmentation | str]]:
-        """Yield the samples that are left, with a segmentation or the reason why there is none.
-
-        A journal outlives a worker that dies: the next one predicts one image at a time, and notes
-        each before, so that the journal tells which one it is.
-        """
+        """Yield the samples that are left, with a segmentation or the reason why there is none."""
         if not left:
             return
+        # A journal outlives a worker that dies: the next one predicts one image at a time, and
+        # notes each before, so that the journal tells which one it is.
         name = hashlib.sha256(os.fsencode(samples[0].target)).hexdigest()[:16]
         journal = self.out / f'.{name}.partial'
         done: set[int] = set()

@@ -53,16 +53,12 @@ class Comparison:
 class Comparer:
     """Predicts images at the trained ratio and at another, for one request at a time.
 
+    ``stages`` holds the numbers of the stages whose keys can be reduced, by 'encoder' and
+    'decoder'; without any, there is a RatioError.
+
     Args:
         segmenter: The model. Each comparison sets its ratio.
         max_side: Larger images are scaled down before, to this many pixels on the longer side.
-
-    Attributes:
-        stages: Numbers of the stages whose keys can be reduced, by 'encoder' and 'decoder'.
-
-    Raises:
-        RatioError: The model has no attention that ISR can reduce.
-        ConfigError: ``max_side`` is below 32.
     """
 
     def __init__(self, segmenter: Segmenter, max_side: int = MAX_SIDE) -> None:
@@ -102,44 +98,36 @@ class Comparer:
             return None
 
     def _compare(self, path: str, ratio: ISRRatio) -> Comparison:
-        """Predict an image at both ratios; ``compare`` keeps the last few comparisons.
-
-        Raises:
-            DataError: It cannot be read, or is too large.
-        """
-        image = self._read_image(path)
-        turns = tuple(dict.fromkeys((_TRAINED, ratio)))
-        results: dict[ISRRatio, Segmentation] = {}
-        gmacs: dict[ISRRatio, float] = {}
-        seconds: dict[ISRRatio, list[float]] = defaultdict(list)
-        with self._lock:
-            for each in turns:  # the first prediction of a size may compile or allocate
-                self.segmenter.isr_ratio = each
-                with self._watch() as shapes:
-                    results[each] = self.segmenter(image)
-                gmacs[each] = sum(shape[0] * self._macs(each, shape[2:])
-                                  for shape in shapes) / 1e9
-            start = time.perf_counter()
-            while not seconds or (len(seconds[ratio]) < _ROUNDS and
-                                  time.perf_counter() - start < _SECONDS):
-                for each in turns:
-                    self.segmenter.isr_ratio = each
-                    begin = time.perf_counter()
-                    self.segmenter(image)
-                    seconds[each].append(time.perf_counter() - begin)
-        return Comparison(ratio, (results[_TRAINED], results[ratio]),
-                          (1e3 * statistics.median(seconds[_TRAINED]),
-                           1e3 * statistics.median(seconds[ratio])),
-                          len(seconds[ratio]), (gmacs[_TRAINED], gmacs[ratio]))
-
-    def _read_image(self, path: str) -> np.ndarray:
-        """Decode a file as the model's pipeline does, H x W x 3, BGR, and scale it down."""
+        """Predict an image at both ratios; ``compare`` keeps the last few comparisons."""
         try:
             image = self._read(dict(img_path=path))['img']
         except DataError as error:  # people know the file by the name that they gave it
             raise DataError(str(error).replace(path, Path(path).name).replace(
                 ' (max_pixels of the transform)', '')) from error
-        return scale_down(image.astype(np.uint8, copy=False), self.max_side)
+        image = scale_down(image.astype(np.uint8, copy=False), self.max_side)
+        turns = tuple(dict.fromkeys((_TRAINED, ratio)))
+        results: dict[ISRRatio, Segmentation] = {}
+        gmacs: dict[ISRRatio, float] = {}
+        seconds: dict[ISRRatio, list[float]] = defaultdict(list)
+        with self._lock:
+            for turn in turns:  # the first prediction of a size may compile or allocate
+                self.segmenter.isr_ratio = turn
+                with self._watch() as shapes:
+                    results[turn] = self.segmenter(image)
+                gmacs[turn] = sum(shape[0] * self._macs(turn, shape[2:])
+                                  for shape in shapes) / 1e9
+            start = time.perf_counter()
+            while not seconds or (len(seconds[ratio]) < _ROUNDS and
+                                  time.perf_counter() - start < _SECONDS):
+                for turn in turns:
+                    self.segmenter.isr_ratio = turn
+                    begin = time.perf_counter()
+                    self.segmenter(image)
+                    seconds[turn].append(time.perf_counter() - begin)
+        return Comparison(ratio, (results[_TRAINED], results[ratio]),
+                          (1e3 * statistics.median(seconds[_TRAINED]),
+                           1e3 * statistics.median(seconds[ratio])),
+                          len(seconds[ratio]), (gmacs[_TRAINED], gmacs[ratio]))
 
     @contextmanager
     def _watch(self) -> Iterator[list[tuple[int, ...]]]:

@@ -22,8 +22,6 @@ IMAGES = frozenset({'.avif', '.bmp', '.gif', '.jp2', '.jpeg', '.jpg', '.pgm', '.
 """Endings of the files of a folder that are taken for images."""
 VIDEOS = frozenset({'.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm', '.wmv'})
 """Endings of the files that are taken for videos."""
-LONGEST_NAME = 235
-"""Bytes of a name between two slashes: 255, less what a suffix needs."""
 
 _Key = TypeVar('_Key')
 
@@ -38,14 +36,10 @@ def find_images(source: str | Path, without: Path | None = None,
     """Return the images that a path means, and the name of each within it.
 
     Args:
-        source: A file, whatever it ends in; a folder, with everything below it that ends as images
-            do, except hidden files and links to folders; or a pattern such as
-            ``photos/**/*.jpg``.
+        source: A file, whatever it ends in; a folder, with everything below it except hidden files
+            and links to folders; or a pattern such as ``photos/**/*.jpg``.
         without: A resolved folder to pass over, such as that of the results.
         endings: Endings that are looked for in a folder.
-
-    Raises:
-        DataError: There is none.
     """
     path = Path(source)
     if os.path.isdir(path):  # Path's own raise where a name is too long
@@ -63,7 +57,12 @@ def find_images(source: str | Path, without: Path | None = None,
         return [(path, path.name)]
     if not glob.has_magic(str(source)):
         raise DataError(f'no such file or folder: {source}')
-    root, pattern = _split_pattern(path)
+    plain = list(path.parts[:-1])
+    while any(map(glob.has_magic, plain)):
+        plain.pop()
+    root = Path(*plain)  # above the first wildcard
+    parts = [part if part == '**' else part.replace('**', '*') for part in path.parts[len(plain):]]
+    pattern = '/'.join([*parts, '*'] if parts[-1] == '**' else parts)
     # pathlib does not follow links for **, which glob does, without end where one leads back up.
     files = sorted((file for file in root.glob(pattern) if not os.path.isdir(file) and
                     (_is_hidden(pattern) or not _is_hidden(file.relative_to(root).as_posix())) and
@@ -74,28 +73,12 @@ def find_images(source: str | Path, without: Path | None = None,
     return [(file, file.relative_to(root).as_posix()) for file in files]
 
 
-def _split_pattern(path: Path) -> tuple[Path, str]:
-    """Return the folder above the first wildcard, and the pattern below it as pathlib reads it."""
-    plain = list(path.parts[:-1])
-    while any(map(glob.has_magic, plain)):
-        plain.pop()
-    parts = [part if part == '**' else part.replace('**', '*')
-             for part in path.parts[len(plain):]]
-    if parts[-1] == '**':
-        parts.append('*')
-    return Path(*plain), '/'.join(parts)
-
-
 def _is_hidden(name: str) -> bool:
     return '/.' in f'/{name}'
 
 
 def name_targets(files: Sequence[tuple[_Key, str]]) -> dict[_Key, str]:
-    """Return the name of the results of each image, without a suffix, from those in its folder.
-
-    Raises:
-        DataError: Two images have one name.
-    """
+    """Return the name of the results of each image, without a suffix, from those in its folder."""
     names = dict(files)
     stems = Counter(os.path.splitext(name)[0] for name in names.values())
     targets: dict[_Key, str] = {}
@@ -103,7 +86,7 @@ def name_targets(files: Sequence[tuple[_Key, str]]) -> dict[_Key, str]:
     for path, name in names.items():
         stem = os.path.splitext(name)[0]
         target = name if stems[stem] > 1 else stem  # a.jpg beside a.png
-        targets[path] = '/'.join(shorten(part, LONGEST_NAME) for part in target.split('/'))
+        targets[path] = '/'.join(map(shorten, target.split('/')))
         other = taken.setdefault(targets[path], path)
         if other != path:
             raise DataError(f'{other} and {path} would be written under one name: predict them '
@@ -112,11 +95,7 @@ def name_targets(files: Sequence[tuple[_Key, str]]) -> dict[_Key, str]:
 
 
 def to_array(image: Any) -> np.ndarray:
-    """Return an image in memory as OpenCV has it: H x W x 3, BGR, uint8.
-
-    Raises:
-        DataError: It is not an image, or is too large.
-    """
+    """Return an image in memory as OpenCV has it: H x W x 3, BGR, uint8."""
     if isinstance(image, Image.Image):
         if math.prod(image.size) > MAX_PIXELS:
             raise DataError(f'an image of {image.width}x{image.height} pixels has more than '
@@ -174,13 +153,8 @@ def read_ahead(read: Any, items: Iterable[Any], count: int) -> Iterator[tuple[An
 class Video:
     """The frames of a video, H x W x 3, BGR; each iteration begins with the first.
 
-    Attributes:
-        size: Width and height in pixels.
-        rate: Frames per second.
-        frames: Number of frames that the file states; None if it states none.
-
-    Raises:
-        DataError: The file is not there, or OpenCV cannot decode its first frame.
+    ``size`` is width and height, ``rate`` frames per second, and ``frames`` the number of frames
+    that the file states, or None.
     """
 
     def __init__(self, path: str | Path) -> None:

@@ -15,11 +15,7 @@ from ..errors import CheckpointError, ConfigError, UserError
 
 def load_segmentor(model: Path, checkpoint: str | Path | None
                    ) -> tuple[Description, torch.nn.Module, str]:
-    """Return the description of a model, the model on the CPU, and the file of its weights.
-
-    Raises:
-        UserError: One of them is not there, or they do not fit.
-    """
+    """Return the description of a model, the model on the CPU, and the file of its weights."""
     check_model(model, checkpoint)
     if model.suffix == '.safetensors':
         if checkpoint is not None:
@@ -69,24 +65,20 @@ def _find_in_work_dir(folder: Path, checkpoint: str | Path | None) -> tuple[Path
                           f'{", ".join(path.name for path in configs[:4])}: give one of them and '
                           'its checkpoint')
     if checkpoint is None:
-        found = sorted(folder.glob('best_*.pth'), key=os.path.getmtime)
+        candidates = sorted(folder.glob('best_*.pth'), key=os.path.getmtime)
         pointer = folder / 'last_checkpoint'
-        if not found and pointer.is_file():
+        if not candidates and pointer.is_file():
             # Relative to the work dir; mmengine's own is absolute, and the folder may have moved.
             last = folder / pointer.read_text(errors='replace').strip()
-            found = [path for path in (last, folder / last.name) if path.is_file()][:1]
-        if not found:
+            candidates = [path for path in (last, folder / last.name) if path.is_file()][:1]
+        if not candidates:
             raise CheckpointError(f'{folder} holds no checkpoint of a training: give one')
-        checkpoint = found[-1]
+        checkpoint = candidates[-1]
     return configs[0], checkpoint
 
 
 def find_device(name: str | None) -> torch.device:
-    """Return a device that works, by default the first GPU if there is one.
-
-    Raises:
-        ConfigError: It cannot be used.
-    """
+    """Return a device that works, by default the first GPU if there is one."""
     if name is None:
         name = 'cuda' if torch.cuda.is_available() else 'cpu'
     try:

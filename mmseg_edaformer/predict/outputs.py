@@ -45,11 +45,12 @@ def remove_leftovers(out: Path) -> None:
 
 
 def make_note(base: str, path: str | Path, target: str) -> str:
-    """Return the note in a mask that tells what it was made from: a hash.
+    """Return a hash of what a mask is made from, to be stored in it.
 
-    It depends on `base`, the fingerprint of the `Segmenter`, on the size and time of the file
-    `path`, and on `target`, the name of the results. It is '' if the file is not there, as reading
-    it will explain.
+    Args:
+        base: The fingerprint of the `Segmenter`.
+        path: The image; without one the note is empty, as reading it will explain.
+        target: The name of the results.
     """
     try:
         stat = os.stat(path)
@@ -59,31 +60,33 @@ def make_note(base: str, path: str | Path, target: str) -> str:
         f'{base} {target} {stat.st_size} {stat.st_mtime_ns}')).hexdigest()
 
 
-def read_mask(path: Path, *notes: str) -> np.ndarray | None:
-    """Return the labels of a mask if it is there and has one of these notes."""
+def read_result(out: Path, target: str, note: str, overlay: bool = True) -> np.ndarray | None:
+    """Return the labels of a mask if it has this note, and its overlay is there if it must be."""
+    if overlay and not any(path.is_file() for path in _overlays(out, target)):
+        return None
     try:
-        with Image.open(path) as mask:
-            return np.array(mask) if mask.info.get(_TEXT) in notes else None
+        with Image.open(out / 'masks' / f'{target}.png') as mask:
+            return np.array(mask) if mask.info.get(_TEXT) == note else None
     except (OSError, SyntaxError, ValueError):
         return None
 
 
 def write_result(out: Path, target: str, result: Segmentation, note: str,
                  overlay: bool = True) -> None:
-    """Write the overlay and then the mask, whose note says that both are there.
-
-    Without `overlay` an old one, which would not belong to the mask, is removed.
-    """
-    path = out / 'overlays' / target
+    """Write the overlay, or remove an old one, and then the mask with its note."""
+    for path in _overlays(out, target):
+        path.unlink(missing_ok=True)
     if overlay:
         drawn = result.draw()
-        suffix = '.jpg' if max(drawn.shape) <= 65500 else '.png'  # the longest side of a JPEG
-        content = cv2.imencode(suffix, drawn, [cv2.IMWRITE_JPEG_QUALITY, 92])[1]
-        write_file(path.with_name(path.name + suffix), content.tobytes())
-    else:
-        for suffix in '.jpg', '.png':
-            path.with_name(path.name + suffix).unlink(missing_ok=True)
+        jpeg, png = _overlays(out, target)
+        path = jpeg if max(drawn.shape) <= 65500 else png  # the longest side of a JPEG
+        content = cv2.imencode(path.suffix, drawn, [cv2.IMWRITE_JPEG_QUALITY, 92])[1]
+        write_file(path, content.tobytes())
     write_file(out / 'masks' / f'{target}.png', encode_png(result.mask, note))
+
+
+def _overlays(out: Path, target: str) -> tuple[Path, Path]:
+    return out / 'overlays' / f'{target}.jpg', out / 'overlays' / f'{target}.png'
 
 
 def encode_png(image: Image.Image, note: str | None = None) -> bytes:
@@ -112,25 +115,23 @@ def draw_legend(segmenter: Segmenter) -> Image.Image:
 
 
 class Summary:
-    """Collects what ``summary.json`` holds.
-
-    Attributes:
-        images: Mask and class shares of each image, by its path.
-        skipped: Reasons why others could not be read, by their paths.
-        counts: Pixels of each class in all images.
-        reduced: Number of large images that were predicted at auto by default.
-        kept: Number of images that an earlier run had finished.
-    """
+    """Collects what ``summary.json`` holds."""
 
     def __init__(self, segmenter: Segmenter, out: Path) -> None:
         self.segmenter, self.out = segmenter, out
-        self.images: dict[str, Any] = {}
-        self.skipped: dict[str, str] = {}
-        self.counts = np.zeros(len(segmenter.classes), np.int64)
-        self.reduced = 0
-        self.kept = 0
+        self.images: dict[str, Any] = {}  # mask and class shares of each image, by its path
+        self.skipped: dict[str, str] = {}  # reasons why others could not be read
+        self.counts = np.zeros(len(segmenter.classes), np.int64)  # pixels of each class
+        self.reduced = 0  # large images that were predicted at auto by default
+        self.kept = 0  # images that an earlier run had finished
         self.before = read_summary(out).get('seconds') or 0.
         self.start = time.perf_counter()
+
+    def begin(self) -> None:
+        """Write the legend, and remove what killed runs left half-written."""
+        with writing(self.out):
+            write_file(self.out / 'legend.png', encode_png(draw_legend(self.segmenter)))
+            remove_leftovers(self.out)
 
     def count(self, labels: np.ndarray) -> np.ndarray:
         """Add the pixels of each class of an image, and return them."""
@@ -237,11 +238,7 @@ class _FFmpeg:
 
 
 def open_video_writer(path: Path, size: tuple[int, int], rate: float) -> tuple[Any, str]:
-    """Return a writer of a video, and its codec: 'h264' if ffmpeg or OpenCV has it, or 'mpeg4'.
-
-    Raises:
-        ConfigError: None of them can write it.
-    """
+    """Return a writer of a video, and its codec: 'h264' if ffmpeg or OpenCV has it, or 'mpeg4'."""
     with suppress(OSError):  # it may be missing, without encoder, or with one for other hardware
         trial = _FFmpeg(path, size, rate).process
         trial.communicate(bytes(3 * size[0] * size[1]))

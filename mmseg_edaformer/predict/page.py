@@ -21,7 +21,7 @@ import torch
 
 from ..compat import install_command
 from ..data.drawing import draw_scene
-from ..errors import ConfigError, DataError, UserError
+from ..errors import ConfigError, UserError
 from ..files import write_file
 from .comparison import MAX_SIDE, Comparer, Comparison
 from .segmenter import Segmenter
@@ -89,8 +89,8 @@ def build_page(comparer: Comparer, examples: Sequence[str]) -> Any:
         if path is None:
             return tell('<p class="eda-note">Choose an image, or one of the drawn scenes.</p>')
         try:
-            strength, *multipliers = map(_read_slider, (opacity, *sliders), values)
-            comparison = comparer.compare(path, comparer.ratio([int(one) for one in multipliers]))
+            strength, *multipliers = values
+            comparison = comparer.compare(path, comparer.ratio([*map(int, multipliers)]))
         except UserError as error:
             return tell(f'<p class="eda-problem" role="alert">{escape(str(error))}</p>')
         images = tuple(_store(result.draw(strength)) for result in comparison.results)
@@ -130,8 +130,8 @@ def build_page(comparer: Comparer, examples: Sequence[str]) -> Any:
                                     elem_id='eda-opacity')
                 figures = gr.HTML(elem_id='eda-figures', padding=False)
                 classes = gr.HTML(elem_id='eda-classes', padding=False)
-        for slider in opacity, *sliders:  # _read_slider reports what is wrong on the page
-            slider.preprocess = lambda value: value
+        for slider in opacity, *sliders:
+            slider.preprocess = functools.partial(_nearest, slider)
         ask = gr.Button(elem_id='eda-ask')
         ask.click(show, [image, opacity, *sliders], [result, figures, classes, message],
                   trigger_mode='always_last', show_progress='minimal', show_progress_on=result,
@@ -149,9 +149,7 @@ def build_page(comparer: Comparer, examples: Sequence[str]) -> Any:
 
 def serve(segmenter: Segmenter, *, host: str = _HERE, port: int = 7860, names: Sequence[str] = (),
           max_upload: float = 20., max_side: int = MAX_SIDE) -> None:
-    """Serve the page until SIGINT or SIGTERM.
-
-    Uploads and examples lie in a temporary folder, which is removed at the end.
+    """Serve the page until SIGINT or SIGTERM; uploads lie in a temporary folder.
 
     Args:
         segmenter: The model.
@@ -160,10 +158,6 @@ def serve(segmenter: Segmenter, *, host: str = _HERE, port: int = 7860, names: S
         names: Further host names that browsers reach the page by, such as that of a proxy.
         max_upload: Largest file that is accepted, in MiB.
         max_side: Pixels on the longer side that images are scaled down to.
-
-    Raises:
-        ConfigError: gradio is missing, the port is taken, or a limit makes no sense.
-        RatioError: The model has no attention that ISR can reduce.
     """
     if not max_upload > 0:
         raise ConfigError(f'--max-upload {max_upload:g}: give a number of megabytes above 0')
@@ -198,11 +192,7 @@ def serve(segmenter: Segmenter, *, host: str = _HERE, port: int = 7860, names: S
 
 
 def _import_gradio() -> Any:
-    """Import gradio, without its statistics and downloads.
-
-    Raises:
-        ConfigError: It is not installed.
-    """
+    """Import gradio, without its statistics and downloads."""
     os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'
     os.environ['HF_HUB_OFFLINE'] = '1'
     try:
@@ -280,26 +270,13 @@ def _listen(host: str, port: int) -> socket.socket:
         raise ConfigError(f'cannot listen on --host {host} --port {port}: {error}') from error
 
 
-def _read_slider(slider: Any, value: Any) -> float:
-    """Return the nearest number that a slider has; its lowest if the value was deleted.
-
-    Raises:
-        DataError: The value is not a number.
-    """
-    if value is None:
-        return float(slider.minimum)
-    if not isinstance(value, (int, float)) or value != value:
-        raise DataError(f'{slider.label}: {repr(value)[:40]} is not a number: give one from '
-                        f'{slider.minimum} to {slider.maximum}')
-    return float(min(max(value, slider.minimum), slider.maximum))
+def _nearest(slider: Any, value: float | None) -> float:
+    """Return the nearest number that a slider has: typed ones may lie outside, or be deleted."""
+    return min(max(value or 0, slider.minimum), slider.maximum)
 
 
 def _store(image: np.ndarray) -> str:
-    """Write an image, H x W x 3, BGR, for the page, and return the path of its file.
-
-    Equal images have one file, which never stands half-written: gradio would write into it while
-    it is sent, and a browser that gets such a file shows nothing.
-    """
+    """Write an image for the page, whole: gradio would write into a file while it is sent."""
     content = cv2.imencode('.jpg', image)[1].tobytes()
     path = Path(os.environ['GRADIO_TEMP_DIR'], f'{hashlib.sha256(content).hexdigest()}.jpg')
     write_file(path, content)

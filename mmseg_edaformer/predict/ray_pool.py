@@ -19,11 +19,7 @@ _ENVIRONMENT = dict(
 
 
 def import_ray() -> None:
-    """Import Ray Data with settings that keep it quiet.
-
-    Raises:
-        ConfigError: It is not installed.
-    """
+    """Import Ray Data with settings that keep it quiet."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
@@ -35,15 +31,12 @@ def import_ray() -> None:
 
 @contextmanager
 def connect(address: str | None, cores: int | None) -> Iterator[None]:
-    """Connect this process to Ray.
+    """Connect this process to Ray, unless it is.
 
     Args:
         address: Address of a running Ray, such as ``auto`` or ``ray://host:10001``; by default one
-            is started here and ended. A Ray that this process is connected to is taken as it is.
+            is started here and ended.
         cores: Cores of a Ray that is started here, by default all.
-
-    Raises:
-        ConfigError: None answers.
     """
     import ray
     if ray.is_initialized() and address is None:
@@ -70,11 +63,7 @@ def connect(address: str | None, cores: int | None) -> Iterator[None]:
 
 
 def count_workers(workers: int | None, threads: int) -> tuple[int, int]:
-    """Return the number of workers, and of GPUs if they get one each.
-
-    Raises:
-        ConfigError: There is no room for so many.
-    """
+    """Return the number of workers, and of GPUs if they get one each."""
     import ray
     resources = ray.cluster_resources()
     cores, gpus = int(resources.get('CPU', 0)), int(resources.get('GPU', 0))
@@ -100,10 +89,6 @@ def run_workers(items: Sequence[Any], expand: Callable[..., Iterator[Any]] | Non
         batch_size: Number of rows in a batch.
         workers: Number of objects, each in a process.
         resources: ``num_cpus`` and ``num_gpus`` of each.
-
-    Raises:
-        UserError: A worker returned it.
-        ConfigError: The workers cannot be started or were lost.
     """
     import pyarrow
     import ray

@@ -20,16 +20,14 @@ from rich.progress import (
 
 from ..errors import DataError, shown
 from ..files import replacing, shorten, write_file
-from .inputs import LONGEST_NAME, Video, find_images, name_targets
+from .inputs import Video, find_images, name_targets
 from .outputs import (
     Summary,
-    draw_legend,
     encode_png,
     make_note,
     open_video_writer,
-    read_mask,
+    read_result,
     read_summary,
-    remove_leftovers,
     write_result,
     writing,
 )
@@ -40,11 +38,8 @@ def predict_images(segmenter: Segmenter, sources: Sequence[str | Path],
                    out: str | Path) -> dict[str, Any]:
     """Write masks and overlays of images to a folder, and return the summary.
 
-    Re-running resumes where it stopped.
-
-    A mask is a PNG of one channel in the colours of the classes. It is written last and whole, and
-    notes its image, weights and ratio; a mask that would come out the same is kept. Of several
-    images, those that cannot be read are skipped. Paths in the summary are relative to its folder.
+    Re-running resumes where it stopped: a mask notes its image, weights and ratio, and one that
+    would come out the same is kept. Of several images, those that cannot be read are skipped.
 
     Args:
         segmenter: The model.
@@ -59,15 +54,13 @@ def predict_images(segmenter: Segmenter, sources: Sequence[str | Path],
     files = [file for source in sources
              for file in find_images(source, Path(os.path.realpath(out)))]
     targets = name_targets(files)
-    with writing(out):
-        write_file(out / 'legend.png', encode_png(draw_legend(segmenter)))
-        remove_leftovers(out)
     summary = Summary(segmenter, out)
+    summary.begin()
     base = segmenter.fingerprint()
     notes = {path: make_note(base, path, target) for path, target in targets.items()}
     left = []
     for path, target in targets.items():
-        labels = read_mask(out / 'masks' / f'{target}.png', notes[path])
+        labels = read_result(out, target, notes[path])
         if labels is None:
             left.append(path)
         else:
@@ -93,10 +86,9 @@ def predict_images(segmenter: Segmenter, sources: Sequence[str | Path],
 
 def predict_video(segmenter: Segmenter, source: str | Path, out: str | Path, *,
                   masks: bool = False) -> dict[str, Any]:
-    """Write the overlays of a video to another one, and return the summary.
+    """Write the overlays of a video to another one, without sound, and return the summary.
 
-    The result has the same pace and no sound. It is written whole; a result that would come out the
-    same is kept.
+    A result that would come out the same is kept.
 
     Args:
         segmenter: The model.
@@ -109,15 +101,14 @@ def predict_video(segmenter: Segmenter, source: str | Path, out: str | Path, *,
         ConfigError: The folder cannot be written to.
     """
     out, video = Path(out), Video(source)
-    name = shorten(video.path.stem, LONGEST_NAME)
+    name = shorten(video.path.stem)
     target = out / f'{name}_overlay.mp4'
     note = make_note(segmenter.fingerprint(), video.path, f'{target.name} {masks}')
     before = read_summary(out)
     if target.is_file() and before.get('note') == note:
         return before
     summary = Summary(segmenter, out)
-    with writing(out):
-        write_file(out / 'legend.png', encode_png(draw_legend(segmenter)))
+    summary.begin()
     # While the video is being replaced, the old summary must not speak for the new one.
     (out / 'summary.json').unlink(missing_ok=True)
     count = 0

@@ -43,18 +43,11 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Segmentation:
-    """The prediction of one image.
-
-    Attributes:
-        labels: Indices into ``classes``, H x W, uint8, or int16 for more than 256 classes.
-        image: The image, upright, H x W x 3, uint8, BGR.
-        classes: Names of the classes.
-        palette: Colours of the classes, RGB.
-    """
-    labels: np.ndarray
-    image: np.ndarray
+    """The prediction of one image."""
+    labels: np.ndarray  # indices into classes, H x W, uint8, or int16 for more than 256 classes
+    image: np.ndarray  # upright, H x W x 3, uint8, BGR
     classes: tuple[str, ...]
-    palette: tuple[tuple[int, int, int], ...]
+    palette: tuple[tuple[int, int, int], ...]  # RGB
 
     @property
     def shares(self) -> dict[str, float]:
@@ -63,11 +56,8 @@ class Segmentation:
 
     @property
     def mask(self) -> Image.Image:
-        """The labels as an image whose pixel values are labels, in the colours of the classes.
-
-        For more than 256 classes it has 16 bits and no colours.
-        """
-        if self.labels.dtype != np.uint8:
+        """The labels as an image whose pixel values are labels, in the colours of the classes."""
+        if self.labels.dtype != np.uint8:  # 16 bits, which have no palette
             return Image.fromarray(self.labels.astype(np.uint16))
         mask = Image.fromarray(self.labels)
         mask.putpalette(bytes(np.array(self.palette, np.uint8)))
@@ -107,16 +97,6 @@ def class_shares(counts: np.ndarray, classes: Sequence[str]) -> dict[str, float]
     return shares
 
 
-class _Turns:
-    """A lock, and the ratio that each thread has set; a copy begins anew."""
-
-    def __init__(self) -> None:
-        self.lock, self.own = threading.Lock(), threading.local()
-
-    def __reduce__(self) -> Any:
-        return _Turns, ()
-
-
 def _refuse_isr(*_: Any) -> None:
     raise ConfigError('isr is not an argument or attribute of Segmenter: use isr_ratio')
 
@@ -141,7 +121,7 @@ class Segmenter:
             1 on a CPU, where more are not faster; fewer if they are large.
 
     Raises:
-        UserError: The model, the checkpoint or the device is not there, or they do not fit.
+        UserError: The model, the checkpoint or the device cannot be used.
     """
 
     def __init__(self, model: str | Path, checkpoint: str | Path | None = None, *,
@@ -164,7 +144,7 @@ class Segmenter:
         self.model.to(self.device)
         init_default_scope('mmseg')
         self.max_side = max_side
-        self._turns = _Turns()
+        self._lock, self._own = threading.Lock(), threading.local()
         self._shared_ratio: ISRRatio | None = None
         self._applied = _NONE
         self._told: dict[ISRRatio, int] = {}
@@ -187,7 +167,7 @@ class Segmenter:
             raise CheckpointError(f'{model} is refused: it cannot predict an image '
                                   f'({first_line(error)})') from error
         self.isr_ratio = isr_ratio  # type: ignore[assignment]
-        del self._turns.own.ratio  # this thread, too, follows others until it sets one
+        del self._own.ratio  # this thread, too, follows others until it sets one
 
     def __str__(self) -> str:
         return f'{shown(self.source)}, {len(self.classes)} classes, on {self.device}'
@@ -211,14 +191,14 @@ class Segmenter:
     @isr_ratio.setter
     def isr_ratio(self, ratio: ISRRatio | int | str | None) -> None:
         parsed = None if ratio is None else ISRRatio.parse(ratio)
-        with self._turns.lock:
+        with self._lock:
             self._apply(parsed or _NONE)
-            self._shared_ratio = self._turns.own.ratio = parsed
+            self._shared_ratio = self._own.ratio = parsed
 
     @property
     def _ratio(self) -> ISRRatio | None:
         """The ratio of this thread, None for the default."""
-        ratio: ISRRatio | None = getattr(self._turns.own, 'ratio', self._shared_ratio)
+        ratio: ISRRatio | None = getattr(self._own, 'ratio', self._shared_ratio)
         return ratio
 
     def is_reduced(self, height: int, width: int) -> bool:
@@ -238,14 +218,10 @@ class Segmenter:
                 PIL image. Or many: a list or any other iterable of them, a folder with everything
                 below it, a pattern such as ``'photos/*.jpg'``, or a video.
             skipped: Collects the images that cannot be read, with the reasons; without it the first
-                one raises.
+                one raises a DataError.
 
         Returns:
-            A `Segmentation`; for many images an iterator over them, which reads and predicts as it
-            goes and keeps none of them.
-
-        Raises:
-            DataError: There is no such file, or it is not an image or a video.
+            A `Segmentation`; for many images an iterator over them.
         """
         if isinstance(source, (np.ndarray, Image.Image)):
             return next(self.stream([source]))
@@ -259,17 +235,12 @@ class Segmenter:
 
     def stream(self, items: Iterable[Any],
                skipped: dict[str, str] | None = None) -> Iterator[Segmentation]:
-        """Predict images in their order, those of equal size together.
-
-        Memory does not grow with their number: a thread reads a few ahead.
+        """Predict images in their order, those of equal size together, and keep none.
 
         Args:
-            items: Paths, arrays or PIL images.
+            items: Paths, arrays or PIL images, of which a thread reads a few ahead.
             skipped: Collects the images that cannot be read, with the reasons; without it the first
-                one raises.
-
-        Raises:
-            DataError: One cannot be read; all before it have been predicted.
+                one raises a DataError, after all before it.
         """
         window: list[tuple[np.ndarray, dict[str, Any]]] = []
         pixels = 0
@@ -300,11 +271,7 @@ class Segmenter:
         return digest.hexdigest()
 
     def load(self, item: Any) -> tuple[np.ndarray, dict[str, Any]]:
-        """Return an image, H x W x 3, BGR, and the input of the model's ``data_preprocessor``.
-
-        Raises:
-            DataError: It cannot be read.
-        """
+        """Return an image, H x W x 3, BGR, and the input of the model's ``data_preprocessor``."""
         if isinstance(item, (str, Path)):
             results = self._read_file(dict(img_path=str(item)))
             image = to_bgr(results['img'].astype(np.uint8, copy=False))
@@ -334,7 +301,7 @@ class Segmenter:
         data = {name: [item[name] for item in batch] for name in ('inputs', 'data_samples')}
         model: Any = self.model
         try:
-            with self._turns.lock, torch.no_grad():
+            with self._lock, torch.no_grad():
                 self._set_up(batch[0])
                 if hasattr(model, 'predict_labels'):
                     maps = model.predict_labels(**model.data_preprocessor(data, False))
@@ -353,13 +320,9 @@ class Segmenter:
         return self._predict_labels(batch[:half]) + self._predict_labels(batch[half:])
 
     def tell_cost(self, item: Any) -> None:
-        """Log how long one image will take, if that is long; predicting does so itself.
-
-        Raises:
-            DataError: It cannot be read.
-        """
+        """Log how long one image will take, if that is long; predicting does so itself."""
         _, data = self.load(item)
-        with self._turns.lock, torch.no_grad():
+        with self._lock, torch.no_grad():
             self._set_up(data)
 
     def _scale_down(self, results: dict[str, Any]) -> dict[str, Any]:
@@ -372,14 +335,12 @@ class Segmenter:
     def _is_large(self, data: dict[str, Any]) -> bool:
         """Return whether the default ratio of an image is auto."""
         return (math.prod(data['data_samples'].ori_shape) > LARGE and
-                math.prod(self._windows(data)[0]) > LARGE and self._reducible)
+                math.prod(windows(self.model, data['inputs'].shape[1:])[0]) > LARGE and
+                self._reducible)
 
     @property
     def _reducible(self) -> bool:
         return any(part.stages for part in find_attention(self.model).parts)
-
-    def _windows(self, data: dict[str, Any]) -> list[tuple[int, int]]:
-        return windows(self.model, data['inputs'].shape[1:])
 
     def _apply(self, ratio: ISRRatio) -> None:
         if ratio == _NONE:  # works for models in which nothing can be reduced, too
@@ -397,7 +358,7 @@ class Segmenter:
         if pixels <= self._told.get(ratio, _QUICK):
             return
         self._told[ratio] = 4 * pixels  # one line for all that are about as large
-        views = self._windows(data)
+        views = windows(self.model, data['inputs'].shape[1:])
         seconds = len(views) * self._estimate(views[0])
         by_default = self._ratio is None and ratio == _AUTO
         if by_default or not seconds <= _LONG:
@@ -415,10 +376,7 @@ class Segmenter:
             _LOG.warning('%s: %s', text, advice)
 
     def _estimate(self, view: tuple[int, int]) -> float:
-        """Return the seconds of a pass: those of a small one, times the ratio of their MACs.
-
-        nan if it cannot be estimated.
-        """
+        """Return the seconds of a pass: those of a small one, times the ratio of their MACs."""
         model: Any = self.model
         scale = max(2., math.sqrt(math.prod(view)) / 1024)
         rows, columns = (max(32, round(side / scale / 32) * 32) for side in view)

@@ -6,6 +6,7 @@ import hashlib
 import os
 import pickle
 import posixpath
+import re
 import tarfile
 import zlib
 from collections.abc import Iterator, Set
@@ -18,28 +19,18 @@ from ..files import shorten
 SHARDS = frozenset({'.parquet', '.tar', '.tgz'})
 """Endings of the files of a folder that hold many images each."""
 
-_LONGEST_NAME = 235  # bytes between two slashes, as for the masks of single files
 _LONGEST_PATH = 2000  # bytes of a name with its folders: 4096, less those of the results
 _MOST_BYTES = 2 ** 30  # four for each pixel that an image may have
 _ROWS = 16  # rows of a .parquet in memory at once
 
 
 class Sample(NamedTuple):
-    """An image to predict.
-
-    Attributes:
-        file: The image, or the shard that holds it.
-        target: The path of its mask below ``masks``, without a suffix.
-        address: Its name in messages and the manifest: the path, with a place in a shard after
-            ``#``.
-        content: The encoded image, if it is from a shard.
-        reason: Why it gets no mask; otherwise empty.
-    """
-    file: str
-    target: str
-    address: str
-    content: bytes | None = None
-    reason: str = ''
+    """An image to predict."""
+    file: str  # the image, or the shard that holds it
+    target: str  # the path of its mask below masks, without a suffix
+    address: str  # the path, with a place in a shard after #
+    content: bytes | None = None  # the encoded image, if it is from a shard
+    reason: str = ''  # why it gets no mask
 
     def as_file(self, folder: str) -> str:
         """Return the path of the image, which is written to a folder if it is from a shard."""
@@ -65,8 +56,8 @@ def read_samples(source: Sample, column: str | None, endings: Set[str]) -> Itera
     Args:
         source: The file.
         column: The column of a .parquet that holds the images, by default ``image``, or else the
-            only one that can; for a .tar, the ending of the images' names.
-        endings: Endings of images in a .tar; ``column`` replaces them.
+            only one that can; for a .tar, the ending of the images' names, in place of ``endings``.
+        endings: Endings of images in a .tar.
 
     Raises:
         DataError: There is no such column, or several could hold the images.
@@ -96,8 +87,7 @@ def read_samples(source: Sample, column: str | None, endings: Set[str]) -> Itera
             if not reason and stem in taken:
                 reason = 'another image in this shard has the same name'
             taken.setdefault(stem, ending)
-            target = posixpath.join(source.target, *(
-                shorten(part, _LONGEST_NAME) for part in stem.split('/')))
+            target = posixpath.join(source.target, *map(shorten, stem.split('/')))
             yield (Sample(path, target, address, reason=f'{address}: {reason}') if reason else
                    Sample(path, target, address, content))
     except (OSError, EOFError, UnicodeError, zlib.error, tarfile.TarError, ArrowException) as error:
@@ -172,19 +162,9 @@ def _read_parquet(path: str, column: str | None) -> Iterator[tuple[str, str, byt
 
 
 def _find_column(path: str, schema: Any, column: str | None) -> str:
-    """Return the name of the column of the images.
-
-    Raises:
-        DataError: There is none, or several are possible.
-    """
-    from pyarrow import types
-
-    def holds_images(kind: Any) -> bool:
-        if types.is_struct(kind):
-            return any(field.name == 'bytes' and holds_images(field.type) for field in kind)
-        return types.is_binary(kind) or types.is_large_binary(kind)
-
-    fitting = [field.name for field in schema if holds_images(field.type)]
+    """Return the name of the column of the images, as bytes or as ``{bytes, path}``."""
+    fitting = [field.name for field in schema if re.match(
+        r'(large_)?binary|struct<.*bytes: (large_)?binary', str(field.type))]
     chosen = column or ('image' if 'image' in fitting else fitting[0] if len(fitting) == 1 else '')
     if chosen not in fitting:
         count = f'no column {column} of' if column else 'several columns of' if fitting else 'no'
