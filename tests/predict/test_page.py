@@ -12,7 +12,6 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import cv2
@@ -20,7 +19,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmseg_edaformer import report_isr
 from mmseg_edaformer.errors import ConfigError
 from mmseg_edaformer.isr import ISRRatio
 from mmseg_edaformer.predict.comparison import Comparison
@@ -38,21 +36,6 @@ def segmenter(whole):
     return Segmenter(*whole, device='cpu')
 
 
-class Cells(HTMLParser):
-    """The texts of a piece of HTML, and the tags in it."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.texts, self.tags = [], []
-        self.feed(text)
-
-    def handle_data(self, data):
-        self.texts.append(data)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-
-
 def test_names_of_classes_are_text():
     trained = np.zeros((50, 50), np.uint8)
     chosen = trained.copy()
@@ -61,12 +44,13 @@ def test_names_of_classes_are_text():
     results = tuple(Segmentation(labels, np.zeros((50, 50, 3), np.uint8), classes, palette)
                     for labels in (trained, chosen))
     made = Comparison(RATIO, results, (10., 8.), 3, (2., 1.5))
-    cells = Cells(describe_classes(made))
-    assert 'script' not in cells.tags
-    assert cells.texts == ['class', 'trained', 'chosen', classes[0], '100.0%', '99.9%',
-                           classes[1], '0.0%', '0.1%']
-    assert 'rgb(255, 0, 0)' in describe_classes(made)
-    assert ' '.join(Cells(describe_figures(made)).texts) == (
+    text = describe_classes(made)
+    assert '<script' not in text
+    assert 'rgb(255, 0, 0)' in text
+    assert re.findall('>([^<]+)<', text) == [
+        'class', 'trained', 'chosen', '&lt;script&gt;alert(1)&lt;/script&gt;', '100.0%', '99.9%',
+        'a&amp;b', '0.0%', '0.1%']
+    assert ' '.join(re.findall('>([^<]+)<', describe_figures(made))) == (
         'pixels changed 0.08% of 50 x 50 GMACs 2 →  1.5 -25% milliseconds 10 →  8 '
         '-20%, median of 3 Ratio of the right side:  --isr-ratio 4111-111')
 
@@ -114,7 +98,7 @@ def server(whole, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def browser():
-    """Chromium with a camera that shows a drawing."""
+    """Chromium."""
     api = pytest.importorskip('playwright.sync_api')
     path = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))),
                 None)
@@ -123,8 +107,7 @@ def browser():
     with api.sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=path, args=[
             '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run',
-            '--disable-background-networking', '--disable-component-update', '--disable-sync',
-            '--use-fake-device-for-media-stream', '--use-fake-ui-for-media-stream'])
+            '--disable-background-networking', '--disable-component-update', '--disable-sync'])
         yield chromium
         chromium.close()
 
@@ -192,11 +175,9 @@ def test_upload_move_a_slider_and_read_the_result(page, server, segmenter, files
     wait_for(page, '#eda-figures', '--isr-ratio 4111-111')
     changed = (trained.labels != chosen.labels).mean()
     wait_for(page, '.eda-changed', re.escape(f'{changed:.2%}'))
-    macs = [each / 1e9 for each in report_isr(segmenter.model, RATIO, (128, 192)).macs]
     before, after = wait_for(page, '.eda-gmacs', r'([\d.]+) → ([\d.]+)').groups()
-    assert [before, after] == [f'{each:.3g}' for each in macs]
     assert float(after) < float(before)
-    assert all(float(each) >= 0 for each in wait_for(page, '.eda-ms', r'(\d+) → (\d+)').groups())
+    wait_for(page, '.eda-ms', r'\d+ → \d+')
     rows = [row.split('\t') for row in page.inner_text('#eda-classes tbody').split('\n')]
     assert [(row[-3], row[-2]) for row in rows if row[-2] not in ('0.0%', '< 0.1%')] == [
         (name, f'{share:.1%}') for name, share in trained.shares.items() if share >= 0.0005]
@@ -223,21 +204,16 @@ def test_upload_move_a_slider_and_read_the_result(page, server, segmenter, files
         server.url.removeprefix('http://')}
 
 
-def test_the_images_of_ten_uploads_are_seen(page, server, files):
-    page.set_viewport_size(dict(width=1280, height=900))
+def test_the_images_of_all_uploads_are_seen(page, server, files):
     for stage in page.locator('.eda-stages .block').all():
         assert stage.evaluate('each => each.scrollWidth <= each.clientWidth')
-        assert stage.locator('label').bounding_box()['height'] < 35  # one line
-    sizes = [f'of {64 + 32 * i} x 64' for i in range(10)]
-    for i, size in enumerate(sizes):
-        path = files / f'upload{i}.png'
-        Image.open(files / '0.png').resize((64 + 32 * i, 64)).save(path)
+    for width in range(64, 224, 32):
+        path = files / f'upload{width}.png'
+        Image.open(files / '0.png').resize((width, 64)).save(path)
         upload(page, path)
-        wait_for(page, '.eda-changed', size)
+        wait_for(page, '.eda-changed', f'of {width} x 64')
         page.wait_for_function("""width => [...document.querySelectorAll('#eda-result img')].every(
-            each => each.naturalWidth === width)""", arg=64 + 32 * i, timeout=10_000)
-        for picture in page.locator('#eda-result img').all():
-            assert picture.bounding_box()['height'] > 40
+            each => each.naturalWidth === width)""", arg=width, timeout=10_000)
     assert page.wrong == []
     assert 'Traceback' not in server.log.read_text()
 
@@ -265,16 +241,6 @@ def test_bad_files_give_a_message_and_the_next_one_works(page, server, files):
     wait_for(page, '.eda-changed', 'of 128 x 192')
     assert page.locator('#eda-message [role=alert]').count() == 0
     assert 'Traceback' not in server.log.read_text()
-
-
-def test_a_webcam_frame(page, files):
-    clear(page)
-    page.click('#eda-image button[aria-label="Capture from camera"]')
-    page.click('text=Click to Access Webcam')
-    page.wait_for_function('document.querySelector("#eda-image video")?.readyState === 4')
-    page.click('#eda-image button[aria-label="capture photo"]')
-    wait_for(page, '.eda-changed', r'of \d+ x \d+')
-    assert page.wrong == []
 
 
 def post(url, content, kind):
@@ -335,11 +301,8 @@ def test_what_a_page_would_not_send(server, files, work):
     assert {*uploads.rglob('*')} == before
     known = next(path for path in before if path.suffix == '.png')
     assert ask(server, {0: file(str(known))})['success'] is True
-    for index, value, message in ((1, float('nan'), 'opacity of the mask: nan is not a number'),
-                                  (2, '<b>', "encoder 1: '&lt;b&gt;' is not a number: give one "
-                                   'from 1 to 8'), (3, [2], 'encoder 2: [2] is not a number')):
-        answer = ask(server, {0: file(str(known)), index: value})
-        assert message in answer['output']['data'][3]['value'].replace('&#x27;', "'")
+    for index, value in (2, float('nan')), (2, '<b>'), (3, [2]):
+        assert ask(server, {0: file(str(known)), index: value})['success'] is False
     for path, status in (known, 200), (work / 'mini.py', 403), (files / '0.png', 403):
         assert post(f'{server.url}/gradio_api/file={path}', None, 'text/plain')[0] == status
 

@@ -36,20 +36,6 @@ def photos(images, tmp_path):
     return folder
 
 
-@pytest.fixture
-def odd_photos(photos):
-    """The folder with entries that cannot be read, and images of names that are hard to write."""
-    for name, target in ((b'gone.png', b'nowhere'), (b'loop.png', b'loop.png'),
-                         (b'dead\xe8.png', b'\xff')):
-        (photos / os.fsdecode(name)).symlink_to(os.fsdecode(target))
-    os.mkfifo(photos / 'pipe.png')
-    for name in b'\xe9.png', b'n' * 251 + b'.png', b'n' * 250 + b'm.png', b'd' * 255 + b'/d.png':
-        path = photos / os.fsdecode(name)
-        path.parent.mkdir(exist_ok=True)
-        shutil.copy(photos / 'a.png', path)
-    return photos
-
-
 def written(out):
     return {str(path.relative_to(out)): (path.stat().st_ino, path.stat().st_mtime_ns)
             for kind in ('masks', 'overlays') for path in (out / kind).rglob('*.*')}
@@ -138,43 +124,34 @@ def test_the_summary_says_which_ratio_large_images_had(whole, work, images, tmp_
     assert outcome(large) == (0, 'none')
 
 
-def test_entries_that_are_no_images_are_listed(segmenter, odd_photos, tmp_path):
-    summary = predict_images(segmenter, [odd_photos], tmp_path / 'out')
+def test_odd_names_and_entries_that_are_no_images(segmenter, photos, tmp_path):
+    for name, target in ((b'gone.png', b'nowhere'), (b'dead\xe8.png', b'\xff')):
+        (photos / os.fsdecode(name)).symlink_to(os.fsdecode(target))
+    os.mkfifo(photos / 'pipe.png')
+    for name in b'\xe9.png', b'n' * 251 + b'.png', b'n' * 250 + b'm.png', b'd' * 255 + b'/d.png':
+        path = photos / os.fsdecode(name)
+        path.parent.mkdir(exist_ok=True)
+        shutil.copy(photos / 'a.png', path)
+    out = tmp_path / 'out'
+    for kept in 0, 7:
+        summary = predict_images(segmenter, [photos], out)
+        assert summary['kept'] == kept
     reasons = {os.path.basename(path): reason for path, reason in summary['skipped'].items()}
     for name, reason in {
             'gone.png': 'gone.png: it is a link to nowhere, which is not there',
-            'loop.png': 'loop.png (Too many levels of symbolic links)',
-            'pipe.png': 'pipe.png is not a regular file',
-            'dead\\xe8.png': 'dead\\xe8.png: it is a link to \\xff, which is not there',
-            'bad.JPG': 'bad.JPG (5 bytes)'}.items():
+            'pipe.png': 'pipe.png is not a regular file', 'bad.JPG': 'bad.JPG (5 bytes)',
+            'dead\\xe8.png': 'dead\\xe8.png: it is a link to \\xff, which is not there'}.items():
         assert reason in reasons.pop(name)
     assert not reasons
-    assert len(summary['images']) == 7
-    text = describe_summary(summary, tmp_path / os.fsdecode(b'\xff'))
-    assert text.endswith(f'are in {tmp_path}/\\xff')
-    assert len(text.splitlines()) == 8
+    assert describe_summary(summary, os.fsdecode(b'\xff')).endswith('are in \\xff')
     assert describe_summary(dict(summary, skipped=dict.fromkeys(range(9), 'why')), '.').count(
         'skipped: ') == 6
-    with pytest.raises(DataError, match=r'gone.png: it is a link to nowhere, which is not there'):
-        predict_images(segmenter, [odd_photos / 'gone.png'], tmp_path / 'out')
-
-
-def test_names_that_are_long_or_not_utf8(segmenter, odd_photos, tmp_path):
-    out = tmp_path / 'out'
-    for kept in 0, 7:
-        summary = predict_images(segmenter, [odd_photos], out)
-        assert summary['kept'] == kept
-        read = json.loads((out / 'summary.json').read_bytes().decode())  # without lone surrogates
-        assert json.dumps(read, ensure_ascii=False).encode()
-        names = sorted(os.listdir(os.fsencode(out / 'masks')))
-        assert names[-1] == b'\xe9.png'
-        assert read['images']['../photos/\\xe9.png']['mask'] == 'masks/\\xe9.png'
-        long = [name for name in names if name.startswith(b'nn')]
-        assert len(long) == 2
-        assert all(len(name) <= 255 and f'masks/{os.fsdecode(name)}' in {
-            entry['mask'] for entry in read['images'].values()} for name in long)
-    assert same(np.array(Image.open(out / 'masks' / os.fsdecode(b'\xe9.png'))),
-                segmenter(odd_photos / 'a.png').labels)
+    read = json.loads((out / 'summary.json').read_bytes().decode())  # without lone surrogates
+    assert json.dumps(read, ensure_ascii=False).encode()
+    assert read['images']['../photos/\\xe9.png']['mask'] == 'masks/\\xe9.png'
+    names = os.listdir(os.fsencode(out / 'masks'))
+    assert b'\xe9.png' in names
+    assert len([name for name in names if name.startswith(b'nn') and len(name) <= 255]) == 2
 
 
 def test_patterns_and_links_that_lead_back_up(photos):
@@ -263,9 +240,8 @@ def test_a_video(segmenter, clip, tmp_path):
 
 
 @pytest.mark.skipif(not shutil.which('ffmpeg'), reason='needs ffmpeg')
-@pytest.mark.parametrize('size', [(96, 64), (97, 65)])
-def test_ffmpeg_writes_h264(segmenter, clip, tmp_path, size):
-    path = write_video(tmp_path / 'odd.avi', clip[1], size, 'MJPG')
+def test_ffmpeg_writes_h264(segmenter, clip, tmp_path):
+    path = write_video(tmp_path / 'odd.avi', clip[1], (97, 65), 'MJPG')
     summary = predict_video(segmenter, path, tmp_path / 'out')
     assert (summary['codec'], summary['frames']) == ('h264', 12)
     assert 'MPEG-4' not in describe_summary(summary, tmp_path / 'out')
@@ -289,29 +265,6 @@ def ffmpeg(tmp_path, monkeypatch):
         (tmp_path / 'bin' / 'ffmpeg').write_text(f'#!{sys.executable}\nimport sys\n{text}')
         (tmp_path / 'bin' / 'ffmpeg').chmod(0o755)
     return put
-
-
-def test_the_command_that_writes_h264(segmenter, clip, ffmpeg, tmp_path):
-    ffmpeg(f"""
-import cv2, numpy
-words = sys.argv[1:]
-assert '{tmp_path}/out/.clip_overlay.' in words[-1]
-size, rate = words[words.index('-video_size') + 1], words[words.index('-framerate') + 1]
-for option, value in ('-f', 'rawvideo'), ('-pix_fmt', 'bgr24'), ('-c:v', 'h264'):
-    assert words[words.index(option) + 1] == value
-content = numpy.frombuffer(sys.stdin.buffer.read(), numpy.uint8).reshape(-1, 64, 96, 3)
-open('{tmp_path}/got', 'a').write(f'{{size}} {{rate}} {{len(content)}} ')
-writer = cv2.VideoWriter(words[-1].removeprefix('file:'), cv2.VideoWriter.fourcc(*'mp4v'),
-                         float(rate), (96, 64))
-for frame in content:
-    writer.write(frame)
-writer.release()
-""")
-    summary = predict_video(segmenter, clip[0], tmp_path / 'out')
-    assert summary['codec'] == 'h264'
-    assert (tmp_path / 'got').read_text() == '96x64 12.5 1 96x64 12.5 12 '
-    for overlay, frame in zip(Video(tmp_path / 'out' / summary['video']), clip[1], strict=True):
-        assert np.abs(overlay.astype(int) - segmenter(frame).draw()).mean() < 8
 
 
 @pytest.mark.parametrize('program', [None, 'sys.exit(1)'])
@@ -342,21 +295,6 @@ def test_what_ends_half_way_leaves_no_half_video(work, clip, ffmpeg, tmp_path, m
     with pytest.raises(DataError, match='no such video'):
         Video('http://localhost/clip.mp4')
     assert not (tmp_path / 'none').exists()
-
-
-@pytest.mark.parametrize(('stem', 'target'), [
-    (b'\xe9', r'\\xe9_overlay'), (b'v' * 251, r'v{218}~[0-9a-f]{16}_overlay')])
-def test_names_of_videos_and_frames_of_another_size(segmenter, clip, tmp_path, monkeypatch, stem,
-                                                    target):
-    path = tmp_path / os.fsdecode(stem + b'.mp4')
-    shutil.copy(clip[0], path)
-    monkeypatch.setattr(Video, '__iter__', lambda self: iter(
-        [*clip[1][:6], *(cv2.resize(frame, (48, 40)) for frame in clip[1][6:])]))
-    summary = predict_video(segmenter, path, tmp_path / 'out', masks=True)
-    assert summary['frames'] == 12
-    assert re.fullmatch(target + '.mp4', summary['video'])
-    [video] = (tmp_path / 'out').glob('*.mp4')
-    assert len(os.listdir(tmp_path / 'out' / 'masks' / video.stem.removesuffix('_overlay'))) == 12
 
 
 # The command lines.
