@@ -71,17 +71,14 @@ def apply_isr(model: nn.Module, isr_ratio: ISRRatio | int | str, *, method: str 
         RatioError: The ratio does not fit, or the model has nothing to reduce. The model is
             unchanged.
     """
-    plan = _plan(model, isr_ratio, method, crop_size, strict, _as_inputs(example_inputs))
-    for layer, setting in plan:
-        layer.setting = setting
-    _watch(model, plan, strict)
+    plan = _plan(model, isr_ratio, method, crop_size, strict, example_inputs)
+    _set(model, plan, strict)
 
 
 def remove_isr(model: nn.Module) -> None:
     """Give a model its training pools back, bit for bit."""
-    for layer in (*_layers(find_attention(model)), *_left_over(model, ())):
-        layer.setting = Setting()
-    _watch(model, [], False)
+    layers = (*_layers(find_attention(model)), *_left_over(model, ()))
+    _set(model, [(layer, Setting()) for layer in layers], False)
 
 
 def _left_over(model: nn.Module, known: Collection[nn.Module]) -> list[ForeignLayer]:
@@ -100,17 +97,13 @@ def isr(model: nn.Module, isr_ratio: ISRRatio | int | str, *, method: str = 'ave
 
     Arguments and errors are those of `apply_isr`.
     """
-    plan = _plan(model, isr_ratio, method, crop_size, strict, _as_inputs(example_inputs))
+    plan = _plan(model, isr_ratio, method, crop_size, strict, example_inputs)
     before = [(layer, layer.setting) for layer, _ in plan]
     try:
-        for layer, setting in plan:
-            layer.setting = setting
-        _watch(model, plan, strict)
+        _set(model, plan, strict)
         yield
     finally:
-        for layer, setting in before:
-            layer.setting = setting
-        _watch(model, before, strict)
+        _set(model, before, strict)
 
 
 def training_size(model: nn.Module) -> tuple[int, int]:
@@ -136,7 +129,7 @@ class _FirstForward:
     def __call__(self, model: nn.Module, args: Any, out: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        _watch(model, [], False)
+        _set(model, [], False)
         idle = [f'{name} ({type(module).__name__})' for name, module in model.named_modules()
                 if not getattr(vars(module).get('isr_reduction'), 'ran', True)]
         if not idle:
@@ -149,8 +142,10 @@ class _FirstForward:
         warnings.warn(message, stacklevel=2)
 
 
-def _watch(model: nn.Module, plan: list[tuple[Layer, Setting]], strict: bool) -> None:
-    """Check the model's next forward if the plan reduces a layer that has not run yet."""
+def _set(model: nn.Module, plan: list[tuple[Layer, Setting]], strict: bool) -> None:
+    """Set the layers, and check the model's next forward if one of them has not run yet."""
+    for layer, setting in plan:
+        layer.setting = setting
     model = unwrap(getattr(model, '_orig_mod', model))
     for number, hook in list(model._forward_hooks.items()):
         if isinstance(hook, _FirstForward):
@@ -182,10 +177,6 @@ def _find(model: nn.Module, inputs: Inputs | None) -> Attentions:
     return attentions
 
 
-def _as_inputs(inputs: Inputs | Tensor | None) -> Inputs | None:
-    return (inputs,) if isinstance(inputs, Tensor) else inputs
-
-
 def _sized(inputs: Inputs | None, size: tuple[int, int]) -> Inputs | tuple[int, int]:
     """The inputs with their images resized; the size itself if there are no inputs."""
     if inputs is None:
@@ -195,8 +186,9 @@ def _sized(inputs: Inputs | None, size: tuple[int, int]) -> Inputs | tuple[int, 
 
 def _plan(model: nn.Module, isr_ratio: ISRRatio | int | str, method: str,
           crop_size: tuple[int, int] | None, strict: bool,
-          inputs: Inputs | None) -> list[tuple[Layer, Setting]]:
+          inputs: Inputs | Tensor | None) -> list[tuple[Layer, Setting]]:
     """Each attention layer with the setting that the ratio gives it."""
+    inputs = (inputs,) if isinstance(inputs, Tensor) else inputs
     ratio, method = ISRRatio.parse(isr_ratio), check_method(method)
     attentions = _find(model, inputs)
     if not _layers(attentions):
@@ -280,7 +272,7 @@ def report_isr(model: nn.Module, isr_ratio: ISRRatio | int | str,
         RatioError: `apply_isr` would fail, or the ratio reduces no layer at this size.
         ExampleError: The model does not run on the inputs.
     """
-    example = _as_inputs(example_inputs)
+    example = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
     plan = [(layer.name, setting)
             for layer, setting in _plan(model, isr_ratio, method, crop_size, strict, example)]
     if input_size is None:
@@ -328,7 +320,7 @@ class _Trace:
                  settings: dict[str, Setting] | None = None) -> None:
         wanted = {layer.name: layer for layer in _layers(attentions)}
         with on_meta(model) as shadow:
-            _watch(shadow, [], False)
+            _set(shadow, [], False)
             layers = {original.name: layer for original, layer in zip(
                 _layers(find_attention(model)), _layers(find_attention(shadow)))
                 if original.name in wanted}

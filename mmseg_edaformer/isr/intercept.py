@@ -3,9 +3,7 @@
 While an attention module's own forward runs, a ``TorchFunctionMode`` watches the calls that make an
 attention: ``scaled_dot_product_attention``, ``multi_head_attention_forward``, or the product of
 queries and keys, what is added to it, its softmax, and its product with the values. Keys, values,
-biases and masks are reduced on the way in; everything else is the module's own code. That is why no
-forward is copied, why norms, rotations and convolutions on keys and values see them whole, and why
-it works for any module whose keys lie on a grid.
+biases and masks are reduced on the way in; everything else is the module's own code.
 
 Source of the formula: `pooling`. Shapes: N keys before, M after; h heads, d channels of each.
 """
@@ -28,14 +26,7 @@ from .scores import ADDS, ATTENTION, MIXES, RESHAPES, SOFTMAX, ReducedScores
 
 
 class Interception(ReducedScores):
-    """Reduces the attention of one forward pass of one module.
-
-    Args:
-        module: The attention module.
-        reduction: How to reduce it.
-        args: Positional arguments of its forward.
-        kwargs: Keyword arguments of its forward.
-    """
+    """Reduces the attention of one forward pass of one module, called with these arguments."""
 
     def __init__(self, module: nn.Module, reduction: Reduction, args: tuple[Any, ...],
                  kwargs: dict[str, Any]) -> None:

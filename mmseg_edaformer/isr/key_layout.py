@@ -36,11 +36,7 @@ class Call:
                suffix: int = 0) -> Layout | None:
         """The layout of ``total`` keys, or None if they lie on no grid that the source finds.
 
-        Args:
-            source: Finds the possible grids.
-            prefixes: Possible numbers of single tokens in front.
-            total: Number of keys.
-            suffix: Number of single tokens behind.
+        ``prefixes`` are possible numbers of single tokens in front, ``suffix`` those behind.
         """
         grids = source.find(self)
         chosen: Layout | None = None

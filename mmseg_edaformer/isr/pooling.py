@@ -34,11 +34,7 @@ MASKED = -3e4
 
 
 def check_method(method: str) -> str:
-    """Return the method if it is valid.
-
-    Raises:
-        RatioError: The method is not valid; the message lists what is.
-    """
+    """Return the method if it is valid."""
     if method not in METHODS:
         raise RatioError(f'isr_method {method!r} does not exist: use {", ".join(METHODS)}')
     return method
@@ -129,7 +125,7 @@ def merging(keys: Tensor, layout: Layout, ratio: int) -> Tensor:
         ratio: Side r of the cells.
 
     Returns:
-        ... x 1 x N x M, whose columns add up to 1.
+        Weights ... x 1 x N x M, whose columns add up to 1.
     """
     total = keys.shape[-2]
     before, *maps, after = layout.sizes(total)

@@ -61,11 +61,7 @@ class _Probe(Interception):
 
 
 class _Marker:
-    """A forward hook that adds noise to some of the tokens of the map that a module outputs.
-
-    It adds the noise to the map of the first pass, call by call: the current map may be made from
-    tokens that were marked before, whose noise a convolution has spread (UniFormer).
-    """
+    """A forward hook that adds noise to some of the tokens of the map that a module outputs."""
 
     def __init__(self) -> None:
         self.grids: set[Grid | None] = set()
@@ -84,6 +80,8 @@ class _Marker:
             self.maps.append(out.clone())  # the model may add to it in place
         if self.mark is None:
             return None
+        # The map of the first pass, for this one may be made from tokens that were marked before,
+        # whose noise a convolution has spread (UniFormer).
         out = self.maps[self.calls - 1]
         noise = torch.randn_like(out) * (out.std() + 0.1)
         marked = self.mark(torch.arange(grid[0] * grid[1], device=out.device))
@@ -94,16 +92,13 @@ def locate(model: nn.Module,
            inputs: Inputs | None = None) -> dict[str, tuple[int, int] | AttentionRule | str]:
     """Find out how many tokens stand around a map, for the layers whose rule does not tell.
 
-    Args:
-        model: The model. A copy that shares its weights runs about 20 times, or once if a library's
-            own model within it calls all of these layers.
-        inputs: What it is called with; by default an image of the size that it declares.
+    A copy of the model that shares its weights runs about 20 times on the inputs, or once if a
+    library's own model within it calls all of these layers.
 
     Returns:
         By name of the layer, one of three: the numbers of keys in front of the map and behind it;
         its rule, if a library's own model, which declares its tokens, calls it; or the reason why
-        it must be left alone: the map's tokens are not there one by one and row by row, or those
-        beside them depend on the image too.
+        it must be left alone.
     """
     try:
         with on_meta(model) as shadow, torch.random.fork_rng(), torch.no_grad():
@@ -224,10 +219,8 @@ def _changes(after: dict[str, list[Tensor]],
 def _place(grids: Set[Grid | None], changes: list[list[Tensor]]) -> tuple[int, int] | str:
     """Numbers of keys in front of and behind a map, or the reason why the layer must stay.
 
-    Args:
-        grids: Sizes of the maps that were made.
-        changes: How much each key changed, by pass (another image; tokens without bit 0, with bit
-            0; without bit 1; ...) and by attention of the layer.
+    ``changes`` tells how much each key changed, by pass (another image; tokens without bit 0, with
+    bit 0; without bit 1; ...) and by attention of the layer.
     """
     grid = next(iter(grids), None)
     if len(grids) != 1 or grid is None:

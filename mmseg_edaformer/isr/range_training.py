@@ -21,10 +21,6 @@ class RatioRange:
     Args:
         isr_ratios: Values for `ISRRatio.parse`, of which every rank draws one for every step.
         weight: Weight of the `consistency` loss.
-
-    Raises:
-        ConfigError: The list is empty, or the weight is negative.
-        RatioError: A ratio is not valid.
     """
 
     def __init__(self, isr_ratios: Sequence[int | str], weight: float = 1.) -> None:
@@ -45,9 +41,6 @@ def same_draws(like: Tensor) -> AbstractContextManager[None]:
     """Save the state of torch's generators, and restore it on entering the ``with`` block.
 
     Two passes then drop the same paths and channels, so that only the ratio differs.
-
-    Args:
-        like: A tensor on the device whose generator is saved, besides that of the CPU.
     """
     cpu = torch.get_rng_state()
     cuda = torch.cuda.get_rng_state(like.device) if like.is_cuda else None
@@ -63,11 +56,9 @@ def same_draws(like: Tensor) -> AbstractContextManager[None]:
 
 
 def consistency(reduced: Tensor, full: Tensor) -> Tensor:
-    """Kullback-Leibler divergence of the class probabilities, averaged over pixels, in nats.
+    """Kullback-Leibler divergence of class probabilities N x C x H x W, averaged over pixels.
 
-    Args:
-        reduced: Logits N x C x H x W of the pass that learns.
-        full: Logits of the pass that it learns from, which gets no gradient.
+    ``reduced`` learns from ``full``, which gets no gradient.
     """
     target = full.detach().float().log_softmax(1)
     divergence = F.kl_div(reduced.float().log_softmax(1), target, reduction='none',

@@ -1,5 +1,4 @@
 """How much further the keys are pooled at inference, stage by stage."""
-import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,9 +15,6 @@ _VALID = ('Use one integer from 1 up for every stage (2), a multiplier for each 
           f'above 9), or a name ({", ".join((*NAMES, AUTO))})')
 
 _LIMIT = 10 ** 6  # no map is larger
-
-_BRIEF = reprlib.Repr()
-_BRIEF.maxstring = _BRIEF.maxother = 60
 
 
 @dataclass(frozen=True)
@@ -42,29 +38,25 @@ class ISRRatio:
     def __post_init__(self) -> None:
         for part in (self.encoder, self.decoder):
             if not isinstance(part, tuple) or not part:
-                raise RatioError(f'isr_ratio {_brief(part)}: each part needs at least one '
+                raise RatioError(f'isr_ratio {part!r:.60}: each part needs at least one '
                                  f'multiplier. {_VALID}')
             for value in part:
                 if isinstance(value, bool) or not isinstance(value, int) or (
                         not 1 <= value <= _LIMIT):
-                    raise RatioError(f'isr_ratio {_brief(value)} is not an integer from 1 to '
+                    raise RatioError(f'isr_ratio {value!r:.60} is not an integer from 1 to '
                                      f'{_LIMIT}. {_VALID}')
         if self.auto and {*self.encoder, *self.decoder} != {1}:
             raise RatioError(f'isr_ratio {AUTO} takes no multipliers. {_VALID}')
 
     @classmethod
     def parse(cls, value: 'ISRRatio | int | str') -> 'ISRRatio':
-        """Parse the ratio of a config or a command line.
-
-        Raises:
-            RatioError: The value is not valid; the message lists what is.
-        """
+        """Parse the ratio of a config or a command line."""
         if isinstance(value, cls):
             return value
         if isinstance(value, int):
             return cls((value,), (value,))
         if not isinstance(value, str):
-            raise RatioError(f'cannot parse isr_ratio {_brief(value)}, a {type(value).__name__}. '
+            raise RatioError(f'cannot parse isr_ratio {value!r:.60}, a {type(value).__name__}. '
                              f'{_VALID}')
         if value.strip().lower() == AUTO:
             return cls((1,), (1,), auto=True)
@@ -74,16 +66,12 @@ class ISRRatio:
         if len(parts) == 1 and text.isdecimal() and len(text) < 3:
             return cls.parse(int(text))
         if len(parts) != 2:
-            raise RatioError(f'cannot parse isr_ratio {_brief(value)}. {_VALID}')
+            raise RatioError(f'cannot parse isr_ratio {value!r:.60}. {_VALID}')
         return cls(_multipliers(parts[0], value), _multipliers(parts[1], value))
 
     @classmethod
     def parse_encoder(cls, text: str) -> 'ISRRatio':
-        """Read the ratio of a model without a decoder, for which ``2211`` is enough.
-
-        Raises:
-            RatioError: It cannot be parsed.
-        """
+        """Parse the ratio of a model without a decoder, for which ``2211`` is enough."""
         numbers = text.strip()
         if '-' not in text and (',' in text or (len(numbers) > 2 and numbers.isdecimal())):
             text = f'{numbers}-111'
@@ -91,11 +79,7 @@ class ISRRatio:
         return ratio if len(ratio.encoder) == 1 else cls(ratio.encoder, (1, 1, 1))
 
     def for_stages(self, part: str, count: int) -> tuple[int, ...]:
-        """The multipliers of 'encoder' or 'decoder', one for each of its ``count`` stages.
-
-        Raises:
-            RatioError: The part has another number of multipliers.
-        """
+        """The multipliers of 'encoder' or 'decoder', one for each of its ``count`` stages."""
         multipliers: tuple[int, ...] = getattr(self, part)
         if len(multipliers) == 1:
             return multipliers * count
@@ -117,17 +101,9 @@ class ISRRatio:
                         for part in (self.encoder, self.decoder))
 
 
-def _brief(value: object) -> str:
-    """A value in a few words, however long or deep it is."""
-    try:
-        return _BRIEF.repr(value)
-    except ValueError:  # Python refuses to print numbers of more than 4300 digits
-        return 'a number of thousands of digits'
-
-
 def _multipliers(part: str, value: str) -> tuple[int, ...]:
     numbers: Sequence[str] = part.removesuffix(',').split(',') if ',' in part else part
     if not numbers or not all(
             number.strip().isdecimal() and len(number.strip()) < 10 for number in numbers):
-        raise RatioError(f'cannot parse isr_ratio {_brief(value)}. {_VALID}')
+        raise RatioError(f'cannot parse isr_ratio {value!r:.60}. {_VALID}')
     return tuple(int(number) for number in numbers)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from ..errors import RatioError
-from .adapters import edaformer, mmpretrain, mmseg, research, timm, torchvision, transformers
+from .adapters import mmpretrain, mmseg, research, timm, torchvision, transformers
 from .key_layout import Arguments, GridSource, Patches
 from .patching import install, uninstall
 from .reduction import Reduction, Setting, resolve
@@ -128,10 +128,7 @@ class EmbeddingFreeLayer:
 
 @dataclass
 class Part:
-    """An encoder or a decoder with its attention layers, stage by stage, shallow to deep.
-
-    ``stages`` maps the stage's number in the backbone, from 1, to its attention layers.
-    """
+    """An encoder or a decoder with its attention layers, by number of the stage, from 1."""
     kind: str
     stages: dict[int, list[Layer]]
 
@@ -227,8 +224,8 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, list[nn.Module]]]:
     yield from visit('', [model])
 
 
-_tables = (_registered, edaformer.RULES, mmseg.RULES, timm.RULES, transformers.RULES,
-           mmpretrain.RULES, torchvision.RULES)
+_tables = (_registered, mmseg.RULES, timm.RULES, transformers.RULES, mmpretrain.RULES,
+           torchvision.RULES)
 _places = {place for table in _tables for place in table if ':' in place}
 
 

@@ -77,10 +77,7 @@ class EmbeddingFreeAttention(nn.Module):
     def pool_size(self, height: int, width: int, multiplier: int | None = None) -> tuple[int, int]:
         """Kernel of the pool on a map of this size: never larger than the map.
 
-        Args:
-            height: Rows of the map.
-            width: Columns of the map.
-            multiplier: Multiplier of the training pool, in place of the current one.
+        ``multiplier`` is one of the training pool, in place of the current one.
         """
         if multiplier is None:
             multiplier = self.multiplier(height, width)
@@ -190,12 +187,9 @@ def attend_by_rows(x: Tensor, kv: Tensor, num_heads: int) -> Tensor:
     computes scores and output in the layout of the maps.
 
     Args:
-        x: Queries, N x C x H x W, channels-last.
+        x: Queries, N x C x H x W, channels-last, as is the result.
         kv: Keys and values, N x C x rows x columns.
         num_heads: Heads h.
-
-    Returns:
-        Map, N x C x H x W, channels-last.
     """
     compiled = cpu_kernels.attend(x, kv, num_heads)
     if compiled is not None:

@@ -21,14 +21,7 @@ ALIGN_FROM = 1 << 21
 
 
 class PatchEmbed(nn.Module):
-    """Overlapping patches: a strided convolution, then LayerNorm.
-
-    Args:
-        in_channels: Channels of the image or of the previous stage.
-        dim: Channels C of the stage.
-        kernel_size: Size of the kernel; the padding is half of it.
-        stride: Stride of the convolution.
-    """
+    """Overlapping patches: a strided convolution, then LayerNorm."""
 
     def __init__(self, in_channels: int, dim: int, kernel_size: int, stride: int) -> None:
         super().__init__()
@@ -88,15 +81,7 @@ def token_mixer_layer(token_mixer: str, dim: int, num_heads: int, pool_ratio: in
                       kv_norm: bool, norm_eps: float) -> nn.Module:
     """Build one of `TOKEN_MIXERS`: attention, or a 3x3 convolution with bias.
 
-    The paper gives neither the kernel nor the surroundings of its convolutions. They take no heads
-    and no pool, and have no keys that ISR could reduce.
-
-    Args:
-        token_mixer: A name of `TOKEN_MIXERS`.
-        dim: Channels C; the other arguments are those of `EmbeddingFreeAttention` too.
-
-    Raises:
-        ConfigError: The name is unknown.
+    The paper gives neither the kernel nor the surroundings of its convolutions.
     """
     if token_mixer in ('depthwise_conv', 'conv'):
         return nn.Conv2d(dim, dim, 3, padding=1, groups=dim if token_mixer != 'conv' else 1)

@@ -38,16 +38,7 @@ def allow_kernels(allowed: bool) -> None:
 
 
 def attend(x: Tensor, kv: Tensor, num_heads: int) -> Tensor | None:
-    """Attention whose values are its keys; the plain version is in `attention.attend_by_rows`.
-
-    Args:
-        x: Queries, N x C x H x W.
-        kv: Keys and values, N x C x rows x columns.
-        num_heads: Heads h.
-
-    Returns:
-        Map, N x C x H x W, channels-last, or None if it cannot be computed here.
-    """
+    """`attention.attend_by_rows`, or None if it cannot be computed here."""
     dim = x.shape[1] // num_heads
     if x.dtype != kv.dtype or dim % 4:
         return None

@@ -5,18 +5,14 @@ from typing import Any
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from ..errors import ConfigError
 from .blocks import TransformerBlock
 from .fused_head import FusedHead
-from .layers import channels_last
+from .layers import channels_last, check_lengths
 
 
 @MODELS.register_module()
 class EDAFormerHead(FusedHead):
     """Decoder of embedding-free attention on each level, then one fuse layer.
-
-    Each level passes through its own transformer blocks, deeper levels through more of them, and
-    `FusedHead` joins the levels.
 
     The lists have one entry per level, from the shallowest to the deepest, so other structures, and
     two or four levels, need only a config.
@@ -49,11 +45,9 @@ class EDAFormerHead(FusedHead):
                  norm_cfg: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if isinstance(ffn_ratios, (int, float)):
             ffn_ratios = [ffn_ratios] * len(in_channels)
-        sizes = dict(in_channels=in_channels, in_index=in_index, depths=depths,
-                     num_heads=num_heads, pool_ratios=pool_ratios, ffn_ratios=ffn_ratios)
-        if len({len(values) for values in sizes.values()}) > 1:
-            raise ConfigError('EDAFormerHead needs one entry per level in every list, found ' +
-                              ', '.join(f'{len(values)} {name}' for name, values in sizes.items()))
+        check_lengths('EDAFormerHead needs one entry per level in every list', dict(
+            in_channels=in_channels, in_index=in_index, depths=depths, num_heads=num_heads,
+            pool_ratios=pool_ratios, ffn_ratios=ffn_ratios))
         super().__init__(
             (nn.Sequential(*(TransformerBlock(dim, heads, pool_ratio, ffn_ratio, decoder=True,
                                               token_mixer=token_mixer, drop_rate=drop_rate,
@@ -64,13 +58,6 @@ class EDAFormerHead(FusedHead):
             in_channels, channels, in_index=in_index, norm_cfg=norm_cfg, **kwargs)
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
-        """Decode the backbone's maps.
-
-        Args:
-            inputs: Maps of the backbone, from which ``in_index`` selects the levels.
-
-        Returns:
-            Logits, N x num_classes x H x W, at the size of the shallowest level.
-        """
+        """Decode maps into logits N x num_classes x H x W of the shallowest level."""
         return self.classify([level(channels_last(x)) for level, x in
                               zip(self.levels, self._transform_inputs(inputs))])

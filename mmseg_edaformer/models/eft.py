@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .blocks import PatchEmbed, TransformerBlock
-from .layers import PixelNorm, channels_last, init_weights
+from .layers import PixelNorm, channels_last, check_lengths, init_weights
 
 ARCHITECTURES: dict[str, dict[str, Sequence[float]]] = {
     'tiny': dict(embed_dims=(32, 64, 128, 256), depths=(2, 2, 10, 2), num_heads=(1, 2, 4, 8),
@@ -93,10 +93,7 @@ class EFT(BaseModule):
         super().init_weights()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Encode images.
-
-        Args:
-            x: Normalised images, N x in_channels x H x W, of any size.
+        """Encode images N x in_channels x H x W.
 
         Returns:
             The maps of ``out_indices``, N x C_i x H/2^(i+2) x W/2^(i+2), rounded up, channels-last.
@@ -124,7 +121,5 @@ def _sizes(arch: str | dict[str, Sequence[float]],
                           f"the sizes are {', '.join(given)}")
     sizes = {**ARCHITECTURES['tiny'], **arch,
              **{name: values for name, values in given.items() if values is not None}}
-    if len({len(values) for values in sizes.values()}) > 1:
-        raise ConfigError('EFT needs one entry per stage in every size, found ' +
-                          ', '.join(f'{len(values)} {name}' for name, values in sizes.items()))
+    check_lengths('EFT needs one entry per stage in every size', sizes)
     return sizes

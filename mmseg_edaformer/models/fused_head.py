@@ -49,14 +49,7 @@ class FusedHead(BaseDecodeHead):
         super().init_weights()
 
     def classify(self, maps: Sequence[Tensor]) -> Tensor:
-        """Fuse decoded levels and classify their pixels.
-
-        Args:
-            maps: Decoded levels, shallow to deep, channels-last.
-
-        Returns:
-            Logits, N x num_classes x H x W, at the size of the shallowest level.
-        """
+        """Fuse decoded levels, shallow to deep, into logits of the shallowest level's size."""
         weight, shift = self._fuse_weight()
         weights = weight.split(self.in_channels[::-1], dim=1)[::-1]
         fused = pixel_linear(maps[0], weights[0], shift)
@@ -88,12 +81,7 @@ class FusedHead(BaseDecodeHead):
 
     def loss_by_feat(self, seg_logits: Tensor,
                      batch_data_samples: SampleList) -> dict[str, Tensor]:
-        """mmseg's losses, with plain cross entropy computed without logits at full size.
-
-        Args:
-            seg_logits: Logits, N x num_classes x H x W.
-            batch_data_samples: Labels of the images.
-        """
+        """mmseg's losses, with plain cross entropy computed without logits at full size."""
         criterion = self.loss_decode
         if (type(criterion) is not CrossEntropyLoss or self.sampler is not None or
                 self.out_channels == 1 or criterion.cls_criterion is not cross_entropy or

@@ -28,16 +28,7 @@ CACHE = 1 << 20
 
 
 def label_maps(logits: Tensor, chains: Sequence[Chain], memory: int = 1 << 28) -> list[Tensor]:
-    """`label_map` of each image of a batch; at once on a GPU, if all have the same chain.
-
-    Args:
-        logits: N x C x h x w from the head.
-        chains: The resizes of each image.
-        memory: The bound of `label_map`, for each image.
-
-    Returns:
-        A label map H x W for each image.
-    """
+    """`label_map` of each image of a batch; at once on a GPU, if all have the same chain."""
     kernels = gpu_kernels(logits)
     axes = chains[0].axes(logits.shape[2:], logits.device)
     if kernels is None or len(set(chains)) > 1 or _unchanged(axes):
@@ -97,10 +88,9 @@ def _label_type(logits: Tensor) -> torch.dtype:
 def _blocks(size: int, axis: Axis) -> tuple[Tensor, Tensor, int]:
     """Cut one axis of the output into n blocks of equal size.
 
-    Returns:
-        The low-resolution positions of each block, n x span, the weight of each for every position
-        of the block, n x size x span, and how many positions of the first block lie before the
-        output. Those, and those after the output, repeat its ends.
+    Returns the low-resolution positions of each block, n x span, the weight of each for every
+    position of the block, n x size x span, and how many positions of the first block lie before the
+    output. Those, and those after the output, repeat its ends.
     """
     indices, weights = axis_taps(*axis)
     out, taps = indices.shape
@@ -125,17 +115,8 @@ def resize_argmax(logits: Tensor, chain: Chain, tolerance: float, memory: int) -
     """The largest class of each pixel.
 
     The output is cut into blocks. A class can win in a block only if the largest of its logits
-    under the block reaches the smallest one of every other class; blocks with a single such class
-    need no resize.
-
-    Args:
-        logits: 1 x C x h x w, float32 and finite.
-        chain: The resizes.
-        tolerance: Difference of two logits that rounding can make.
-        memory: Bound of the temporary tensors, in bytes, in addition to one copy of the logits.
-
-    Returns:
-        Labels H x W, uint8 for up to 256 classes, else int16.
+    under the block reaches the smallest one of every other class, less ``tolerance``; blocks with a
+    single such class need no resize. Arguments are those of `label_map`, with finite logits.
     """
     rows, columns = chain.axes(logits.shape[2:], logits.device)
     height, width = len(axis_taps(*rows)[0]), len(axis_taps(*columns)[0])

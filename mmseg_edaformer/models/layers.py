@@ -7,7 +7,9 @@ import functools
 import importlib.util
 import math
 import warnings
+from collections.abc import Mapping, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,7 @@ from mmengine.model import BaseModule
 from mmengine.model.weight_init import update_init_info
 from torch import Tensor, nn
 
+from ..errors import ConfigError
 from . import cpu_kernels
 
 
@@ -45,6 +48,22 @@ def pixel_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     if x.device.type == 'cpu':
         return F.conv2d(x, weight[:, :, None, None], bias)
     return to_map(F.linear(to_tokens(x), weight, bias))
+
+
+def attend_maps(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+    """Attention of a map to the pixels of two others, N x C each; a map of the queries' size."""
+    n, c, height, width = q.shape
+    q, k, v = (to_tokens(x).reshape(n, -1, num_heads, c // num_heads).transpose(1, 2)
+               for x in (q, k, v))  # N h M d
+    out = F.scaled_dot_product_attention(q, k, v)
+    return to_map(out.transpose(1, 2).reshape(n, height, width, c))
+
+
+def check_lengths(needs: str, sizes: Mapping[str, Sequence[Any]]) -> None:
+    """Raise a ConfigError if lists that go together differ in length."""
+    if len({len(values) for values in sizes.values()}) > 1:
+        raise ConfigError(f'{needs}, found ' + ', '.join(
+            f'{len(values)} {name}' for name, values in sizes.items()))
 
 
 def gelu(x: Tensor) -> Tensor:

@@ -73,16 +73,7 @@ def plain_cross_entropy(logits: Tensor, labels: Tensor, rows: tuple[Tensor, Tens
                         with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
     """`resize_cross_entropy` with its gradient, by matrix products over bands of rows.
 
-    Args:
-        logits: N x C x h x w.
-        labels: N x H x W.
-        rows: Taps of the vertical resize, from `resize.axis_taps`.
-        columns: Taps of the horizontal resize.
-        ignore_index: Label of pixels that do not count.
-        with_grad: Whether to compute the gradient.
-
-    Returns:
-        Sum of the losses, number of correct predictions, gradient of the sum N x C x h x w.
+    ``rows`` and ``columns`` are taps of `resize.axis_taps`.
     """
     _, classes, low_height, low_width = logits.shape
     height, width = labels.shape[1:]

@@ -101,7 +101,7 @@ def axis_taps(low: int, inner: int, pad: tuple[int, int], flip: bool, out: int |
         flip: Whether to reverse it after that.
         out: Length after the second resize; None for no second resize.
         align_corners: The argument of ``F.interpolate``.
-        device: Device of the returned tensors.
+        device: Device of the results.
 
     Returns:
         Indices (int32) and weights (float32) of low-resolution positions, out x taps, with as many

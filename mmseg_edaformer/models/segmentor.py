@@ -86,12 +86,7 @@ class StreamedEncoderDecoder(EncoderDecoder):
         return super().extract_feat(inputs.to(weight.dtype))
 
     def loss(self, inputs: Tensor, data_samples: list[SegDataSample]) -> dict[str, Tensor]:
-        """mmseg's losses and, with ``isr_range``, the distance of a drawn ratio from the full pass.
-
-        Args:
-            inputs: Normalised images, N x 3 x H x W.
-            data_samples: Labels of the images.
-        """
+        """mmseg's losses and, with ``isr_range``, the distance of a drawn ratio's pass."""
         if self.isr_range is None:
             return super().loss(inputs, data_samples)
         ratio, draws_again = self.isr_range.draw(), same_draws(inputs)
@@ -112,16 +107,7 @@ class StreamedEncoderDecoder(EncoderDecoder):
 
     def predict(self, inputs: Tensor,
                 data_samples: list[SegDataSample] | None = None) -> list[SegDataSample]:
-        """Predict as mmseg does.
-
-        Args:
-            inputs: Normalised images, N x 3 x H x W.
-            data_samples: Metadata of the images; without it, labels have the size of the input.
-
-        Returns:
-            The data samples with ``pred_sem_seg``, int64, 1 x H x W at the original size, and with
-            ``seg_logits`` if ``test_cfg.seg_logits`` is set.
-        """
+        """Predict as mmseg does, with ``seg_logits`` only if ``test_cfg.seg_logits`` is set."""
         if self.test_cfg.get('seg_logits', False):
             return super().predict(inputs, data_samples)
         if not self.streamable:
@@ -140,10 +126,7 @@ class StreamedEncoderDecoder(EncoderDecoder):
                        data_samples: list[SegDataSample] | None = None) -> list[Tensor]:
         """Predict only label maps H x W, uint8 for up to 256 classes, else int16.
 
-        Args:
-            inputs: Normalised images, N x 3 x H x W.
-            data_samples: Metadata of the images, left unchanged; without it, labels have the size
-                of the input.
+        ``data_samples`` stay unchanged; without them labels have the size of the input.
         """
         if not self.streamable:
             copies = [SegDataSample(metainfo=sample.metainfo) for sample in data_samples or []]
@@ -163,15 +146,7 @@ class StreamedEncoderDecoder(EncoderDecoder):
         return label_maps(logits, chains, self._memory)
 
     def slide_inference(self, inputs: Tensor, batch_img_metas: list[dict[str, Any]]) -> Tensor:
-        """mmseg's mean logits of overlapping windows, computed for several windows at once.
-
-        Args:
-            inputs: Images, N x 3 x H x W. Windows are no larger than the images.
-            batch_img_metas: Metadata of the images, used only by heads that are not streamable.
-
-        Returns:
-            Logits, N x C x H x W, float32.
-        """
+        """mmseg's mean logits of overlapping windows, computed for several windows at once."""
         if not self.streamable:
             return super().slide_inference(inputs, batch_img_metas)
         crop = [min(length, full) for length, full in zip(self.test_cfg.crop_size,
@@ -224,12 +199,7 @@ def _follow(chain: Chain, meta: dict[str, Any]) -> Chain:
 class StreamedTTAModel(SegTTAModel):
     """mmseg's test-time augmentation, for which a `StreamedEncoderDecoder` returns ``seg_logits``.
 
-    Other segmentors run as with mmseg's.
-
-    Args:
-        module: The segmentor, or its config.
-        args: Positional arguments of mmseg's SegTTAModel.
-        kwargs: Keyword arguments of mmseg's SegTTAModel.
+    Arguments are those of mmseg's SegTTAModel.
     """
 
     def __init__(self, module: Any, *args: Any, **kwargs: Any) -> None:

@@ -26,13 +26,7 @@ CLASS_BLOCK = 32
 
 
 class Axis:
-    """One axis of a resize as a kernel reads it: runs of outputs that share their inputs.
-
-    Args:
-        indices: Inputs of each output, out x taps, integers.
-        weights: Their weights, out x taps.
-        device: Device of the kernels.
-    """
+    """One axis of a resize as a kernel reads it: runs of outputs that share their inputs."""
 
     def __init__(self, indices: Tensor, weights: Tensor, device: torch.device) -> None:
         indices = indices.cpu()
@@ -111,16 +105,9 @@ def _resize_argmax(logits, stride_n, stride_c, stride_y, stride_x, labels, heigh
 
 
 def resize_argmax(logits: Tensor, rows: Axis, columns: Axis, dtype: torch.dtype) -> Tensor:
-    """Labels at full size from logits at low size; the plain version is `Chain.resize` and argmax.
+    """Labels N x H x W from finite logits N x C x h x w; plain: `Chain.resize` and argmax.
 
-    Args:
-        logits: N x C x h x w, finite, best channels-last.
-        rows: Vertical resize to H rows.
-        columns: Horizontal resize to W columns.
-        dtype: Integer type of the labels.
-
-    Returns:
-        Labels N x H x W. Of two classes within rounding of each other, either may be the label.
+    Of two classes within rounding of each other, either may be the label.
     """
     n, classes = logits.shape[:2]
     height, width = len(rows.weights), len(columns.weights)
@@ -192,17 +179,8 @@ def resize_cross_entropy(logits: Tensor, labels: Tensor, rows: Axis, columns: Ax
                          with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Cross entropy of resized logits and its gradient; plain: `loss.plain_cross_entropy`.
 
-    Args:
-        logits: N x C x h x w, best channels-last.
-        labels: N x H x W, integers.
-        rows: Vertical resize to H rows.
-        columns: Horizontal resize to W columns.
-        ignore: Label that does not count.
-        with_grad: Compute the gradient too.
-
-    Returns:
-        Sum of the losses; number of right predictions; gradient of the sum, N x C x h x w float32
-        (zeros without ``with_grad``). The sum is NaN where a label is out of range.
+    Returns the sum of the losses, NaN where a label is out of range, the number of right
+    predictions, and the gradient of the sum, N x C x h x w float32, if asked for.
     """
     n, classes, low_height, low_width = logits.shape
     height, width = labels.shape[1:]

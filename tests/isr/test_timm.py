@@ -1,6 +1,6 @@
 """ISR on timm's transformers."""
 import copy
-import itertools
+import functools
 import math
 
 import pytest
@@ -12,6 +12,7 @@ from mmseg_edaformer.isr import apply_isr
 from mmseg_edaformer.isr.registry import find_attention
 
 from .check import check_adapter, layers, lively
+from .test_mmseg import sizes
 
 timm = pytest.importorskip('timm', reason='timm is not installed')
 
@@ -19,19 +20,21 @@ SMALL = dict(embed_dim=48, depth=2, num_heads=4, num_classes=0)
 
 
 def build(name, fused=True, **kwargs):
-    """A model with random weights and layer scales of 1.
-
-    ``fused`` chooses between `scaled_dot_product_attention` and matrix products.
-    """
-    model = timm.create_model(name, **kwargs)
+    """A model with random weights, layer scales of 1, and fused kernels or matrix products."""
+    model = choose(timm.create_model(name, **kwargs), fused)
     for module in model.modules():
-        if hasattr(module, 'fused_attn'):
-            module.fused_attn = fused
         if isinstance(module, torch.nn.LayerNorm):
             torch.nn.init.ones_(module.weight)
     for key, parameter in model.named_parameters():
         if 'gamma' in key:
             torch.nn.init.ones_(parameter)
+    return model
+
+
+def choose(model, fused):
+    for module in model.modules():
+        if hasattr(module, 'fused_attn'):
+            module.fused_attn = fused
     return model
 
 
@@ -58,13 +61,10 @@ PLAIN = [
     ('vit_relpos_small_patch16_224', 0, {}),
     ('vit_relpos_base_patch32_plus_rpn_256', 0, dict(patch_size=16)),
 ]
+BOTH = [((96, 96), True), ((80, 112), False)]
 
 
-SIZES = pytest.mark.parametrize('size', [(96, 96), (80, 112)], ids=str)
-BOTH = pytest.mark.parametrize(('size', 'fused'), [((96, 96), True), ((80, 112), False)], ids=str)
-
-
-@BOTH
+@pytest.mark.parametrize(('size', 'fused'), BOTH, ids=str)
 @pytest.mark.parametrize(('name', 'prefix', 'kwargs'), PLAIN)
 def test_vit(name, prefix, kwargs, size, fused, device):
     model = build(name, fused, img_size=size, **SMALL, **kwargs)
@@ -106,51 +106,144 @@ def test_swin(name, size, kwargs, fused, device):
                   compiled=name == 'swinv2_cr_tiny_224')
 
 
-def sizes(height, width, reductions=(1,), strides=(4, 8, 16, 32)):
-    """Grids of the keys: the maps of each stage, reduced by strided convolutions."""
-    return [(-(-height // stride) // reduction, -(-width // stride) // reduction)
-            for stride, reduction in zip(strides, itertools.cycle(reductions))]
-
-
 PYRAMID = dict(embed_dims=(8, 16, 32, 64), depths=(1, 2, 1, 1), num_heads=(1, 2, 4, 8),
                num_classes=0)
 
 
-@BOTH
-def test_davit(size, fused):
-    model = build('davit_tiny', fused, **PYRAMID)
-    check_adapter(model, image(*size), [(7, 7)], expected=5, compiled=False)
-    reasons = set(find_attention(model).irreducible.values())
-    assert reasons == {'ChannelAttention: its keys are channels, not tokens'}
+def unfolded(height, width):
+    """Every second token of the maps of a MobileViT."""
+    return [(-(-height // stride), -(-width // stride)) for stride in (16, 32, 64)]
 
 
-@pytest.mark.parametrize(('size', 'fused'), [((128, 192), True), ((136, 200), False)], ids=str)
-@pytest.mark.parametrize('name', ['pvt_v2_b0', 'pvt_v2_b2_li'])
-def test_pvt_v2(name, size, fused):
-    model = build(name, fused, **PYRAMID)
-    grids = [(7, 7)] if name.endswith('li') else sizes(*size, (8, 4, 2, 1))
-    check_adapter(model, image(*size), grids, expected=5,
-                  compiled=fused and name == 'pvt_v2_b2_li')
+def patches(height, width):
+    return [(height // 16, width // 16)]
 
 
-@pytest.mark.parametrize(('size', 'fused'), [((128, 192), True), ((160, 96), False)], ids=str)
-@pytest.mark.parametrize('name', ['twins_pcpvt_small', on_gpu('twins_svt_small')])
-def test_twins(name, size, fused, device):
-    model = build(name, fused, img_size=size, **PYRAMID)
-    check_adapter(model, image(*size, device=device), [(7, 7), *sizes(*size, (8, 4, 2, 1))],
-                  expected=5, compiled=fused and name == 'twins_svt_small')
+def reduced(height, width):
+    return sizes(height, width, (8, 4, 2, 1))
 
 
-@pytest.mark.parametrize('cls', [False, True])
-@pytest.mark.parametrize('side', [96, 160])
-def test_mvitv2(cls, side):
+def mvit(size, fused, cls=False):
     from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
-    model = MultiScaleVit(MultiScaleVitCfg(depths=(1, 2, 1, 1), embed_dim=(16, 32, 48, 64),
-                                           num_heads=(1, 2, 3, 4), use_cls_token=cls),
-                          img_size=side, num_classes=0)
-    grids = [(math.ceil(side / 4 / stride),) * 2 for stride in (4, 2, 1)]
-    check_adapter(model, image(side, side), grids, prefix=int(cls), expected=5,
-                  compiled=not cls and side == 96)
+    return MultiScaleVit(MultiScaleVitCfg(depths=(1, 2, 1, 1), embed_dim=(16, 32, 48, 64),
+                                          num_heads=(1, 2, 3, 4), use_cls_token=cls),
+                         img_size=size[0], num_classes=0)
+
+
+def pit(size, fused, distilled):
+    from timm.models.pit import PoolingVisionTransformer
+    return PoolingVisionTransformer(size, 16, 8, 'overlap', (12, 12, 12), (1, 2, 1), (2, 4, 8),
+                                    2.0, distilled=distilled)
+
+
+def crossvit(size, fused, convolutions):
+    from timm.models.crossvit import CrossVit
+    return CrossVit(size, (1.0, 2 / 3), patch_size=(12, 16), embed_dim=(16, 24),
+                    depth=((1, 2, 0), (1, 1, 1)), num_heads=(2, 2), multi_conv=convolutions)
+
+
+def volo(size, fused):
+    from timm.models.volo import VOLO
+    return choose(VOLO(
+        (1, 1, 1), img_size=size, num_classes=5, embed_dims=(24, 48, 48), num_heads=(2, 4, 4),
+        downsamples=(True, False, False), outlook_attention=(True, False, False), mlp_ratio=2.0,
+        use_aux_head=False), fused)
+
+
+def vit_of(kind, size, fused):
+    from timm.layers import DiffAttention
+    from timm.models import eva, vision_transformer as vit
+    if kind == 'rotary':
+        return eva.Eva(img_size=size, use_rot_pos_emb=True, attn_type='rope', **SMALL)
+    kwargs = {'parallel': dict(block_fn=vit.ParallelScalingBlock),
+              'both': dict(block_fn=vit.DiffParallelScalingBlock),
+              'differential': dict(attn_layer=DiffAttention)}
+    return choose(vit.VisionTransformer(img_size=size, **SMALL, **kwargs[kind]), fused)
+
+
+def of_mmseg(size, fused):
+    from mmseg.registry import MODELS
+    return MODELS.build(dict(
+        type='TIMMBackbone', model_name='pvt_v2_b0', features_only=True, pretrained=False,
+        embed_dims=PYRAMID['embed_dims'], depths=PYRAMID['depths'],
+        num_heads=PYRAMID['num_heads']))
+
+
+def row(make, sizes, grids, expected=2, *, name='', compiled=False, fused=(True, False), gpu=False,
+        irreducible=None, **checks):
+    """Tests of one model at each size, by fused kernels at the first and by products at the last.
+
+    ``make`` is a function of size and ``fused``, or arguments of `build`.
+    """
+    if isinstance(make, tuple):
+        arguments = make
+        name = name or arguments[0]
+        def make(size, fused):
+            kwargs = {key: value(size) if callable(value) else value
+                      for key, value in arguments[1].items()}
+            return build(arguments[0], fused, **kwargs)
+    for size, kernels in zip(sizes, fused):
+        yield pytest.param(make, size, kernels, grids(*size) if callable(grids) else grids, dict(
+            expected=expected, compiled=compiled and kernels, **checks), irreducible,
+            marks=[pytest.mark.gpu] * gpu, id=f'{name}-{size}')
+
+
+SQUARE, TALL, WIDE = (96, 96), (80, 112), (128, 192)
+PLAINS, REDUCED = [SQUARE, TALL], [WIDE, (136, 200)]
+SIZED = dict(SMALL, img_size=tuple)
+CASES = [
+    *row(('davit_tiny', PYRAMID), PLAINS, [(7, 7)], 5,
+         irreducible='ChannelAttention: its keys are channels, not tokens'),
+    *row(('pvt_v2_b0', PYRAMID), REDUCED, reduced, 5),
+    *row(('pvt_v2_b2_li', PYRAMID), REDUCED, [(7, 7)], 5, compiled=True),
+    *row(('twins_pcpvt_small', dict(PYRAMID, img_size=tuple)), [WIDE, (160, 96)], reduced, 5),
+    *row(('twins_svt_small', dict(PYRAMID, img_size=tuple)), [WIDE, (160, 96)],
+         lambda *size: [(7, 7), *reduced(*size)], 5, compiled=True, gpu=True),
+    *(test for cls in (False, True) for test in row(
+        functools.partial(mvit, cls=cls), [(96, 96), (160, 160)],
+        lambda side, _: [(math.ceil(side / 4 / stride),) * 2 for stride in (4, 2, 1)], 5,
+        name=f'mvit-{cls}', prefix=int(cls), compiled=not cls)),
+    *row(('cait_xxs24_224', SIZED), [TALL] * 2, patches, 4, prefix=None, compiled=True),
+    *row(('xcit_nano_12_p16_224', SMALL), [TALL] * 2, patches, prefix=1),
+    *row(('sam2_hiera_tiny', dict(embed_dim=16, stages=(1, 2, 1, 1), global_att_blocks=(2,),
+                                  num_classes=0)),
+         [(96, 128)] * 2, [(8, 8), (4, 4), (12, 16), (14, 14)], 5),
+    *row(('tiny_vit_5m_224', dict(embed_dims=(16, 32, 32, 64), depths=(1, 2, 1, 1),
+                                  num_heads=(1, 2, 2, 4), num_classes=0)),
+         [(112, 96)] * 2, [(7, 7), (14, 14)], 4),
+    *row(('samvit_base_patch16', dict(SMALL, img_size=96, window_size=4, global_attn_indexes=(1,))),
+         [SQUARE] * 2, [(4, 4), (6, 6)], compiled=True),
+    *row(('vit_base_patch16_siglip_224', SIZED), [TALL] * 2, patches, 3),
+    *row(lambda size, _: lively(build('mobilevit_xxs', False, num_classes=0)), REDUCED, unfolded, 9,
+         name='mobilevit'),
+    *(test for number in (0, 1) for test in (
+        *row(functools.partial(pit, distilled=bool(number)), [TALL], [(9, 13), (5, 7), (3, 4)], 4,
+             name=f'pit-{number}', prefix=1 + number),
+        *row(functools.partial(crossvit, convolutions=bool(number)), [(72, 96)], [(6, 8), (3, 4)],
+             9, name=f'crossvit-{number}', prefix=1))),
+    *row(volo, PLAINS, patches, 4, name='volo', prefix=None, compiled=True, irreducible=(
+        'OutlookAttention: it has no keys: each query predicts the weights of its neighbours')),
+    *(test for kind in ('parallel', 'differential', 'both', 'rotary') for test in row(
+        functools.partial(vit_of, kind), PLAINS, patches, name=kind, prefix=1,
+        compiled=kind != 'rotary')),
+    *row(('convit_tiny', dict(img_size=max, embed_dim=12, depth=3, num_heads=4,
+                              local_up_to_layer=1, num_classes=0)),
+         [SQUARE, (80, 80)], patches, prefix=1, irreducible=(
+             'GPSA: a part of its weights comes from positions alone, without keys')),
+    *row(lambda size, _: torch.nn.Sequential(torch.nn.Conv2d(3, 16, 16, 16),
+                                             timm.layers.Attention2d(16, num_heads=4)),
+         PLAINS, patches, 1, name='attention2d'),
+    *row(of_mmseg, PLAINS, reduced, 5, name='mmseg', ratios=(2,)),
+]
+
+
+@pytest.mark.parametrize(('make', 'size', 'fused', 'grids', 'checks', 'irreducible'), CASES)
+def test_reduced_exactly(make, size, fused, grids, checks, irreducible, device):
+    """Models of several families; what they hold beside is left alone for one reason."""
+    model = make(size, fused)
+    check_adapter(model, image(*size, device=device), grids, **checks)
+    if irreducible:
+        assert set(find_attention(model).irreducible.values()) == {irreducible}
 
 
 def places(model):
@@ -186,25 +279,6 @@ def test_hiera_that_a_mask_left_tokens_out_of():
     with recording() as records:
         model.forward_features(image(64, 64), mask=mask)
     assert [record.keys for record in records.values()] == [(64, 16)] * 2 + [(16, 4)] + [None] * 2
-
-
-@pytest.mark.parametrize(('name', 'size', 'grids', 'prefix', 'expected', 'kwargs'), [
-    ('cait_xxs24_224', (80, 112), [(5, 7)], None, 4, dict(img_size=(80, 112), **SMALL)),
-    ('xcit_nano_12_p16_224', (80, 112), [(5, 7)], 1, 2, SMALL),
-    ('sam2_hiera_tiny', (96, 128), [(8, 8), (4, 4), (12, 16), (14, 14)], 0, 5,
-     dict(embed_dim=16, stages=(1, 2, 1, 1), global_att_blocks=(2,), num_classes=0)),
-    ('tiny_vit_5m_224', (112, 96), [(7, 7), (14, 14)], 0, 4,
-     dict(embed_dims=(16, 32, 32, 64), depths=(1, 2, 1, 1), num_heads=(1, 2, 2, 4),
-          num_classes=0)),
-    ('samvit_base_patch16', (96, 96), [(4, 4), (6, 6)], 0, 2,
-     dict(img_size=96, window_size=4, global_attn_indexes=(1,), **SMALL)),
-    ('vit_base_patch16_siglip_224', (80, 112), [(5, 7)], 0, 3,
-     dict(img_size=(80, 112), **SMALL)),
-])
-@pytest.mark.parametrize('fused', [True, False], ids=['fused', 'explicit'])
-def test_others(name, size, grids, prefix, expected, kwargs, fused):
-    check_adapter(build(name, fused, **kwargs), image(*size), grids, prefix=prefix,
-                  expected=expected, compiled=fused and name.startswith(('cait', 'samvit')))
 
 
 CONVOLUTIONAL = [
@@ -245,9 +319,9 @@ def test_in_place_of_convolutions(name, size, grid, kwargs, stride):
     check_adapter(model, image(*size), [grid], expected=1, compiled=False)
 
 
-@pytest.mark.parametrize('fused', [True, False], ids=['fused', 'explicit'])
-@pytest.mark.parametrize('separate', [True, False])
-@pytest.mark.parametrize(('token', 'rotary'), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize(('token', 'rotary', 'separate', 'fused'), [
+    (False, False, True, True), (True, False, False, False), (True, False, True, True),
+    (False, True, False, True), (False, True, True, False)])
 def test_pooling_of_clip(token, rotary, separate, fused):
     """One query, behind a token of its own or the mean of the map, pools a map."""
     from timm.layers import AttentionPool2d, RotAttentionPool2d
@@ -257,105 +331,6 @@ def test_pooling_of_clip(token, rotary, separate, fused):
     pool.fused_attn = fused
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 16, 16), pool)
     check_adapter(model, image(80, 112), [(5, 7)], prefix=1, expected=1, compiled=False)
-
-
-def unfolded(height, width):
-    """Every second token of the maps of a MobileViT."""
-    return [(-(-height // stride), -(-width // stride)) for stride in (16, 32, 64)]
-
-
-@pytest.mark.parametrize('size', [(128, 192), (136, 200)], ids=str)
-def test_mobilevit(size):
-    """Tokens at the same place of each patch of 2 x 2 see each other."""
-    model = lively(build('mobilevit_xxs', False, num_classes=0))
-    check_adapter(model, image(*size), unfolded(*size), expected=9, compiled=False)
-
-
-@pytest.mark.parametrize('distilled', [True, False])
-def test_pit(distilled):
-    """Tokens and maps of three stages, pooled apart."""
-    from timm.models.pit import PoolingVisionTransformer
-    model = PoolingVisionTransformer((80, 112), 16, 8, 'overlap', (12, 12, 12), (1, 2, 1),
-                                     (2, 4, 8), 2.0, distilled=distilled)
-    check_adapter(model, image(80, 112), [(9, 13), (5, 7), (3, 4)], prefix=1 + distilled,
-                  expected=4, compiled=False)
-
-
-@pytest.mark.parametrize('convolutions', [True, False])
-def test_crossvit(convolutions):
-    """Patches of two sizes, whose class tokens see each other's."""
-    from timm.models.crossvit import CrossVit
-    model = CrossVit((72, 96), (1.0, 2 / 3), patch_size=(12, 16), embed_dim=(16, 24),
-                     depth=((1, 2, 0), (1, 1, 1)), num_heads=(2, 2), multi_conv=convolutions)
-    check_adapter(model, image(72, 96), [(6, 8), (3, 4)], prefix=1, expected=9, compiled=False)
-
-
-@BOTH
-def test_volo(size, fused):
-    """Its class attention sees the map of its second stage; its outlook attention has no keys."""
-    from timm.models.volo import VOLO
-    model = VOLO((1, 1, 1), img_size=size, num_classes=5, embed_dims=(24, 48, 48),
-                 num_heads=(2, 4, 4), downsamples=(True, False, False),
-                 outlook_attention=(True, False, False), mlp_ratio=2.0, use_aux_head=False)
-    for module in model.modules():
-        if hasattr(module, 'fused_attn'):
-            module.fused_attn = fused
-    check_adapter(model, image(*size), [(size[0] // 16, size[1] // 16)], prefix=None, expected=4,
-                  compiled=fused)
-    reason = 'it has no keys: each query predicts the weights of its neighbours'
-    assert list(find_attention(model).irreducible.values()) == [f'OutlookAttention: {reason}']
-
-
-@BOTH
-@pytest.mark.parametrize('kind', ['parallel', 'differential', 'both'])
-def test_vit_blocks(kind, size, fused):
-    from timm.layers import DiffAttention
-    from timm.models import vision_transformer as vit
-    kwargs = {'parallel': dict(block_fn=vit.ParallelScalingBlock),
-              'both': dict(block_fn=vit.DiffParallelScalingBlock),
-              'differential': dict(attn_layer=DiffAttention)}
-    model = vit.VisionTransformer(img_size=size, **SMALL, **kwargs[kind])
-    for module in model.modules():
-        if hasattr(module, 'fused_attn'):
-            module.fused_attn = fused
-    check_adapter(model, image(*size), [(size[0] // 16, size[1] // 16)], prefix=1, expected=2,
-                  compiled=fused)
-
-
-@SIZES
-def test_rotary_vit(size):
-    from timm.models.eva import Eva
-    model = Eva(img_size=size, use_rot_pos_emb=True, attn_type='rope', **SMALL)
-    check_adapter(model, image(*size), [(size[0] // 16, size[1] // 16)], prefix=1, expected=2,
-                  compiled=False)
-
-
-@pytest.mark.parametrize('side', [96, 80])
-def test_convit(side):
-    """Its first blocks weigh by positions too; the others are plain attention."""
-    model = build('convit_tiny', img_size=side, embed_dim=12, depth=3, num_heads=4,
-                  local_up_to_layer=1, num_classes=0)
-    check_adapter(model, image(side, side), [(side // 16, side // 16)], prefix=1, expected=2,
-                  compiled=False)
-    assert 'positions alone' in find_attention(model).irreducible['blocks.0.attn']
-
-
-@SIZES
-def test_attention_on_maps(size):
-    from timm.layers import Attention2d
-    model = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 8, 8), Attention2d(16, num_heads=4))
-    check_adapter(model, image(*size), [(size[0] // 8, size[1] // 8)], expected=1, compiled=False)
-
-
-@pytest.mark.parametrize(('size', 'ratio'), [((96, 96), 2), ((80, 112), 3)], ids=str)
-def test_backbone_of_mmseg(size, ratio):
-    from mmseg.registry import MODELS
-    model = MODELS.build(dict(
-        type='TIMMBackbone', model_name='pvt_v2_b0', features_only=True, pretrained=False,
-        embed_dims=PYRAMID['embed_dims'], depths=PYRAMID['depths'],
-        num_heads=PYRAMID['num_heads']))
-    check_adapter(model, image(*size), sizes(*size, (8, 4, 2, 1)), ratios=(ratio,), expected=5,
-                  compiled=False)
 
 
 @pytest.mark.parametrize(('name', 'reason'), [

@@ -1,8 +1,9 @@
-"""mmsegmentation's own backbones and heads."""
-from ..key_layout import Arguments, Patches, Window
+"""mmsegmentation's own backbones and heads, and the networks that this package compares with."""
+from ..key_layout import Arguments, OwnMaps, Patches, Window
 from ..rules import AttentionRule, Irreducible, Rule
 from .mmpretrain import MaskedWindow
 
+_COMPARISON = 'mmseg_edaformer.models.comparison'
 _BACKBONES = 'mmseg.models.backbones'
 _QUERY_LAYERS = 'mmdet.models.layers.transformer'
 _SAMPLED = Irreducible('deformable attention: its keys are a few points sampled for each query')
@@ -31,4 +32,9 @@ RULES: dict[str, Rule] = {
     f'{_QUERY_LAYERS}.deformable_detr_layers.DeformableDetrTransformerEncoderLayer:self_attn':
         _SAMPLED,
     'mmcv.ops.multi_scale_deform_attn.MultiScaleDeformableAttention': _SAMPLED,
+    # EFT and EDAFormerHead need no rule: their attention has an isr_ratio of its own.
+    f'{_COMPARISON}.lvt.RecursiveAtrousSelfAttention': AttentionRule(OwnMaps()),
+    f'{_COMPARISON}.lvt.ConvolutionalSelfAttention': Irreducible(
+        'it attends within 3x3 windows, by weights that depend on the query alone'),
+    f'{_COMPARISON}.feedformer_head.LowLevelCrossAttention': AttentionRule(OwnMaps()),
 }

@@ -1,7 +1,4 @@
-"""The decoder of FeedFormer (AAAI 2023, doi 10.1609/aaai.v37i2.25321), from its description.
-
-Shapes: N batch, H x W a level, M keys, h heads; maps are channels-last.
-"""
+"""The decoder of FeedFormer (AAAI 2023, doi 10.1609/aaai.v37i2.25321), from its description."""
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,18 +9,11 @@ from torch import Tensor, nn
 from ...errors import ConfigError
 from ..blocks import MixFFN
 from ..fused_head import FusedHead
-from ..layers import PixelLinear, PixelNorm, channels_last, to_map, to_tokens
+from ..layers import PixelLinear, PixelNorm, attend_maps, channels_last, check_lengths
 
 
 class LowLevelCrossAttention(nn.Module):
-    """Attention of a deep level's pixels on the pooled lowest level.
-
-    Args:
-        dim: Channels of the deep level.
-        low_dim: Channels of the lowest level.
-        num_heads: Heads; must divide ``dim``.
-        pool_ratio: Kernel and stride of the pool of the lowest level.
-    """
+    """Attention of a deep level's pixels, of ``dim`` channels, on the pooled lowest level."""
 
     def __init__(self, dim: int, low_dim: int, num_heads: int, pool_ratio: int) -> None:
         super().__init__()
@@ -38,22 +28,12 @@ class LowLevelCrossAttention(nn.Module):
         self.proj = PixelLinear(dim, dim)
 
     def forward(self, x: Tensor, low: Tensor) -> Tensor:
-        n, c, height, width = x.shape
         k, v = self.kv(F.gelu(self.norm(self.reduce(self.pool(low))))).chunk(2, dim=1)
-        q, k, v = (to_tokens(t).reshape(n, -1, self.num_heads, c // self.num_heads).transpose(1, 2)
-                   for t in (self.q(x), k, v))  # N h M d
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(to_map(out.transpose(1, 2).reshape(n, height, width, c)))
+        return self.proj(attend_maps(self.q(x), k, v, self.num_heads))
 
 
 class FeedFormerBlock(nn.Module):
-    """Pre-norm block of cross attention and MixFFN; self-attention is left to the encoder's blocks.
-
-    Args:
-        dim: Channels of the deep level; the next three arguments are those of
-            `LowLevelCrossAttention` too.
-        ffn_ratio: Expansion of the feed-forward network.
-    """
+    """Pre-norm block of cross attention and MixFFN; self-attention is left to the encoder."""
 
     def __init__(self, dim: int, low_dim: int, num_heads: int, pool_ratio: int,
                  ffn_ratio: float) -> None:
@@ -96,24 +76,15 @@ class FeedFormerHead(FusedHead):
                  in_index: Sequence[int] = (0, 1, 2, 3), num_heads: Sequence[int] = (2, 5, 8),
                  pool_ratios: Sequence[int] = (8, 8, 8), ffn_ratio: float = 4,
                  norm_cfg: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        lengths = dict(in_channels=len(in_channels) - 1, in_index=len(in_index) - 1,
-                       num_heads=len(num_heads), pool_ratios=len(pool_ratios))
-        if len(set(lengths.values())) > 1:
-            raise ConfigError('FeedFormerHead needs one entry per level above the lowest, found ' +
-                              ', '.join(f'{length} {name}' for name, length in lengths.items()))
+        check_lengths('FeedFormerHead needs one entry per level above the lowest', dict(
+            in_channels=in_channels[1:], in_index=in_index[1:], num_heads=num_heads,
+            pool_ratios=pool_ratios))
         super().__init__(
             (FeedFormerBlock(dim, in_channels[0], heads, pool_ratio, ffn_ratio)
              for dim, heads, pool_ratio in zip(in_channels[1:], num_heads, pool_ratios)),
             in_channels, channels, in_index=in_index, norm_cfg=norm_cfg, **kwargs)
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
-        """Decode the backbone's maps.
-
-        Args:
-            inputs: Maps of the backbone, from which ``in_index`` selects the levels.
-
-        Returns:
-            Logits, N x num_classes x H x W, at the size of the lowest level.
-        """
+        """Decode the backbone's maps into logits N x num_classes x H x W of the lowest level."""
         low, *deep = (channels_last(x) for x in self._transform_inputs(inputs))
         return self.classify([low, *(level(x, low) for level, x in zip(self.levels, deep))])

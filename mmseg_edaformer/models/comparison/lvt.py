@@ -19,7 +19,15 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ..blocks import MixFFN, PatchEmbed
-from ..layers import PixelLinear, PixelNorm, channels_last, init_weights, to_map, to_tokens
+from ..layers import (
+    PixelLinear,
+    PixelNorm,
+    attend_maps,
+    channels_last,
+    check_lengths,
+    init_weights,
+    to_tokens,
+)
 
 KERNEL = 3
 """Side of the neighbourhood of convolutional self-attention, and of the atrous convolutions."""
@@ -31,11 +39,6 @@ class ConvolutionalSelfAttention(nn.Module):
     Every ``stride`` pixels, the centre gives the attention among the nine pixels around it; their
     values are the pixels times a matrix for each place in the neighbourhood, and overlapping
     results are added. There are no keys, so ISR has nothing to reduce.
-
-    Args:
-        dim: Channels C.
-        num_heads: Heads h; must divide ``dim``.
-        stride: Distance of the centres.
     """
 
     def __init__(self, dim: int, num_heads: int, stride: int = 2) -> None:
@@ -68,14 +71,7 @@ class RecursiveAtrousSelfAttention(nn.Module):
 
     The queries are the sum of one depth-wise convolution at several dilations. The second pass
     takes the sum of the input and of the first pass's output, with two weights per channel. Keys
-    and values are reduced by a strided convolution.
-
-    Args:
-        dim: Channels C.
-        num_heads: Heads h; must divide ``dim``.
-        sr_ratio: Kernel and stride of the reduction of keys and values.
-        dilations: Dilations of the queries' convolution.
-        num_passes: Number of passes of the attention.
+    and values are reduced by a strided convolution of kernel ``sr_ratio``.
     """
 
     def __init__(self, dim: int, num_heads: int, sr_ratio: int,
@@ -99,16 +95,12 @@ class RecursiveAtrousSelfAttention(nn.Module):
 
     def attend(self, x: Tensor) -> Tensor:
         """One pass, N C H W -> N C H W."""
-        n, c, height, width = x.shape
         q, convolution = self.q(x), self.atrous
         q = torch.stack([F.silu(F.conv2d(q, convolution.weight, convolution.bias, padding=dilation,
-                                         dilation=dilation, groups=c))
+                                         dilation=dilation, groups=x.shape[1]))
                          for dilation in self.dilations]).sum(0)
         k, v = self.kv(self.norm(self.sr(x))).chunk(2, dim=1)
-        q, k, v = (to_tokens(t).reshape(n, -1, self.num_heads, c // self.num_heads).transpose(1, 2)
-                   for t in (q, k, v))  # N h M d
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(to_map(out.transpose(1, 2).reshape(n, height, width, c)))
+        return self.proj(attend_maps(q, k, v, self.num_heads))
 
 
 class LVTBlock(nn.Module):
@@ -150,11 +142,9 @@ class LVT(BaseModule):
                  sr_ratios: Sequence[int] = (8, 4, 2, 1), drop_path_rate: float = 0.1,
                  init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None) -> None:
         super().__init__(init_cfg)
-        sizes = dict(embed_dims=embed_dims, depths=depths, num_heads=num_heads,
-                     ffn_ratios=ffn_ratios, sr_ratios=sr_ratios)
-        if len({len(values) for values in sizes.values()}) > 1:
-            raise ConfigError('LVT needs one entry per stage in every size, found ' +
-                              ', '.join(f'{len(values)} {name}' for name, values in sizes.items()))
+        check_lengths('LVT needs one entry per stage in every size', dict(
+            embed_dims=embed_dims, depths=depths, num_heads=num_heads, ffn_ratios=ffn_ratios,
+            sr_ratios=sr_ratios))
         for dim, heads in zip(embed_dims, num_heads):
             if dim % heads:
                 raise ConfigError(f'LVT: num_heads={heads} does not divide embed_dims={dim}')
@@ -177,14 +167,7 @@ class LVT(BaseModule):
         super().init_weights()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Encode images.
-
-        Args:
-            x: Normalised images, N x 3 x H x W; H and W from 32 up.
-
-        Returns:
-            The maps of the stages, N x C_i x H/2^(i+2) x W/2^(i+2), rounded up, channels-last.
-        """
+        """Encode images N x 3 x H x W into maps N x C_i x H/2^(i+2) x W/2^(i+2), rounded up."""
         x = channels_last(x)
         maps = []
         for stage in self.stages:
