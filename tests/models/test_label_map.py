@@ -119,14 +119,6 @@ def test_reduced_precision_of_products_changes_nothing(precision, device):
 
 
 @pytest.mark.gpu
-def test_16_bit_logits_count_as_32_bit_ones(device):
-    logits = make('smooth', 19, batch=1).to(device)
-    for dtype in (torch.bfloat16, torch.float16):
-        assert torch.equal(label_map(logits.to(dtype), CHAINS[2]),
-                           label_map(logits.to(dtype).float(), CHAINS[2]))
-
-
-@pytest.mark.gpu
 @pytest.mark.parametrize('chain', CHAINS, ids=str)
 def test_taps_are_the_chain(chain, device):
     low = (12, 16)
