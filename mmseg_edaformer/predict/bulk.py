@@ -56,21 +56,8 @@ def predict_many(source: str | Path, model: str | Path, out: str | Path, *,
                  column: str | None = None) -> dict[str, Any]:
     """Write the masks of many images to a folder with Ray; re-running resumes where it stopped.
 
-    The masks are those of `predict_images`; docs/predict_many.md describes the files. Images that
-    cannot be read are skipped, and so are those whose worker dies again and again.
-
-    Args:
-        source: A folder, a file or a pattern of images and shards, see `find_images`.
-        model: See `Segmenter`, as ``checkpoint``, ``isr_ratio``, ``max_side`` and ``batch_size``.
-        out: Folder for the results, which all machines must see.
-        workers: Number of models at once; by default as many as there is room for.
-        threads: Cores of each worker.
-        address: Address of a running Ray, see `connect`.
-        overlays: Whether to write ``overlays``.
-        column: The images of a shard, see `read_samples`.
-
-    Raises:
-        UserError: The input, the model or Ray cannot be used, or ``out`` not written to.
+    The masks are those of `predict_images`, and the arguments those of tools/predict_many.py, which
+    docs/predict_many.md describes.
     """
     if threads < 1 or (workers is not None and workers < 1):
         raise ConfigError(f'workers {workers}, threads {threads}: they must be 1 or more')

@@ -34,8 +34,7 @@ _KEPT = 8  # comparisons
 class Comparison:
     """One image at the trained ratio and at another, `ratio`; pairs are trained and chosen.
 
-    ``milliseconds`` are medians of whole predictions in ``rounds`` turns, from the decoded image to
-    its labels; ``gmacs`` count what the network saw.
+    ``milliseconds`` are medians of whole predictions, ``gmacs`` count what the network saw.
     """
     ratio: ISRRatio
     results: tuple[Segmentation, Segmentation]

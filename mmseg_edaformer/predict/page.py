@@ -151,13 +151,7 @@ def serve(segmenter: Segmenter, *, host: str = _HERE, port: int = 7860, names: S
           max_upload: float = 20., max_side: int = MAX_SIDE) -> None:
     """Serve the page until SIGINT or SIGTERM; uploads lie in a temporary folder.
 
-    Args:
-        segmenter: The model.
-        host: Address to listen on; others than that of this machine let others in.
-        port: Port to listen on; 0 for one that is free.
-        names: Further host names that browsers reach the page by, such as that of a proxy.
-        max_upload: Largest file that is accepted, in MiB.
-        max_side: Pixels on the longer side that images are scaled down to.
+    Arguments are those of tools/demo.py, with ``names`` for ``--allow-host``.
     """
     if not max_upload > 0:
         raise ConfigError(f'--max-upload {max_upload:g}: give a number of megabytes above 0')
@@ -205,9 +199,8 @@ def _import_gradio() -> Any:
 def _guard(gr: Any, page: Any, image: Any) -> None:
     """Refuse requests that name addresses, or files outside the folder of uploads.
 
-    gradio checks that in apps that it launches itself, not in mounted ones, and it fetches public
-    addresses. The image comes as it was uploaded, however broken: gradio would open it without the
-    limits that hold here. These are not subclasses, beside which gradio would write a .pyi file.
+    gradio checks that in apps that it launches itself, not in mounted ones. The image comes as it
+    was uploaded: gradio would open it without the limits that hold here.
     """
     folder = Path(os.environ['GRADIO_TEMP_DIR']).resolve()
 
@@ -230,8 +223,7 @@ def _guard(gr: Any, page: Any, image: Any) -> None:
 def _refuse_strangers(app: Any, names: set[str]) -> Any:
     """Return an ASGI app that answers requests to these names, and none from pages of other sites.
 
-    Without it, a site whose name is made to lead to this machine, and with gradio every site where
-    the machine is reached by a name of its own, could read what lies on this page.
+    Otherwise a site whose name is made to lead to this machine could read this page.
     """
     responses = importlib.import_module('fastapi.responses')
 

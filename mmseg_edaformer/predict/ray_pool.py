@@ -13,15 +13,13 @@ from .shards import last_line
 _STORE = 2 ** 28  # bytes of shared memory for images of shards
 _BLOCK = 2 ** 21  # bytes of them that travel together
 _ANSWER = 10.  # seconds
-_ENVIRONMENT = dict(
-    RAY_USAGE_STATS_ENABLED='0', RAY_DATA_LOG_LEVEL='CRITICAL', RAY_BACKEND_LOG_LEVEL='fatal',
-    RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO='0')
 
 
 def import_ray() -> None:
     """Import Ray Data with settings that keep it quiet."""
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    for setting in ('USAGE_STATS_ENABLED=0', 'DATA_LOG_LEVEL=CRITICAL', 'BACKEND_LOG_LEVEL=fatal',
+                    'ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0'):
+        os.environ.setdefault(*f'RAY_{setting}'.split('='))
     try:
         import ray.data  # noqa: F401
     except ImportError as error:
@@ -31,12 +29,9 @@ def import_ray() -> None:
 
 @contextmanager
 def connect(address: str | None, cores: int | None) -> Iterator[None]:
-    """Connect this process to Ray, unless it is.
+    """Connect this process, unless it is, to the Ray at an address, or to one of its own.
 
-    Args:
-        address: Address of a running Ray, such as ``auto`` or ``ray://host:10001``; by default one
-            is started here and ended.
-        cores: Cores of a Ray that is started here, by default all.
+    ``cores`` are those of its own Ray, by default all.
     """
     import ray
     if ray.is_initialized() and address is None:
@@ -79,16 +74,9 @@ def run_workers(items: Sequence[Any], expand: Callable[..., Iterator[Any]] | Non
                 **resources: Any) -> Iterator[Any]:
     """Have workers map items; yields their results in the order of the items.
 
-    Rows of Ray Data have one column here, ``row``, which is pickled.
-
-    Args:
-        items: What can be pickled.
-        expand: A function that makes many rows of one; it runs in tasks of its own.
-        worker: A class whose objects take and return batches of rows.
-        arguments: Arguments of its constructor.
-        batch_size: Number of rows in a batch.
-        workers: Number of objects, each in a process.
-        resources: ``num_cpus`` and ``num_gpus`` of each.
+    Rows of Ray Data have one column here, ``row``, which is pickled. Objects of the class
+    ``worker``, each in a process, take and return batches of rows. ``expand`` makes many rows of
+    one before, in tasks of its own.
     """
     import pyarrow
     import ray

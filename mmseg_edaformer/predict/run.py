@@ -44,11 +44,7 @@ def predict_images(segmenter: Segmenter, sources: Sequence[str | Path],
     Args:
         segmenter: The model.
         sources: Files, folders and patterns, see `find_images`.
-        out: Folder for ``masks``, ``overlays``, ``legend.png`` and ``summary.json``.
-
-    Raises:
-        DataError: There is no image, none can be read, or two would get the same name.
-        ConfigError: The folder cannot be written to.
+        out: Folder for the results, see docs/predict.md.
     """
     out = Path(out)
     files = [file for source in sources
@@ -86,19 +82,9 @@ def predict_images(segmenter: Segmenter, sources: Sequence[str | Path],
 
 def predict_video(segmenter: Segmenter, source: str | Path, out: str | Path, *,
                   masks: bool = False) -> dict[str, Any]:
-    """Write the overlays of a video to another one, without sound, and return the summary.
+    """Write the overlays of a video, and with ``masks`` each frame's mask; return the summary.
 
     A result that would come out the same is kept.
-
-    Args:
-        segmenter: The model.
-        source: The video.
-        out: Folder for a video named after it, ``legend.png`` and ``summary.json``.
-        masks: Whether to write the mask of each frame to ``masks``.
-
-    Raises:
-        DataError: The video cannot be decoded.
-        ConfigError: The folder cannot be written to.
     """
     out, video = Path(out), Video(source)
     name = shorten(video.path.stem)

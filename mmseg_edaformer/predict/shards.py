@@ -19,7 +19,6 @@ from ..files import shorten
 SHARDS = frozenset({'.parquet', '.tar', '.tgz'})
 """Endings of the files of a folder that hold many images each."""
 
-_LONGEST_PATH = 2000  # bytes of a name with its folders: 4096, less those of the results
 _MOST_BYTES = 2 ** 30  # four for each pixel that an image may have
 _ROWS = 16  # rows of a .parquet in memory at once
 
@@ -49,18 +48,11 @@ def is_shard(path: str | Path) -> bool:
 def read_samples(source: Sample, column: str | None, endings: Set[str]) -> Iterator[Sample]:
     """Yield the images of a file, a shard or not, and the reasons for those that cannot be read.
 
-    The masks of a shard lie in a folder named after it. Within it a mask is named after the
-    sample of a .tar, up to its first dot, and after the ``path`` beside the bytes of a .parquet,
-    or else the row.
-
     Args:
-        source: The file.
+        source: The file. The masks of a shard lie in a folder named after it.
         column: The column of a .parquet that holds the images, by default ``image``, or else the
             only one that can; for a .tar, the ending of the images' names, in place of ``endings``.
         endings: Endings of images in a .tar.
-
-    Raises:
-        DataError: There is no such column, or several could hold the images.
     """
     if not is_shard(source.file):
         yield source
@@ -122,8 +114,6 @@ def _refuse(stem: str, content: bytes | None) -> str:
         return f'it holds no image, or one of more than {_MOST_BYTES} bytes'
     if '\0' in stem or stem.split('/')[0] in ('.', '..'):
         return 'its name leads out of the folder of the results'
-    if len(os.fsencode(stem)) > _LONGEST_PATH:
-        return f'its name is longer than {_LONGEST_PATH} bytes'
     return ''
 
 

@@ -60,15 +60,6 @@ def test_the_number_of_keys_stays_near_on_any_map(pool_ratio, crop):
                 assert min(without, wanted / 3) <= layer.num_keys(height, width) <= 2 * wanted
 
 
-@pytest.mark.parametrize('size', [(101, 235), (500, 36), (129, 127)])
-@torch.no_grad()
-def test_ragged_images(segmentor, size):
-    apply_isr(segmentor, 'auto')
-    logits = segmentor(torch.randn(1, 3, *size))
-    assert logits.shape == (1, 8, *(-(-side // 8) for side in size))
-    assert logits.isfinite().all()
-
-
 @pytest.mark.parametrize('crop', [(64, 64), (65, 100)])
 def test_the_keys_of_training_are_those_of_a_forward_pass(segmentor, crop):
     apply_isr(segmentor, 'auto', crop_size=crop)
@@ -121,23 +112,3 @@ def test_compiled_attention_follows_the_size(segmentor, dynamic):
         torch.testing.assert_close(compiled(x), output, atol=1e-4, rtol=1e-4)
     remove_isr(segmentor)
     torch.testing.assert_close(compiled(images[1]), layer(images[1]), atol=1e-4, rtol=1e-4)
-
-
-@torch.no_grad()
-def test_what_was_not_run_is_left_alone():
-    """Nothing tells how many keys it was trained with."""
-    class Spare(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.used, self.spare = EFT(MINI), EFT(MINI)
-
-        def forward(self, x):
-            return self.used(x)
-
-    model, image = Spare().eval(), torch.randn(1, 3, 128, 128)
-    expected = model.spare(image)
-    before = model(image)
-    apply_isr(model, 'auto', crop_size=(64, 64))
-    assert not torch.equal(model(image)[0], before[0])
-    for one, other in zip(model.spare(image), expected):
-        assert torch.equal(one, other)

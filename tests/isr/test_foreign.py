@@ -1,11 +1,9 @@
 """The dial on models of other libraries: what it says, refuses and survives."""
 import copy
-import json
 import warnings
 
 import pytest
 import torch
-from mmengine.config import Config
 from mmseg.registry import MODELS
 from torch import nn
 
@@ -14,7 +12,6 @@ from mmseg_edaformer.cost import count_macs
 from mmseg_edaformer.errors import RatioError
 from mmseg_edaformer.isr import Window
 from mmseg_edaformer.isr.registry import find_attention
-from tests.conftest import ROOT, run
 
 
 @pytest.fixture
@@ -158,35 +155,6 @@ def test_compiled_whole(mit):
         torch.testing.assert_close(compiled(image)[-1], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_any_config_of_mmseg(tmp_path, scenes):
-    """A config that knows nothing of this package, tested with the flags."""
-    config, weights = tmp_path / 'swin.py', tmp_path / 'swin.pth'
-    config.write_text(f'''
-norm = dict(type='BN', requires_grad=True)
-model = dict(
-    type='EncoderDecoder',
-    data_preprocessor=dict(type='SegDataPreProcessor', size=(64, 96), pad_val=0, seg_pad_val=255),
-    backbone=dict(type='SwinTransformer', embed_dims=24, depths=[2, 2, 1, 1],
-                  num_heads=[1, 2, 3, 4]),
-    decode_head=dict(type='UPerHead', in_channels=[24, 48, 96, 192], in_index=[0, 1, 2, 3],
-                     channels=16, num_classes=8, norm_cfg=norm),
-    test_cfg=dict(mode='whole'))
-default_scope = 'mmseg'
-test_dataloader = dict(batch_size=1, num_workers=0, sampler=dict(type='DefaultSampler'),
-    dataset=dict(type='SyntheticDataset', data_root='{scenes}', pipeline=[
-        dict(type='LoadImageFromFile'), dict(type='LoadAnnotations'), dict(type='PackSegInputs')],
-        data_prefix=dict(img_path='images/validation', seg_map_path='annotations/validation')))
-test_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
-test_cfg = dict(type='TestLoop')
-''')
-    torch.save(MODELS.build(Config.fromfile(config).model).state_dict(), weights)
-    done = run(ROOT / 'tools' / 'test.py', config, weights, '--isr-ratio', 2, '--isr-method', 'max',
-               '--work-dir', tmp_path / 'work', '--json', tmp_path / 'figures.json')
-    assert '49 -> 16' in done.stdout + done.stderr
-    figures = json.loads((tmp_path / 'figures.json').read_text())
-    assert (figures['isr_ratio'], figures['isr_method']) == ('2', 'max')
-
-
 class BrokenAttention(StrangeAttention):
     """One that torch.compile cannot take in one piece."""
 
@@ -208,11 +176,3 @@ def test_a_graph_break_within_is_an_error_not_a_wrong_result():
     apply_isr(model, 2)
     with pytest.raises(torch._dynamo.exc.Unsupported):
         compiled(image)
-
-
-@torch.no_grad()
-def test_exported(mit):
-    image = torch.randn(1, 3, 72, 104)
-    apply_isr(mit, 2)
-    exported = torch.export.export(mit, (image,)).module()
-    torch.testing.assert_close(exported(image)[-1], mit(image)[-1])

@@ -7,7 +7,7 @@ import torch
 transformers = pytest.importorskip('transformers', reason='this checks models of transformers')
 
 from mmseg_edaformer.errors import RatioError  # noqa: E402
-from mmseg_edaformer.isr import apply_isr, report_isr  # noqa: E402
+from mmseg_edaformer.isr import apply_isr  # noqa: E402
 from mmseg_edaformer.isr.registry import find_attention  # noqa: E402
 
 from .check import check_adapter, first  # noqa: E402
@@ -262,24 +262,6 @@ def test_refused(name, reason):
         model = build(name)
     with pytest.raises(RatioError, match=reason):
         apply_isr(model, 2)
-
-
-def test_small_map_has_no_shift():
-    """A map of one window is not shifted, so cells of 3 mix nothing there."""
-    model = build('SwinModel', **{**SWIN, 'depths': [2, 2, 2, 2], 'num_heads': [1] * 4}).eval()
-    report = report_isr(model, 3, (224, 224))
-    last = [name for name in report.untouched if 'layers.3' in name]
-    assert not last
-    assert len([reason for reason in report.untouched.values() if 'mix' in reason]) == 3
-
-
-def test_report_names_all():
-    """Reports say stages, keys and costs."""
-    model = build('SegformerModel', sr_ratios=REDUCTIONS, **STAGES).eval()
-    report = report_isr(model, 2, (128, 192))
-    assert [stage.keys for stage in report.stages] == [(24, 6), (24, 6), (24, 6), (24, 6)]
-    assert not report.untouched
-    assert report.macs[1] < report.macs[0]
 
 
 @torch.no_grad()
