@@ -221,7 +221,7 @@ class _Watch(TorchFunctionMode):
             edges = [np.arange(side // step + 1) * step for side, step in zip(place.grid, pool)]
         else:
             single, ratio, total = place.single, 1, weights.shape[-1]
-            if record is not None and record.keys is not None:
+            if record is not None and record.keys[0]:
                 ratio, total = record.isr_ratio, record.keys[0]
             edges = _key_edges(place.grid, total - single, ratio, run.module)
         if single + math.prod(len(edge) - 1 for edge in edges) != weights.shape[-1]:

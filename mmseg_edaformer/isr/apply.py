@@ -297,20 +297,13 @@ def report_isr(model: nn.Module, isr_ratio: ISRRatio | int | str,
                                key=lambda name: after.layers[name].keys[1])
                 old, new = before.layers[names[0]], after.layers[names[0]]
                 stages.append(StageReport(f'{part.kind} {number}', len(layers),
-                                          (old.pool, new.pool), (old.keys[1], new.keys[1])))
+                                          (old.isr_ratio, new.isr_ratio),
+                                          (old.keys[1], new.keys[1])))
     if not stages:
         raise RatioError(f'isr_ratio {isr_ratio} reduces nothing in {type(model).__name__}: ' +
                          '; '.join(f'{name}: {reason}' for name, reason in untouched.items()))
     return ISRReport(ISRRatio.parse(isr_ratio), size, tuple(stages), (before.macs, after.macs),
                      untouched)
-
-
-@dataclass(frozen=True)
-class _LayerTrace:
-    """A layer in one pass: its pool, keys before and after, or the reason why it has none."""
-    pool: int = 1
-    keys: tuple[int, int] = (0, 0)
-    reason: str = ''
 
 
 class _Trace:
@@ -339,7 +332,7 @@ class _Trace:
                     layer.module.register_forward_pre_hook(note_size)
             with recording() as records:
                 self.macs = self._macs(shadow, inputs)
-            self.layers = {name: self._layer(layer, records, sizes)
+            self.layers = {name: self._record(layer, records, sizes)
                            for name, layer in layers.items()}
 
     @staticmethod
@@ -356,18 +349,14 @@ class _Trace:
                 ': give an input_size or crop_size that it takes, or example_inputs') from error
 
     @staticmethod
-    def _layer(layer: Layer, records: dict[nn.Module, Record],
-               sizes: dict[nn.Module, tuple[int, int]]) -> _LayerTrace:
+    def _record(layer: Layer, records: dict[nn.Module, Record],
+               sizes: dict[nn.Module, tuple[int, int]]) -> Record:
+        """What the pass did in a layer; in EFT's, the ratio of the record is its whole pool."""
         module: Any = layer.module
-        if not isinstance(layer, ForeignLayer):
-            if module not in sizes:
-                return _LayerTrace(reason='it was not run')
+        if module in sizes:
             keys = module.num_keys(*sizes[module])
-            return _LayerTrace(min(module.pool_size(*sizes[module])), (keys, keys))
-        record = records.get(module, Record(reason='it was not run'))
-        if record.keys is None:
-            return _LayerTrace(keys=(0, 0), reason=record.reason)
-        return _LayerTrace(record.isr_ratio, record.keys, record.reason)
+            return Record((keys, keys), min(module.pool_size(*sizes[module])))
+        return records.get(module, Record(reason='it was not run'))
 
 
 def _change(before: int, after: int) -> str:

@@ -110,7 +110,7 @@ class Interception(ReducedScores):
             if not is_recording() and not torch.compiler.is_compiling():
                 warnings.warn(f'ISR leaves {type(self.module).__name__} as it is: {self.kept}',
                               stacklevel=3)
-        record(self.module, Record(self.reduced, self.isr_ratio, self.kept))
+        record(self.module, Record(self.reduced or (0, 0), self.isr_ratio, self.kept))
 
     def _find(self, keys: Tensor) -> PooledKeys | None:
         """The pool for keys ... x N x d, if they lie on the grid and fewer are left."""

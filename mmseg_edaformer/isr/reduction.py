@@ -56,7 +56,7 @@ class Reduction:
 @dataclass
 class Record:
     """What one forward pass did in a module: keys before and after, or why it kept them."""
-    keys: tuple[int, int] | None = None
+    keys: tuple[int, int] = (0, 0)
     isr_ratio: int = 1
     reason: str = ''
 
