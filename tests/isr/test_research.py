@@ -108,6 +108,20 @@ def convolved():
                         conv_proj_k=conv(3, 2, 1), proj_q=linear(), proj_k=linear()), with_token)
 
 
+def multiscale():
+    """MViTv2: pooled keys and values beside a class token."""
+    def forward(self, x, hw_shape):
+        query, *pooled = self.qkv(x).chunk(3, -1)
+        for i, part in enumerate(pooled):
+            image = self.pool_k(part[:, 1:].transpose(1, 2).reshape(len(x), -1, *hw_shape))
+            pooled[i] = heads(torch.cat([part[:, :1], image.flatten(2).transpose(1, 2)], 1))
+        return self.proj(join(weigh(heads(query), *pooled)))
+    return Model(plain('MultiScaleAttention', forward, has_cls_embed=True,
+                       pool_k=depthwise(stride=2)), lambda model, x: model.attn(torch.cat(
+                           [x.flatten(2).mean(2)[:, None], x.flatten(2).transpose(1, 2)], 1),
+                           list(x.shape[-2:])))
+
+
 def plain(name, forward, **attributes):
     """`module` with a plain attention's projections."""
     return module(name, forward, qkv=linear(3), proj=linear(), **attributes)
@@ -146,6 +160,31 @@ def of_windows(name, **attributes):
     return model
 
 
+def shifted():
+    """SwinV2: cosine attention in shifted windows, whose regions a mask keeps apart."""
+    def forward(self, x, mask=None):
+        query, key, value = (heads(part) for part in self.qkv(x).chunk(3, -1))
+        scores = 5 * F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).transpose(-2, -1)
+        places = torch.arange(16.)
+        distances = (places[:, None] - places)[..., None] / 8
+        scores = scores + 16 * self.cpb_mlp(distances).sigmoid().permute(2, 0, 1)
+        scores = scores.view(-1, len(mask), HEADS, 16, 16) + mask[None, :, None]
+        return join(scores.view(-1, HEADS, 16, 16).softmax(dim=-1) @ value)
+
+    def call(model, x):
+        regions = torch.zeros(1, 1, *x.shape[-2:])
+        regions[..., -2:, :] += 1
+        regions[..., -2:] += 2
+        regions = partition(regions, 4, 4)[0, ..., 0]
+        mask = (regions[:, None] != regions[:, :, None]) * -100.
+        return model.attn(partition(x.roll((-2, -2), (2, 3)), 4, 4).flatten(0, 1), mask)
+
+    model = Model(plain('WindowAttention', forward, window_size=(4, 4),
+                        cpb_mlp=nn.Linear(1, HEADS)), call)
+    model.shift_size = 2
+    return model
+
+
 class Stage(nn.Module):
     """UniFormer's: attention behind a convolution that tells the size of its map."""
 
@@ -171,6 +210,14 @@ class Segmenter(nn.Module):
         tokens = self.encoder.patch_embed.proj(image).flatten(2).transpose(1, 2)
         tokens = tokens + self.encoder(image)[:, 1:]
         return self.decoder(torch.cat([tokens, self.cls_emb.expand(len(tokens), -1, -1)], 1))
+
+
+def sparse():
+    """EdgeViT: keys and queries are tokens at a stride."""
+    def forward(self, x, H, W):
+        x = self.sampler(x.transpose(1, 2).reshape(len(x), -1, H, W)).flatten(2)
+        return join(weigh(*(heads(part) for part in self.qkv(x.transpose(1, 2)).chunk(3, -1))))
+    return Model(plain('GlobalSparseAttn', forward, sr=2, sampler=nn.AvgPool2d(1, 2)), as_tokens)
 
 
 def shunted():
@@ -312,6 +359,18 @@ def stripes():
     return Model(module('LePEAttention', forward, H_sp=2, W_sp=6, get_v=depthwise()), call)
 
 
+def light():
+    """Attention over the map's own tokens, N x h x w x C, twice in one forward."""
+    def forward(self, x):
+        for _ in range(2):
+            key, value = self.kv(self.sr(x.permute(0, 3, 1, 2)).flatten(2).transpose(
+                1, 2)).chunk(2, -1)
+            x = x + weigh(self.q(x).flatten(1, 2), key, value).reshape(x.shape)
+        return x
+    return Model(module('Attention', forward, rasa_cfg=True, sr=conv(2, 2), q=linear(),
+                        kv=linear(2)), lambda model, x: model.attn(x.permute(0, 2, 3, 1)))
+
+
 def vit(tokens=1, policy=False, name='Attention'):
     """A plain ViT, with tokens in front."""
     def normalise(scores, policy):
@@ -347,11 +406,15 @@ EVEN, ODD = (48, 96), (56, 84)  # maps of 12 x 24 and 14 x 21
     (lambda: regional(False), {EVEN: [(4, 4)]}, dict(prefix=1)),
     (lambda: regional(True), {EVEN: [(4, 4)]}, dict(prefix=1, masked=-1e30)),
     (stripes, {EVEN: [(2, 6)], (40, 72): [(2, 6)]}, {}),
+    (light, {EVEN: [(6, 12)], ODD: [(7, 10)]}, {}),
     (vit, {EVEN: [(12, 24)], ODD: [(14, 21)]}, dict(prefix=1)),
     (lambda: vit(2), {ODD: [(14, 21)]}, dict(prefix=2)),
     (lambda: vit(name='SelfAttention'), {ODD: [(14, 21)]}, dict(prefix=1)),
     (last_stage, {EVEN: [(12, 24)], ODD: [(14, 21)]}, dict(prefix=1)),
     (convolved, {EVEN: [(6, 12)], ODD: [(7, 11)]}, dict(prefix=1)),
+    (multiscale, {ODD: [(7, 11)]}, dict(prefix=1)),
+    (sparse, {EVEN: [(6, 12)]}, {}),
+    (shifted, {EVEN: [(4, 4)]}, dict(ratios=(2,))),
     (lambda: of_map('Attention', use_rel_pos=False), {ODD: [(14, 21)]}, {}),
     (lambda: of_map('Attention', 14, use_rel_pos=True, rel_pos=nn.Parameter(
         torch.randn(14, 14, WIDTH // HEADS))), {(48, 48): [(14, 14)]}, {}),
@@ -365,8 +428,9 @@ EVEN, ODD = (48, 96), (56, 84)  # maps of 12 x 24 and 14 x 21
     (Segmenter, {ODD: [(14, 21)]}, dict(
         expected=2, prefix=None, suffix=lambda name: 3 * (name == 'decoder'))),
 ], ids=['strided', 'shunted', 'hat', 'pyramid', 'deformable', 'messenger', 'regional',
-        'regional-masked', 'stripes', 'vit', 'vit-2-tokens', 'dinov3', 'pvt-last', 'cvt', 'sam',
-        'sam-window', 'sam2', 'davit', 'twins', 'tinyvit', 'uniformer', 'segmenter'])
+        'regional-masked', 'stripes', 'light', 'vit', 'vit-2-tokens', 'dinov3', 'pvt-last', 'cvt',
+        'mvit', 'edgevit', 'swin-v2', 'sam', 'sam-window', 'sam2', 'davit', 'twins', 'tinyvit',
+        'uniformer', 'segmenter'])
 def test_reduced_exactly(model, grids, settings):
     for number, (size, grid) in enumerate(grids.items()):
         torch.manual_seed(0)
@@ -397,8 +461,11 @@ def test_pruned_keys_stay_with_a_reason():
     ('FactorAtt_ConvRelPosEnc', ('crpe', 'qkv'), 'sums up its keys'),
     ('AttentionModule', ('conv0', 'conv3'), 'convolution'),
     ('CSA', ('unfold', 'csa_group'), 'predicts the weights'),
+    ('FullAttnModule', ('k_proj', 'v_proj'), 'group tokens'),
     ('NeighborhoodAttention2D', ('kernel_size', 'qkv'), 'neighbours'),
     ('ShiftWindowAttention', ('window_size', 'shift_size'), 'checks the number'),
+    ('LightGroupAttnBlock', ('norm_query', 'attn'), 'checks the number'),
+    ('MHA_', ('rpe', 'k_proj'), 'checks the number'),
     ('ChannelAttention', ('qkv', 'proj'), 'channels'),
     ('Attention', ('q', 'sr_ratio', 'transform_norm'), 'normalises its weights'),
     ('Attention', ('qkv', 'proj', 'keep_rate'), 'picks tokens'),
@@ -417,6 +484,15 @@ def test_the_name_alone_is_not_enough():
     stranger = type('Attention', (nn.Module,), {'forward': lambda self, x: x})()
     stranger.q, stranger.sr_ratio = nn.Linear(2, 2), 1
     assert research_rule(stranger) is None, 'its forward takes no H and W'
+
+
+@pytest.mark.parametrize('forward', [
+    lambda self, x, mask=None, pos_idx=None: x,  # GreenMIM: tokens that a mask left in windows
+    lambda self, x_all, mask_all=None: x_all,  # Focal: keys of its window and of those around it
+], ids=['green', 'focal'])
+def test_other_windows_are_not_guessed(forward):
+    assert research_rule(plain('WindowAttention', forward, window_size=(4, 4),
+                      relative_position_bias_table=0)) is None
 
 
 def test_register_isr_comes_first():
