@@ -302,16 +302,16 @@ def test_shards(here, work, photos, plain, tmp_path):
     says = {place.removeprefix('../shards/'): reason
             for place, reason in summary['skipped'].items()}
     assert {place: next((part for part in (
-        'name leads out', 'no picture is recognised', 'the shard ends before it does',
+        'name leads out', 'its format is unknown', 'the shard ends before it does',
         'cut off or damaged after 3 files', 'cut off or damaged after 0 files', 'is damaged (',
         'holds no picture', 'is a broken link') if part in reason), reason)
         for place, reason in says.items()} == {
-            'a.tar#../03.png': 'name leads out', 'a.tar#02.png': 'no picture is recognised',
+            'a.tar#../03.png': 'name leads out', 'a.tar#02.png': 'its format is unknown',
             'cut.tar#06.png': 'the shard ends before it does',
             'cut.tar': 'cut off or damaged after 3 files',
             'no.tar': 'cut off or damaged after 0 files', 'no.parquet': 'is damaged (',
             'gone.tar': 'is a broken link',
-            'b.parquet#1': 'holds no picture', 'b.parquet#2': 'no picture is recognised'}
+            'b.parquet#1': 'holds no picture', 'b.parquet#2': 'its format is unknown'}
     assert all(str(shards) in reason and 'sample://' not in reason
                for reason in summary['skipped'].values())
     entries = manifest(tmp_path / 'out')

@@ -637,12 +637,12 @@ def test_a_work_dir_without_a_best_checkpoint(work, tmp_path):
 @pytest.mark.parametrize(('source', 'says'), [
     ('none.png', 'no such file or folder: .*none.png'),
     ('*.webp', r'no file matches .*\*.webp'),
-    ('text.jpg', 'image cannot be decoded: .*text.jpg .*no picture is recognised'),
+    ('text.jpg', 'image cannot be decoded: .*text.jpg .*its format is unknown'),
     ('nothing.png', 'nothing.png .*it is empty'),
     ('cut.png', 'image cannot be decoded: .*cut.png'),
     ('void', 'no picture in the folder .*void: nothing below it ends in .avif'),
     ('text.mp4', 'video cannot be decoded: .*text.mp4'),
-    ('page.pdf', 'page.pdf .*no picture is recognised'),
+    ('page.pdf', 'page.pdf .*its format is unknown'),
     (np.zeros((4, 5)), r'an array of shape \(4, 5\) and type float64 is no picture'),
     (np.zeros((0, 5, 3), np.uint8), r'shape \(0, 5, 3\)'),
     (np.zeros((4, 5, 7), np.uint8), r'shape \(4, 5, 7\)'),
@@ -768,17 +768,17 @@ def test_entries_that_are_no_pictures_are_listed(segmenter, photos, tmp_path, ca
     summary = predict_pictures(segmenter, [photos], tmp_path / 'out')
     reasons = {os.path.basename(path): reason for path, reason in summary['skipped'].items()}
     for name, reason in {
-            'gone.png': 'gone.png: it is a link to nowhere, which is not there',
+            'gone.png': 'gone.png: it is a link to nowhere, which does not exist',
             'loop.png': 'loop.png (Too many levels of symbolic links)',
             'pipe.png': 'pipe.png is not a regular file',
-            'dead\\xe8.png': 'dead\\xe8.png: it is a link to \\xff, which is not there',
+            'dead\\xe8.png': 'dead\\xe8.png: it is a link to \\xff, which does not exist',
             'bad.JPG': 'bad.JPG (5 bytes)'}.items():
         assert reason in reasons.pop(name)
     assert not reasons
     assert len(summary['pictures']) == 7
     print(describe_summary(summary, tmp_path / os.fsdecode(b'\xff')))
     assert f'are in {tmp_path}/\\xff\n' in capsys.readouterr().out
-    with pytest.raises(DataError, match=r'gone.png: it is a link to nowhere, which is not there'):
+    with pytest.raises(DataError, match=r'gone.png: it is a link to nowhere, which does not exist'):
         predict_pictures(segmenter, [photos / 'gone.png'], tmp_path / 'out')
 
 
