@@ -1,10 +1,12 @@
 """Arguments that several tools share. It imports nothing heavy, so that ``--help`` is instant."""
 import argparse
+import glob
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError, ConfigError
+from .errors import CheckpointError, ConfigError, DataError
 
 _HERE = Path(__file__).resolve().parent
 
@@ -22,10 +24,25 @@ def add_isr_ratio(parser: argparse.ArgumentParser, *, several: bool = False,
                   default: str | None = 'none', note: str = '') -> None:
     """Add ``--isr-ratio``; with ``several`` it takes a list of them."""
     parser.add_argument('--isr-ratio', metavar='RATIO', nargs='+' if several else None,
-                        default=[default] if several else default,
+                        default=[default] if several and default else default,
                         help='reduce keys further: none, optimal, auto, one integer for all stages '
                         '(2), or multipliers per stage, encoder-decoder, both shallow to deep '
                         f'(2211-222){"; several at once" if several else ""}{note}')
+
+
+class Renamed(argparse.Action):
+    """End with the new spelling of a flag: ``add_argument('--old', action=Renamed, new='--new')``.
+
+    The flag does not show up in ``--help``.
+    """
+
+    def __init__(self, *args: Any, new: str, **kwargs: Any) -> None:
+        self.new = new
+        super().__init__(*args, **(dict(nargs='*', help=argparse.SUPPRESS) | kwargs))
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> None:
+        """Raise the error."""
+        parser.error(f'{self.option_strings[0]} is now {self.new}')
 
 
 def add_cfg_options(parser: argparse.ArgumentParser) -> None:
@@ -77,6 +94,11 @@ def add_cost_arguments(parser: argparse.ArgumentParser) -> None:
                         'the network, to N pixels on the longer side; masks keep their size')
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add ``--device``, as `Segmenter` takes it."""
+    parser.add_argument('--device', help='cpu, cuda, cuda:1 (default: a GPU if there is one)')
+
+
 def find_config(name: str | Path) -> Path:
     """Return the path of a config: a file, or the name of one that comes with this package.
 
@@ -93,25 +115,38 @@ def find_config(name: str | Path) -> Path:
     raise ConfigError(f'config not found: {name}')
 
 
-def check_checkpoint(name: str | None) -> None:
+def check_checkpoint(name: str | Path | None) -> None:
     """Fail early if a checkpoint is not there; an address such as ``https://...`` passes.
 
     Raises:
         CheckpointError: The file does not exist.
     """
-    if name is not None and '://' not in name and not Path(name).is_file():
+    if name is not None and '://' not in str(name) and not Path(name).is_file():
         raise CheckpointError(f'checkpoint not found: {name}')
 
 
-def check_model(model: str, checkpoint: str | None = None) -> None:
+def check_inputs(sources: Iterable[str]) -> None:
+    """Fail early if an input is not there; patterns such as ``photos/*.jpg`` pass.
+
+    Raises:
+        DataError: A file or folder does not exist.
+    """
+    for source in sources:
+        if not os.path.lexists(source) and not glob.has_magic(source):
+            raise DataError(f'no such file or folder: {source}')
+
+
+def check_model(model: str | Path, checkpoint: str | Path | None = None) -> None:
     """Fail early if what `add_model_arguments` names is not there.
 
     Raises:
         ConfigError: There is no such work dir, config or file.
         CheckpointError: The checkpoint does not exist.
     """
-    if not Path(model).is_dir() and not Path(model).is_file():
-        if Path(model).suffix == '.safetensors':
-            raise CheckpointError(f'checkpoint not found: {model}')
-        find_config(model)
+    if not os.path.exists(model):
+        try:
+            find_config(model)
+        except ConfigError as error:
+            raise ConfigError(f'no such model: {model}: give the work dir of a training, a config '
+                              'and its checkpoint, or a .safetensors') from error
     check_checkpoint(checkpoint)

@@ -377,18 +377,6 @@ def init_distributed(cfg: Any) -> None:
     dist.init_process_group(**settings)
 
 
-def find_newest_checkpoints() -> None:
-    """Let any resume take the newest checkpoint that loads, wherever the work dir lies now.
-
-    mmengine follows ``last_checkpoint`` as a path from the current folder, and fails where that
-    file does not load. Can go when mmengine looks for checkpoints itself.
-    """
-    from mmengine.runner import runner
-
-    from .engine.checkpoint_hook import find_checkpoint
-    runner.find_latest_checkpoint = find_checkpoint
-
-
 def leave_distributed(code: int = 0) -> None:
     """End a process of a distributed run that is done: the last thing that a command line does.
 

@@ -1,6 +1,7 @@
 """What one forward pass costs, counted without computing it."""
 import copy
 import inspect
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -35,6 +36,22 @@ def count_macs(model: nn.Module, input_size: tuple[int, int] = (512, 512), *,
     """
     with on_meta(model) as shadow:
         return trace_macs(shadow, input_size, compute=compute)
+
+
+def windows(model: nn.Module, size: tuple[int, int]) -> list[tuple[int, int]]:
+    """Return height and width of each window that mmseg's sliding inference makes of an image.
+
+    All windows of an image have one size. It is the image itself where the model's ``test_cfg``
+    does not slide.
+    """
+    settings = getattr(model, 'test_cfg', None) or {}
+    if settings.get('mode') != 'slide':
+        return [size]
+    sides = list(zip(size, settings['crop_size'], settings['stride']))
+    count = math.prod(max(math.ceil((full - crop) / stride), 0) + 1
+                      for full, crop, stride in sides)
+    rows, columns = (min(full, crop) for full, crop, _ in sides)
+    return [(rows, columns)] * count
 
 
 def trace_macs(shadow: nn.Module, inputs: tuple[int, int] | Inputs, *,

@@ -7,5 +7,3 @@ from . import data, engine, models, pretraining  # noqa: E402, F401
 
 compat.allow_mmengine_checkpoints()
 compat.register_cpu_wrapper()
-compat.find_newest_checkpoints()
-compat.log_in_utf8()

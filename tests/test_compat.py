@@ -60,14 +60,6 @@ def test_stubbed_operators_say_what_they_need():
             stub.nms()
 
 
-def test_resume_of_any_runner_looks_for_checkpoints():
-    from mmengine.runner import runner
-
-    import mmseg_edaformer.registered  # noqa: F401
-    from mmseg_edaformer.engine import find_checkpoint
-    assert runner.find_latest_checkpoint is find_checkpoint
-
-
 def test_a_user_who_is_a_bare_number_gets_a_home_of_its_own(monkeypatch, tmp_path):
     for name in ('HOME', 'USER', 'LOGNAME', 'LNAME', 'USERNAME'):
         monkeypatch.delenv(name, raising=False)

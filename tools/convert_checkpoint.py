@@ -1,33 +1,37 @@
-"""Convert checkpoints: the authors' to the names of this package, or any to one file that says all.
+"""Convert checkpoints: the authors' weights to this package's names, or any to a single file.
 
 With --config the target is a .safetensors that holds weights, config, classes and colours, from
 which tools/predict.py and Segmenter predict without anything else.
 """
 import argparse
 
-from mmseg_edaformer.engine.convert import convert_file, pack_file
-from mmseg_edaformer.engine.run_config import load_config
+from mmseg_edaformer.command_line import check_checkpoint, find_config
 from mmseg_edaformer.errors import clear_errors
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('source', help='what the authors released: .pth or .safetensors; with '
-                        '--config also a checkpoint of a training')
-    parser.add_argument('target', help='what to write: .pth or .safetensors')
+    parser.add_argument('source', help="the authors' .pth or .safetensors; with --config also a "
+                        'checkpoint of a training')
+    parser.add_argument('target', help='the file to write: .pth or .safetensors')
     parser.add_argument('--config', help='the config that the source was trained with')
-    parser.add_argument('--quiet', action='store_true', help='leave out the list of keys')
+    parser.add_argument('--quiet', action='store_true', help='do not list the keys')
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
+    check_checkpoint(args.source)
     if args.config:
+        find_config(args.config)
+        from mmseg_edaformer.engine.run_config import load_config
+        from mmseg_edaformer.engine.single_file import pack_file
         packed = pack_file(args.source, args.target, load_config(args.config))
         print(f'{packed.model["type"]}, {len(packed.classes)} classes: predict with '
               f'tools/predict.py INPUT --model {args.target} --out DIR')
     else:
+        from mmseg_edaformer.engine.convert import convert_file
         conversion = convert_file(args.source, args.target)
         if not args.quiet:
             for old, new in conversion.renamed.items():

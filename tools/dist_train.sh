@@ -26,6 +26,6 @@ while true; do  # a signal ends wait before the launcher ends
 done
 if [[ -n $stopped && $code -ne 0 ]]; then
     code=75
-    echo "$0: stopped by a signal; go on with --resume" >&2
+    echo "$0: stopped by a signal; resume with --resume" >&2
 fi
 exit "$code"

@@ -2,33 +2,29 @@
 import argparse
 from pathlib import Path
 
-import torch
-
-import mmseg_edaformer
-from mmseg_edaformer.analysis import table7
+from mmseg_edaformer.command_line import add_isr_ratio
 from mmseg_edaformer.errors import clear_errors
 
-CONFIGS = Path(mmseg_edaformer.__file__).parents[1] / 'configs'
+CONFIGS = Path(__file__).parents[1] / 'configs'
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    names = [row.name for row in table7.TABLE7]
-    parser.add_argument('models', nargs='*', default=names, metavar='MODEL',
-                        help=f'which columns: {", ".join(names)}; all by default')
-    parser.add_argument('--isr-ratio', nargs='+', default=table7.RATIOS,
-                        help='ratios to try, of which the nearest to the paper is shown')
+    parser.add_argument('models', nargs='*', metavar='MODEL',
+                        help='columns of the table, such as MiT or Swin (default: all)')
+    add_isr_ratio(parser, several=True, default=None,
+                  note='; the one nearest to the paper is shown')
     parser.add_argument('--all', action='store_true', help='also show every ratio that was tried')
-    args = parser.parse_args()
-    if unknown := set(args.models) - set(names):
-        parser.error(f'no such column: {", ".join(sorted(unknown))}; they are {", ".join(names)}')
-    return args
+    return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
-    rows = [table7.measure(row, CONFIGS, args.isr_ratio) for row in table7.TABLE7
-            if row.name in args.models]
+    import torch
+
+    from mmseg_edaformer.analysis import table7
+    rows = [table7.measure(row, CONFIGS, args.isr_ratio or table7.RATIOS)
+            for row in table7.choose(args.models)]
     print(table7.table(rows))
     if args.all:
         print(table7.tried_table(rows))

@@ -8,7 +8,7 @@ import sys
 def end_at_once(number: int, frame: object) -> None:
     """End with the exit code of a run that can be resumed; there is nothing to save."""
     os.write(2, f'{signal.Signals(number).name}: stopped while it was not training, so nothing is '
-             'lost; go on with --resume\n'.encode())
+             'lost; resume with --resume\n'.encode())
     os._exit(75)  # EXIT_PREEMPTED, which is not imported yet
 
 

@@ -1,8 +1,8 @@
-"""What the attention layers of a network do: the softmax of chosen queries, and what comes out.
+"""Observe the attention layers of a network: the softmax of chosen queries, and the output.
 
-It is taken where it is computed: a ``TorchFunctionMode`` looks at the queries and keys on their way
-into ``scaled_dot_product_attention`` and its like, after ISR has reduced them, and computes the
-softmax of those queries alone that are asked for. The network runs as it always does.
+A ``TorchFunctionMode`` sees the queries and keys that ``scaled_dot_product_attention`` and similar
+functions receive, after ISR has reduced them, and computes the softmax of the chosen queries alone.
+The network runs unchanged.
 """
 import fnmatch
 import math
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import ConfigError
-from ..isr.adapters import Layer, find_attention
-from ..isr.intercept import Record, recording
 from ..isr.pooling import Grid, cells
+from ..isr.reduction import Record, recording
+from ..isr.registry import Layer, find_attention
 from ..models.attention import EmbeddingFreeAttention
 
-_SINGLE = 9  # single tokens in front of a map that are looked for
+_SINGLE = 9  # numbers of single tokens in front of a map that are tried: 0 to 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,13 +31,13 @@ class Attended:
     """What one attention layer did in one pass through the network.
 
     Attributes:
-        weights: P points x h heads x M keys, float32: the softmax of the query at each point, of
-            all heads. Each sums to 1.
-        single: So many of the keys, in front, are tokens that lie nowhere, such as a class token.
-        cells: Rows and columns of pixels of the network's input at which the cells of the other
-            keys begin, and the last ends. What lies outside is no key.
-        features: C x H x W, float32: what the layer gives, as its forward returns it.
-        tokens: Rows and columns of pixels at which the tokens of the features begin.
+        weights: Softmax of the query at each point, for all heads: P points x h heads x M keys,
+            float32. Each row sums to 1.
+        single: Number of leading keys that have no place in the image, such as a class token.
+        cells: Rows and columns, in pixels of the network's input, at which the cells of the other
+            keys begin, and the end of the last one. There is no key outside.
+        features: What the layer's forward returns, as C x H x W, float32.
+        tokens: Rows and columns, in pixels, at which the tokens of the features begin.
     """
     weights: Tensor
     single: int
@@ -47,13 +47,13 @@ class Attended:
 
     @property
     def keys(self) -> int:
-        """How many keys the queries meet."""
+        """Number of keys."""
         return self.weights.shape[-1]
 
     def density(self) -> np.ndarray:
-        """Attention per area, mean of the heads: P x rows x columns of cells; 1 is even attention.
+        """Return the attention per area, averaged over the heads: P x rows x columns of cells.
 
-        So cells of different sizes compare: their attention is shared out over what they stand for.
+        1 is even attention. Dividing by the area makes cells of different sizes comparable.
         """
         rows, columns = (np.diff(edges) for edges in self.cells)
         areas = rows[:, None] * columns
@@ -62,43 +62,43 @@ class Attended:
 
 
 def layer_names(model: nn.Module) -> dict[str, str]:
-    """The attention layers of a model: their names, and where they are in words.
+    """Return the names of a model's attention layers, and descriptions of where they are.
 
     Raises:
-        ConfigError: There is none that is known.
+        ConfigError: The model has no attention that is known.
     """
     names = {layer.name: text for layer, text, _ in _layers(model)}
     if not names:
-        raise ConfigError(f'{type(model).__name__} holds no attention that can be shown. Found: '
+        raise ConfigError(f'{type(model).__name__} has no attention that can be shown. Found: '
                           f'{find_attention(model)}')
     return names
 
 
-def choose_layers(model: nn.Module, wanted: Sequence[str] = ()) -> list[str]:
-    """Names of attention layers: those that are wanted, else the last of each stage.
+def choose_layers(model: nn.Module, patterns: Sequence[str] = ()) -> list[str]:
+    """Return names of attention layers: by default the last of each stage.
 
     Args:
         model: The model.
-        wanted: Names, or patterns such as ``decode_head.*``.
+        patterns: Names, or patterns such as ``decode_head.*``.
 
     Raises:
-        ConfigError: Nothing is called so, or there is no attention.
+        ConfigError: No layer matches, or the model has no attention.
     """
     names = list(layer_names(model))
-    if not wanted:
+    if not patterns:
         return [layer.name for layer, _, last in _layers(model) if last]
     chosen = []
-    for pattern in wanted:
-        found = fnmatch.filter(names, pattern)
-        if not found:
+    for pattern in patterns:
+        matches = fnmatch.filter(names, pattern)
+        if not matches:
             raise ConfigError(f'no attention layer is called {pattern}. There are: '
                               f'{", ".join(names)}')
-        chosen += found
+        chosen += matches
     return list(dict.fromkeys(chosen))
 
 
 def _layers(model: nn.Module) -> list[tuple[Layer, str, bool]]:
-    """Each layer, where it is in words, and whether it is the last of its stage."""
+    """Return each layer, where it is, and whether it is the last of its stage."""
     return [(layer, f'{part.kind} {number}, layer {i} of {len(stage)}', i == len(stage))
             for part in find_attention(model).parts for number, stage in part.stages.items()
             for i, layer in enumerate(stage, 1)]
@@ -106,25 +106,26 @@ def _layers(model: nn.Module) -> list[tuple[Layer, str, bool]]:
 
 def look(model: nn.Module, inputs: Tensor, layers: Sequence[str],
          points: Sequence[tuple[float, float]]) -> tuple[dict[str, Attended], dict[str, str]]:
-    """Run an image through a model and note what some of its attention layers do.
+    """Run an image through a model and observe some of its attention layers.
 
-    Nothing of the model is changed, and what it computes is the same bit for bit. Memory is that
-    of the pass, the outputs of the layers, and the softmax of as many queries as there are points.
+    The model and its outputs stay the same bit for bit. Beside the pass itself, memory is needed
+    for the outputs of the layers and for the softmax of one query per point.
 
     Args:
-        model: A segmentor, or any module that takes an image; at whatever ISR ratio it is set to.
+        model: A segmentor, or any module that takes an image, at the ISR ratio it is set to.
         inputs: One image as the network takes it, 1 x 3 x H x W.
-        layers: Names of attention layers of it.
-        points: Column and row in pixels of the inputs.
+        layers: Names of attention layers.
+        points: Column and row of each query, in pixels of the inputs.
 
     Returns:
-        What was seen, by name of the layer; and why, of layers whose attention is not over a map.
+        Observations by name of the layer; and by name, the reasons why layers cannot be shown,
+        because their attention is not over a map.
     """
-    found = {layer.name: layer.module for layer, _, _ in _layers(model)}
+    modules = {layer.name: layer.module for layer, _, _ in _layers(model)}
     watch = _Watch((inputs.shape[2], inputs.shape[3]), points)
     with ExitStack() as stack:
         for name in layers:
-            for handle in watch.hooks(name, found[name]):
+            for handle in watch.hooks(name, modules[name]):
                 stack.callback(handle.remove)
         records = stack.enter_context(recording())
         stack.enter_context(torch.no_grad())
@@ -133,11 +134,11 @@ def look(model: nn.Module, inputs: Tensor, layers: Sequence[str],
     seen: dict[str, Attended] = {}
     reasons: dict[str, str] = {}
     for name in layers:
-        record = records.get(found[name])
+        module = modules[name]
         try:
-            seen[name] = watch.result(name, record)
+            seen[name] = watch.result(name, records.get(module))
         except _NoMapError as error:
-            reasons[name] = f'{type(found[name]).__name__}: {error}'
+            reasons[name] = f'{type(module).__name__}: {error}'
     return seen, reasons
 
 
@@ -147,12 +148,12 @@ class _NoMapError(Exception):
 
 @dataclass
 class _Run:
-    """A layer in a pass, as far as it has come."""
+    """The state of a layer during a pass."""
     module: nn.Module
     weights: Tensor | None = None
     place: '_Place | None' = None
     out: Any = None
-    reason: str = 'no attention was met in its forward'
+    reason: str = 'its forward computed no attention'
 
 
 @dataclass(frozen=True)
@@ -160,17 +161,21 @@ class _Place:
     """Where queries lie: ``single`` tokens, then a map of tokens of ``stride`` pixels."""
     grid: Grid
     single: int
-    stride: tuple[float, float]
+    stride: int
 
     def index(self, point: tuple[float, float]) -> int:
-        """The query at a column and row of pixels."""
-        column, row = (min(int(at / stride), side - 1) for at, stride, side in zip(
-            point, self.stride[::-1], self.grid[::-1]))
+        """Return the query at a column and row of pixels."""
+        column, row = (min(int(at / self.stride), side - 1)
+                       for at, side in zip(point, self.grid[::-1]))
         return self.single + row * self.grid[1] + column
+
+    def pixels(self, edges: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Convert rows and columns of tokens to pixels."""
+        return edges[0] * self.stride, edges[1] * self.stride
 
 
 class _Watch(TorchFunctionMode):
-    """Notes the softmax of some queries in the attention of the layers that it is hooked into."""
+    """Record the softmax of some queries in the attention of hooked layers."""
 
     def __init__(self, size: Grid, points: Sequence[tuple[float, float]]) -> None:
         super().__init__()
@@ -179,7 +184,7 @@ class _Watch(TorchFunctionMode):
         self.current: _Run | None = None
 
     def hooks(self, name: str, module: nn.Module) -> Iterator[Any]:
-        """Hook into a layer; gives handles that remove the hooks."""
+        """Hook into a layer, and yield the handles of the hooks."""
         run = self.runs[name] = _Run(module)
 
         def enter(*_: Any) -> None:
@@ -205,7 +210,7 @@ class _Watch(TorchFunctionMode):
         return out
 
     def result(self, name: str, record: Record | None) -> Attended:
-        """What was seen of a layer, and of what ISR recorded where it acts from outside of it."""
+        """Return what was observed; ``record`` is of ISR that acts from outside the layer."""
         run = self.runs[name]
         place = run.place
         if run.weights is None or place is None:
@@ -217,18 +222,17 @@ class _Watch(TorchFunctionMode):
         else:
             single, ratio, total = place.single, 1, weights.shape[-1]
             if record is not None and record.keys is not None:
-                ratio, total = record.ratio, record.keys[0]
+                ratio, total = record.isr_ratio, record.keys[0]
             edges = _key_edges(place.grid, total - single, ratio, run.module)
         if single + math.prod(len(edge) - 1 for edge in edges) != weights.shape[-1]:
-            raise _NoMapError(f'its {weights.shape[-1]} keys are no cells of a map')
+            raise _NoMapError(f'its {weights.shape[-1]} keys are not the cells of a map')
         features = run.out[0] if isinstance(run.out, (tuple, list)) else run.out
         return Attended(
-            weights, single, _pixels(edges, place.stride),
-            _as_map(features, place).float().cpu(),
-            _pixels([np.arange(side + 1) for side in place.grid], place.stride))
+            weights, single, place.pixels(edges), _as_map(features, place).float().cpu(),
+            place.pixels([np.arange(side + 1) for side in place.grid]))
 
     def _by_rows(self, run: _Run, out: Tensor, x: Tensor, kv: Tensor, num_heads: int) -> Tensor:
-        """Of `models.attention.attend_by_rows`."""
+        """Handle `models.attention.attend_by_rows`."""
         q, k = (maps.flatten(2).unflatten(1, (num_heads, -1)).transpose(2, 3) for maps in (x, kv))
         return self._fused(run, out, q, k, k)
 
@@ -242,22 +246,22 @@ class _Watch(TorchFunctionMode):
         if enable_gqa:
             k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
         scores = q @ k.transpose(-2, -1) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-        return self._softmaxed(_masked(scores, attn_mask, rows))
+        return _heads_first(_masked(scores, attn_mask, rows).softmax(-1))
 
     def _multi_head(self, run: _Run, out: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Of ``F.multi_head_attention_forward``, whose projections are within it."""
+        """Handle ``F.multi_head_attention_forward``, which includes the projections."""
         call = {**dict(zip(_MULTI_HEAD, args)), **kwargs}
         query, key, heads, width = (call[name] for name in (
             'query', 'key', 'num_heads', 'embed_dim_to_check'))
         if query.dim() != 3 or call.get('is_causal') or call.get('bias_k') is not None or (
                 call.get('add_zero_attn')):
-            raise _NoMapError('its attention is of an unusual kind')
+            raise _NoMapError('its kind of attention is not supported')
         weight, bias = call['in_proj_weight'], call['in_proj_bias']
-        ways = (call['q_proj_weight'], call['k_proj_weight']) if weight is None else (
+        weights = (call['q_proj_weight'], call['k_proj_weight']) if weight is None else (
             weight[:width], weight[width:2 * width])
         biases = (None, None) if bias is None else (bias[:width], bias[width:2 * width])
-        q, k = (F.linear(x, way, each).unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
-                for x, way, each in zip((query, key), ways, biases))  # N B C -> B h N d
+        q, k = (F.linear(x, weight, bias).unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
+                for x, weight, bias in zip((query, key), weights, biases))  # N B C -> B h N d
         rows = self._rows(run, q.shape)
         q = q[..., rows, :].float()
         scores = q @ k.float().transpose(-2, -1) / math.sqrt(q.shape[-1])
@@ -268,31 +272,23 @@ class _Watch(TorchFunctionMode):
         if padding is not None:
             padding = padding[:, None, None]
             scores = _masked(scores, ~padding if padding.dtype == torch.bool else padding, None)
-        return self._softmaxed(scores)
+        return _heads_first(scores.softmax(-1))
 
     def _explicit(self, run: _Run, out: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Of a softmax of scores that the module itself holds, ... x h x Nq x M."""
+        """Handle a softmax of scores that the module computes itself, ... x h x Nq x M."""
         if out.dim() not in (3, 4):
-            raise _NoMapError('its scores are of an unusual shape')
+            raise _NoMapError('the shape of its scores is not supported')
         if out.dim() == 3:
             out = out[None]  # B h x Nq x M
-        return self._heads_first(out[..., self._rows(run, out.shape), :].float())
-
-    def _softmaxed(self, scores: Tensor) -> Tensor:
-        return self._heads_first(scores.softmax(-1))
-
-    @staticmethod
-    def _heads_first(weights: Tensor) -> Tensor:
-        """1 x h x P x M -> P x h x M."""
-        return weights[0].transpose(0, 1).clone()
+        return _heads_first(out[..., self._rows(run, out.shape), :].float())
 
     def _rows(self, run: _Run, shape: torch.Size) -> list[int]:
-        """The queries at the points, of queries 1 x h x Nq x d."""
+        """Return the queries at the points; ``shape`` is that of all queries, 1 x h x Nq x d."""
         if len(shape) != 4 or shape[0] != 1:
             raise _NoMapError('its queries lie in windows or groups, not on one map')
         run.place = _find_place(self.size, shape[2])
         if run.place is None:
-            raise _NoMapError(f'its {shape[2]} queries lie on no map of the image')
+            raise _NoMapError(f'its {shape[2]} queries are not a map of the image')
         return [run.place.index(point) for point in self.points]
 
 
@@ -303,8 +299,13 @@ _MULTI_HEAD = ('query', 'key', 'value', 'embed_dim_to_check', 'num_heads', 'in_p
                'out_proj_bias')
 
 
+def _heads_first(weights: Tensor) -> Tensor:
+    """1 x h x P x M -> P x h x M."""
+    return weights[0].transpose(0, 1).clone()
+
+
 def _masked(scores: Tensor, mask: Tensor | None, rows: list[int] | None) -> Tensor:
-    """Scores ... x P x M with the mask of these queries; where a boolean one is True they count."""
+    """Apply the rows of a mask to scores ... x P x M; True in a boolean mask keeps a score."""
     if mask is None:
         return scores
     if rows is not None and mask.shape[-2] > 1:
@@ -315,7 +316,7 @@ def _masked(scores: Tensor, mask: Tensor | None, rows: list[int] | None) -> Tens
 
 
 def _find_place(size: Grid, queries: int) -> _Place | None:
-    """The map of the image that so many queries are: one token for some pixels each way.
+    """Return the map of the image that has this number of queries.
 
     Strides of networks are powers of two, and convolutions round up or down; patches may have
     other sizes.
@@ -327,16 +328,16 @@ def _find_place(size: Grid, queries: int) -> _Place | None:
             for stride in strides:
                 for grid in (cells(size, stride), (size[0] // stride, size[1] // stride)):
                     if grid[0] * grid[1] == queries - single and min(grid) > 0:
-                        return _Place(grid, single, (stride, stride))
+                        return _Place(grid, single, stride)
     return None
 
 
 def _key_edges(grid: Grid, keys: int, ratio: int, module: nn.Module) -> list[np.ndarray]:
-    """Rows and columns of tokens at which the cells of keys begin, and the last ends.
+    """Return the rows and columns of tokens at which the cells of keys begin, and the last ends.
 
-    ``keys`` are those before ISR. A network that reduces its keys itself does so by strided
-    convolutions or pools, which drop what does not fill a step, or by convolutions that round up.
-    ISR makes cells of these keys.
+    ``keys`` is their number before ISR, which groups them into cells. A network that reduces its
+    keys itself does so by strided convolutions or pools, which drop what does not fill a step, or
+    by convolutions that round up.
     """
     own = getattr(module, 'sr_ratio', None)
     steps = [step for step in (own, *range(1, max(grid) + 1)) if isinstance(step, int) and step > 0]
@@ -347,16 +348,11 @@ def _key_edges(grid: Grid, keys: int, ratio: int, module: nn.Module) -> list[np.
                 edges = [np.minimum(np.arange(length + 1) * step, side)
                          for length, side in zip(lengths, grid)]
                 return [np.unique(np.append(edge[::ratio], edge[-1])) for edge in edges]
-    raise _NoMapError(f'its {keys} keys lie on no map of its {grid[0]}x{grid[1]} tokens')
-
-
-def _pixels(edges: Sequence[np.ndarray], stride: tuple[float, float]
-            ) -> tuple[np.ndarray, np.ndarray]:
-    return edges[0] * stride[0], edges[1] * stride[1]
+    raise _NoMapError(f'its {keys} keys are not a map of its {grid[0]}x{grid[1]} tokens')
 
 
 def _as_map(x: Any, place: _Place) -> Tensor:
-    """What an attention layer gives as C x H x W: of maps, or of tokens with or without a batch."""
+    """Return the output of an attention layer, maps or tokens in any batch order, as C x H x W."""
     count = place.single + math.prod(place.grid)
     if isinstance(x, Tensor):
         x = x.detach()
@@ -367,4 +363,4 @@ def _as_map(x: Any, place: _Place) -> Tensor:
         if x.dim() == 3 and count in x.shape[:2]:
             tokens = x[0] if x.shape[1] == count else x[:, 0]
             return tokens[place.single:].T.unflatten(1, place.grid)
-    raise _NoMapError('its output is no map of its tokens')
+    raise _NoMapError('its output is not a map of its tokens')

@@ -1,44 +1,43 @@
-"""One checkpoint at several ISR ratios, side by side: figures and pictures."""
+"""A few ISR ratios of one checkpoint, side by side: figures and predictions."""
 import json
 import os
-import statistics
-import time
-import warnings
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import mmcv
 import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset, pseudo_collate
-from mmengine.model import BaseModel
-from mmengine.registry import init_default_scope
-from mmengine.runner import load_checkpoint
-from mmseg.registry import DATASETS, MODELS
+from mmseg.registry import DATASETS
 from prettytable import PrettyTable
 
-from ..cost import count_macs
 from ..data.classification import is_classifier
+from ..data.drawing import CLASSES, draw_dataset
 from ..data.transforms import IGNORED
 from ..engine import checks, launch
-from ..engine.checkpoint_loading import check_weights
 from ..engine.run_config import load_config
 from ..errors import ConfigError
 from ..files import replacing
-from ..isr import ISRRatio, isr
+from ..isr import ISRRatio, apply_isr, isr, remove_isr
 from ..isr.pooling import check_method
+from .bench import Bench, open_bench
+from .loading import count_windows, load_model
+from .sweep import make_rows
+from .timing import Prepare, milliseconds, number, relative, take_turns
 
-matplotlib.use('Agg')
-from matplotlib import pyplot as plt
-from matplotlib.patches import Patch
+Setting = tuple[ISRRatio, Mapping[str, Any]]
+"""A ratio, and other arguments of `isr`."""
 
 _COLUMNS = {'accuracy/top1': 'top-1', 'accuracy/top5': 'top-5', 'mIoU': 'mIoU'}
 """Metrics of classifiers and of segmentors, and how the table names them."""
 _FIELDS: dict[str, Any] = dict(config=str, checkpoint=str, isr_ratio=(str, int), metrics=dict)
+_TITLES = ('test set', 'larger worlds')
+_LARGE, _ORDINARY = (1024, 1024), 192
+"""Size of the larger worlds, and the height of the scenes whose objects are as large."""
 
 
 @dataclass(frozen=True)
@@ -46,63 +45,155 @@ class Result:
     """What `tools/test.py --json` wrote of one ratio."""
     config: str
     checkpoint: str
-    ratio: ISRRatio
+    isr_ratio: ISRRatio
     method: str
     metrics: dict[str, float]
 
 
-@dataclass(frozen=True)
-class RatioFigures:
-    """What one ratio costs: GMACs of one image, and milliseconds, median and relative."""
-    gmacs: float
-    milliseconds: float
-    relative: float
-
-
-def compare(files: Sequence[str | Path], picture: str | Path | None = None,
-            cfg_options: Mapping[str, Any] | None = None) -> str:
-    """Put the results of one checkpoint at several ratios side by side.
-
-    Args:
-        files: What `tools/test.py --json` wrote for each ratio.
-        picture: Where to draw predictions of a segmentor, as a PNG.
-        cfg_options: Settings of the config that the tests were given.
+def compare_results(files: Sequence[str | Path], picture: str | Path | None = None,
+                    cfg_options: Mapping[str, Any] | Sequence[str] | None = None) -> str:
+    """Put what `tools/test.py --json` wrote of one checkpoint side by side, and time the ratios.
 
     Returns:
         A table for a terminal, what chance would give, and how it was measured.
 
     Raises:
-        ConfigError: A file is none of such results, they are of several checkpoints or lack a
-            metric, or a picture of a classifier is asked for.
-        UserError: The checkpoint or the data is not there, or does not fit.
+        UserError: A file does not hold such results, they do not belong together, or the
+            checkpoint or the data does not exist or fit.
     """
     results = read_results(files)
     cfg = load_config(results[0].config, cfg_options=cfg_options)
     classifies = is_classifier(cfg)
     if classifies:
         checks.check_classifier_flags({'--picture': picture})
-    columns = _columns(files, results, 'accuracy/top1' if classifies else 'mIoU')
+    metrics = _metrics(files, results, 'accuracy/top1' if classifies else 'mIoU')
     launch.prepare_test(cfg, results[0].checkpoint)
-    model, dataset = load_model(cfg, results[0].checkpoint)
+    model = load_model(cfg, results[0].checkpoint)
+    dataset = DATASETS.build(cfg.test_dataloader.dataset)
     # A segmentor's preprocessor knows the size of its crops.
-    figures = measure_ratios(model, dataset, results, cfg.get('crop_size') if classifies else None)
+    crop_size = cfg.get('crop_size') if classifies else None
+    settings: list[Setting] = [(result.isr_ratio, dict(method=result.method, crop_size=crop_size))
+                               for result in results]
+    gmacs = []
+    for ratio, options in settings:
+        with isr(model, ratio, **options):
+            gmacs.append(count_windows(model, tuple(dataset[0]['inputs'].shape[1:])) / 1e9)
+    times = time_ratios(model, dataset, settings)
+    table = PrettyTable(['isr_ratio', *(_COLUMNS[name] for name in metrics), 'GMACs',
+                         'ms per image', 'time'], align='r')
+    names = [_name(result, classifies) for result in results]
+    for i, result in enumerate(results):
+        table.add_row([names[i], *(f'{result.metrics[name]:.1f}' for name in metrics),
+                       f'{gmacs[i]:.3f}', f'{milliseconds(times[i]):.1f}',
+                       f'x {relative(times[i], times[0]):.2f}'])
     if picture:
-        draw(model, dataset, results, picture)
+        draw(model, [dataset], list(zip(names, settings)), picture)
     return '\n'.join([
-        table(results, figures, columns), _chance_line(dataset, classifies),
-        f'{len(dataset)} images, batch 1, {torch.get_num_threads()} threads, '
+        str(table), _chance_line(dataset, classifies),
+        f'{len(dataset)} images, batch 1, {_threads()}, '
         f'torch {torch.__version__}; time is the median ratio to the first row.',
         *([f'Picture: {picture}'] if picture else [])])
 
 
-def read_results(files: Sequence[str | Path]) -> list[Result]:
-    """Read what `tools/test.py --json` wrote.
+def compare_checkpoint(config: str, checkpoint: str, isr_ratios: Sequence[str], *, large: int = 0,
+                       picture: str | Path | None = None,
+                       cfg_options: Mapping[str, Any] | Sequence[str] | None = None) -> str:
+    """Test a checkpoint at several ratios in one process, all of them in turn on each image.
+
+    Args:
+        config: Config of a segmentor.
+        checkpoint: Its weights.
+        isr_ratios: What `ISRRatio.parse` reads; the times are compared with the first.
+        large: Number of larger drawn worlds to test on too; for a model of drawn scenes.
+        picture: PNG file for predictions.
+        cfg_options: Settings of the config to override.
+
+    Returns:
+        A table for a terminal, and what it means.
 
     Raises:
-        ConfigError: A file is missing or holds something else, or the results are not of one
-            config and checkpoint.
-        RatioError: A ratio or a method means nothing.
+        UserError: The config, the checkpoint, the data or a ratio cannot be used.
     """
+    cfg = load_config(config, cfg_options=cfg_options)
+    if is_classifier(cfg):
+        raise ConfigError(f'{config} trains a classifier: test it with tools/test.py --json at '
+                          'each ratio, and give those files to this tool')
+    launch.prepare_test(cfg, checkpoint)
+    bench = open_bench(cfg, checkpoint)
+    benches = [bench]
+    ratios = list(dict.fromkeys(map(bench.ratio, isr_ratios)))
+    with tempfile.TemporaryDirectory() as folder:
+        if large:
+            benches.append(_large_bench(cfg, bench, Path(folder), large))
+        for one, title in zip(benches, _TITLES):
+            one.measure([bench.ratio('none'), *ratios], title=title)
+        if picture:
+            draw(bench.model, [one.dataset for one in benches],
+                 [(str(ratio), (ratio, {})) for ratio in ratios], picture)
+        lines = [_dial_table(benches, ratios), *(
+            f'{title.capitalize()}: {one.images} images of {one.size[0]},{one.size[1]} pixels. '
+            f'{_chance_line(one.dataset, False)}' for one, title in zip(benches, _TITLES))]
+    return '\n'.join([
+        *lines,
+        *_meaning(benches, ratios),
+        f'ms: median and quartiles, image to labels, batch 1, {bench.device.type}, '
+        f'{_threads()}; the ratios take turns on each image.',
+        f'time: median ratio to {ratios[0]!s} in the same turn.',
+        *([f'Picture: {picture}'] if picture else [])])
+
+
+def _large_bench(cfg: Config, bench: Bench, folder: Path, number: int) -> Bench:
+    """Draw larger worlds, whose objects have as many pixels as those of ordinary scenes."""
+    if tuple(bench.dataset.metainfo['classes']) != CLASSES:
+        raise ConfigError('--large draws scenes, whose classes are not those of '
+                          f'{cfg.filename}: leave it out')
+    draw_dataset(folder / 'large', train=1, val=number, size=_LARGE, seed=1,
+                 scale=_ORDINARY / _LARGE[0])
+    dataset = dict(cfg.test_dataloader.dataset, data_root=str(folder / 'large'))
+    return Bench(bench.model, DATASETS.build(dataset), bench.metric)
+
+
+def _dial_table(benches: Sequence[Bench], ratios: Sequence[ISRRatio]) -> str:
+    table = PrettyTable(align='r')
+    table.add_column('isr_ratio', list(map(str, ratios)), align='l')
+    for bench, note in zip(benches, ('', ' ')):  # names of columns are unique
+        height, width = bench.size
+        rows = {row.isr_ratio: row for row in make_rows(bench, ratios, memory=False)}
+        shown = [rows[str(ratio)] for ratio in ratios]
+        times = [bench.seconds(ratio)[:, 0] for ratio in ratios]
+        for name, cells in (
+                (f'mIoU {height},{width}', [f'{row.miou:.1f}' for row in shown]),
+                ('GMACs', [f'{row.gmacs:.2f}' for row in shown]),
+                ('ms', ['{} ({}-{})'.format(*(
+                    number(milliseconds(own, share)) for share in (0.5, 0.25, 0.75)))
+                    for own in times]),
+                ('time', [f'x {relative(own, times[0]):.2f}' for own in times])):
+            table.add_column(name + note, cells, align='r')
+    return str(table)
+
+
+def _meaning(benches: Sequence[Bench], ratios: Sequence[ISRRatio]) -> Iterator[str]:
+    """Say what the cheapest ratio on the largest images gives and costs."""
+    bench = benches[-1]
+    first, *others = ratios
+    if not others:
+        return
+    fastest = min(others, key=lambda ratio: relative(bench.seconds(ratio)[:, 0],
+                                                     bench.seconds(first)[:, 0]))
+    factor = relative(bench.seconds(first)[:, 0], bench.seconds(fastest)[:, 0])
+    change = bench.miou(fastest) - bench.miou(first)
+    yield (f'All rows have the same weights. At {bench.size[0]},{bench.size[1]} pixels '
+           f'--isr-ratio {fastest!s} is {factor:.2f} times as fast as '
+           f'{first!s}, at {change:+.1f} mIoU.')
+
+
+def _threads() -> str:
+    count = torch.get_num_threads()
+    return f'{count} thread{"s" if count > 1 else ""}'
+
+
+def read_results(files: Sequence[str | Path]) -> list[Result]:
+    """Read what `tools/test.py --json` wrote of one config and checkpoint."""
     results: list[Result] = []
     for file in files:
         try:
@@ -114,7 +205,7 @@ def read_results(files: Sequence[str | Path]) -> list[Result]:
         lacking = [name for name, kind in _FIELDS.items()
                    if not isinstance(content, dict) or not isinstance(content.get(name), kind)]
         if lacking or not all(isinstance(v, (int, float)) for v in content['metrics'].values()):
-            raise ConfigError(f'{file} is not what tools/test.py --json writes, it lacks '
+            raise ConfigError(f'{file} was not written by tools/test.py --json, it lacks '
                               f'{", ".join(lacking) or "numbers as metrics"}: test again')
         result = Result(content['config'], content['checkpoint'],
                         ISRRatio.parse(content['isr_ratio']),
@@ -123,106 +214,59 @@ def read_results(files: Sequence[str | Path]) -> list[Result]:
         for name in ('config', 'checkpoint'):
             first, other = getattr(results[0], name), getattr(result, name)
             if os.path.realpath(first) != os.path.realpath(other):
-                raise ConfigError(f'{files[0]} and {file} are not of the same {name}, but of '
-                                  f'{first} and {other}: compare results of one')
+                raise ConfigError(f'{files[0]} and {file} differ in the {name}, {first} and '
+                                  f'{other}: compare results of one')
     return results
 
 
-def _columns(files: Sequence[str | Path], results: Sequence[Result], main: str) -> list[str]:
-    """The metrics to show: the main one, and of `_COLUMNS` what any of the results has.
-
-    Raises:
-        ConfigError: A result lacks one of them.
-    """
-    columns = [name for name in _COLUMNS
+def _metrics(files: Sequence[str | Path], results: Sequence[Result], main: str) -> list[str]:
+    """Return the metrics to show: the main one, and of `_COLUMNS` what any of the results has."""
+    metrics = [name for name in _COLUMNS
                if name == main or any(name in result.metrics for result in results)]
     for file, result in zip(files, results):
-        for name in columns:
+        for name in metrics:
             if name not in result.metrics:
                 raise ConfigError(f'{file} lacks the metric {name}, it has '
                                   f'{", ".join(result.metrics) or "none"}: test again with '
                                   f'the test_evaluator of {result.config}')
-    return columns
-
-
-def load_model(cfg: Config, checkpoint: str) -> tuple[BaseModel, BaseDataset]:
-    """The model of a config with the weights of a checkpoint, in eval mode, and its test set.
-
-    Raises:
-        CheckpointError: The checkpoint is missing or damaged, or does not fit.
-    """
-    init_default_scope(cfg.get('default_scope') or 'mmseg')
-    # What mixes batches is for training, and mmpretrain logs what it implies.
-    own = {**cfg.model, 'train_cfg': None} if is_classifier(cfg) else cfg.model
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', UserWarning)  # mmseg's, of its own defaults
-        model = MODELS.build(own)
-    loaded = load_checkpoint(model, checkpoint, map_location='cpu', logger='silent')
-    check_weights(model, loaded)
-    return model.eval(), DATASETS.build(cfg.test_dataloader.dataset)
+    return metrics
 
 
 @torch.no_grad()
-def measure_ratios(model: BaseModel, dataset: BaseDataset, results: Sequence[Result],
-                   crop_size: tuple[int, int] | None = None, rounds: int = 30
-                   ) -> list[RatioFigures]:
-    """Time whole predictions, from the decoded image to its labels, one image at a time.
+def time_ratios(model: Any, dataset: BaseDataset, settings: Sequence[Setting],
+                rounds: int = 30) -> dict[int, list[float]]:
+    """Time predictions from the decoded image to its labels, one image a round.
 
-    Each round predicts one image of the data set at every ratio in turn, so that whatever else
-    the machine does falls on all of them alike; the first three rounds warm up.
-
-    Args:
-        model: A segmentor or a classifier.
-        dataset: Its images.
-        results: Ratios and methods; times are relative to the first.
-        crop_size: See `apply_isr`.
-        rounds: So many predictions at each ratio.
+    Returns:
+        Seconds of each round, by the index of the setting.
     """
-    seconds: list[list[float]] = [[] for _ in results]
-    for i in range(rounds + 3):
-        data = pseudo_collate([dataset[i % len(dataset)]])
-        for result, own in zip(results, seconds):
-            with isr(model, result.ratio, method=result.method, crop_size=crop_size):
-                start = time.perf_counter()
-                model.test_step(data)
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-                if i >= 3:
-                    own.append(time.perf_counter() - start)
-    size = tuple(dataset[0]['inputs'].shape[1:])
-    figures = []
-    for result, own in zip(results, seconds):
-        with isr(model, result.ratio, method=result.method, crop_size=crop_size):
-            macs = count_macs(model, size)
-        figures.append(RatioFigures(macs / 1e9, 1e3 * statistics.median(own), statistics.median(
-            each / base for each, base in zip(own, seconds[0]))))
-    return figures
+    def in_turn(setting: Setting) -> Prepare:
+        numbers = count()
 
+        def prepare() -> Any:
+            data = pseudo_collate([dataset[next(numbers) % len(dataset)]])
+            apply_isr(model, setting[0], **setting[1])
+            return lambda: model.test_step(data)
+        return prepare
 
-def table(results: Sequence[Result], figures: Sequence[RatioFigures],
-          metrics: Sequence[str]) -> str:
-    """The figures as a short table for a terminal."""
-    rows = PrettyTable(['isr_ratio', *(_COLUMNS[name] for name in metrics), 'GMACs',
-                        'ms per image', 'time'], align='r')
-    for result, row in zip(results, figures):
-        rows.add_row([_name(result, 'mIoU' not in metrics),
-                      *(f'{result.metrics[name]:.1f}' for name in metrics),
-                      f'{row.gmacs:.3f}', f'{row.milliseconds:.1f}', f'x {row.relative:.2f}'])
-    return str(rows)
+    times = take_turns(dict(enumerate(map(in_turn, settings))), next(model.parameters()).device,
+                       repeats=rounds, seconds=600., warm_up=3)
+    remove_isr(model)
+    return times
 
 
 def _name(result: Result, classifies: bool) -> str:
-    """The ratio, for a classifier of its encoder alone, and the method if it is not the usual."""
-    if str(result.ratio) == '1':
-        return 'none'
-    name = str(result.ratio)
+    """Return the ratio, a classifier's without decoder, and the method if it is not the default."""
+    name = str(result.isr_ratio)
+    if name == 'none':
+        return name
     if classifies:
         name = name.partition('-')[0].rstrip(',')
     return name if result.method == 'average' else f'{name} {result.method}'
 
 
 def _chance_line(dataset: BaseDataset, classifies: bool) -> str:
-    """What it would give to predict the largest class everywhere."""
+    """Say what predicting the largest class everywhere would give."""
     classes = dataset.metainfo['classes']
     if classifies:
         counts = np.bincount([dataset.get_data_info(i)['gt_label'] for i in range(len(dataset))])
@@ -238,26 +282,32 @@ def _chance_line(dataset: BaseDataset, classifies: bool) -> str:
 
 
 @torch.no_grad()
-def draw(model: BaseModel, dataset: BaseDataset, results: Sequence[Result], path: str | Path,
-         indices: Sequence[int] = (0, 2, 7, 11)) -> None:
-    """Draw image, truth and the prediction at each ratio, a row for each image, as a PNG."""
-    indices = [index for index in indices if index < len(dataset)]
-    classes, palette = dataset.metainfo['classes'], np.array(dataset.metainfo['palette'], np.uint8)
+def draw(model: Any, datasets: Sequence[BaseDataset],
+         settings: Sequence[tuple[str, Setting]], path: str | Path,
+         indices: Sequence[int] = (0, 2, 7)) -> None:
+    """Draw image, truth and the prediction at each ratio, a row for each image, as a PNG.
+
+    Of the first data set these are the images at ``indices``, of others the first one.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+    samples = [datasets[0][index] for index in indices if index < len(datasets[0])]
+    samples += [dataset[0] for dataset in datasets[1:]]
+    classes = datasets[0].metainfo['classes']
+    palette = np.array(datasets[0].metainfo['palette'], np.uint8)
     colours = np.vstack([palette, np.zeros((256 - len(palette), 3), np.uint8)])
     titles = ['image', 'truth', *(
-        'prediction' if str(result.ratio) == '1' else f'ISR {_name(result, False)}'
-        for result in results)]
-    height, width = dataset[0]['inputs'].shape[1:]
-    figure, axes = plt.subplots(
-        len(indices), len(titles), squeeze=False, layout='constrained',
-        figsize=(2.6 * len(titles), 2.6 * len(indices) * height / width + 0.7))
-    for row, index in zip(axes, indices):
-        data = pseudo_collate([dataset[index]])
-        sample = data['data_samples'][0]
-        panels = [mmcv.imread(sample.img_path, channel_order='rgb'),
-                  colours[sample.gt_sem_seg.data.squeeze(0).numpy()]]
-        for result in results:
-            with isr(model, result.ratio, method=result.method):
+        'prediction' if name == 'none' else f'ISR {name}' for name, _ in settings)]
+    heights = [sample['inputs'].shape[1] / sample['inputs'].shape[2] for sample in samples]
+    figure = Figure(figsize=(2.6 * len(titles), 2.6 * sum(heights) + 0.7), layout='constrained')
+    axes = figure.subplots(len(samples), len(titles), squeeze=False,
+                           gridspec_kw=dict(height_ratios=heights))
+    for row, sample in zip(axes, samples):
+        data = pseudo_collate([sample])
+        panels = [sample['inputs'].flip(0).permute(1, 2, 0).numpy(),
+                  colours[sample['data_samples'].gt_sem_seg.data.squeeze(0).numpy()]]
+        for _, (ratio, options) in settings:
+            with isr(model, ratio, **options):
                 panels.append(colours[model.test_step(data)[0].pred_sem_seg.data.squeeze(0).cpu()])
         for axis, panel in zip(row, panels):
             axis.imshow(panel)
@@ -269,4 +319,3 @@ def draw(model: BaseModel, dataset: BaseDataset, results: Sequence[Result], path
                   loc='outside lower center', ncols=len(classes), frameon=False, fontsize=10)
     with replacing(path) as partial:
         figure.savefig(partial, dpi=110)
-    plt.close(figure)

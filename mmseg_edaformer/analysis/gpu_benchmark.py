@@ -1,7 +1,7 @@
-"""What a GPU is measured on in a few minutes, the most telling first: `make bench-gpu`.
+"""A few minutes of measurements on a GPU, the most telling first: `make bench-gpu`.
 
-A list of parts with the seconds that each may take. A part that no longer fits into the budget is
-left out and named, one that fails is named with its error, and what is done is in the JSON at once.
+Each part states the seconds that it may take. A part that no longer fits into the budget is left
+out and named, one that fails is named with its error, and the JSON is written after each.
 """
 import json
 import tempfile
@@ -12,12 +12,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.drawing import draw_scene
 from ..engine import launch
 from ..engine.run_config import load_config
 from ..errors import ConfigError
@@ -25,8 +23,11 @@ from ..files import write_file
 from ..models import label_map as labels, loss
 from ..models.resize import Chain
 from . import benchmark
-from .benchmark import NONE, Contender, Plan, Rates, Subject
+from .benchmark import Contender, Plan, Subject
+from .loading import NONE
+from .pipeline import draw_files
 from .roofline import Work, rooflines
+from .timing import Rates, environment, measure_rates
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = {
@@ -40,20 +41,8 @@ _DRAWN = 24
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure on.
-
-    Args:
-        sizes: Sides of the square images in pixels, the smallest first.
-        batch_sizes: Images per call, the smallest first.
-        train_batch: Images per training step.
-        seconds: For all of it.
-        workers: Processes that read training images.
-        repeats: Most rounds of a cell.
-        steps: Of the training from files.
-        gemm: Side of the matrices whose product gives the rate.
-        out: The JSON file.
-    """
-    sizes: Sequence[int]
+    """The flags of `tools/benchmark_gpu.py`; sizes and batch sizes have the smallest first."""
+    sizes: Sequence[tuple[int, int]]
     batch_sizes: Sequence[int]
     train_batch: int
     seconds: float
@@ -66,21 +55,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Part:
-    """One measurement: what it is called, how long it takes at most, and how it is made."""
+    """One measurement: its name, the seconds that it takes at most, and the function."""
     name: str
     seconds: float
     measure: Callable[[], None]
 
 
 class Suite:
-    """Measures one part after the other.
-
-    Attributes:
-        found: What is in the JSON.
-
-    Raises:
-        ConfigError: There is no GPU, or this is no checkout of the repository.
-    """
+    """Measures one part after the other, and keeps the ``content`` of the JSON."""
 
     def __init__(self, settings: Settings) -> None:
         for path in CONFIGS.values():
@@ -93,18 +75,18 @@ class Suite:
         self.settings = settings
         self.plan = Plan(device='cuda', repeats=settings.repeats, seconds=1.5, costs=False)
         self.device = torch.device('cuda')
-        self.found: dict[str, Any] = dict(
+        self.content: dict[str, Any] = dict(
             environment={}, settings=asdict(settings) | dict(out=settings.out.name), seconds={},
             failed={}, left_out=[], rows=[], rates={}, training={}, rooflines={})
 
     def run(self, say: Callable[[str], None] = print) -> bool:
-        """Measure what fits into the budget; returns whether nothing failed."""
+        """Measure what fits into the budget; return whether nothing failed."""
         began = time.perf_counter()
         self.models = self._load()
         for part in self.parts():
             left = self.settings.seconds - (time.perf_counter() - began)
             if part.seconds > left:
-                self.found['left_out'].append(part.name)
+                self.content['left_out'].append(part.name)
                 say(f'{part.name}: left out, {left:.0f} s are left of {self.settings.seconds:g}')
                 continue
             start = time.perf_counter()
@@ -112,152 +94,145 @@ class Suite:
                 part.measure()
             except Exception as error:  # the others are still worth their minutes
                 reason = f'{type(error).__name__}: {error}'.strip().splitlines()[0]
-                self.found['failed'][part.name] = reason
+                self.content['failed'][part.name] = reason
                 say(f'{part.name}: failed: {reason}')
             torch.cuda.empty_cache()
-            self.found['seconds'][part.name] = round(time.perf_counter() - start, 1)
-            say(f'{part.name}: {self.found["seconds"][part.name]} s')
-            self.found['environment'] = benchmark.environment(self.plan)
-            write_file(self.settings.out, json.dumps(self.found, indent=1) + '\n')
-        return not self.found['failed']
+            self.content['seconds'][part.name] = round(time.perf_counter() - start, 1)
+            say(f'{part.name}: {self.content["seconds"][part.name]} s')
+            self.content['environment'] = environment('cuda')
+            write_file(self.settings.out, json.dumps(self.content, indent=1) + '\n')
+        return not self.content['failed']
 
     def _load(self) -> dict[str, Contender]:
         models = {}
         for name, path in CONFIGS.items():
             options = {'model.type': 'EncoderDecoder'} if name == 'SegFormer-B0' else None
             ratios = RATIOS if name != 'SegFormer-B0' else ('none',)
-            [contender] = benchmark.load_contenders(str(ROOT / path), ratios=ratios,
+            [contender] = benchmark.load_contenders(str(ROOT / path), isr_ratios=ratios,
                                                     cfg_options=options)
             models[name] = replace(contender, name=name)
         return models
 
     def parts(self) -> Iterator[Part]:
-        """All parts; the first ones are those that a short budget should not miss."""
-        small, *larger = self.settings.sizes
-        one, *more = self.settings.batch_sizes
-        many = self.settings.batch_sizes[-1]
-        largest = self.settings.sizes[-1]
+        """Yield all parts; the first ones are those that a short budget should not miss."""
+        small, largest = self.settings.sizes[0], self.settings.sizes[-1]
+        one, many = self.settings.batch_sizes[0], self.settings.batch_sizes[-1]
+        cells = list(product(self.settings.sizes, self.settings.batch_sizes))
         yield Part('rates', 10, self._rates)
         for batch in dict.fromkeys((one, many)):
             yield self._prediction('T', small, batch)
-        yield self._graphs('T', small, one, ('none', 'optimal'))
+        yield self._executed('graphed', 'T', small, one, ('none', 'optimal'))
         yield self._prediction('B', small, one)
-        yield self._graphs('B', small, one)
-        yield Part('training T', 30, lambda: self._training('T'))
+        yield self._executed('graphed', 'B', small, one)
+        yield self._training('T', 30)
         yield Part('roofline of predicting', 20, lambda: self._roofline('eval'))
         yield Part('training T from files', 45, self._training_from_files)
-        if larger:
+        if largest != small:
             yield self._prediction('T', largest, one)
-            yield self._graphs('T', largest, one, ('auto',))
-        if more:
-            yield self._graphs('T', small, many)
+            yield self._executed('graphed', 'T', largest, one, ('auto',))
+        if many != one:
+            yield self._executed('graphed', 'T', small, many)
             yield self._prediction('B', small, many)
-        yield self._compiled('T', small, one)
-        if more:
-            yield self._compiled('T', small, many)
-        yield Part('training T, compiled', 90, lambda: self._training('T', 'compiled'))
+        for batch in dict.fromkeys((one, many)):
+            yield self._executed('compiled', 'T', small, batch)
+        yield self._training('T', 90, 'compiled')
         yield Part('roofline of training', 25, lambda: self._roofline('train'))
         yield self._prediction('T', small, one, 'float32')
-        yield self._compiled('B', small, one)
-        done = {(small, one), (small, many), (largest, one)}
-        for size, batch in product(self.settings.sizes, self.settings.batch_sizes):
-            if (size, batch) not in done:
-                yield self._prediction('T', size, batch)
-        for size, batch in product(self.settings.sizes, self.settings.batch_sizes):
-            if (size, batch) not in {(small, one), (small, many)}:
-                yield self._prediction('B', size, batch)
-        yield Part('training B', 40, lambda: self._training('B'))
-        for size, batch in product(self.settings.sizes, self.settings.batch_sizes):
-            if (size, batch) != (small, one):
-                yield self._prediction('T', size, batch, 'float32')
+        yield self._executed('compiled', 'B', small, one)
+        done = {(small, one), (small, many)}
+        yield from (self._prediction('T', *cell) for cell in cells
+                    if cell not in done | {(largest, one)})
+        yield from (self._prediction('B', *cell) for cell in cells if cell not in done)
+        yield self._training('B', 40)
+        yield from (self._prediction('T', *cell, 'float32') for cell in cells[1:])
 
-    # Each of these makes a part; the first contender of a cell is the plain network.
-
-    def _prediction(self, model: str, size: int, batch: int, dtype: str = 'bfloat16') -> Part:
-        ours, plain = self.models[f'EDAFormer-{model}'], self.models[f'plain {model}']
+    def _prediction(self, model: str, size: tuple[int, int], batch: int,
+                    dtype: str = 'bfloat16') -> Part:
+        ours, plain = self._models(model)
         ratios = RATIOS if size == self.settings.sizes[0] else (*RATIOS, 'auto')
-        cell = [plain.run_as(ratios=['none', 'optimal']),
-                *([self.models['SegFormer-B0']] if model == 'T' else []),
+        cell = [plain.run_as(ratios=['none', 'optimal']), *self._segformer(model),
                 ours.run_as(ratios=ratios), ours.run_as(kernels=False, ratios=['none'])]
-        megapixels = batch * size ** 2 / 2 ** 20
+        megapixels = batch * size[0] * size[1] / 2 ** 20
         if megapixels > 40:  # the plain version would take seconds a call, or not fit
             cell = [ours.run_as(ratios=['none', 'optimal', 'auto'])]
-        return Part(f'{model}, {size}x{size}, batch {batch}, {dtype}', 12 + megapixels,
-                    lambda: self._cell(cell, size, batch, dtype))
+        return self._timed(dtype, 12 + megapixels, model, cell, size, batch, dtype)
 
-    def _graphs(self, model: str, size: int, batch: int,
-                ratios: Sequence[str] = ('none',)) -> Part:
-        return self._executed('graphed', model, size, batch, ratios, 10 + 12 * len(ratios))
+    def _executed(self, execution: str, model: str, size: tuple[int, int], batch: int,
+                  ratios: Sequence[str] = ('none',)) -> Part:
+        ours, plain = self._models(model)
+        seconds = 10 + 12 * len(ratios) if execution == 'graphed' else dict(T=75, B=120)[model]
+        return self._timed(execution, seconds, model, [
+            plain.run_as(ratios=['none']), ours.run_as(execution, ratios=ratios)], size, batch)
 
-    def _compiled(self, model: str, size: int, batch: int) -> Part:
-        return self._executed('compiled', model, size, batch, ('none',),
-                              75 if model == 'T' else 120)
+    def _training(self, model: str, seconds: float, execution: str = 'eager') -> Part:
+        ours, plain = self._models(model)
+        cell = [plain, ours.run_as(execution)]
+        if execution == 'eager':
+            cell += [ours.run_as(kernels=False), *self._segformer(model)]
+        return self._timed(f'training, {execution}', seconds, model, cell, self.settings.sizes[0],
+                           self.settings.train_batch, mode='train')
 
-    def _executed(self, how: str, model: str, size: int, batch: int, ratios: Sequence[str],
-                  seconds: float) -> Part:
-        ours, plain = self.models[f'EDAFormer-{model}'], self.models[f'plain {model}']
-        cell = [plain.run_as(ratios=['none']), ours.run_as(how, ratios=ratios)]
-        return Part(f'{model}, {size}x{size}, batch {batch}, {how}', seconds,
-                    lambda: self._cell(cell, size, batch, 'bfloat16'))
+    def _models(self, model: str) -> tuple[Contender, Contender]:
+        return self.models[f'EDAFormer-{model}'], self.models[f'plain {model}']
 
-    def _cell(self, contenders: Sequence[Contender], size: int, batch: int, dtype: str,
-              mode: str = 'eval') -> None:
-        plan = replace(self.plan, sizes=[(size, size)], batch_sizes=[batch], dtypes=[dtype],
-                       modes=[mode])
-        hidden = () if contenders[0].name.startswith('plain') else ('time_vs_first',)
-        for rows in benchmark.run(contenders, plan):
-            self.found['rows'] += [{name: value for name, value in asdict(row).items()
-                                    if value is not None and name not in hidden}
-                                   for row in rows]
+    def _segformer(self, model: str) -> list[Contender]:
+        return [self.models['SegFormer-B0']] if model == 'T' else []
 
-    def _training(self, model: str, how: str = 'eager') -> None:
-        ours, plain = self.models[f'EDAFormer-{model}'], self.models[f'plain {model}']
-        cell = [plain, ours.run_as(how)]
-        if how == 'eager':
-            cell += [ours.run_as(kernels=False), *([self.models['SegFormer-B0']] * (model == 'T'))]
-        self._cell(cell, self.settings.sizes[0], self.settings.train_batch, 'bfloat16', 'train')
+    def _timed(self, title: str, seconds: float, model: str, cell: Sequence[Contender],
+               size: tuple[int, int], batch: int, dtype: str = 'bfloat16',
+               mode: str = 'eval') -> Part:
+        """Make a part of a cell; speeds are shown where its first contender is the plain one."""
+        plan = replace(self.plan, sizes=[size], batch_sizes=[batch], dtypes=[dtype], modes=[mode])
+        hidden = () if cell[0].name.startswith('plain') else ('time_vs_first',)
+
+        def measure() -> None:
+            for rows in benchmark.run(cell, plan):
+                self.content['rows'] += [{
+                    name: value for name, value in asdict(row).items()
+                    if value is not None and name not in hidden} for row in rows]
+        return Part(f'{model}, {size[0]}x{size[1]}, batch {batch}, {title}', seconds, measure)
 
     def _rates(self) -> None:
         for dtype in benchmark.DTYPES:
-            self.found['rates'][dtype] = asdict(
-                benchmark.measure_rates(self.device, getattr(torch, dtype), self.settings.gemm))
+            self.content['rates'][dtype] = asdict(
+                measure_rates(self.device, getattr(torch, dtype), self.settings.gemm))
 
     def _training_from_files(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            self.found['training'] = train_from_files(
+            self.content['training'] = train_from_files(
                 ROOT / CONFIGS['EDAFormer-T'], Path(folder), self.settings.train_batch,
                 self.settings.workers, crop=self.settings.sizes[0], steps=self.settings.steps)
 
     def _roofline(self, mode: str) -> None:
         size = self.settings.sizes[0]
         batch = self.settings.batch_sizes[-1] if mode == 'eval' else self.settings.train_batch
-        subject = Subject(self.models['EDAFormer-T'], mode, 'bfloat16', self.plan)
-        inputs = torch.randn(batch, 3, size, size, device=self.device)
-        call = subject.calls(mode, NONE, inputs)['total']
-        logits = torch.randn(batch, subject.model.num_classes, size // 8, size // 8,
+        subject = Subject(self.models['EDAFormer-T'], mode, 'bfloat16', self.device)
+        inputs = torch.randn(batch, 3, *size, device=self.device)
+        call = subject.calls(NONE, inputs)['total']
+        logits = torch.randn(batch, subject.model.num_classes, size[0] // 8, size[1] // 8,
                              device=self.device).to(memory_format=torch.channels_last)
         others = dict([_labels_work(logits, size) if mode == 'eval' else _loss_work(logits, size)])
-        rows, total = rooflines(call(), Rates(**self.found['rates']['bfloat16']), self.device,
+        rows, total = rooflines(call(), Rates(**self.content['rates']['bfloat16']), self.device,
                                 others=others)
         begin = time.perf_counter()
         call()()
         torch.cuda.synchronize()
-        self.found['rooflines'][mode] = dict(
-            size=size, batch_size=batch, rows=[asdict(row) for row in rows], operators_ms=total,
-            pass_ms=1e3 * (time.perf_counter() - begin))
+        self.content['rooflines'][mode] = dict(
+            height=size[0], width=size[1], batch_size=batch, operators_ms=total,
+            rows=[asdict(row) for row in rows], pass_ms=1e3 * (time.perf_counter() - begin))
 
 
-def _labels_work(logits: Tensor, size: int) -> tuple[str, Work]:
+def _labels_work(logits: Tensor, size: tuple[int, int]) -> tuple[str, Work]:
     """Label maps from logits N x C x h x w: each pixel of each class from four logits."""
-    pixels = len(logits) * size * size
-    chains = [Chain((size, size))] * len(logits)
+    pixels = len(logits) * size[0] * size[1]
+    chains = [Chain(size)] * len(logits)
     return 'label maps', Work(lambda: lambda: labels.label_maps(logits, chains),
                               8 * pixels * logits.shape[1], logits.nbytes + 2 * pixels)
 
 
-def _loss_work(logits: Tensor, size: int) -> tuple[str, Work]:
+def _loss_work(logits: Tensor, size: tuple[int, int]) -> tuple[str, Work]:
     """Loss and its gradient: the logits of each pixel twice, and their gradients."""
-    target = torch.randint(logits.shape[1], (len(logits), size, size), device=logits.device)
+    target = torch.randint(logits.shape[1], (len(logits), *size), device=logits.device)
     logits = logits.requires_grad_()
     return 'loss with its gradient', Work(
         lambda: lambda: loss.resize_cross_entropy(logits, target, ignore_index=255),
@@ -265,38 +240,26 @@ def _loss_work(logits: Tensor, size: int) -> tuple[str, Work]:
 
 
 def train_from_files(config: Path, folder: Path, batch_size: int, workers: int, *,
-                     crop: int = 512, steps: int = 60) -> dict[str, float]:
+                     crop: tuple[int, int] = (512, 512), steps: int = 60) -> dict[str, float]:
     """Train as `tools/train.py --amp` does, on drawn JPEG images of the size of ADE20K's.
 
-    Args:
-        config: A config of ADE20K's layout.
-        folder: For the images and the log.
-        batch_size: Images per step.
-        workers: Processes that read them.
-        crop: Side of the crops.
-        steps: Training steps; the first third is not counted.
-
-    Returns:
-        Images per second, seconds of a step, seconds for which it waited for data, and the share.
+    Images and log go to ``folder``. The first third of the steps is not counted.
     """
-    data = folder / 'data'
+    (folder / 'data').mkdir()
     for index in range(_DRAWN):
-        image, label = draw_scene(np.random.default_rng(index), (512, 683))
-        for kind, ending, content in (('images', 'jpg', image[..., ::-1]),
-                                      ('annotations', 'png', label)):
-            place = data / kind / 'training' / f'{index}.{ending}'
-            place.parent.mkdir(parents=True, exist_ok=True)
-            cv2.imwrite(str(place), content)
+        draw_files(folder / 'data', index, (512, 683))
     cfg = load_config(config, cfg_options={
         'train_dataloader.batch_size': batch_size, 'train_dataloader.num_workers': workers,
         'train_dataloader.persistent_workers': workers > 0,
-        'train_dataloader.dataset.data_root': str(data), 'train_cfg.max_iters': steps,
+        'train_dataloader.dataset.data_root': str(folder / 'data'),
+        'train_dataloader.dataset.data_prefix': dict(img_path='', seg_map_path=''),
+        'train_cfg.max_iters': steps,
         'train_cfg.val_interval': steps + 1, 'default_hooks.logger.interval': 1,
         'log_processor.window_size': 1, 'default_hooks.checkpoint.interval': steps + 1,
         'default_hooks.checkpoint.save_last': False, 'default_hooks.checkpoint.save_best': None,
         'auto_scale_lr.base_batch_size': batch_size, 'report': False,
-        'train_dataloader.dataset.pipeline.3.crop_size': (crop, crop),
-        'model.data_preprocessor.size': (crop, crop)})
+        'train_dataloader.dataset.pipeline.3.crop_size': crop,
+        'model.data_preprocessor.size': crop})
     cfg.work_dir = str(folder / 'work')
     for name in ('val_dataloader', 'val_cfg', 'val_evaluator', 'test_dataloader', 'test_cfg',
                  'test_evaluator'):

@@ -1,21 +1,38 @@
 """The Markdown page of what `gpu_benchmark.Suite` measured; nothing on it is not in the JSON."""
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-Rows = Sequence[dict[str, Any]]
+from prettytable import PrettyTable, TableStyle
+
+from .timing import number
+
+Row = dict[str, Any]
+_COLUMNS: dict[str, Callable[[Row], Any]] = {
+    'size': lambda row: f'{row["height"]}x{row["width"]}',
+    'batch': lambda row: row['batch_size'], 'dtype': lambda row: row['dtype'],
+    'model': lambda row: row['config'], 'ISR': lambda row: row['isr_ratio'],
+    'mode': lambda row: 'prediction' if row['mode'] == 'eval' else 'training',
+    'execution': lambda row: row['execution'],
+    'network': lambda row: number(row.get('network_ms')),
+    'total': lambda row: ('out of memory' if row['status'] == 'OOM' else
+                          number(row.get('total_ms'))),
+    'p95': lambda row: number(row.get('total_p95_ms')),
+    'images/s': lambda row: number(row.get('images_per_s')),
+    'MiB': lambda row: number(row.get('peak_mib')),
+    'speed': lambda row: f'{1 / row["time_vs_first"]:.2f}x' if 'time_vs_first' in row else '',
+    'operator': lambda row: f'`{row["name"]}`', 'sizes': lambda row: row['shapes'],
+    'calls': lambda row: row['calls'], 'ms': lambda row: number(row['ms']),
+    'GFLOP': lambda row: number(row['gflop']), 'MB': lambda row: number(row['mb']),
+    'limit, ms': lambda row: number(row['limit_ms']), 'bound by': lambda row: row['bound'],
+    'ms / limit': lambda row: number(row['ms'] / row['limit_ms'])}
 
 
-def page(found: dict[str, Any]) -> str:
-    """Write the page.
-
-    Args:
-        found: The content of gpu.json.
-    """
-    environment = found['environment']
-    rows: Rows = found['rows']
+def page(content: dict[str, Any]) -> str:
+    """Write the page from the content of gpu.json."""
+    rows = content['rows']
     lines = [
         '# Measured on a GPU', '',
-        '; '.join(f'{name} {value}' for name, value in environment.items()) + '.', '',
+        '; '.join(f'{name} {value}' for name, value in content['environment'].items()) + '.', '',
         'Made by `make bench-gpu`, from gpu.json. Random weights and images, 150 classes. '
         '*Network* is a batch of images to logits, *total* to label maps; in training it is one '
         'optimizer step. Times are medians in ms of models that take turns. *Speed* is total '
@@ -25,105 +42,68 @@ def page(found: dict[str, Any]) -> str:
         'eager runs. In bfloat16 EDAFormer has bfloat16 weights, and the others, and all in '
         'training, run under autocast. Not counted: normalising images and copying them to the '
         'GPU.', '',
-        *_short(rows), *_evaluation(rows), *_training(rows, found['training']),
-        *_rooflines(found['rates'], found['rooflines'])]
-    if found['failed']:
+        *_section('In short', _fastest(rows), 'model', 'mode', 'size', 'batch', 'dtype',
+                  'execution', 'total', 'images/s', 'speed'),
+        *_section('Prediction', sorted(
+            (row for row in rows if row['mode'] == 'eval'), key=lambda row: (
+                row['dtype'], row['height'] * row['width'], row['batch_size'])),
+            'size', 'batch', 'dtype', 'model', 'ISR', 'network', 'total', 'p95', 'images/s', 'MiB',
+            'speed'),
+        *_section('Training', [row for row in rows if row['mode'] == 'train'],
+                  'size', 'batch', 'dtype', 'model', 'total', 'images/s', 'MiB', 'speed')]
+    if files := content['training']:
+        lines += ['## Training from files', '',
+                  f'With everything that `tools/train.py --amp` does, from JPEG images that '
+                  f'{files["workers"]} processes read, EDAFormer-T trains '
+                  f'{number(files["images_per_s"])} images/s at batch {files["batch_size"]}: '
+                  f'{number(files["step_ms"])} ms a step, of which it waits '
+                  f'{number(files["waited_ms"])} ms ({files["share"]:.0%}) for data.', '']
+    for mode, title in (('eval', 'prediction'), ('train', 'a training step')):
+        if roof := content['rooflines'].get(mode):
+            lines += _roofline(f'The most expensive operators of {title}', roof,
+                               content['rates']['bfloat16'])
+    if content['failed']:
         lines += ['## Failed', '', *(f'- {name}: {reason}'
-                                     for name, reason in found['failed'].items()), '']
-    if found['left_out']:
+                                     for name, reason in content['failed'].items()), '']
+    if content['left_out']:
         lines += ['## Not measured', '',
-                  f'What did not fit into {found["settings"]["seconds"]:g} seconds: '
-                  f'{"; ".join(found["left_out"])}.', '']
+                  f'These did not fit into {content["settings"]["seconds"]:g} seconds: '
+                  f'{"; ".join(content["left_out"])}.', '']
     return '\n'.join(lines)
 
 
-def _short(rows: Rows) -> list[str]:
-    """The fastest way to run our models at the trained ratio, for each size and batch."""
-    best: dict[tuple[Any, ...], dict[str, Any]] = {}
+def _fastest(rows: Sequence[Row]) -> list[Row]:
+    """Choose the fastest way to run our models at the trained ratio, for each size and batch."""
+    best: dict[tuple[Any, ...], Row] = {}
     for row in rows:
-        if row['config'].startswith('EDAFormer') and 'plain' not in row['config'] and (
+        model = row['config'].partition(',')[0]
+        if model.startswith('EDAFormer') and 'plain' not in row['config'] and (
                 row['isr_ratio'] == 'none' and 'time_vs_first' in row):
-            cell = (row['config'].partition(',')[0], row['mode'], row['dtype'], row['height'],
-                    row['batch_size'])
+            cell = model, *(row[name] for name in ('mode', 'dtype', 'height', 'width',
+                                                   'batch_size'))
             if cell not in best or row['time_vs_first'] < best[cell]['time_vs_first']:
-                best[cell] = row
-    if not best:
+                best[cell] = row | dict(config=model)
+    return list(best.values())
+
+
+def _roofline(title: str, roof: dict[str, Any], rates: dict[str, float]) -> list[str]:
+    heading, space, *table = _section(
+        title, roof['rows'], 'operator', 'sizes', 'calls', 'ms', 'GFLOP', 'MB', 'limit, ms',
+        'bound by', 'ms / limit')
+    return [
+        heading, space,
+        f'EDAFormer-T, {_COLUMNS["size"](roof)}, batch {roof["batch_size"]}, bfloat16, '
+        f'eager: one pass takes {number(roof["pass_ms"])} ms, its operators one by one '
+        f'{number(roof["operators_ms"])} ms. The limit is the longer of two times: floating-'
+        f'point operations at {2 * rates["gmacs_per_s"] / 1e3:.0f} TFLOP/s, which a large matrix '
+        f'product reaches in this run, and bytes at {rates["gb_per_s"]:.0f} GB/s, which a large '
+        'copy reaches.', '', *table]
+
+
+def _section(title: str, rows: Sequence[Row], *columns: str) -> list[str]:
+    if not rows:
         return []
-    return ['## In short', '', *_table(
-        ['Model', 'what', 'size', 'batch', 'dtype', 'fastest', 'ms', 'images/s', 'speed'],
-        ([model, 'prediction' if mode == 'eval' else 'training', size, batch, dtype,
-          row['execution'], _number(row['total_ms']), _number(row['images_per_s']), _speed(row)]
-         for (model, mode, dtype, size, batch), row in best.items()))]
-
-
-def _evaluation(rows: Rows) -> list[str]:
-    shown = sorted((row for row in rows if row['mode'] == 'eval'), key=lambda row: (
-        row['dtype'], row['height'], row['batch_size']))
-    if not shown:
-        return []
-    return ['## Prediction', '', *_table(
-        ['size', 'batch', 'dtype', 'model', 'ISR', 'network', 'total', 'p95', 'images/s', 'MiB',
-         'speed'],
-        ([row['height'], row['batch_size'], row['dtype'], row['config'], row['isr_ratio'],
-          _number(row.get('network_ms')), _total(row), _number(row.get('total_p95_ms')),
-          _number(row.get('images_per_s')), _number(row.get('peak_mib')), _speed(row)]
-         for row in shown))]
-
-
-def _training(rows: Rows, files: dict[str, float]) -> list[str]:
-    shown = [row for row in rows if row['mode'] == 'train']
-    lines = ['## Training', ''] if shown or files else []
-    if shown:
-        lines += _table(['size', 'batch', 'dtype', 'model', 'total', 'images/s', 'MiB', 'speed'], (
-            [row['height'], row['batch_size'], row['dtype'], row['config'], _total(row),
-             _number(row.get('images_per_s')), _number(row.get('peak_mib')), _speed(row)]
-            for row in shown))
-    if files:
-        lines += [f'With everything that `tools/train.py --amp` does, from JPEG images that '
-                  f'{files["workers"]} processes read, EDAFormer-T trains '
-                  f'{_number(files["images_per_s"])} images/s at batch {files["batch_size"]}: '
-                  f'{_number(files["step_ms"])} ms a step, of which it waits '
-                  f'{_number(files["waited_ms"])} ms ({files["share"]:.0%}) for data.', '']
-    return lines
-
-
-def _rooflines(rates: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    lines = []
-    for mode, what in (('eval', 'prediction'), ('train', 'a training step')):
-        if mode not in found:
-            continue
-        roof = found[mode]
-        lines += [
-            f'## The most expensive operators of {what}', '',
-            f'EDAFormer-T, {roof["size"]}x{roof["size"]}, batch {roof["batch_size"]}, bfloat16, '
-            f'eager: one pass takes {_number(roof["pass_ms"])} ms, its operators one by one '
-            f'{_number(roof["operators_ms"])} ms. The limit is the longer of two times: floating-'
-            f'point operations at {2 * rates["bfloat16"]["gmacs_per_s"] / 1e3:.0f} TFLOP/s, what a '
-            f'large matrix product reaches in this run, and bytes at '
-            f'{rates["bfloat16"]["gb_per_s"]:.0f} GB/s, what a large copy does.', '', *_table(
-                ['operator', 'sizes', 'calls', 'ms', 'GFLOP', 'MB', 'limit, ms', 'of',
-                 'ms / limit'],
-                ([f'`{row["name"]}`', row['shapes'], row['calls'], _number(row['ms']),
-                  _number(row['gflop']), _number(row['mb']), _number(row['limit_ms']),
-                  row['bound'], _number(row['ms'] / row['limit_ms'])] for row in roof['rows']))]
-    return lines
-
-
-def _table(head: Sequence[str], body: Iterable[Sequence[Any]]) -> list[str]:
-    lines = [head, [':--' for _ in head], *body]
-    return ['| ' + ' | '.join(map(str, line)) + ' |' for line in lines] + ['']
-
-
-def _total(row: dict[str, Any]) -> str:
-    return 'out of memory' if row['status'] == 'OOM' else _number(row.get('total_ms'))
-
-
-def _speed(row: dict[str, Any]) -> str:
-    return f'{1 / row["time_vs_first"]:.2f}x' if 'time_vs_first' in row else ''
-
-
-def _number(value: float | None) -> str:
-    """Three digits that matter."""
-    if value is None:
-        return ''
-    return f'{value:.0f}' if abs(value) >= 100 else f'{value:.3g}'
+    table = PrettyTable(list(columns), align='l')
+    table.add_rows([[_COLUMNS[name](row) for name in columns] for row in rows])
+    table.set_style(TableStyle.MARKDOWN)
+    return [f'## {title}', '', table.get_string(), '']

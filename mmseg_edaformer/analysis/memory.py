@@ -15,13 +15,8 @@ class LiveBytes(TorchDispatchMode):
     """Follows the bytes of the tensors that operators allocate within a ``with`` block.
 
     Views and in-place results share memory and count once; a tensor's bytes end with its last
-    user. What a kernel takes and gives back within one call is not seen.
-
-    Args:
-        resident: Tensors that were there before, which do not count.
-
-    Attributes:
-        peak: Most bytes alive at any one time.
+    user. What a kernel allocates and frees within one call is not seen. ``resident`` tensors do not
+    count, and ``peak`` is the most bytes alive at any one time.
     """
 
     def __init__(self, resident: Iterable[Tensor] = ()) -> None:
@@ -47,15 +42,10 @@ class LiveBytes(TorchDispatchMode):
 
 
 def peak_bytes(run: Callable[[], Any], resident: Iterable[Tensor], device: torch.device) -> int:
-    """Most bytes that a call needs, with the tensors that it works on.
+    """Return the most bytes that a call needs, with the ``resident`` tensors that it works on.
 
     On a GPU these are what torch's allocator hands out, elsewhere what `LiveBytes` follows. What
     other models keep on the device does not count.
-
-    Args:
-        run: The call.
-        resident: The tensors that lie there before it: weights, optimizer states, inputs.
-        device: Where they are.
     """
     tensors = {_address(tensor): tensor for tensor in resident}
     kept = sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
@@ -75,11 +65,7 @@ def count_activations(model: nn.Module, input_size: tuple[int, int] = (512, 512)
     """Count the numbers that the innermost modules put out for one image, without computing them.
 
     Outputs of functions that no module wraps, such as attention, pooling and resizing, are left
-    out; what only passes a tensor on or changes it in place does not count again.
-
-    Args:
-        model: As for `count_macs`.
-        input_size: Height and width in pixels.
+    out. A module that passes a tensor on or changes it in place does not count.
     """
     image = torch.empty(1, 3, *input_size, device='meta')
     kept: dict[int, Tensor] = {}  # keeps the tensors, so that no address comes twice

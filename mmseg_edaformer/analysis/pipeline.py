@@ -1,8 +1,9 @@
-"""How long a config's training images take on one core, step by step."""
+"""How long a config's pipeline takes for an image on one core, step by step."""
 import tempfile
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,87 +18,96 @@ from prettytable import PrettyTable
 
 from ..data.classification import check_library, is_classifier
 from ..data.drawing import draw_scene
+from ..data.transforms import without_checks
 from ..errors import ConfigError
 
 _DRAWN = 8
 """Different images; drawing one takes longer than reading it."""
 
 
-def measure_pipeline(cfg: Config, size: tuple[int, int] | None = None,
-                     images: int = 20) -> list[tuple[str, float]]:
-    """Time each step of the training pipeline on drawn JPEG images, with PNG labels or a class.
+def measure_pipeline(cfg: Config, size: tuple[int, int] | None = None, images: int = 20,
+                     mode: str = 'train') -> list[tuple[str, float]]:
+    """Time each step of a pipeline on drawn JPEG images, with PNG labels or a class.
 
-    Runs on one thread, as a worker does, and counts the time of its core alone: other work on the
-    machine and waiting for the disk are left out, and so is handing a batch over to the process
-    that trains.
+    Runs in one thread, as a worker does, and counts the time of its core: waiting for the disk,
+    other work on the machine and handing batches over are left out.
 
     Args:
-        cfg: The config; of its training dataloader the pipeline, batch size and collate function.
+        cfg: Config whose pipeline, batch size and collate function are used.
         size: Height and width of the drawn images in pixels; by default those of ADE20K, about
             512x683, and for classifiers those of ImageNet, about 375x500, with as much grain as
-            makes files of about 110 kB. Cityscapes has 1024x2048.
-        images: How many images are timed.
+            makes files of about 110 kB.
+        images: Number of timed images.
+        mode: 'train', or 'eval' for the test pipeline without labels.
 
     Returns:
         The name of each step and its mean time in milliseconds per image, then ``collate`` and
         ``total``; 1000 / total is the number of images per second and core.
 
     Raises:
-        ConfigError: The config has no training pipeline.
+        ConfigError: The config has no such pipeline, or it does not load an image.
     """
     if is_classifier(cfg):
         check_library()
     init_default_scope(cfg.get('default_scope') or 'mmseg')
-    loader: Any = cfg.get('train_dataloader') or {}
+    name = 'test_dataloader' if mode == 'eval' else 'train_dataloader'
+    loader: Any = cfg.get(name) or {}
     dataset: Any = loader.get('dataset') or {}
     while 'pipeline' not in dataset and ('dataset' in dataset or 'datasets' in dataset):
         dataset = dataset.get('dataset') or dataset['datasets'][0]
-    if not dataset.get('pipeline'):
-        raise ConfigError(f'{cfg.filename} has no train_dataloader.dataset.pipeline to be timed')
-    steps = [TRANSFORMS.build(step) for step in dataset.pipeline]
+    types = [without_checks(step)['type'] for step in dataset.get('pipeline') or ()]
+    if 'LoadImageFromFile' not in types:
+        raise ConfigError(f'{cfg.filename} has no {name}.dataset.pipeline that loads images')
+    first = types.index('LoadImageFromFile')
+    pipeline = [step for name, step in zip(types[first:], dataset.pipeline[first:])
+                if mode == 'train' or name != 'LoadAnnotations']
+    steps = [TRANSFORMS.build(step) for step in pipeline]
     options = dict(loader.get('collate_fn') or {})
     kind = options.pop('type', pseudo_collate)
     collate = FUNCTIONS.get(kind) if isinstance(kind, str) else kind
-    grain = 18. if is_classifier(cfg) else 0.
-    size = size or ((375, 500) if is_classifier(cfg) else (512, 683))
     seconds = np.zeros((images + 1, len(steps)))
+    with _one_thread(), tempfile.TemporaryDirectory() as folder:
+        size = size or ((375, 500) if is_classifier(cfg) else (512, 683))
+        files = [draw_files(Path(folder), index, size, 18. if is_classifier(cfg) else 0.)
+                 for index in range(min(_DRAWN, images))]
+        count = min(loader.batch_size, images)
+        samples: deque[Any] = deque(maxlen=count)  # frees memory as a worker does
+        for image in range(-1, images):  # the first warms up, and is not counted
+            sample = dict(files[image % len(files)], seg_fields=[], reduce_zero_label=False,
+                          label_map=None, gt_label=0)
+            for index, step in enumerate(steps):
+                start = time.thread_time()
+                sample = step(sample)
+                seconds[image, index] = time.thread_time() - start
+            samples.append(sample)
+        start = time.thread_time()
+        collate(samples, **options)
+        means = [*seconds[:images].mean(0), (time.thread_time() - start) / count]
+    names = [*(step['type'] for step in pipeline), 'collate', 'total']
+    return [(name, 1000 * mean) for name, mean in zip(names, (*means, sum(means)))]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads(), cv2.getNumThreads()
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            files = [_draw(Path(folder), index, size, grain)
-                     for index in range(min(_DRAWN, images))]
-            count = min(loader.batch_size, images)
-            samples: deque[Any] = deque(maxlen=count)  # frees memory as a worker does
-            for image in range(-1, images):  # the first warms up, and is not counted
-                sample = dict(files[image % len(files)], seg_fields=[], reduce_zero_label=False,
-                              gt_label=0)
-                for index, step in enumerate(steps):
-                    start = time.thread_time()
-                    sample = step(sample)
-                    seconds[image, index] = time.thread_time() - start
-                samples.append(sample)
-            start = time.thread_time()
-            collate(samples, **options)
-            last = (time.thread_time() - start) / count
+        yield
     finally:
         torch.set_num_threads(threads[0])
         cv2.setNumThreads(threads[1])
-    means = [*seconds[:images].mean(0), last]
-    names = [*(step['type'] for step in dataset.pipeline), 'collate']
-    return [(name, 1000 * mean) for name, mean in (*zip(names, means), ('total', sum(means)))]
 
 
 def describe_pipelines(cfgs: Sequence[Config], size: tuple[int, int] | None = None,
                        images: int = 200, rounds: int = 5) -> str:
-    """Measure pipelines in turn and say what they cost.
+    """Measure training pipelines in turn and say what they cost.
 
     Args:
         cfgs: The configs.
-        size: Of the images, see `measure_pipeline`.
-        images: How many images of each are timed.
-        rounds: The configs take turns so often.
+        size: Size of the images, see `measure_pipeline`.
+        images: Number of timed images of each config.
+        rounds: Number of turns of each config.
 
     Returns:
         A table of each config, and how many cores a GPU keeps busy.
@@ -105,29 +115,30 @@ def describe_pipelines(cfgs: Sequence[Config], size: tuple[int, int] | None = No
     measured = [[measure_pipeline(cfg, size, -(-images // rounds)) for cfg in cfgs]
                 for _ in range(rounds)]
     parts = []
-    for cfg, found in zip(cfgs, zip(*measured)):
-        table = PrettyTable(['step of the training pipeline', 'ms per image', 'share'])
-        table.align.update({'ms per image': 'r', 'share': 'r', table.field_names[0]: 'l'})
-        times = np.mean([[ms for _, ms in each] for each in found], 0)
-        for (name, _), ms in zip(found[0], times):
+    for cfg, turns in zip(cfgs, zip(*measured)):
+        table = PrettyTable(['step of the training pipeline', 'ms per image', 'share'], align='r')
+        table.align[table.field_names[0]] = 'l'
+        times = np.mean([[ms for _, ms in turn] for turn in turns], 0)
+        for (name, _), ms in zip(turns[0], times):
             table.add_row([name, f'{ms:.3f}', f'{ms / times[-1]:.0%}'])
         rate = 1000 / times[-1]
         parts += [str(cfg.filename), table.get_string(),
                   f'{rate:,.0f} images/s on one core: a GPU needs {1000 / rate:.1f} cores for '
                   'every 1,000 images/s that it trains at\n']
-    parts.append('Drawn JPEG images, one thread, the time of its core alone: without waiting for '
-                 'the disk and\nwithout handing batches over. num_workers is per GPU; the process '
-                 'that trains needs a core besides.')
+    parts.append('Drawn JPEG images in one thread, counted by the time of its core: without '
+                 'waiting for the disk\nand without handing batches over. num_workers is per GPU; '
+                 'the training process needs a core too.')
     return '\n'.join(parts)
 
 
-def _draw(folder: Path, index: int, size: tuple[int, int], grain: float) -> dict[str, Any]:
-    """Draw an image and its labels into a folder."""
+def draw_files(folder: Path, index: int, size: tuple[int, int], grain: float = 0.
+               ) -> dict[str, Any]:
+    """Draw a JPEG image and its labels, of two classes, into a folder."""
     rng = np.random.default_rng(index)
     image, labels = draw_scene(rng, size)
     if grain:
         image = np.clip(image + rng.normal(0, grain, image.shape), 0, 255).astype(np.uint8)
     paths = dict(img_path=str(folder / f'{index}.jpg'), seg_map_path=str(folder / f'{index}.png'))
     Image.fromarray(image).save(paths['img_path'], quality=92)
-    Image.fromarray(labels).save(paths['seg_map_path'])
+    Image.fromarray(labels % 2).save(paths['seg_map_path'])
     return paths

@@ -1,4 +1,4 @@
-"""The pictures of a run's report."""
+"""The charts and image panels of a run's report."""
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -6,18 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import matplotlib
 import numpy as np
-from matplotlib.colors import PowerNorm
 
 from ..files import replacing, write_file
-from .evaluation import Example
-
-matplotlib.use('Agg')
-from matplotlib import pyplot as plt
+from .counts import Example
 
 NAMED = 40
-"""So many classes can be named at a matrix; more are numbered."""
+"""Largest number of classes that are named at a matrix; more are numbered."""
 
 _LINE, _PALE, _MARKED = '#33658a', '#a9c3d6', '#b5485d'
 _MANY = 200  # points of a curve that are too many to see its course
@@ -25,16 +20,17 @@ _NUMBERED = 15  # classes whose shares fit into a matrix
 _WRONG = (60, 60, 230)  # BGR
 
 
-def draw_curve(points: Mapping[int, float], path: Path, title: str, *, axis_title: str,
+def draw_curve(points: Mapping[int, float], path: Path, title: str, *, unit: str,
                measured: bool = False) -> None:
-    """Draw one figure of a training over its steps, as a PNG.
+    """Draw a value over the steps of a training, as a PNG.
 
     Args:
-        points: The figure by step.
-        path: Where to.
-        title: What it is.
-        axis_title: What the steps are.
-        measured: It is measured now and then: show each point, and mark the highest.
+        points: Values by step.
+        path: File to write.
+        title: Name of the value.
+        unit: Name of a step.
+        measured: Whether to show each point and mark the highest, for values that are measured now
+            and then.
     """
     steps, values = np.array(list(points)), np.array(list(points.values()), float)
     with _figure(path, (5, 3)) as (_, axis):
@@ -53,7 +49,7 @@ def draw_curve(points: Mapping[int, float], path: Path, title: str, *, axis_titl
                           textcoords='offset points', ha='center', color=_MARKED, fontsize=10)
             axis.margins(y=0.18)
         axis.set_title(_plain(title), loc='left', fontsize=11)
-        axis.set_xlabel(axis_title)
+        axis.set_xlabel(unit)
         axis.xaxis.get_major_locator().set_params(integer=True)
         if len(steps) == 1:
             axis.set_xticks(steps)
@@ -65,11 +61,12 @@ def draw_matrix(shares: np.ndarray, classes: Sequence[str], path: Path) -> None:
     """Draw a confusion matrix, as a PNG.
 
     Args:
-        shares: Of the pixels of each class, the share that each class is predicted for: C x C, 0
-            to 1; a row of nan for a class that does not occur.
-        classes: Their names, where they fit in.
-        path: Where to.
+        shares: Share of the pixels of each class (row) that is predicted as each class (column),
+            C x C, 0 to 1; a row of nan for a class that does not occur.
+        classes: Names of the classes, which are shown where they fit in.
+        path: File to write.
     """
+    from matplotlib.colors import PowerNorm
     count = len(classes)
     named, numbered = count <= NAMED, count <= _NUMBERED
     side = min(max(3.2 + 0.42 * count, 4.5), 9.) if named else 7.5
@@ -96,43 +93,42 @@ def draw_matrix(shares: np.ndarray, classes: Sequence[str], path: Path) -> None:
 
 
 def panels(example: Example, palette: Sequence[tuple[int, int, int]]) -> dict[str, np.ndarray]:
-    """An image, its labels, what was predicted and where that is wrong; h x w x 3, uint8, BGR."""
+    """Return image, labels, prediction and errors by their captions; h x w x 3, uint8, BGR."""
     colours = np.array([*palette, (0, 0, 0)], np.uint8)[:, ::-1]  # the last one for -1
-    grey = cv2.cvtColor(example.picture, cv2.COLOR_BGR2GRAY)[..., None].repeat(3, 2)
+    grey = cv2.cvtColor(example.image, cv2.COLOR_BGR2GRAY)[..., None].repeat(3, 2)
     errors = (0.45 * grey + 110).astype(np.uint8)
-    counted = example.truth >= 0
-    errors[counted & (example.truth != example.predicted)] = _WRONG
+    counted = example.labels >= 0
+    errors[counted & (example.labels != example.predicted)] = _WRONG
     errors[~counted] = 60
-    return {'image': example.picture, 'labels': colours[example.truth],
+    return {'image': example.image, 'labels': colours[example.labels],
             'prediction': colours[example.predicted], 'errors': errors}
 
 
-def encode(picture: np.ndarray, photo: bool = False) -> bytes:
-    """A picture (BGR) as a PNG, or a photo as a JPEG."""
-    kind = ('.jpg', [cv2.IMWRITE_JPEG_QUALITY, 88]) if photo else ('.png', [])
-    return cv2.imencode(kind[0], picture, kind[1])[1].tobytes()
+def encode(image: np.ndarray, photo: bool = False) -> bytes:
+    """Encode a BGR image as a PNG, or a photo as a JPEG."""
+    suffix, options = ('.jpg', [cv2.IMWRITE_JPEG_QUALITY, 88]) if photo else ('.png', [])
+    return cv2.imencode(suffix, image, options)[1].tobytes()
 
 
-def write_row(pictures: Sequence[np.ndarray], path: Path) -> None:
-    """Write pictures of one size side by side, as a PNG."""
-    gap = np.full((len(pictures[0]), 6, 3), 255, np.uint8)
-    row: list[np.ndarray] = [part for picture in pictures for part in (picture, gap)][:-1]
+def write_row(images: Sequence[np.ndarray], path: Path) -> None:
+    """Write images of one size side by side, as a PNG."""
+    gap = np.full((len(images[0]), 6, 3), 255, np.uint8)
+    row: list[np.ndarray] = [part for image in images for part in (image, gap)][:-1]
     write_file(path, encode(np.hstack(row)))
 
 
 @contextmanager
 def _figure(path: Path, size: tuple[float, float]) -> Iterator[tuple[Any, Any]]:
-    figure, axis = plt.subplots(figsize=size, layout='constrained')
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=size, layout='constrained')
+    axis = figure.subplots()
     axis.spines[['top', 'right']].set_visible(False)
-    try:
-        yield figure, axis
-        with replacing(path) as partial, warnings.catch_warnings():
-            warnings.filterwarnings('ignore', message='Glyph .* missing')  # in names of classes
-            figure.savefig(partial, dpi=140)
-    finally:
-        plt.close(figure)
+    yield figure, axis
+    with replacing(path) as partial, warnings.catch_warnings():
+        warnings.filterwarnings('ignore', message='Glyph .* missing')  # in names of classes
+        figure.savefig(partial, dpi=140, format='png')
 
 
 def _plain(text: str) -> str:
-    """Text that matplotlib does not take for mathematics."""
+    """Escape what matplotlib takes for mathematics."""
     return text.replace('$', r'\$')

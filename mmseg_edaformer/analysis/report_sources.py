@@ -1,49 +1,38 @@
-"""What a run's report is made of beside its counts: the log of the training, and the ISR curve."""
+"""The sources of a run's report beside its counts: the training log and the ISR curve."""
 import json
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from ..isr import ISRRatio, isr
-from ..isr.adapters import find_attention
-from .evaluation import Evaluation
-from .sweep import Bench, Measurements, ratio_name
 from .sweep_report import Row
-
-RATIO_IMAGES = 50
-"""The ISR curve is measured on at most so many images."""
 
 
 @dataclass
 class Curves:
-    """What a training logged, by step and then by name.
+    """The log of a training, by step and then by name.
 
     Attributes:
         train: Losses, learning rate, times.
-        val: Metrics; a step is an epoch where the validations were counted in epochs.
-        starts: How often the run was started.
+        val: Metrics; a step is an epoch if the validations were counted in epochs.
+        starts: Number of times that the run was started.
     """
     train: dict[int, dict[str, float]] = field(default_factory=dict)
     val: dict[int, dict[str, float]] = field(default_factory=dict)
     starts: int = 0
 
     def of(self, name: str, validated: bool = False) -> dict[int, float]:
-        """One figure by step, where it was logged."""
+        """Return one value by step."""
         lines = self.val if validated else self.train
         return {step: line[name] for step, line in sorted(lines.items()) if name in line}
 
 
 def read_curves(work_dir: Path) -> Curves:
-    """Put together what the starts of a run logged, each in a folder of its own.
+    """Join the logs of all starts of a run, each of which has a folder of its own.
 
-    A start takes the place of what an earlier one logged from its first step on; one that begins
-    as early as those before it is another run, and the only one to be shown.
+    From its first step on, a start replaces what earlier ones logged. One that begins as early as
+    those before it is another run, and replaces all of them.
     """
     curves = Curves()
     for path in sorted(work_dir.glob('*/vis_data/scalars.json')):
@@ -74,7 +63,7 @@ def read_curves(work_dir: Path) -> Curves:
 
 
 def join_curves(curves: Curves) -> tuple[list[str], list[list[Any]]]:
-    """Header and lines of a table of all figures; those of validations have a prefix."""
+    """Return header and rows of a table of all values; those of validations have a prefix."""
     lines: dict[int, dict[str, float]] = {}
     for prefix, part in (('', curves.train), ('val/', curves.val)):
         for step, line in part.items():
@@ -86,56 +75,20 @@ def join_curves(curves: Curves) -> tuple[list[str], list[list[Any]]]:
                               for step, line in sorted(lines.items())]
 
 
-class LiveBench(Bench):
-    """The bench of a sweep with the model of a run that has ended, for a limited time.
-
-    Args:
-        model: In eval mode, on its device.
-        dataset: Its images.
-        evaluation: Tells how its mIoU is counted.
-    """
-
-    def __init__(self, model: Any, dataset: Any, evaluation: Evaluation) -> None:
-        self.metric = dict(classes=len(evaluation.classes), ignore_index=evaluation.ignore_index,
-                           nan_to_num=evaluation.nan_to_num)
-        self.model, self.dataset = model, dataset
-        self.device = next(model.parameters()).device
-        with isr(model, 1):
-            pass  # that it can be reduced is told before anything is measured
-        self.stages = {part.kind: len(part.stages) for part in find_attention(model).parts}
-        order = np.random.default_rng(0).permutation(len(dataset))[:RATIO_IMAGES].tolist()
-        self.found = Measurements(Path(os.devnull), '')
-        self.cache, self.cached, self.passes = {}, 0, 0
-        self.warm, self.macs, self.peaks = set(), {}, {}
-        self.order = order[:1]
-        self.example, self.size = self._middle_image()
-        self.order = order
-
-    @torch.no_grad()
-    def measure_for(self, ratios: Sequence[ISRRatio], seconds: float) -> None:
-        """Predict images at all ratios in turn, at least one image, until the time is over."""
-        names = {ratio_name(ratio): ratio for ratio in ratios}
-        end = time.monotonic() + seconds
-        for position in range(len(self.order)):
-            self._take_turns(position, names, list(names))
-            if time.monotonic() > end:
-                return
-
-
 @dataclass
 class Ratios:
-    """The ISR curve: its points, the size of the images, and where it is from or why it lacks."""
+    """The ISR curve: its points, the image size, and a note on where it is from or why it lacks."""
     rows: list[Row] = field(default_factory=list)
     size: tuple[int, int] | None = None
-    says: str = ''
+    note: str = ''
 
 
 def find_sweep(checkpoint: Path, work_dir: Path) -> Ratios | None:
-    """The newest sweep of a checkpoint, in the work dir or beside it, if it was made after it."""
-    near = {work_dir.resolve(), checkpoint.resolve().parent}
-    found = [path for folder in near for pattern in ('sweep.json', 'isr_sweep_*/sweep.json')
+    """Return the newest sweep of a checkpoint, in the work dir or beside it, that is newer."""
+    paths = [path for folder in {work_dir.resolve(), checkpoint.resolve().parent}
+             for pattern in ('sweep.json', 'isr_sweep_*/sweep.json')
              for path in folder.glob(pattern)]
-    for path in sorted(found, key=lambda path: -path.stat().st_mtime):
+    for path in sorted(paths, key=lambda path: -path.stat().st_mtime):
         try:
             content = json.loads(path.read_text(encoding='utf-8'))
             if (os.path.realpath(content['checkpoint']) == os.path.realpath(checkpoint) and
@@ -150,5 +103,5 @@ def find_sweep(checkpoint: Path, work_dir: Path) -> Ratios | None:
 
 
 def size_name(size: Sequence[int]) -> str:
-    """Height and width, such as 512x1024."""
+    """Return a height and width as in 512x1024."""
     return f'{size[0]}x{size[1]}'

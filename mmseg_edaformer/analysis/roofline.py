@@ -1,4 +1,4 @@
-"""How near a network's operators come to what the device can do.
+"""How close a network's operators come to the limits of the device.
 
 The operators of a call are recorded as PyTorch dispatches them, and each is then timed by itself on
 tensors of the same sizes. Its *limit* is the longer of two times: its floating-point operations at
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.flop_counter import flop_registry
 
-from .benchmark import Rates
+from .timing import Prepare, Rates
 
 _WORKING_SET = 2 ** 28
 """Bytes that a timed operator walks through, which no cache holds."""
@@ -29,23 +29,17 @@ class Work:
     """What one call of an operator does.
 
     Attributes:
-        call: Makes its tensors, and returns the call to time.
-        flops: Floating-point operations, of products and convolutions alone; others have 0.
-        bytes: Its inputs and outputs, each once.
+        flops: Floating-point operations of products and convolutions; others have 0.
+        bytes: Size of inputs and outputs, each once.
     """
-    call: Callable[[], Callable[[], Any]]
+    call: Prepare
     flops: int
     bytes: int
 
 
 @dataclass(frozen=True)
-class Row:
-    """One operator; all figures are for all its calls in one pass.
-
-    Attributes:
-        limit_ms: The longer of the two limits.
-        bound: 'compute' or 'memory', whichever that is.
-    """
+class Operator:
+    """One operator; all figures are for all its calls in one pass."""
     name: str
     shapes: str
     calls: int
@@ -88,12 +82,7 @@ class _Like:
 
 
 class Recorder(TorchDispatchMode):
-    """Counts the operators of a ``with`` block by name and arguments; views cost nothing.
-
-    Attributes:
-        calls: How often each came.
-        works: What one call of each does.
-    """
+    """Counts the operators of a ``with`` block by name and arguments; views cost nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,24 +92,24 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         leaves, spec = tree_flatten((args, kwargs))
-        told = tuple(_Like.of(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        shapes = tuple(_Like.of(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
         out = func(*args, **kwargs)
-        given, made = ([each for each in found if isinstance(each, _Like)] for found in (
-            told, [_Like.of(leaf) for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]))
+        given = [leaf for leaf in shapes if isinstance(leaf, _Like)]
+        made = [_Like.of(leaf) for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         if not given or not made or func.is_view or func in _FREE:
             return out
         name = str(func).removeprefix('aten.').removesuffix('.default')
-        key = name, ' '.join(map(str, given[:3])), told
+        key = name, ' '.join(map(str, given[:3])), shapes
         self.calls[key] += 1
         if key not in self.works:
 
             def ready() -> Callable[[], Any]:
                 again, named = tree_unflatten([leaf.make() if isinstance(leaf, _Like) else leaf
-                                               for leaf in told], spec)
+                                               for leaf in shapes], spec)
                 return lambda: func(*again, **named)
 
             self.works[key] = Work(ready, _flops(func, args, kwargs, out),
-                                   sum(each.bytes for each in (*given, *made)))
+                                   sum(tensor.bytes for tensor in (*given, *made)))
         return out
 
 
@@ -135,18 +124,18 @@ def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
 
 def rooflines(call: Callable[[], Any], rates: Rates, device: torch.device, *,
               others: Mapping[str, Work] | None = None,
-              most: int = 5) -> tuple[list[Row], float]:
+              most: int = 5) -> tuple[list[Operator], float]:
     """The operators on which a call spends the most time.
 
     Args:
         call: A pass through a network, or a training step.
-        rates: Of `benchmark.measure_rates` on the same device, in the same dtype.
-        device: Where it runs.
-        others: What the call runs besides that PyTorch's dispatcher does not see, by name.
-        most: So many operators are returned.
+        rates: Rates of the same device in the same dtype.
+        device: Device that it runs on.
+        others: Work that PyTorch's dispatcher does not see, by name.
+        most: Number of operators to return, the most expensive first.
 
     Returns:
-        The rows, the most expensive first, and the milliseconds of all operators together.
+        The operators, and the milliseconds of all together.
     """
     call()
     with Recorder() as recorder:
@@ -159,10 +148,10 @@ def rooflines(call: Callable[[], Any], rates: Rates, device: torch.device, *,
 
 
 def _row(name: str, shapes: str, count: int, work: Work, rates: Rates,
-         device: torch.device) -> Row:
+         device: torch.device) -> Operator:
     compute = work.flops / 2e6 / rates.gmacs_per_s
     memory = work.bytes / 1e6 / rates.gb_per_s
-    return Row(name, shapes, count, 1e3 * count * time_work(work, device),
+    return Operator(name, shapes, count, 1e3 * count * time_work(work, device),
                count * work.flops / 1e9, count * work.bytes / 1e6, count * max(compute, memory),
                'compute' if compute > memory else 'memory')
 
@@ -171,8 +160,8 @@ def time_work(work: Work, device: torch.device, repeats: int = 3) -> float:
     """Seconds of one call, from a queue that never runs empty; caches are cold."""
     count = max(1, min(8, _WORKING_SET // max(work.bytes, 1)))
     calls = [work.call() for _ in range(count)]
-    for each in calls:
-        each()
+    for call in calls:
+        call()
     return statistics.median(_seconds(calls, device) for _ in range(repeats)) / count
 
 

@@ -1,4 +1,4 @@
-"""What a sweep over ISR ratios tells: its rows, as a table, in words, in files and as a picture."""
+"""What a sweep over ISR ratios reports: rows, a table, advice, files and a chart."""
 import csv
 import io
 import json
@@ -6,27 +6,21 @@ import math
 import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from itertools import pairwise, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import matplotlib
-import numpy as np
 import torch
 from prettytable import PrettyTable
 
+from ..engine.run_config import parse_options
 from ..errors import ConfigError
 from ..files import replacing, write_file
-from .benchmark import Plan, environment
-
-matplotlib.use('Agg')
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.text import Text
-from matplotlib.transforms import Bbox
+from .timing import environment
 
 if TYPE_CHECKING:
-    from .sweep import Bench
+    from matplotlib.axes import Axes
+
+    from .bench import Bench
 
 FEWEST = 10
 """Images that a confidence interval needs."""
@@ -36,15 +30,15 @@ _LINE, _RECOMMENDED, _TRIED = '#33658a', '#b5485d', '#b0b7bf'
 
 @dataclass(frozen=True)
 class Goal:
-    """What a ratio is to be recommended for; one of the three, or none.
+    """The goal of a recommendation: one of the three, or none.
 
     Args:
-        max_drop: The cheapest ratio that loses at most so much mIoU, in points.
-        budget_ms: The best mIoU within so many milliseconds per image, on this machine.
-        budget_gmacs: The best mIoU within so many GMACs per image.
+        max_drop: Largest loss of mIoU, in points, of which the cheapest ratio is recommended.
+        budget_ms: Most milliseconds per image, within which the best mIoU is recommended.
+        budget_gmacs: Most GMACs per image, within which the best mIoU is recommended.
 
     Raises:
-        ConfigError: More than one is given, or one is no such number.
+        ConfigError: More than one is given, or one is not a positive number.
     """
     max_drop: float | None = None
     budget_ms: float | None = None
@@ -52,15 +46,14 @@ class Goal:
 
     def __post_init__(self) -> None:
         if len(self.given) > 1:
-            raise ConfigError(f'{" and ".join(self.given)} contradict each other: each asks for '
-                              'a ratio of its own. Give one')
+            raise ConfigError(f'{" and ".join(self.given)} exclude each other: give one')
         for flag, value in self.given.items():
             if not 0 <= value < math.inf or (value == 0 and self.max_drop is None):
                 raise ConfigError(f'{flag} {value:g}: give a number above 0')
 
     @property
     def given(self) -> dict[str, float]:
-        """What is given, by the name of its flag."""
+        """The given value by the name of its flag."""
         return {'--' + field.name.replace('_', '-'): getattr(self, field.name)
                 for field in fields(self) if getattr(self, field.name) is not None}
 
@@ -74,7 +67,7 @@ class Row:
 
     Attributes:
         isr_ratio: As `tools/test.py --isr-ratio` takes it.
-        images: How many it was measured on.
+        images: Number of images it was measured on.
         miou: In percent, of these images.
         change: mIoU above that of the trained ratio, in points; below 0 is a loss.
         change_low: Lower end of the 95 % interval of ``change``, see `change_interval`; None for
@@ -86,7 +79,7 @@ class Row:
         time_vs_none: Median ratio of its time to that of the trained ratio in the same turn.
         peak_mib: Most memory at once for that image, see `memory.peak_bytes`.
         pareto_gmacs: Whether no other ratio has both more mIoU and fewer GMACs.
-        pareto_ms: The same of time.
+        pareto_ms: Whether no other ratio has both more mIoU and less time.
     """
     isr_ratio: str
     images: int
@@ -103,7 +96,7 @@ class Row:
 
 
 def table(rows: Sequence[Row], named: set[str]) -> str:
-    """The figures of the named ratios and of those that nothing beats, for a terminal."""
+    """Format the named ratios and those that nothing beats for a terminal."""
     hidden = {name for name, value in (('95 % interval', rows[0].change_low),
                                        ('MiB', rows[0].peak_mib)) if value is None}
     columns = ('isr_ratio', 'mIoU', 'change', '95 % interval', 'GMACs', 'ms', 'time', 'MiB', 'best')
@@ -120,8 +113,8 @@ def table(rows: Sequence[Row], named: set[str]) -> str:
             '' if row.peak_mib is None else f'{row.peak_mib:.0f}', ', '.join(best)])
     rest = len(rows) - len(shown)
     return pretty.get_string(fields=[name for name in columns if name not in hidden]) + (
-        f'\n{rest} more ratio{"s were" if rest > 1 else " was"} tried: others '
-                          'give more for less' if rest else '')
+        f'\n{rest} more ratio{"s were" if rest > 1 else " was"} tried and beaten by those shown'
+        if rest else '')
 
 
 def _interval(row: Row) -> str:
@@ -129,7 +122,7 @@ def _interval(row: Row) -> str:
 
 
 def notes(bench: 'Bench', rows: Sequence[Row]) -> list[str]:
-    """What a reader of the table must know."""
+    """List what a reader of the table must know."""
     some = '' if bench.images == len(bench.dataset) else f' of {len(bench.dataset)}'
     threads = torch.get_num_threads()
     lines = [
@@ -152,38 +145,34 @@ def notes(bench: 'Bench', rows: Sequence[Row]) -> list[str]:
 
 def advice(rows: Sequence[Row], goal: Goal, best: Row | None,
             command: Sequence[str]) -> list[str]:
-    """The recommended ratio in words, and the line that tests it."""
+    """Say which ratio to take, and the command that tests it."""
     if best is None:
         return []
     trained = next(row for row in rows if row.isr_ratio == 'none')
     line = shlex.join(['python', 'tools/test.py', *command[:2], *(
         [] if best is trained else ['--isr-ratio', best.isr_ratio]), *command[2:]])
     if best is trained:
-        return [f'{goal}: the trained ratio, none; what is cheaper does not give more within it',
-                line]
+        return [f'{goal}: take none, the trained ratio; no cheaper ratio meets it as well', line]
     lines = [f'{goal}: take {best.isr_ratio}: mIoU {best.miou:.2f} ({best.change:+.2f}), '
              f'{best.gmacs:.3f} GMACs ({best.gmacs / trained.gmacs - 1:+.1%}), {best.ms:.1f} ms '
              f'(x {best.time_vs_none:.2f})']
     if goal.max_drop is not None and best.change_low is not None and (
             -best.change_low > goal.max_drop):
-        lines.append(f'On other images the drop may be as large as {-best.change_low:.2f} (95 % '
-                     'interval): more --samples narrow that')
+        lines.append(f'On other images the drop may reach {-best.change_low:.2f} (95 % interval): '
+                     'more --samples narrow it')
     return [*lines, line]
 
 
-def option_words(options: Mapping[str, Any]) -> list[str]:
-    """``--cfg-options`` as a command line has them."""
-    words = [f'{key}={value if isinstance(value, str) else _plain(value)}'
-             for key, value in options.items()]
+def option_words(options: Mapping[str, Any] | Sequence[str]) -> list[str]:
+    """Return ``--cfg-options`` as a command line has them."""
+    words = [f'{key}={value}' if isinstance(value, str) else
+             f'{key}={value}'.replace("'", '').replace(' ', '')
+             for key, value in parse_options(options).items()]
     return ['--cfg-options', *words] if words else []
 
 
-def _plain(value: Any) -> str:
-    return str(value).replace("'", '').replace(' ', '')
-
-
 def shape(bench: 'Bench') -> str:
-    """The size of the image whose GMACs and memory are counted."""
+    """Return the size of the image whose GMACs and memory are counted."""
     return f'{bench.size[0]}x{bench.size[1]}'
 
 
@@ -197,12 +186,12 @@ def write(folder: Path, bench: 'Bench', rows: Sequence[Row], goal: Goal, best: R
     writer.writeheader()
     writer.writerows(figures)
     write_file(folder / 'sweep.csv', text.getvalue())
-    plan = Plan(device=bench.device.type, keep_memory=True)
     write_file(folder / 'sweep.json', json.dumps(dict(
         config=command[0], checkpoint=command[1], cfg_options=command[3:],
         images=bench.images, images_of_test_set=len(bench.dataset), input_size=bench.size,
         goal={flag.removeprefix('--'): value for flag, value in goal.given.items()},
-        recommended=best and best.isr_ratio, rows=figures, environment=environment(plan),
+        recommended=best and best.isr_ratio, rows=figures,
+        environment=environment(bench.device.type),
     ), indent=2) + '\n')
 
 
@@ -212,12 +201,22 @@ def draw(rows: Sequence[Row], path: str | Path, recommended: str | None = None,
 
     Args:
         rows: The figures.
-        path: Where to.
+        path: File to write.
         recommended: The ratio to mark.
         named: Ratios to label beside those on the line.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(11, 5.2), sharey=True, dpi=120,
-                                layout='constrained')
+    figure = chart(rows, recommended, named)
+    with replacing(path) as partial:
+        figure.savefig(partial)
+
+
+def chart(rows: Sequence[Row], recommended: str | None, named: Collection[str]) -> Any:
+    """Return the figure that `draw` writes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(11, 5.2), dpi=120, layout='constrained')
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 2, sharey=True)
     for axis, cost, front, title in (
             (axes[0], 'gmacs', 'pareto_gmacs', 'GMACs per image'),
             (axes[1], 'ms', 'pareto_ms', 'ms per image')):
@@ -247,45 +246,27 @@ def draw(rows: Sequence[Row], path: str | Path, recommended: str | None = None,
     figure.canvas.draw()  # settles the layout, which the labels must not change
     figure.set_layout_engine('none')
     for axis, cost, front in ((axes[0], 'gmacs', 'pareto_gmacs'), (axes[1], 'ms', 'pareto_ms')):
-        points = {row.isr_ratio: (getattr(row, cost), row.miou) for row in rows}
-        leaders = [row.isr_ratio for row in rows if getattr(row, front)]
-        _label(axis, points, sorted(points[name] for name in leaders), recommended, named, leaders)
-    with replacing(path) as partial:
-        figure.savefig(partial)
-    plt.close(figure)
+        _label(axis, {row.isr_ratio: (getattr(row, cost), row.miou) for row in rows
+                      if getattr(row, front) or row.isr_ratio in named}, recommended, named)
+    return figure
 
 
-def _label(axis: Axes, points: Mapping[str, tuple[float, float]],
-           line: Sequence[tuple[float, float]], recommended: str | None, named: Collection[str],
-           leaders: Sequence[str]) -> None:
+def _label(axis: 'Axes', points: Mapping[str, tuple[float, float]], recommended: str | None,
+           named: Collection[str]) -> None:
     """Label points where there is room: the named ones first, and the others only close by."""
+    from matplotlib.text import Text
     figure: Any = axis.figure
-    scale = figure.dpi / 72
-    along = [(1 - t) * np.array(a) + t * np.array(b)
-             for a, b in pairwise(line) for t in np.linspace(0, 1, 40)]
-    taken = [Bbox.from_bounds(x - half, y - half, 2 * half, 2 * half)
-             for half, kind in ((3.5 * scale, points.values()), (scale, along),
-                                (7 * scale, [points[recommended]] if recommended else []))
-             for x, y in (axis.transData.transform(point) for point in kind)]
-    around = [(0, 1), (1, 1), (-1, 1), (0, -1), (1, -1), (-1, -1), (1, 0), (-1, 0)]
-    wanted = [name for name in points if name in named or name in leaders]
-    for name in sorted(wanted, key=lambda name: (name != recommended, name not in named)):
-        far = (7, 12, 20, 30, 42) if name in named else (7, 12)
-        for distance, (right, up) in product(far, around):
+    taken: list[Any] = []
+    for name in sorted(points, key=lambda name: (name != recommended, name not in named)):
+        for distance in (9, -9, 22, -22, 35, -35) if name in named else (9, -9):
             note = axis.annotate(
-                name, points[name], (right * distance, up * distance), fontsize=8,
-                textcoords='offset points', annotation_clip=False,
-                ha={0: 'center', 1: 'left', -1: 'right'}[right],
-                va={0: 'center', 1: 'bottom', -1: 'top'}[up],
+                name, points[name], (0, distance), fontsize=8, textcoords='offset points',
+                annotation_clip=False, ha='center', va='center',
                 color=_RECOMMENDED if name == recommended else '#222222',
-                fontweight='bold' if name == recommended else 'normal',
-                arrowprops=None if distance < 12 else dict(
-                    arrowstyle='-', color='#999999', linewidth=0.6, shrinkA=0, shrinkB=4))
+                arrowprops=dict(arrowstyle='-', color='#999999', linewidth=0.6))
             note.update_positions(figure.canvas.get_renderer())
             box = Text.get_window_extent(note)  # without its line
-            inside = (box.x0 >= axis.bbox.x0 and box.x1 <= figure.bbox.x1 and
-                      box.y0 >= axis.bbox.y0 and box.y1 <= figure.bbox.y1)
-            if inside and not any(box.overlaps(other) for other in taken):
+            if not any(box.overlaps(other) for other in taken):
                 taken.append(box)
                 break
             note.remove()

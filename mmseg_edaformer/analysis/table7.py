@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mmengine.config import Config
-from mmengine.registry import init_default_scope
-from mmseg.registry import MODELS
 from prettytable import PrettyTable
 
 from ..cost import on_meta, trace_macs
 from ..errors import ConfigError, RatioError
 from ..isr import isr
+from .loading import load_model
 
 INPUT_SIZE = (1024, 2048)
 
@@ -52,11 +51,23 @@ RATIOS = ('1-2', '1-3', '1-4', '2', '3', '4', '2211-1', '2211-222', '2221-222', 
 """The ratios tried; those of another number of stages than a model has are passed over."""
 
 
+def choose(names: Sequence[str]) -> list[Published]:
+    """Return the columns of these names, or all.
+
+    Raises:
+        ConfigError: There is no such column.
+    """
+    known = {row.name: row for row in TABLE7}
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(f'no such column: {", ".join(unknown)}; they are {", ".join(known)}')
+    return [known[name] for name in names or known]
+
+
 @dataclass(frozen=True)
 class Measured:
-    """What one model costs: parameters, GMACs without ISR, GMACs for each ratio that fits.
+    """What one model costs: parameters, GMACs without ISR, and at each ratio that fits.
 
-    ``problem`` says why there is nothing to see.
+    ``problem`` says why there is nothing to show.
     """
     published: Published
     parameters: int = 0
@@ -73,7 +84,7 @@ class Measured:
 
     @property
     def note(self) -> str:
-        """What ISR leaves as it is, or the problem."""
+        """What ISR does not reduce, or the problem."""
         if self.reduced and self.nearest is None:
             return 'ISR reduces nothing'
         if '2' in self.reduced and self.reduced['2'] == self.reduced.get('1-2'):
@@ -83,19 +94,17 @@ class Measured:
 
 def measure(published: Published, configs: Path, ratios: Sequence[str] = RATIOS,
             input_size: tuple[int, int] | None = None) -> Measured:
-    """Build the model of a row and count what it costs without and with ISR.
+    """Build the model of a column and count what it costs without and with ISR.
 
     Args:
-        published: The row.
-        configs: The folder of the configs.
+        published: The column.
+        configs: Folder of the configs.
         ratios: ISR ratios to try.
-        input_size: Height and width in pixels, in place of the row's.
+        input_size: Height and width in pixels, instead of the column's.
     """
     input_size = input_size or published.input_size
-    cfg = Config.fromfile(configs / f'{published.config}.py')
-    init_default_scope(cfg.default_scope)
     try:
-        model = MODELS.build(cfg.model)
+        model = load_model(Config.fromfile(configs / f'{published.config}.py'))
     except ConfigError as error:
         return Measured(published, problem=str(error))
     reduced, problem = {}, ''
@@ -112,26 +121,28 @@ def measure(published: Published, configs: Path, ratios: Sequence[str] = RATIOS,
 
 
 def table(rows: Sequence[Measured]) -> str:
-    """The rows with the ratio that is nearest to the paper, as a table for a terminal."""
+    """Format the rows, each at the ratio that is nearest to the paper."""
     lines = PrettyTable(['model', 'size', 'M parameters', 'GMACs', 'paper', 'off by', 'isr_ratio',
                          'GMACs with ISR', 'paper with ISR', 'off by ', 'note'], align='r')
     lines.align['model'] = lines.align['note'] = 'l'
     for row in rows:
-        published, ratio = row.published, row.nearest
-        own = ([f'{row.parameters / 1e6:.2f}', f'{row.gmacs:.1f}', published.gflops,
-                _off(row.gmacs, published.gflops)] if row.gmacs else
-               ['-', '-', published.gflops, '-'])
-        with_isr = ['-', '-', published.gflops_isr, '-'] if ratio is None else [
-            ratio, f'{row.reduced[ratio]:.1f}', published.gflops_isr,
-            _off(row.reduced[ratio], published.gflops_isr)]
-        size = 'x'.join(map(str, published.input_size))
-        lines.add_row([published.name, size, *own, *with_isr, row.note])
+        known, ratio = row.published, row.nearest
+        lines.add_row([
+            known.name, '{},{}'.format(*known.input_size),
+            f'{row.parameters / 1e6:.2f}' if row.gmacs else '-',
+            *_beside(row.gmacs or None, known.gflops), ratio or '-',
+            *_beside(row.reduced.get(ratio or ''), known.gflops_isr), row.note])
     return lines.get_string(fields=[name for name in lines.field_names if name != 'note' or
                                     any(row.note for row in rows)])
 
 
+def _beside(gmacs: float | None, paper: float) -> tuple[str, float, str]:
+    return ('-', paper, '-') if gmacs is None else (
+        f'{gmacs:.1f}', paper, f'{gmacs / paper - 1:+.1%}')
+
+
 def tried_table(rows: Sequence[Measured]) -> str:
-    """GMACs of every model at every ratio that was tried; '-' where it does not fit."""
+    """Format the GMACs of every model at every ratio that was tried; '-' where it does not fit."""
     ratios = list(dict.fromkeys(ratio for row in rows for ratio in row.reduced))
     lines = PrettyTable(['model', 'none', *ratios, 'paper with ISR'], align='r')
     lines.align['model'] = 'l'
@@ -140,7 +151,3 @@ def tried_table(rows: Sequence[Measured]) -> str:
                        *(f'{row.reduced[ratio]:.1f}' if ratio in row.reduced else '-'
                          for ratio in ratios), row.published.gflops_isr])
     return str(lines)
-
-
-def _off(own: float, paper: float) -> str:
-    return f'{own / paper - 1:+.1%}'

@@ -1,4 +1,4 @@
-"""Pictures of what a network does: attention, its features and labels at several ISR ratios."""
+"""Sheets that show what a network does at several ISR ratios: attention, features, predictions."""
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,14 +11,15 @@ from mmseg.registry import TRANSFORMS
 from prettytable import PrettyTable
 from torch import Tensor
 
-from ..cost import count_macs
 from ..errors import ConfigError, DataError, shown
 from ..files import replacing
 from ..isr import ISRRatio
 from ..isr.pooling import Grid
-from ..predict.segmenter import Segmenter, find_pictures, name_targets, writing
-from .attention import Attended, choose_layers, layer_names, look
-from .benchmark import ratio_name, windows
+from ..predict.inputs import find_images, name_targets
+from ..predict.outputs import writing
+from ..predict.segmenter import Segmenter
+from .attention import choose_layers, layer_names, look
+from .loading import count_windows
 from .sheets import (
     Shot,
     Subject,
@@ -28,60 +29,61 @@ from .sheets import (
     relative_error,
 )
 
-_POINTS = 3
 
-
-def visualize(segmenter: Segmenter, pictures: Sequence[str | Path], out: str | Path, *,
-              ratios: Sequence[ISRRatio | int | str] = ('none', 'optimal'),
+def visualize(segmenter: Segmenter, images: Sequence[str | Path], out: str | Path, *,
+              isr_ratio: Sequence[ISRRatio | int | str] = ('none', 'optimal'),
               others: Sequence[tuple[str, Segmenter]] = (), points: Sequence[str] = (),
               layers: Sequence[str] = (), labels: str | Path | None = None,
               reduce_zero_label: bool = False, say: Callable[[str], None] = print) -> list[Path]:
-    """Draw sheets of what ISR does to pictures: attention, features and predictions.
+    """Draw sheets that show what ISR does to images: attention, features and predictions.
 
     Args:
         segmenter: The model.
-        pictures: Files, folders and patterns, see `find_pictures`.
-        out: A folder, which gets ``NAME_attention.png``, ``NAME_features.png`` and
-            ``NAME_predictions.png`` for each picture.
-        ratios: What to compare; the first is what the others are compared with.
-        others: Names of other models and the models, whose predictions are put beside.
-        points: Of the queries, see `parse_point`; by default in the largest classes.
-        layers: See `choose_layers`.
-        labels: The mask of a single picture, or a folder of masks called as the pictures are:
+        images: Files, folders and patterns, see `find_images`.
+        out: Folder for ``NAME_attention.png``, ``NAME_features.png`` and ``NAME_predictions.png``
+            of each image.
+        isr_ratio: Ratios to compare; the others are compared with the first one.
+        others: Names of further models and the models, whose predictions are shown beside.
+        points: Queries whose attention is shown, see `parse_point`; by default in the largest
+            classes.
+        layers: Attention layers, see `choose_layers`.
+        labels: The mask of a single image, or a folder of masks with the names of the images:
             class indices, 255 where there is no label.
-        reduce_zero_label: Whether in them 0 means no label and 1 the first class.
-        say: Gets a text for each picture.
+        reduce_zero_label: Whether 0 in the masks means no label and 1 the first class.
+        say: Function that receives a text for each image.
 
     Returns:
         The files that were written.
 
     Raises:
-        DataError: A picture or a mask cannot be read, or two pictures have one name.
+        DataError: An image or a mask cannot be read, or two images have one name.
         ConfigError: A point, a layer or another model does not fit, or the folder cannot be
             written to.
-        RatioError: A ratio means nothing, or there is nothing to reduce.
+        RatioError: A ratio cannot be parsed, or the model has nothing to reduce.
     """
     out = Path(out)
-    wanted = list(dict.fromkeys(map(ISRRatio.parse, ratios)))
-    files = name_targets([each for source in pictures for each in find_pictures(source)])
-    named = choose_layers(segmenter.model, layers)
+    ratios = list(dict.fromkeys(map(ISRRatio.parse, isr_ratio)))
+    files = name_targets([file for source in images for file in find_images(source)])
+    chosen = choose_layers(segmenter.model, layers)
     for title, other in others:
         if other.classes != segmenter.classes:
             raise ConfigError(f'{title} predicts {len(other.classes)} classes that are not the '
-                              f'{len(segmenter.classes)} of {segmenter.source}: side by side they '
-                              'must be the same')
+                              f'{len(segmenter.classes)} of {segmenter.source}: to be shown side '
+                              'by side they must be the same')
     if labels is not None and len(files) > 1 and not Path(labels).is_dir():
-        raise ConfigError(f'labels {labels}: of several pictures, give the folder of their masks')
+        raise ConfigError(f'labels {labels}: for several images, give the folder of their masks')
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     written = []
     for path, name in files.items():
-        subject = _subject(segmenter, path, points, wanted[0])
-        truth = None if labels is None else _read_labels(
-            Path(labels), path, subject.picture.shape[:2], len(segmenter.classes),
-            reduce_zero_label)
-        shots, reasons = _take(segmenter, subject, wanted, named, bool(layers))
-        beside = [_predict(other, path, title) for title, other in others]
+        subject = find_subject(segmenter, path, points, ratios[0])
+        truth = None if labels is None else read_labels(
+            Path(labels), path, subject.image.shape[:2], len(segmenter.classes), reduce_zero_label)
+        shots, reasons = _observe(segmenter, subject, ratios, chosen)
+        if layers and reasons:
+            raise ConfigError('this attention cannot be drawn: ' + '; '.join(
+                f'{layer}: {reason}' for layer, reason in reasons.items()))
+        beside = [_predict(other, subject, title) for title, other in others]
         sources = f'ISR: {segmenter.source}' + ''.join(
             f'. {title}: {other.source}' for title, other in others)
         sheets = dict(predictions=draw_predictions(subject, shots, beside, truth, sources))
@@ -91,8 +93,8 @@ def visualize(segmenter: Segmenter, pictures: Sequence[str | Path], out: str | P
             sheets = dict(attention=draw_attention(subject, shots, texts),
                           features=draw_features(subject, shots, texts)) | sheets
         say(_tables(subject, shots, beside))
-        for reason in reasons.items():
-            say('not drawn: {}: {}'.format(*reason))
+        for layer, reason in reasons.items():
+            say(f'not drawn: {layer}: {reason}')
         for kind, sheet in sheets.items():
             written.append(out / f'{name}_{kind}.png')
             with writing(out), replacing(written[-1]) as partial:
@@ -101,54 +103,55 @@ def visualize(segmenter: Segmenter, pictures: Sequence[str | Path], out: str | P
     return written
 
 
-def _subject(segmenter: Segmenter, path: Path, points: Sequence[str], ratio: ISRRatio) -> Subject:
-    """A picture with the points that are given, or chosen by what is predicted at a ratio."""
-    picture, inputs, sides = _network_inputs(segmenter, path)
-    height, width = picture.shape[:2]
-    with _ratio(segmenter, ratio):
+def find_subject(segmenter: Segmenter, path: Path, points: Sequence[str],
+                 isr_ratio: ISRRatio) -> Subject:
+    """Load an image, with the given points, or points that the prediction at a ratio suggests."""
+    image, inputs, (rows, columns) = _load(segmenter, path)
+    height, width = image.shape[:2]
+    with _at_ratio(segmenter, isr_ratio):
         labels = segmenter(path).labels
     chosen = [parse_point(point, (height, width), path) for point in points] or (
         choose_points(labels))
     names = [f'point {i} at {x},{y}: {segmenter.classes[labels[y, x]]}'
              for i, (x, y) in enumerate(chosen, 1)]
-    return Subject(path, picture, inputs, chosen, names, (sides[0] / height, sides[1] / width))
+    return Subject(path, image, inputs, chosen, names, (rows / height, columns / width))
 
 
-def parse_point(text: str, size: Grid, path: Path | str = 'the picture') -> tuple[int, int]:
-    """A pixel, column and row, from ``120,80``, or from fractions of width and height, ``0.5,0.3``.
+def parse_point(text: str, size: Grid, path: Path | str = 'the image') -> tuple[int, int]:
+    """Return column and row of a pixel, from ``120,80`` or from fractions, ``0.5,0.3``.
 
-    Numbers with a decimal point are fractions.
+    Numbers with a decimal point are fractions of width and height.
 
     Args:
         text: The point.
-        size: Height and width of the picture.
-        path: What to call it.
+        size: Height and width of the image.
+        path: Path of the image, for the message.
 
     Raises:
-        ConfigError: It is no point, or outside.
+        ConfigError: The text is no point, or the point lies outside of the image.
     """
     words = text.split(',')
     try:
-        found = [float(word) * side if '.' in word else int(word)
-                 for word, side in zip(words, size[::-1])]
+        numbers = [float(word) * side if '.' in word else int(word)
+                   for word, side in zip(words, size[::-1])]
     except ValueError:
-        found = []
-    if len(words) != 2 or len(found) != 2 or not all(map(math.isfinite, found)):
-        raise ConfigError(f"point '{text}' is none: give column and row in pixels, 120,80, or as "
-                          'fractions of width and height, 0.5,0.3')
+        numbers = []
+    if len(words) != 2 or len(numbers) != 2 or not all(map(math.isfinite, numbers)):
+        raise ConfigError(f"cannot parse point '{text}': give column and row in pixels, 120,80, "
+                          'or fractions of width and height, 0.5,0.3')
     # The far edge, 1.0, is the last pixel.
-    x, y = (side - 1 if '.' in word and at == side else math.floor(at)
-            for word, at, side in zip(words, found, size[::-1]))
+    x, y = (side - 1 if '.' in word and number == side else math.floor(number)
+            for word, number, side in zip(words, numbers, size[::-1]))
     if not (0 <= x < size[1] and 0 <= y < size[0]):
         raise ConfigError(f'point {text} lies outside of {path}, which has columns 0 to '
                           f'{size[1] - 1} and rows 0 to {size[0] - 1}')
     return x, y
 
 
-def choose_points(labels: np.ndarray, count: int = _POINTS) -> list[tuple[int, int]]:
-    """Points of a label map, column and row: the innermost of the largest classes.
+def choose_points(labels: np.ndarray, count: int = 3) -> list[tuple[int, int]]:
+    """Return points of a label map, column and row: the innermost ones of the largest classes.
 
-    Where there are too few classes, those farthest from the others and from the border.
+    If there are too few classes, the next ones lie farthest from the others and from the border.
     """
     shares = np.bincount(labels.ravel())
     classes = [int(label) for label in np.argsort(-shares, kind='stable') if shares[label]]
@@ -165,83 +168,77 @@ def choose_points(labels: np.ndarray, count: int = _POINTS) -> list[tuple[int, i
     return points
 
 
-def _network_inputs(segmenter: Segmenter, path: Path) -> tuple[np.ndarray, Tensor, Grid]:
-    """A picture, BGR; what the network sees of it; and its size there, without padding."""
-    picture, data = segmenter.load(path)
+def _load(segmenter: Segmenter, path: Path) -> tuple[np.ndarray, Tensor, Grid]:
+    """Return an image (BGR), the network's inputs, and their size without padding."""
+    image, data = segmenter.load(path)
     model: Any = segmenter.model
     batch = model.data_preprocessor(
         dict(inputs=[data['inputs']], data_samples=[data['data_samples']]), False)
-    height, width = data['inputs'].shape[1:]
-    return picture, batch['inputs'], (height, width)
+    return image, batch['inputs'], data['inputs'].shape[1:]
 
 
-def _take(segmenter: Segmenter, subject: Subject, ratios: Sequence[ISRRatio],
-          layers: Sequence[str], strict: bool) -> tuple[list[Shot], dict[str, str]]:
-    """The picture at each ratio; and why, of layers that cannot be drawn."""
+def _observe(segmenter: Segmenter, subject: Subject, ratios: Sequence[ISRRatio],
+             layers: Sequence[str]) -> tuple[list[Shot], dict[str, str]]:
+    """Return the image at each ratio, and the reasons why layers cannot be drawn."""
     shots = []
     reasons: dict[str, str] = {}
-    at = [subject.to_inputs(point) for point in subject.points]
+    points = [subject.to_inputs(point) for point in subject.points]
     for ratio in ratios:
-        with _ratio(segmenter, ratio):
-            seen, why = look(segmenter.model, subject.inputs, layers, at)
-            shots.append(_predict(segmenter, subject.path, f'ISR {ratio_name(ratio)}', seen))
+        with _at_ratio(segmenter, ratio):
+            seen, why = look(segmenter.model, subject.inputs, layers, points)
+            shot = _predict(segmenter, subject, f'ISR {ratio!s}')
+        shot.seen.update(seen)
+        shots.append(shot)
         reasons |= why
-    if strict and reasons:
-        raise ConfigError('this attention cannot be drawn: ' + '; '.join(
-            f'{name}: {why}' for name, why in reasons.items()))
     for shot in shots:
         for name in reasons:
             shot.seen.pop(name, None)
     return shots, reasons
 
 
-def _predict(segmenter: Segmenter, path: Path, title: str,
-             seen: dict[str, Attended] | None = None) -> Shot:
-    """A picture at the ratio that a segmenter is set to."""
-    height, width = _network_inputs(segmenter, path)[1].shape[2:]
-    views = windows(segmenter.model, (height, width))
-    view = len(range(height)[views[0][0]]), len(range(width)[views[0][1]])
-    gmacs = len(views) * count_macs(segmenter.model, view) / 1e9
-    return Shot(title, segmenter(path), gmacs, seen or {})
+def _predict(segmenter: Segmenter, subject: Subject, title: str) -> Shot:
+    """Predict an image at the ratio that a segmenter is set to."""
+    height, width = _load(segmenter, subject.path)[1].shape[2:]
+    gmacs = count_windows(segmenter.model, (height, width)) / 1e9
+    return Shot(title, segmenter(subject.path), gmacs, {})
 
 
-def _read_labels(labels: Path, path: Path, size: Grid, classes: int,
-                 reduce_zero_label: bool) -> np.ndarray:
-    """The labels of a picture, H x W.
+def read_labels(labels: Path, path: Path, size: Grid, classes: int,
+                reduce_zero_label: bool) -> np.ndarray:
+    """Read the labels of an image, H x W, from a mask or a folder of masks.
 
     Raises:
-        DataError: There are none, or they do not fit.
+        DataError: The mask is missing, cannot be read or does not fit.
     """
     mask = labels
     if labels.is_dir():
-        found = sorted(labels.glob(f'{path.stem}.*'))
-        if len(found) != 1:
-            raise DataError(f'{labels} holds {len(found)} masks called {path.stem}.*, not one')
-        mask = found[0]
-    step = TRANSFORMS.build(dict(type='LoadSegLabels', num_classes=classes))
-    results = step(dict(img_path=str(path), seg_map_path=str(mask), ori_shape=size, seg_fields=[],
+        masks = sorted(labels.glob(f'{path.stem}.*'))
+        if len(masks) != 1:
+            raise DataError(f'{labels} holds {len(masks)} masks called {path.stem}.*, not one')
+        mask = masks[0]
+    load = TRANSFORMS.build(dict(type='LoadSegLabels', num_classes=classes))
+    results = load(dict(img_path=str(path), seg_map_path=str(mask), ori_shape=size, seg_fields=[],
                         reduce_zero_label=reduce_zero_label))
-    read: np.ndarray = results['gt_seg_map']
-    return read
+    truth: np.ndarray = results['gt_seg_map']
+    return truth
 
 
 @contextmanager
-def _ratio(segmenter: Segmenter, ratio: ISRRatio) -> Iterator[None]:
-    """Set a segmenter to a ratio within the block."""
-    before = segmenter.isr
-    segmenter.isr = ratio
+def _at_ratio(segmenter: Segmenter, isr_ratio: ISRRatio) -> Iterator[None]:
+    before = segmenter.isr_ratio
+    segmenter.isr_ratio = isr_ratio
     try:
         yield
     finally:
-        segmenter.isr = before
+        segmenter.isr_ratio = before
 
 
-def _tables(subject: Subject, shots: Sequence[Shot], beside: Sequence[Shot]) -> str:
-    """The figures of the sheets for a terminal."""
+def _tables(subject: Subject, shots: Sequence[Shot], others: Sequence[Shot]) -> str:
+    """Return the figures of the sheets for a terminal."""
     first = shots[0]
-    table = PrettyTable([f'{subject.path.name}', 'GMACs', 'other labels'], align='r')
+    table = PrettyTable([subject.path.name, 'GMACs', 'other labels'], align='r')
     table.align[subject.path.name] = 'l'
-    for shot in (*shots, *beside):
+    for shot in (*shots, *others):
         table.add_row([shot.title, f'{shot.gmacs:.2f}',
                        '' if shot is first else f'{shot.changed(first):.1%}'])
     lines = [*subject.names, str(table)]
@@ -253,6 +250,6 @@ def _tables(subject: Subject, shots: Sequence[Shot], beside: Sequence[Shot]) -> 
                 f'{after.keys} keys, {relative_error(after.features, before.features):.1%}'
                 for after in (shot.seen[name] for shot in shots[1:]))])
         if len(shots) > 1:
-            lines.append(f'In percent: how far the output features are from {first.title}')
+            lines.append(f'Percentages: how far the output features are from {first.title}')
         lines.append(str(table))
     return '\n'.join(lines)

@@ -1,8 +1,7 @@
 """Running models: checks, checkpoints, progress, and runs that survive."""
-from ..analysis.evaluation import EvaluationHook
 from .backbone_weights import BackboneWeightsHook
 from .checkpoint_hook import SafeCheckpointHook, find_checkpoint
-from .checkpoint_loading import CheckWeightsHook, load_from_file
+from .checkpoint_loading import CheckWeightsHook, load_checkpoint, load_from_file
 from .isr_hook import ISRHook
 from .loop import ExactTrainLoop
 from .nonfinite import FiniteLossHook
@@ -10,7 +9,6 @@ from .preemption import PreemptionHook
 from .progress import ProgressHook
 from .runner import QuietRunner
 
-__all__ = ['BackboneWeightsHook', 'CheckWeightsHook', 'EvaluationHook', 'ExactTrainLoop',
+__all__ = ['BackboneWeightsHook', 'CheckWeightsHook', 'ExactTrainLoop',
            'FiniteLossHook', 'ISRHook', 'PreemptionHook', 'ProgressHook', 'QuietRunner',
-           'SafeCheckpointHook',
-           'find_checkpoint', 'load_from_file']
+           'SafeCheckpointHook', 'find_checkpoint', 'load_checkpoint', 'load_from_file']

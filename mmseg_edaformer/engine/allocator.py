@@ -1,4 +1,4 @@
-"""Memory of a process that computes on the CPU."""
+"""Memory of processes that compute on the CPU."""
 import ctypes
 import sys
 
@@ -8,10 +8,10 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 def keep_freed_memory() -> None:
     """Have the C library keep freed memory for the next allocation.
 
-    glibc gives large blocks back to the system when they are freed, so that the output of every
-    layer is mapped, zeroed and faulted in anew, page by page; tools/benchmark.py shows what that
-    costs. Process-wide and of no effect elsewhere than on Linux with glibc. The process then stays
-    as large as its largest moment, up to 2 GiB above what it uses.
+    glibc returns large blocks to the system when they are freed, so the output of every layer is
+    mapped, zeroed and faulted in again, page by page; tools/benchmark.py shows the cost. It acts on
+    the whole process, and only on Linux with glibc. The process then keeps its peak size, up to
+    2 GiB more than it uses.
     """
     if not sys.platform.startswith('linux'):
         return

@@ -1,4 +1,4 @@
-"""From a pretrained encoder to the backbone of a segmentor."""
+"""Weights of a pretrained encoder for the backbone of a segmentor."""
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,13 +21,13 @@ from .convert import infer_sizes, rename_key
 
 def select_encoder(state: Mapping[str, Tensor], backbone: nn.Module
                    ) -> tuple[dict[str, Tensor], list[str]]:
-    """The weights in a checkpoint that belong to an encoder, under its names.
+    """Select the weights in a checkpoint that belong to an encoder, under the encoder's names.
 
     The checkpoint may hold the encoder alone, as the authors release it, or as the ``backbone`` of
     a classifier or a segmentor of OpenMMLab.
 
     Returns:
-        The weights, and the names of those that are left out: classifiers and decoders.
+        The weights, and the names of the others, which are a classifier's or a decoder's.
     """
     state = {name.removeprefix('module.'): tensor for name, tensor in state.items()}
     part = 'backbone.' if any(name.startswith('backbone.') for name in state) else ''
@@ -46,7 +46,7 @@ def load_backbone(backbone: nn.Module, filename: str | Path) -> str:
     """Copy the weights of a pretrained encoder into a backbone; every one must fit.
 
     Returns:
-        What was used and what was left out, for the log.
+        A line for the log: which weights were used and which were left out.
 
     Raises:
         CheckpointError: The file cannot be read, or holds an encoder of another kind or size.
@@ -54,8 +54,8 @@ def load_backbone(backbone: nn.Module, filename: str | Path) -> str:
     weights, left_out = select_encoder(load_from_file(filename, 'cpu')['state_dict'], backbone)
     wanted = {name: tensor.shape for name, tensor in backbone.state_dict().items()
               if not name.endswith('num_batches_tracked')}
-    problems = [f'{name} is {_by(weights[name])} in it and {"x".join(map(str, shape))} in the '
-                'config' for name, shape in wanted.items()
+    problems = [f'{name} is {"x".join(map(str, weights[name].shape))} in it and '
+                f'{"x".join(map(str, shape))} in the config' for name, shape in wanted.items()
                 if name in weights and weights[name].shape != shape]
     problems += [f'{name} is not in it' for name in wanted if name not in weights]
     problems += [f'{name} is not in the config' for name in weights
@@ -74,10 +74,10 @@ def load_backbone(backbone: nn.Module, filename: str | Path) -> str:
 
 
 def check_backbone(cfg: Config, filename: str | Path) -> None:
-    """See that a pretrained encoder fits the config, and log what of it is used.
+    """Check that a pretrained encoder fits the config, and log which weights are used.
 
     Raises:
-        CheckpointError: As `load_backbone`.
+        CheckpointError: The file cannot be read, or holds an encoder of another kind or size.
     """
     init_default_scope(cfg.get('default_scope') or 'mmseg')
     print_log(load_backbone(MODELS.build(cfg.model.backbone), filename), logger='current')
@@ -85,24 +85,20 @@ def check_backbone(cfg: Config, filename: str | Path) -> None:
 
 @HOOKS.register_module()
 class BackboneWeightsHook(Hook):
-    """Start the backbone from a pretrained encoder; a resumed run has its weights already.
+    """Starts the backbone from a pretrained encoder; a resumed run has its weights already.
 
     Args:
-        checkpoint: .pth or .safetensors, of the authors, of this project or of mmpretrain.
+        checkpoint: A .pth or .safetensors of the authors, of this project or of mmpretrain.
     """
 
     def __init__(self, checkpoint: str) -> None:
         self.checkpoint = checkpoint
 
     def before_train(self, runner: Runner) -> None:
-        """Copy the weights, after those of the model were initialised."""
+        """Copy the weights after the model is initialised."""
         if not runner._resume:
             model: Any = runner.model.module if is_model_wrapper(runner.model) else runner.model
             load_backbone(model.backbone, self.checkpoint)
-
-
-def _by(tensor: Tensor) -> str:
-    return 'x'.join(map(str, tensor.shape))
 
 
 def _advice(backbone: nn.Module, weights: Mapping[str, Tensor]) -> str:
@@ -111,7 +107,7 @@ def _advice(backbone: nn.Module, weights: Mapping[str, Tensor]) -> str:
     try:
         arch = infer_sizes(weights)['arch']
     except CheckpointError:
-        return '. It is no EFT: give the encoder that the config names'
+        return '. It is not an EFT: give an encoder of the kind that the config names'
     letter = {'tiny': 't', 'base': 'b'}.get(arch)
     return f'. It is EFT {arch}' + (f': train configs/edaformer_{letter}_*.py with it' if letter
                                     else f': set model.backbone.arch={arch}')

@@ -1,4 +1,4 @@
-"""Checkpoints that a kill, a full disk or a moved folder does not cost.
+"""Checkpoints that survive kills, full disks and moved folders.
 
 mmengine writes in place and removes the old checkpoint first, so a kill can leave neither.
 """
@@ -37,37 +37,38 @@ class SafeLocalBackend(LocalBackend):
         write_file(filepath, obj.encode(encoding))
 
 
-register_backend('local', SafeLocalBackend, prefixes='', force=True)
+register_backend('safe_local', SafeLocalBackend)
 
 
-@HOOKS.register_module(name='CheckpointHook', force=True)
+@HOOKS.register_module()
 class SafeCheckpointHook(CheckpointHook):
-    """mmengine's CheckpointHook, which removes nothing before what follows is safe.
+    """mmengine's CheckpointHook, which removes a checkpoint only after its successor is written.
 
-    An old checkpoint, and the best one, is removed after the new one is on the disk.
-    ``last_checkpoint`` holds a path relative to the work dir, so that this can be moved. When the
-    disk is full, the run says so, keeps what it has and goes on to the next interval. It stands in
-    under mmengine's name, so every config has it.
+    ``last_checkpoint`` holds a path relative to the work dir, so a work dir can be moved. When the
+    disk is full, the run logs it, keeps the old checkpoint and tries again at the next interval.
 
     Raises:
         CheckpointError: The last checkpoint of a training cannot be written.
     """
 
     keep_ckpt_ids: deque[int]
+    backend_args: dict[str, Any] | None
 
     def before_train(self, runner: Runner) -> None:
-        """Find what the resumed run knew of, wherever the folder lies now."""
+        """Find the checkpoints of a resumed run, wherever its folder lies now."""
+        if '://' not in str(self.out_dir or runner.work_dir):
+            self.backend_args = self.backend_args or dict(backend='safe_local')
         super().before_train(runner)
         if is_main_process() and '://' not in self.out_dir:
             remove_partial_files(self.out_dir)
         self._best = {key: self._rebase(path) for key, path in self._best.items()}
-        if runner.iter:  # so that a new best one of a validation made up for is noted in it
+        if runner.iter:  # a validation made up for may save a best one, which it has to record
             step = runner.epoch if self.by_epoch else runner.iter
             last = self._path(self.filename_tmpl.format(step))
             self.last_ckpt = last if self.file_backend.exists(last) else None
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        """Note who wrote it, and how far into the data the run is."""
+        """Record the format, the version, and how many samples the run has drawn."""
         meta = checkpoint['meta']
         meta['mmseg_edaformer'] = dict(format=CHECKPOINT_FORMAT, version=__version__)
         samples_after = getattr(runner.train_loop, 'samples_after', None)
@@ -75,25 +76,25 @@ class SafeCheckpointHook(CheckpointHook):
             meta['mmseg_edaformer']['samples'] = samples_after(meta['iter'])
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        """Tell the loop where the data of a resumed run goes on."""
+        """Tell the loop where a resumed run takes up the data."""
         resume_at = getattr(runner._train_loop, 'resume_at', None)
         if runner._resume and resume_at is not None:
             meta = checkpoint['meta']
             resume_at(meta['iter'], meta.get('mmseg_edaformer', {}).get('samples'))
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float]) -> None:
-        """Keep the best one, and note that this validation is done."""
+        """Save the best checkpoint, and record that this validation is done."""
         runner.message_hub.update_info('iter_of_validation', runner.iter)
         super().after_val_epoch(runner, metrics)
 
     def save_now(self, runner: Runner, iterations: int) -> bool:
-        """Save out of turn, after so many iterations, unless that was just done.
+        """Save outside of the interval, unless the checkpoint of this iteration is saved already.
 
         Returns:
-            Whether a resumed run goes on from here; one that counts epochs does from the last one.
+            Whether a run resumes from here; one that counts epochs resumes from the last epoch.
 
         Raises:
-            CheckpointError: It cannot be written.
+            CheckpointError: The checkpoint cannot be written.
         """
         if self.by_epoch:
             return False
@@ -114,9 +115,9 @@ class SafeCheckpointHook(CheckpointHook):
     def _save(self, runner: Runner, step: int, meta: dict[str, Any]) -> bool:
         """Write the checkpoint of a step, then remove those that it replaces."""
         hub, name = runner.message_hub, self.filename_tmpl.format(step)
-        kept = list(self.keep_ckpt_ids) if self.max_keep_ckpts > 0 else []
-        kept = [each for each in kept if each != step] + [step]
-        # What is about to go is in the list, so that a run that is killed before can remove it.
+        kept = [old for old in self.keep_ckpt_ids if old != step] if self.max_keep_ckpts > 0 else []
+        kept.append(step)
+        # The list still holds what is about to be removed, so a run killed now can remove it later.
         hub.update_info('keep_ckpt_ids', kept)
         hub.update_info('last_ckpt', self._path(name))
         try:
@@ -161,7 +162,7 @@ class SafeCheckpointHook(CheckpointHook):
 
     @property
     def _best(self) -> dict[str, str | None]:
-        """Where the best checkpoint lies, for each figure that decides."""
+        """Path of the best checkpoint, by the metric that decides."""
         if not self.save_best:
             return {}
         if len(self.key_indicators) == 1:
@@ -176,7 +177,7 @@ class SafeCheckpointHook(CheckpointHook):
             self.best_ckpt_path_dict = paths
 
     def _rebase(self, path: str | None) -> str | None:
-        """A file of this run under the folder where the run lies now."""
+        """Return the path of a best checkpoint in the folder where the run lies now."""
         name = re.split(r'[/\\]', path)[-1] if path else ''
         return self._path(name) if name.startswith('best_') else None
 
@@ -197,7 +198,7 @@ class SafeCheckpointHook(CheckpointHook):
             elif self.file_backend.isdir(path):  # DeepSpeed's are folders
                 self.file_backend.rmtree(path)
         except OSError as error:
-            print_log(f'{path} is not needed any more, but cannot be removed: {error}',
+            print_log(f'{path} is no longer needed, but cannot be removed: {error}',
                       logger='current', level=logging.WARNING)
 
     def _kept(self) -> str:
@@ -207,13 +208,13 @@ class SafeCheckpointHook(CheckpointHook):
     def _warn(self, runner: Runner, name: str, error: OSError) -> None:
         runner.logger.error(
             f'{name} could not be written to {self.out_dir}: {error.strerror or error}. '
-            f'{self._kept()}; the run goes on and tries again at the next interval. Make room '
+            f'{self._kept()}; the run continues and tries again at the next interval. Make room '
             'meanwhile, or make the folder writable')
 
 
-@VISBACKENDS.register_module(name='LocalVisBackend', force=True)
+@VISBACKENDS.register_module()
 class SafeLocalVisBackend(LocalVisBackend):
-    """mmengine's LocalVisBackend, for which a full disk costs figures and not the run."""
+    """mmengine's LocalVisBackend, which logs that it cannot write where mmengine's ends the run."""
 
     _failed = False
 
@@ -229,17 +230,17 @@ class SafeLocalVisBackend(LocalVisBackend):
 
 
 def find_checkpoint(work_dir: str | Path, since: float = 0.) -> str | None:
-    """The newest checkpoint of a run that loads and can be resumed; None where there is none.
+    """Return the newest checkpoint of a run that loads and can be resumed, or None.
 
-    What does not load is skipped, and the log says why. The folder may have been moved. Of several
-    runs in one folder it is the last one's, unless none of those loads.
+    It skips what does not load, and logs why. The folder may have been moved. Of several runs in
+    one folder it takes the last one's, unless none of those loads.
 
     Args:
         work_dir: Folder of the run.
-        since: Older files are left alone; in seconds since 1970.
+        since: Time in seconds since 1970; older files are ignored.
 
     Raises:
-        CheckpointError: There are checkpoints, but not one can be resumed.
+        CheckpointError: There are checkpoints, but none can be resumed.
     """
     skipped = []
     for path in _candidates(Path(work_dir), since):
@@ -251,12 +252,12 @@ def find_checkpoint(work_dir: str | Path, since: float = 0.) -> str | None:
     if skipped:
         raise CheckpointError(
             f'none of the {len(skipped)} checkpoints in {work_dir} can be resumed, see above: '
-            'restore one, or start anew without --resume in another --work-dir')
+            'restore one, or start without --resume in another --work-dir')
     return None
 
 
 def _candidates(work_dir: Path, since: float) -> Iterator[Path]:
-    """Checkpoints of steps, those of the last run first, and of these the newest."""
+    """Yield checkpoints of steps: those of the last run first, the newest first."""
     folders, last, written = [work_dir], math.inf, 0.
     pointed = _pointed(work_dir)
     if pointed is not None:
@@ -268,14 +269,14 @@ def _candidates(work_dir: Path, since: float) -> Iterator[Path]:
         for path in folder.iterdir() if os.path.isdir(folder) else ():
             step, changed = _step(path), path.stat().st_mtime if os.path.isfile(path) else 0.
             if step is not None and changed >= since:
-                # A later step is of an earlier run, unless a kill came before the pointer's turn.
+                # A later step is of an earlier run, unless a kill left last_checkpoint behind.
                 of_last_run = step <= last or changed >= written
                 found.setdefault(os.path.realpath(path), (of_last_run, step, path))
     return (path for *_, path in sorted(found.values(), reverse=True))
 
 
 def _pointed(work_dir: Path) -> Path | None:
-    """The file that last_checkpoint names; None, and a line in the log, where it names none."""
+    """Return the checkpoint that last_checkpoint names; None, and a warning, if it names none."""
     pointer = work_dir / 'last_checkpoint'
     if not os.path.lexists(pointer):
         return None
@@ -288,19 +289,19 @@ def _pointed(work_dir: Path) -> Path | None:
             if os.path.isfile(path) and _step(path) is not None and os.access(path.parent, os.R_OK):
                 return path
         wrong = f'names "{shown(name[:200])}", which is no checkpoint here'
-    print_log(f'{pointer} {wrong}: the newest one that loads is looked for in {work_dir}',
+    print_log(f'{pointer} {wrong}: looking for the newest one that loads in {work_dir}',
               logger='current', level=logging.WARNING)
     return None
 
 
 def _step(path: Path) -> int | None:
-    """The iteration or epoch in the name of a checkpoint."""
+    """Return the iteration or epoch in the name of a checkpoint."""
     number = re.fullmatch(r'(?!best_|\.).*?(\d+)\.pth', path.name)
     return int(number[1]) if number else None
 
 
 def _why_not(path: Path) -> str | None:
-    """Why a checkpoint cannot be resumed, or None."""
+    """Return why a checkpoint cannot be resumed, or None."""
     try:
         content = load_from_file(path, map_location='cpu')
     except (CheckpointError, OSError) as error:

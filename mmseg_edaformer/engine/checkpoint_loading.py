@@ -8,7 +8,7 @@ import tarfile
 import warnings
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NoReturn, cast
@@ -21,7 +21,7 @@ from mmengine.fileio import get_file_backend
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
-from mmengine.runner import BaseLoop, CheckpointLoader, Runner, checkpoint as zoo
+from mmengine.runner import BaseLoop, Runner, checkpoint as zoo
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -29,7 +29,7 @@ from .. import compat
 from ..errors import CheckpointError
 
 CHECKPOINT_FORMAT = 1
-"""The form of the checkpoints that are written here; larger ones are of a future version."""
+"""Version of the checkpoint files written here; a larger one comes from a newer package."""
 
 _AGAIN = 'copy it again, or resume from an older one'
 
@@ -38,20 +38,19 @@ _HARMLESS = re.compile(r'collections\.OrderedDict|torch\.(\w+Storage|Size|device
 
 
 def load_from_file(filename: str | Path, map_location: Any = None) -> dict[str, Any]:
-    """Read a checkpoint, .safetensors or torch's own, without running any code that it holds.
+    """Read a checkpoint, .pth or .safetensors, without running any code that it holds.
 
-    It is the only way in for weights: mmengine's loaders of every other scheme end here. It reads
-    with ``weights_only``, whatever the version of torch, and allows nothing but tensors, plain
-    Python values and mmengine's logs. torch reads damaged tensors without a word; here the
-    checksums of .pth files are verified first. Old .pth files, which are no zip archives, and
-    .safetensors have none.
+    All weights are read here: the other `LOADERS` end here. It reads with ``weights_only`` in every
+    version of torch, and allows nothing but tensors, plain Python values and mmengine's logs. torch
+    does not notice damaged tensors, so the checksums of .pth files are verified first; .safetensors
+    and old .pth files, which are no zip archives, have none.
 
     Args:
         filename: A local file.
-        map_location: As for ``torch.load``; for .safetensors a device, anything else means CPU.
+        map_location: The argument of ``torch.load``; for .safetensors a device, else the CPU.
 
     Returns:
-        mmengine's form: a dict with ``state_dict`` and ``meta``, and more where the file has it.
+        A dict in mmengine's form, with ``state_dict`` and ``meta``, and more if the file has it.
 
     Raises:
         CheckpointError: The file is missing, damaged, asks for code to be run, claims to hold more
@@ -60,7 +59,7 @@ def load_from_file(filename: str | Path, map_location: Any = None) -> dict[str, 
     path = Path(filename).expanduser()
     if not path.is_file():
         raise CheckpointError(f'checkpoint not found: {path}')
-    path.open('rb').close()  # what may not be read is another matter than what is damaged
+    path.open('rb').close()  # raises PermissionError, which is not damage
     try:
         if path.suffix == '.safetensors':
             device = map_location if isinstance(map_location, (str, torch.device)) else 'cpu'
@@ -82,11 +81,7 @@ def load_from_file(filename: str | Path, map_location: Any = None) -> dict[str, 
 
 
 def _check_container(path: Path) -> None:
-    """See that a .pth file is whole, and packed as torch packs it, before torch reads it.
-
-    Raises:
-        CheckpointError: It is not.
-    """
+    """Raise CheckpointError if a .pth file is not whole, or not packed as torch packs it."""
     if not _is_zipped(path):
         try:
             tarfile.open(path, 'r:').close()
@@ -104,11 +99,11 @@ def _check_container(path: Path) -> None:
             raise CheckpointError(f'{path} is compressed, which checkpoints of torch are not: it '
                                   'is refused. If it holds a checkpoint, unzip it')
         size = path.stat().st_size
-        # Of a folder (16), or one with two sizes, torch would take memory that nothing was read to.
+        # For a folder (16), or a member with two sizes, torch would return uninitialised memory.
         if archive.comment or len(names) < len(members) or any(
                 member.external_attr & 16 or member.file_size != member.compress_size
                 for member in members) or sum(member.file_size for member in members) > size:
-            raise CheckpointError(f'{path} is damaged, its table of contents makes no sense: '
+            raise CheckpointError(f'{path} is damaged, its table of contents is inconsistent: '
                                   f'{_AGAIN}')
         if any(member.CRC for member in members):  # set_crc32_options(False) writes zeros
             damaged = archive.testzip()
@@ -119,12 +114,12 @@ def _check_container(path: Path) -> None:
 
 def _is_zipped(path: Path) -> bool:
     with path.open('rb') as file:
-        return file.read(4) == b'PK\3\4'  # how torch tells
+        return file.read(4) == b'PK\3\4'  # as torch decides
 
 
 @contextmanager
 def _allowing_only_logs() -> Iterator[None]:
-    """Let weights_only allow what mmengine logs, and nothing that other libraries have added."""
+    """Have weights_only allow mmengine's logs, and nothing that other libraries have added."""
     others = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     torch.serialization.add_safe_globals(compat.allow_mmengine_checkpoints())
@@ -138,7 +133,7 @@ def _allowing_only_logs() -> Iterator[None]:
 
 
 def _refuse(path: Path, error: pickle.UnpicklingError) -> NoReturn:
-    """Say what a pickle asked for that weights do not need."""
+    """Raise an error that names what a pickle asked for and weights do not need."""
     text = str(error)
     asked = re.search(r'GLOBAL (\S+)|the file asks for (.+), which', text)
     if asked is not None:
@@ -161,7 +156,7 @@ def _refuse(path: Path, error: pickle.UnpicklingError) -> NoReturn:
 
 
 def _imports(path: Path) -> list[str] | None:
-    """What the pickles of a file import; None where it is not made of pickles."""
+    """Return what the pickles of a file import; None if it is not made of pickles."""
     if not _is_zipped(path):
         with path.open('rb') as file:
             return _imports_of_pickle(file)
@@ -174,7 +169,7 @@ def _imports(path: Path) -> list[str] | None:
 
 
 def _imports_of_pickle(file: IO[bytes]) -> list[str] | None:
-    found: dict[str, None] = {}
+    imports: dict[str, None] = {}
     strings = ['', '']
     argument: Any
     for number in range(4):  # torch's old files hold three small pickles before the content
@@ -182,9 +177,9 @@ def _imports_of_pickle(file: IO[bytes]) -> list[str] | None:
         try:
             for opcode, argument, _ in pickletools.genops(file):
                 if opcode.name in ('GLOBAL', 'INST'):
-                    found[_in_python3(argument.replace(' ', '.'))] = None
+                    imports[_in_python3(argument.replace(' ', '.'))] = None
                 elif opcode.name == 'STACK_GLOBAL':
-                    found['.'.join(strings[-2:])] = None
+                    imports['.'.join(strings[-2:])] = None
                 elif opcode.name == 'MEMOIZE':
                     memo[len(memo)] = strings[-1]
                 elif opcode.name in ('BINGET', 'LONG_BINGET'):
@@ -192,12 +187,12 @@ def _imports_of_pickle(file: IO[bytes]) -> list[str] | None:
                 elif isinstance(argument, str):
                     strings.append(argument)
         except (ValueError, OverflowError, MemoryError):
-            return list(found) if found or number else None
-    return list(found)
+            return list(imports) if imports or number else None
+    return list(imports)
 
 
 def _in_python3(name: str) -> str:
-    """The import behind a name, of which torch's pickles hold Python 2's."""
+    """Return the name in Python 3 of an import, since torch's pickles hold Python 2's names."""
     module, _, attribute = name.rpartition('.')
     module, attribute = NAME_MAPPING.get((module, attribute), (
         IMPORT_MAPPING.get(module, module), attribute))
@@ -205,7 +200,7 @@ def _in_python3(name: str) -> str:
 
 
 def _normalized(content: Any, path: Path) -> dict[str, Any]:
-    """Content in mmengine's form; a file may be a bare state dict, or have one under 'model'."""
+    """Return content in mmengine's form from a bare state dict, or one under 'model'."""
     if not isinstance(content, dict):
         raise CheckpointError(f'{path} holds a {type(content).__name__}, not a checkpoint')
     bare = 'state_dict' not in content
@@ -215,14 +210,14 @@ def _normalized(content: Any, path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not isinstance(meta, dict) or not (
             getattr(state, '__dict__', {}).keys() <= {'_metadata'}) or not (
             bare or all(isinstance(name, str) for name in state)):
-        raise CheckpointError(f'{path} is not a checkpoint: its state_dict or its meta is not what '
-                              'torch and mmengine write')
+        raise CheckpointError(f'{path} is not a checkpoint: its state_dict or its meta is not '
+                              'written by torch or mmengine')
     weights = {name: value for name, value in state.items()
                if isinstance(name, str) and isinstance(value, Tensor)}
     if not weights:
         raise CheckpointError(f'{path} holds no weights: its entries are '
                               f'{_shown(", ".join(map(str, list(state)[:5]))) or "none"}')
-    for name, tensor in weights.items():  # a small file can repeat one number without end
+    for name, tensor in weights.items():  # a small file can repeat one number any number of times
         if tensor.numel() * tensor.element_size() > max(path.stat().st_size, 2 ** 20):
             raise CheckpointError(f'{path} is refused: {_shown(name)} of shape {_shape(tensor)} '
                                   'would be larger than the file')
@@ -236,7 +231,7 @@ def _check_version(written_by: Any, path: Path) -> None:
         return
     form = written_by.get('format') if isinstance(written_by, dict) else None
     if not isinstance(form, int):
-        raise CheckpointError(f'{path} does not say in which form it was written: {_AGAIN}')
+        raise CheckpointError(f'{path} does not say its format: {_AGAIN}')
     if form > CHECKPOINT_FORMAT:
         raise CheckpointError(
             f'{path} was written by mmseg_edaformer {_shown(written_by.get("version"))}, which is '
@@ -244,27 +239,27 @@ def _check_version(written_by: Any, path: Path) -> None:
 
 
 def _check_removals(message_hub: Any, path: Path) -> None:
-    """See that a resumed run would remove nothing but checkpoints, whose names it has from here."""
+    """Raise CheckpointError if a resumed run would remove anything but checkpoints."""
     info = message_hub.get('runtime_info') if isinstance(message_hub, dict) else None
     for key, value in info.items() if isinstance(info, dict) else ():
         key = str(key)
         if key.startswith('best_ckpt') and not (isinstance(value, str) and re.fullmatch(
                 r'best_.+', re.split(r'[/\\]', value)[-1])) and value is not None:
-            raise CheckpointError(f'{path} is refused: as the best checkpoint to be replaced it '
-                                  f'names {_shown(value)}, which is none')
+            raise CheckpointError(f'{path} is refused: the best checkpoint, which a resumed run '
+                                  f'would remove, is {_shown(value)}, which is no checkpoint')
         if key == 'keep_ckpt_ids' and not (isinstance(value, list) and all(
-                isinstance(each, int) for each in value)):
-            raise CheckpointError(f'{path} is refused: it names checkpoints to be removed that '
-                                  f'are none: {_shown(value)}')
+                isinstance(step, int) for step in value)):
+            raise CheckpointError(f'{path} is refused: the checkpoints that a resumed run would '
+                                  f'remove are {_shown(value)}, which are no steps')
 
 
 def load_from_http(filename: str, map_location: Any = None) -> dict[str, Any]:
-    """Download a checkpoint to torch's cache, where it is not there yet, and read it.
+    """Download a checkpoint to torch's cache, unless it is there, and read it.
 
-    Where its name ends in a hash (``resnet18-5c106cde.pth``), the download must have it.
+    If its name ends in a hash (``resnet18-5c106cde.pth``), the download must have that hash.
 
     Raises:
-        CheckpointError: It cannot be downloaded, is another file, or what `load_from_file` finds.
+        CheckpointError: The download fails or has another hash, or `load_from_file` refuses it.
     """
     name = PurePosixPath(urlparse(filename).path).name
     if not name.strip('.') or set(name) & set('\\:'):
@@ -272,7 +267,7 @@ def load_from_http(filename: str, map_location: Any = None) -> dict[str, Any]:
     path = Path(torch.hub.get_dir(), 'checkpoints', name)
     rank, processes = get_dist_info()
     for turn in ('first', 'others') if processes > 1 else ('first',):
-        # The first process downloads for those that share its disk.
+        # The first process downloads for the others, which share its disk.
         if (rank == 0) == (turn == 'first') and not path.exists():
             _download(filename, path)
         if processes > 1:
@@ -289,14 +284,14 @@ def _download(url: str, path: Path) -> None:
                                        progress=os.isatty(2))
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f'{url} cannot be downloaded: {error}. Download it by other means '
-                              'and name the file') from error
+                              'and give the file') from error
 
 
 def load_from_zoo(filename: str, map_location: Any = None) -> dict[str, Any]:
     """Read weights that mmengine knows by name, such as ``open-mmlab://resnet50_v1c``.
 
     Raises:
-        CheckpointError: It knows no such name, or what `load_from_http` finds.
+        CheckpointError: mmengine does not know the name, or `load_from_http` refuses the file.
     """
     scheme, _, name = filename.partition('://')
     try:
@@ -318,7 +313,7 @@ def load_from_zoo(filename: str, map_location: Any = None) -> dict[str, Any]:
         content = load_from_http(source, map_location)
     else:
         content = load_from_file(Path(zoo._get_mmengine_home(), source), map_location)
-    if scheme == 'mmcls':  # a classifier, of which the encoder is wanted
+    if scheme == 'mmcls':  # the encoder of a classifier
         content['state_dict'] = {name.removeprefix('backbone.'): tensor
                                  for name, tensor in content['state_dict'].items()
                                  if name.startswith('backbone.')}
@@ -326,33 +321,41 @@ def load_from_zoo(filename: str, map_location: Any = None) -> dict[str, Any]:
 
 
 def load_from_storage(filename: str, map_location: Any = None) -> dict[str, Any]:
-    """Read a checkpoint from a storage that mmengine's petrel backend reaches."""
+    """Read a checkpoint through mmengine's petrel backend."""
     backend = get_file_backend(filename, backend_args=dict(backend='petrel'))
     with backend.get_local_path(filename) as path:
         return load_from_file(path, map_location)
 
 
 def load_from_pavi(filename: str, map_location: Any = None) -> dict[str, Any]:
-    """Ask for a file: PAVI's own reader is not known here."""
-    raise CheckpointError(f'{filename} cannot be read: download it and name the file')
+    """Refuse: PAVI's reader may run code."""
+    raise CheckpointError(f'{filename} cannot be read: download it and give the file')
 
 
-def _replace_loaders() -> None:
-    for schemes, loader in (
-            ('', load_from_file), (('http://', 'https://'), load_from_http),
-            (('torchvision://', 'modelzoo://', 'open-mmlab://', 'openmmlab://', 'mmcls://'),
-             load_from_zoo),
-            ([r'(\S+\:)?s3://', r'(\S+\:)?petrel://'], load_from_storage),
-            ('pavi://', load_from_pavi)):
-        CheckpointLoader.register_scheme(schemes, loader, force=True)
+LOADERS: dict[str, Callable[..., dict[str, Any]]] = {
+    **dict.fromkeys(('http://', 'https://'), load_from_http),
+    **dict.fromkeys(('torchvision://', 'modelzoo://', 'open-mmlab://', 'openmmlab://', 'mmcls://'),
+                    load_from_zoo),
+    **dict.fromkeys((r'(\S+\:)?s3://', r'(\S+\:)?petrel://'), load_from_storage),
+    'pavi://': load_from_pavi,
+    '': load_from_file}
+"""What reads a checkpoint, by a pattern for the start of its name; mmengine has the same ones."""
 
 
-_replace_loaders()
+def load_checkpoint(filename: str | Path, map_location: Any = 'cpu') -> dict[str, Any]:
+    """Read a checkpoint by the first of `LOADERS` that its name matches.
+
+    Raises:
+        CheckpointError: The loader refuses it.
+    """
+    name = str(filename)
+    loader = next(loader for scheme, loader in LOADERS.items() if re.match(scheme, name))
+    return loader(name, map_location)
 
 
 def check_weights(model: nn.Module, checkpoint: dict[str, Any], *,
                   fine_tune: bool = False) -> list[str]:
-    """Check that a loaded checkpoint fits a model, where mmengine only logs that it does not.
+    """Check that a loaded checkpoint fits a model; mmengine only logs that it does not.
 
     Args:
         model: The model, or a wrapper such as DDP around it.
@@ -362,41 +365,42 @@ def check_weights(model: nn.Module, checkpoint: dict[str, Any], *,
             stay as initialised.
 
     Returns:
-        With ``fine_tune``, what stays as initialised, and why.
+        The weights that stay as initialised, with reasons; empty without ``fine_tune``.
 
     Raises:
-        CheckpointError: A weight is nan or infinite, as a diverged training leaves it, or no weight
-            is of this model. Without ``fine_tune``: a weight is missing or of another shape.
+        CheckpointError: A weight is nan or infinite, as a diverged training leaves it, or the file
+            has no weight of this model. Without ``fine_tune``: a weight is missing or has another
+            shape.
     """
     model = cast(Any, model).module if is_model_wrapper(model) else model
     wanted = {name.removeprefix('module.'): tensor for name, tensor in model.state_dict().items()
               if not name.endswith('num_batches_tracked')}
     state = checkpoint['state_dict']
-    found = {name.removeprefix('module.'): tensor for name, tensor in state.items()}
+    given = {name.removeprefix('module.'): tensor for name, tensor in state.items()}
     parameters = {name for name, _ in model.named_parameters()}
-    for name in wanted.keys() & found.keys():  # a buffer may be a mask of -inf
-        wrong = ~found[name].isfinite() if name in parameters else found[name].isnan()
+    for name in wanted.keys() & given.keys():  # a buffer may be a mask of -inf
+        wrong = ~given[name].isfinite() if name in parameters else given[name].isnan()
         if wrong.any():
             raise CheckpointError(
                 f'{name} has {int(wrong.sum())} of {wrong.numel()} numbers in the checkpoint '
-                'that are nan or infinite: the training diverged or the file is damaged. Take '
-                'an older checkpoint')
-    missing = [name for name in wanted if name not in found]
-    other = [name for name in wanted if name in found and found[name].shape != wanted[name].shape]
+                'that are nan or infinite: the training diverged or the file is damaged. Use an '
+                'older checkpoint')
+    missing = [name for name in wanted if name not in given]
+    other = [name for name in wanted if name in given and given[name].shape != wanted[name].shape]
     if len(missing) == len(wanted):
-        hint = (': it is of the authors\' release, run tools/convert_checkpoint.py on it first'
-                if any('.attn.sr.' in name for name in found) else '')
-        raise CheckpointError('the checkpoint has not one weight of this model' + hint)
-    shapes = [f'{name} is {_shape(found[name])} in the checkpoint and {_shape(wanted[name])} '
+        hint = ('. It is the authors\' release: run tools/convert_checkpoint.py on it first'
+                if any('.attn.sr.' in name for name in given) else '')
+        raise CheckpointError('the checkpoint has no weight of this model' + hint)
+    shapes = [f'{name} is {_shape(given[name])} in the checkpoint and {_shape(wanted[name])} '
               'in the model' for name in other]
     if fine_tune:
         for name in other:
             state.pop(name, state.pop(f'module.{name}', None))
         return [*shapes, *(f'{name} is not in it' for name in missing)]
     if missing or other:
-        advice = ('' if not other else '. A classifier of another size means another class count: '
-                  'take the config that the checkpoint was trained with, or fine-tune it with '
-                  'tools/train.py CONFIG --load-from CHECKPOINT')
+        advice = ('' if not other else '. A classifier of another size means another number of '
+                  'classes: use the config that the checkpoint was trained with, or fine-tune it '
+                  'with tools/train.py CONFIG --load-from CHECKPOINT')
         raise CheckpointError('the checkpoint does not fit the model: ' + '; '.join(
             [*shapes[:6], *(f'{name} is not in it' for name in missing[:6])]) + advice)
     return []
@@ -404,13 +408,13 @@ def check_weights(model: nn.Module, checkpoint: dict[str, Any], *,
 
 @HOOKS.register_module()
 class CheckWeightsHook(Hook):
-    """Apply `check_weights` to what a runner loads.
+    """Applies `check_weights` to the checkpoint that a runner loads.
 
-    Test and resume need every weight. A fine-tuning (``load_from``) leaves weights of another shape
-    as initialised, and the log says so.
+    Test and resume need every weight. Fine-tuning (``load_from``) leaves weights of another shape
+    as initialised, and logs them.
 
     Raises:
-        CheckpointError: As from `check_weights`.
+        CheckpointError: The checkpoint does not fit.
     """
 
     priority = 'VERY_HIGH'
@@ -420,12 +424,12 @@ class CheckWeightsHook(Hook):
         fine_tune = isinstance(runner._train_loop, BaseLoop) and not runner._resume
         left = check_weights(runner.model, checkpoint, fine_tune=fine_tune)
         if left:
-            runner.logger.warning('Left as initialised, since the checkpoint has other weights: ' +
+            runner.logger.warning('Left as initialised, because the checkpoint does not fit: ' +
                                   '; '.join(left))
 
 
 def _shown(value: Any) -> str:
-    """Text from a file, of a length and of characters that do a terminal no harm."""
+    """Return text from a file, cut, and without characters that control a terminal."""
     return ''.join(ch if ch.isprintable() else '?' for ch in str(value)[:200])
 
 

@@ -42,7 +42,8 @@ def check_amp(cfg: Config) -> None:
     Raises:
         ConfigError: The config wants AmpOptimWrapper, and there is no GPU.
     """
-    if cfg.optim_wrapper.type == 'AmpOptimWrapper' and not is_cuda_available():
+    wrapper = cfg.optim_wrapper.get('wrapped', cfg.optim_wrapper.type)
+    if wrapper == 'AmpOptimWrapper' and not is_cuda_available():
         raise ConfigError('--amp (AmpOptimWrapper) needs a GPU, and none is visible here: train '
                           'without it, or check CUDA_VISIBLE_DEVICES and the installed torch')
 

@@ -1,4 +1,4 @@
-"""Compiled networks, for one size or for many."""
+"""Compiled networks, for one image size or for many."""
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,19 +12,19 @@ def compile_model(model: nn.Module, *, fixed_size: bool = False, frozen: bool = 
                   graphs: bool = False) -> None:
     """Compile the backbone and the decode head of a segmentor, in place.
 
-    The segmentor itself stays as it is: its losses and data samples are not worth compiling, and
-    mmengine's own ``compile`` of the whole fails in the optimiser's step. Weights, their names and
-    ``apply_isr`` work as before; a new ratio compiles anew.
+    The segmentor itself is not compiled: its losses and data samples do not gain from it, and
+    mmengine's own ``compile`` of the whole fails in the optimizer's step. Weights, their names and
+    ``apply_isr`` work as before; a new ratio compiles again.
 
     Args:
         model: A segmentor, or a wrapper such as test-time augmentation around one.
-        fixed_size: Images all have one size: compile for each that comes, and on GPUs replay a
-            CUDA graph, which spares launching kernels one by one. Without it, the second size
-            compiles code for every size.
-        frozen: The weights stay what they are when the first image comes: build them into the
-            code. For tests on CPUs, where they are then packed for the kernels; not for training.
-        graphs: On a GPU, replay PyTorch's own kernels as a CUDA graph for each image size and ratio
-            and generate no code: ready in seconds, and what small images gain most from.
+        fixed_size: Whether all images have one size. It compiles for each size that comes, and on
+            GPUs replays a CUDA graph, which saves launching kernels one by one. Without it, the
+            second size compiles code for every size.
+        frozen: Whether the weights never change after the first image, so that they are built into
+            the code and, on CPUs, packed for the kernels. Not for training.
+        graphs: Whether to replay PyTorch's own kernels as a CUDA graph for each image size and
+            ratio on a GPU, and generate no code: ready in seconds, and best for small images.
     """
     segmentor: Any = model
     while not hasattr(segmentor, 'backbone'):
@@ -47,24 +47,24 @@ def compile_model(model: nn.Module, *, fixed_size: bool = False, frozen: bool = 
 def _copying(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Return copies of a forward's outputs, whose memory the next CUDA graph overwrites.
 
-    The decode head's graph would overwrite the backbone's maps before it reads them: torch raises
-    for that (pytorch/pytorch#160281).
+    The decode head's graph would overwrite the backbone's maps before it reads them, for which
+    torch raises (pytorch/pytorch#160281).
     """
-    @functools.wraps(forward)  # with torch's mark of what is compiled
+    @functools.wraps(forward)  # keeps torch's mark of compiled functions
     def copied(*args: Any, **kwargs: Any) -> Any:
         return tree_map_only(Tensor, Tensor.clone, forward(*args, **kwargs))
     return copied
 
 
 def cuda_graphs(network: Callable[..., Sequence[Tensor]], _: Any) -> Callable[..., Any]:
-    """A backend of ``torch.compile`` that replays a traced network as a CUDA graph, at inference.
+    """Replay a traced network as a CUDA graph at inference: a backend of ``torch.compile``.
 
-    torch's own backend of this kind copies all weights for each replay. Here they are read where
-    they lie, and the graph is recorded again if they lie elsewhere. torch.compile sees to it that
-    sizes, types and all that the Python code depends on, such as the ISR ratio, are those traced.
+    torch's own backend of this kind copies all weights for each replay. This one reads them in
+    place, and records the graph again when they have moved. torch.compile guarantees that sizes,
+    types and all that the Python code depends on, such as the ISR ratio, are those traced.
 
     Args:
-        network: What was traced: from inputs and weights to outputs.
+        network: The traced function from inputs and weights to outputs.
     """
     if torch.is_grad_enabled():
         return network
@@ -76,21 +76,21 @@ def cuda_graphs(network: Callable[..., Sequence[Tensor]], _: Any) -> Callable[..
         weights = [x for x in inputs if isinstance(x, nn.Parameter)]
         if not weights or not weights[0].is_cuda:
             return network(*inputs)
-        found = [weight.data_ptr() for weight in weights]
-        if replay is None or found != places:
-            replay, places = _record(network, inputs), found
+        current = [weight.data_ptr() for weight in weights]
+        if replay is None or current != places:
+            replay, places = _record(network, inputs), current
         return replay(*inputs)
     return run
 
 
 def _record(network: Callable[..., Sequence[Tensor]],
             inputs: Sequence[Any]) -> Callable[..., Sequence[Tensor]]:
-    """Record a network as a CUDA graph; returns what replays it for other inputs."""
+    """Record a network as a CUDA graph, and return a function that replays it for other inputs."""
     own = [x.clone() if isinstance(x, Tensor) and not isinstance(x, nn.Parameter) else x
            for x in inputs]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # libraries choose their kernels here
+    with torch.cuda.stream(stream):  # libraries choose their kernels in these calls
         for _ in range(2):
             network(*own)
     torch.cuda.current_stream().wait_stream(stream)

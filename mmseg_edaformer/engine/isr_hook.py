@@ -9,7 +9,7 @@ from mmengine.runner import BaseLoop, Runner
 from torch import nn
 
 from ..cost import unwrap
-from ..errors import ExampleError
+from ..errors import ConfigError, ExampleError
 from ..isr.apply import isr, report_isr, training_size
 from ..isr.pooling import check_method
 from ..isr.ratio import ISRRatio
@@ -23,7 +23,7 @@ class ISRHook(Hook):
     are wrapped, because mmengine calls no hook then. The log says what is reduced.
 
     Args:
-        ratio: What `ISRRatio.parse` reads.
+        isr_ratio: What `ISRRatio.parse` reads.
         crop_size: As for `apply_isr`.
         method: As for `apply_isr`.
 
@@ -31,9 +31,13 @@ class ISRHook(Hook):
         RatioError: The ratio makes no sense, or not for this model.
     """
 
-    def __init__(self, ratio: int | str, crop_size: tuple[int, int] | None = None,
-                 method: str = 'average') -> None:
-        self.ratio = ISRRatio.parse(ratio)
+    def __init__(self, isr_ratio: int | str = 1, crop_size: tuple[int, int] | None = None,
+                 method: str = 'average', **old: int | str) -> None:
+        if 'ratio' in old:
+            raise ConfigError("ISRHook: 'ratio' is now called isr_ratio")
+        if old:
+            raise TypeError(f'ISRHook got an unexpected keyword argument {next(iter(old))!r}')
+        self.isr_ratio = ISRRatio.parse(isr_ratio)
         self.crop_size = crop_size
         self.method = check_method(method)
         self.wrapped: list[BaseLoop] = []
@@ -42,11 +46,12 @@ class ISRHook(Hook):
         """Wrap the loops that are there; logs the report."""
         size = self._input_size(runner.model)
         try:
-            runner.logger.info(str(report_isr(runner.model, self.ratio, size, method=self.method,
-                                              crop_size=self.crop_size)))
+            report = report_isr(runner.model, self.isr_ratio, size, method=self.method,
+                                crop_size=self.crop_size)
+            runner.logger.info(str(report))
         except ExampleError as error:
             # A network may want other inputs than an image of this size: the run will have them.
-            runner.logger.warning(f'ISR {self.ratio}: what it reduces could not be counted ahead: '
+            runner.logger.warning(f'ISR {self.isr_ratio}: cannot count ahead what it reduces: '
                                   f'{error}')
         for loop in (runner._val_loop, runner._test_loop):
             # before_run comes again when a runner that has trained is asked to test.
@@ -55,7 +60,7 @@ class ISRHook(Hook):
                 loop.run = functools.partial(self._run_reduced, runner, loop.run)
 
     def _run_reduced(self, runner: Runner, run: Callable[[], Any]) -> Any:
-        with isr(runner.model, self.ratio, method=self.method, crop_size=self.crop_size):
+        with isr(runner.model, self.isr_ratio, method=self.method, crop_size=self.crop_size):
             return run()
 
     def _input_size(self, model: nn.Module) -> tuple[int, int]:
@@ -67,4 +72,4 @@ class ISRHook(Hook):
         if test_cfg.get('crop_size'):
             return tuple(test_cfg['crop_size'])
         height, width = self.crop_size or training_size(model)
-        return (2 * height, 2 * width) if self.ratio.auto else (height, width)
+        return (2 * height, 2 * width) if self.isr_ratio.auto else (height, width)

@@ -12,10 +12,10 @@ from mmengine.config import Config
 from mmengine.dist import get_rank, is_main_process
 from mmengine.logging import print_log
 from mmengine.runner import Runner
+from mmengine.utils import import_modules_from_strings
 from mmseg.registry import RUNNERS
 
 from .. import __version__, compat
-from ..analysis.evaluation import explain
 from ..cost import unwrap
 from ..data.bad_files import skip_bad_files as skip_files
 from ..data.classification import is_classifier
@@ -28,6 +28,7 @@ from .allocator import keep_freed_memory
 from .backbone_weights import check_backbone
 from .checkpoint_hook import find_checkpoint
 from .compile import compile_model
+from .nonfinite import skip_nonfinite_steps
 from .preemption import EXIT_PREEMPTED, Preempted, Watchdog, is_lost_peer
 from .run_config import add_hook
 
@@ -35,6 +36,9 @@ from .run_config import add_hook
 def add_report(cfg: Config) -> None:
     """Have a run leave report.html in its work dir, unless the config says ``report = False``."""
     if cfg.get('report', True):
+        imports = cfg.get('custom_imports') or dict(imports=[])
+        cfg.custom_imports = dict(imports, imports=[*dict.fromkeys((
+            *imports['imports'], 'mmseg_edaformer.analysis.evaluation'))])
         add_hook(cfg, dict(type='EvaluationHook', compiled=bool(cfg.get('compile'))),
                  replace=False)
 
@@ -44,6 +48,8 @@ def build_runner(cfg: Config) -> Runner:
 
     The config's ``compile`` is True, or the arguments of `compile_model`.
     """
+    if cfg.get('custom_imports'):  # some were added after the config was read
+        import_modules_from_strings(**cfg.custom_imports)
     if cfg.launcher == 'pytorch':
         compat.init_distributed(cfg)
     if not torch.cuda.is_available():
@@ -102,6 +108,7 @@ def prepare_train(cfg: Config, *, resume: bool = False, load_from: str | None = 
         half = dict(loss_scale='dynamic') if torch.cuda.is_available() and (
             torch.cuda.get_device_capability() < (8, 0)) else dict(dtype='bfloat16', loss_scale=1.)
         cfg.optim_wrapper.update(type='AmpOptimWrapper', **half)
+    skip_nonfinite_steps(cfg)
     if auto_scale_lr:
         if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
             raise ConfigError('--auto-scale-lr needs auto_scale_lr.base_batch_size in the config')
@@ -153,7 +160,7 @@ def train(cfg: Config) -> int:
     finally:
         if watchdog is not None:
             watchdog.stop()  # the others may leave now, and wait while the first one writes
-    explain(runner)
+    runner.call_hook('after_success')
     return 0
 
 
@@ -177,7 +184,7 @@ def prepare_test(cfg: Config, checkpoint: str, *, isr_ratio: str | None = None,
         read = ISRRatio.parse_encoder if is_classifier(cfg) else ISRRatio.parse
         # A segmentor's preprocessor knows the size of its crops.
         size = dict(crop_size=cfg.get('crop_size')) if is_classifier(cfg) else {}
-        add_hook(cfg, dict(type='ISRHook', ratio=str(read(isr_ratio)),
+        add_hook(cfg, dict(type='ISRHook', isr_ratio=str(read(isr_ratio)),
                            method=check_method(isr_method), **size))
     if show or show_dir:
         if 'visualization' not in cfg.default_hooks:
@@ -228,7 +235,7 @@ def evaluate(cfg: Config, json_file: str | None = None, *, bf16: bool = False) -
     seconds = time.perf_counter() - start
     if json_file is not None and is_main_process():
         write_file(json_file, json.dumps(_figures(cfg, runner, metrics, seconds), indent=2) + '\n')
-    explain(runner)
+    runner.call_hook('after_success')
     return metrics
 
 
@@ -237,7 +244,7 @@ def _figures(cfg: Config, runner: Runner, metrics: dict[str, float],
     hook: dict[str, Any] = next(
         (hook for hook in cfg.custom_hooks if hook['type'] == 'ISRHook'), {})
     return dict(
-        config=str(cfg.filename), checkpoint=cfg.load_from, isr_ratio=hook.get('ratio', 'none'),
+        config=str(cfg.filename), checkpoint=cfg.load_from, isr_ratio=hook.get('isr_ratio', 'none'),
         isr_method=hook.get('method', 'average'),
         metrics={name: float(value) for name, value in metrics.items()},
         images=len(runner.test_dataloader.dataset), seconds=round(seconds, 3),

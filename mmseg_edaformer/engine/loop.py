@@ -1,4 +1,4 @@
-"""A training whose every step depends on the seed and its number alone."""
+"""A training loop whose steps depend on the seed and their number alone."""
 import logging
 import random
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ _LOADER_SETTINGS = ('num_workers', 'collate_fn', 'pin_memory', 'timeout', 'worke
 
 
 def seed_all(*key: int) -> None:
-    """Seed Python, numpy and torch, on all devices, from numbers that name what is to follow."""
+    """Seed Python, numpy and torch, on all devices, from numbers that name what follows."""
     first, second, *third = np.random.SeedSequence(key).generate_state(4).tolist()
     random.seed(first)
     np.random.seed(second)
@@ -30,11 +30,10 @@ def seed_all(*key: int) -> None:
 
 
 class SeededIndices(list[int]):
-    """The indices of a batch, which seed all generators as they are gone through.
+    """The indices of a batch, which seed all generators before each sample.
 
-    DataLoader hands such a list to a worker, whose loop over it reads one sample after the other:
-    so the augmentation of a sample depends on its place in the run, not on the worker and on what
-    that read before, whatever the data set.
+    DataLoader hands such a list to a worker, which iterates over it and reads one sample at a time.
+    So the augmentation of a sample depends on its number in the run, not on the worker.
     """
 
     def __init__(self, indices: Sequence[int], keys: Sequence[tuple[int, ...]]) -> None:
@@ -51,14 +50,14 @@ class SeededIndices(list[int]):
 
 
 class CountedBatches(Sampler):
-    """Go through a batch sampler again and again, from any batch on, and number the samples.
+    """Repeats a batch sampler without end, from any batch on, and numbers the samples.
 
-    To start at a later batch draws indices and reads no data.
+    Starting at a later batch draws indices and reads no data.
 
     Args:
         batches: The batch sampler of a rank.
-        rank: That rank.
-        world_size: Number of ranks; they take turns in the numbering.
+        rank: The rank.
+        world_size: Number of ranks, whose samples alternate in the numbering.
     """
 
     def __init__(self, batches: Sampler, rank: int, world_size: int) -> None:
@@ -67,7 +66,7 @@ class CountedBatches(Sampler):
 
     @property
     def sampler(self) -> Sampler | None:
-        """What the batches are made of; mmengine's hooks ask for it."""
+        """The sampler of single images, which mmengine's hooks read."""
         return getattr(self.batches, 'sampler', None)
 
     def __len__(self) -> int:
@@ -78,7 +77,7 @@ class CountedBatches(Sampler):
         sources: tuple[Any, ...] = self.batches, self.sampler
         for source in sources:
             if hasattr(source, 'seed'):
-                source.seed = self.seed  # the run's, where a resumed one was built with another
+                source.seed = self.seed  # a resumed run was built with another seed
         while True:
             for source in sources:
                 if hasattr(source, 'set_epoch'):
@@ -93,15 +92,15 @@ class CountedBatches(Sampler):
                 samples += len(indices)
                 number += 1
             if number == before:
-                raise DataError('the training set has not one whole batch: set '
-                                'train_dataloader.batch_size to fewer images than it has')
+                raise DataError('the training set has fewer images than one batch: lower '
+                                'train_dataloader.batch_size')
             epoch += 1
 
 
 class CountedLoader(DataLoader):
-    """A DataLoader, rebuilt to read `CountedBatches`; its workers start at the first batch.
+    """A DataLoader rebuilt to read `CountedBatches`; its workers start with the first batch.
 
-    mmengine asks for an iterator before it knows where a resumed run goes on.
+    mmengine makes the iterator before it knows where the run resumes.
     """
 
     def __init__(self, loader: DataLoader, rank: int, world_size: int) -> None:
@@ -116,18 +115,16 @@ class CountedLoader(DataLoader):
         yield from super().__iter__()
 
 
-@LOOPS.register_module(name='IterBasedTrainLoop', force=True)
+@LOOPS.register_module()
 class ExactTrainLoop(IterBasedTrainLoop):
-    """mmengine's IterBasedTrainLoop that a kill does not change.
+    """mmengine's IterBasedTrainLoop, in which a resumed run equals one that was not interrupted.
 
     All random numbers of a step come from the run's seed and the step's number, those of a sample
-    from the seed and the sample's number. So there is no state of generators to be saved, a resumed
-    run draws what the whole one would have drawn, whatever was read ahead, validated or logged in
-    between and with however many workers, and no past batch is read again. A validation that was
-    due when the run ended is made up for.
+    from the seed and the sample's number. So no state of generators has to be saved, a resumed run
+    draws the same numbers with any number of workers, and no past batch is read again. A validation
+    that was due when the run ended is made up for.
 
-    It stands in under mmengine's name, so every config has it. A data set that can only be read in
-    one go (IterableDataset) is replayed, as mmengine does.
+    A data set that can only be read from its start (IterableDataset) is replayed, as in mmengine.
     """
 
     def __init__(self, runner: Runner, dataloader: Any, *args: Any, **kwargs: Any) -> None:
@@ -142,7 +139,7 @@ class ExactTrainLoop(IterBasedTrainLoop):
         self._resumed: dict[str, int] = {}
 
     def samples_after(self, iterations: int) -> int:
-        """Number of samples, of all ranks, that the run has drawn after so many iterations."""
+        """Return the number of samples that all ranks have drawn after so many iterations."""
         done = self._resumed.get('samples', 0)
         return done + (iterations - self._resumed.get('iter', 0)) * self.samples_per_step
 
@@ -152,20 +149,20 @@ class ExactTrainLoop(IterBasedTrainLoop):
         return self.dataloader.samples_per_step if self.counted else 0
 
     def resume_at(self, iterations: int, samples: int | None) -> None:
-        """Take up the data after so many iterations, in which the run drew so many samples.
+        """Resume the data after so many iterations, in which the run drew so many samples.
 
-        ``samples`` tells when the batches had another size; without it they are taken to be alike.
+        ``samples`` tells of batches of another size; without it all batches count as equal.
         """
         if samples is None or not self.samples_per_step:
             samples = iterations * self.samples_per_step
         elif samples != iterations * self.samples_per_step:
             print_log(f'{self.samples_per_step} images per step now, {samples / iterations:g} '
-                      f'before: the data goes on after image {samples}', logger='current',
+                      f'before: the data continues after image {samples}', logger='current',
                       level=logging.WARNING)
         self._resumed = dict(iter=iterations, samples=samples)
 
     def run(self) -> nn.Module:
-        """Train, from wherever the run stands."""
+        """Train from the current iteration to the last."""
         runner, seed, rank = self.runner, self._seed(), get_dist_info()[0]
         runner.call_hook('before_train')
         runner.call_hook('before_train_epoch')
@@ -185,25 +182,25 @@ class ExactTrainLoop(IterBasedTrainLoop):
             seed_all(seed, _STEP, self._iter, rank)
             self.run_iter(data_batch)
             self._validate()
-        # End the workers here: when the garbage collector does, each is waited for in vain.
+        # End the workers here: the garbage collector would wait for each in vain.
         self.dataloader_iterator._iterator = self.dataloader._iterator = None
         runner.call_hook('after_train_epoch')
         runner.call_hook('after_train')
         return runner.model
 
     def _validate(self, unless: int | None = None) -> None:
-        """Validate if it is time to, and if that was not done after so many iterations."""
+        """Validate if it is due, except after the iteration ``unless``."""
         self._decide_current_val_interval()
         if (self.runner.val_loop is not None and self._iter >= self.val_begin and
                 self._iter != unless and
                 (self._iter % self.val_interval == 0 or self._iter == self._max_iters)):
-            # Ranks have batch statistics of their own without SyncBN; those of rank 0 are saved.
+            # Without SyncBN, ranks have batch statistics of their own; those of rank 0 are saved.
             for buffer in self.runner.model.buffers():
                 broadcast(buffer)
             self.runner.val_loop.run()
 
     def _seed(self) -> int:
-        """The run's seed, the same on all ranks."""
+        """Return the run's seed, the same on all ranks."""
         seed: int = self.runner.seed
         if self.runner._randomness_cfg.get('diff_rank_seed', False):
             seed -= get_dist_info()[0]

@@ -1,18 +1,19 @@
-"""Losses and gradients that are numbers."""
-import functools
+"""Losses and gradients that are nan or infinite: skipped, or the end of the run."""
+import inspect
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from mmengine.config import Config
 from mmengine.dist import all_gather_object
 from mmengine.hooks import Hook
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
-from mmengine.registry import HOOKS
+from mmengine.registry import HOOKS, OPTIM_WRAPPERS
 from mmengine.runner import Runner
 from torch import Tensor
 
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from .checkpoint_hook import SafeCheckpointHook
 
 
@@ -20,85 +21,152 @@ class NotFinite(DataError):
     """A loss or its gradient is nan or infinite."""
 
 
-@HOOKS.register_module()
-class FiniteLossHook(Hook):
-    """Stop before a loss or gradient that is nan or infinite reaches the weights; log its norm.
+class FiniteSteps(OptimWrapper):
+    """Mixed into an optim wrapper: skips a step whose gradient is not finite, and logs its norm.
 
-    The gradient is the mean over all ranks, so they find it together. mmengine reads the loss of
-    every step, so that this reads one more number costs no wait that was not there.
+    The gradient is the mean over all ranks, so all of them skip the same steps. mmengine reads the
+    loss of every step, so reading one more number adds no extra synchronisation.
 
-    With mixed precision and a dynamic loss scale infinite gradients belong to the search for the
-    scale, which leaves such steps out by itself; then the loss alone decides.
+    With mixed precision and a dynamic loss scale, infinite gradients belong to the search for the
+    scale, and mmengine's wrapper skips such steps itself.
+    """
+
+    finite = True
+    """Whether the gradient of the last step was finite."""
+
+    stepped = True
+    """Whether the last call of `update_params` made a step; if not, it accumulated gradients."""
+
+    @property
+    def judges(self) -> bool:
+        """Whether it looks at gradients, which a dynamic loss scale makes infinite on purpose."""
+        return not isinstance(self, AmpOptimWrapper) or self._scale_update_param is not None
+
+    def update_params(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Add to the gradients, and make a step when it is time to."""
+        if self.judges:
+            self.stepped = False
+            # An infinite loss can have a finite gradient: make it one that all ranks see.
+            loss = loss * torch.where(loss.detach().isfinite(), 1., torch.nan)
+        super().update_params(loss, *args, **kwargs)
+
+    def step(self, **kwargs: Any) -> None:
+        """Make a step if the gradient is finite."""
+        if self.judges:
+            self.stepped = True
+            norm = self._gradient_norm()
+            self.finite = math.isfinite(norm)
+            if not self.clip_grad_kwargs:  # else mmengine logs it
+                self.message_hub.update_scalar('train/grad_norm', norm)
+        if self.finite:
+            super().step(**kwargs)
+
+    def _gradient_norm(self) -> float:
+        """Return the norm of all gradients, without the scale of mixed precision."""
+        norm = torch.stack(torch._foreach_norm([
+            parameter.grad for group in self.param_groups for parameter in group['params']
+            if parameter.grad is not None])).norm()
+        if isinstance(self, AmpOptimWrapper):
+            norm = norm / self.loss_scaler.get_scale()
+        return float(norm)
+
+
+@OPTIM_WRAPPERS.register_module(name='FiniteOptimWrapper')
+def finite_optim_wrapper(wrapped: str | type = 'OptimWrapper', **kwargs: Any) -> OptimWrapper:
+    """Build an optim wrapper of any class that skips steps which are not finite.
 
     Args:
-        skip: How many such steps to leave out before stopping: these change no weight, no moment of
-            the optimizer and no buffer.
+        wrapped: A subclass of mmengine's OptimWrapper, or its name.
+        kwargs: Arguments of that class.
+    """
+    base = _find_wrapper(wrapped)
+    cls = type(f'Finite{base.__name__}', (FiniteSteps, base), {})
+    wrapper: OptimWrapper = cls(**kwargs)
+    return wrapper
+
+
+def skip_nonfinite_steps(cfg: Config) -> None:
+    """Have the optim wrapper of a config be a `finite_optim_wrapper` around its own type.
+
+    One that is no OptimWrapper, such as DeepSpeed's, and a wrapper of several optimizers stay as
+    they are: `FiniteLossHook` then judges the loss alone, after the step.
+    """
+    settings = cfg.optim_wrapper
+    if settings.get('optimizer') is not None:
+        wrapped = settings.get('type', 'OptimWrapper')
+        cls = _find_wrapper(wrapped)
+        if inspect.isclass(cls) and issubclass(cls, OptimWrapper):
+            settings.update(type='FiniteOptimWrapper', wrapped=wrapped)
+
+
+def _find_wrapper(name: str | type) -> Any:
+    if not isinstance(name, str):
+        return name
+    with OPTIM_WRAPPERS.switch_scope_and_registry(None) as registry:
+        return registry.get(name)
+
+
+@HOOKS.register_module()
+class FiniteLossHook(Hook):
+    """End the run, or report a skipped step, when a loss or gradient is nan or infinite.
+
+    `FiniteSteps` keeps such a step from the weights. Without it, as in a config that names this
+    hook alone, the run ends after the step and before the next checkpoint.
+
+    Args:
+        skip: Number of such steps to skip before the run ends. A skipped step changes no weight, no
+            moment of the optimizer and no buffer.
 
     Raises:
         NotFinite: It names the files of the batch, the last good checkpoint and what to try.
+        ConfigError: Steps are to be skipped, and the optim wrapper cannot skip them.
     """
 
     def __init__(self, skip: int = 0) -> None:
         self.skip = skip
-        self.finite = self.stepped = True
-        self.guarded = False
         self.batches: list[tuple[float, list[str]]] = []  # since the last step of the optimizer
 
     def before_train(self, runner: Runner) -> None:
-        """Stand between the gradients and the optimizer."""
-        wrapper = runner.optim_wrapper
-        if not isinstance(wrapper, OptimWrapper) or (
-                isinstance(wrapper, AmpOptimWrapper) and wrapper._scale_update_param is None):
-            return
-        self.guarded = True
-        update, step = wrapper.update_params, wrapper.step
-
-        def update_params(loss: Tensor, *args: Any, **kwargs: Any) -> None:
-            # An infinite loss can have a finite gradient: make it one that all ranks see.
-            self.stepped = False
-            update(loss * torch.where(loss.detach().isfinite(), 1., torch.nan), *args, **kwargs)
-
-        @functools.wraps(step)  # mmengine's schedulers have marked it
-        def guarded_step(**kwargs: Any) -> None:
-            self.stepped = True
-            norm = float(_gradient_norm(wrapper))
-            self.finite = math.isfinite(norm)
-            if not wrapper.clip_grad_kwargs:  # else mmengine logs it
-                runner.message_hub.update_scalar('train/grad_norm', norm)
-            if self.finite:
-                step(**kwargs)
-
-        wrapper.update_params, wrapper.step = update_params, guarded_step
+        """Check that steps can be skipped."""
+        if self.skip and not isinstance(runner.optim_wrapper, FiniteSteps):
+            raise ConfigError(
+                'FiniteLossHook.skip: the steps of optim_wrapper.type='
+                f'{type(runner.optim_wrapper).__name__} cannot be skipped. Set '
+                "optim_wrapper.type='FiniteOptimWrapper', as tools/train.py does for types derived "
+                'from OptimWrapper, or train without --skip-nonfinite')
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        """Keep what a forward pass changes, where steps may be left out."""
+        """Keep what a forward pass changes, if steps may be skipped."""
         if self.skip and not self.batches:
             self.buffers = [(buffer, buffer.clone()) for buffer in runner.model.buffers()]
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None,
                          outputs: Mapping[str, Tensor] | None = None) -> None:
-        """Judge the step."""
+        """Report a step that was not finite."""
         loss = outputs['loss'].item() if outputs and 'loss' in outputs else 0.
         self.batches.append((loss, _files(data_batch)))
-        if not self.guarded:
-            self.finite = all(all_gather_object(math.isfinite(loss)))
-        if not self.stepped:  # gradients are being accumulated
-            return
+        wrapper = runner.optim_wrapper
+        if isinstance(wrapper, FiniteSteps) and wrapper.judges:
+            finite = wrapper.finite
+            if not wrapper.stepped:  # gradients are being accumulated
+                return
+        else:
+            finite = all(all_gather_object(math.isfinite(loss)))
         batches, self.batches = self.batches, []
-        if self.finite:
+        if finite:
             return
-        found = [pair for pairs in all_gather_object(batches) for pair in pairs]
-        bad = [pair for pair in found if not math.isfinite(pair[0])]
-        what = 'the loss' if bad else 'the gradient of the loss'
-        files = ', '.join(path for _, paths in bad or found for path in paths)
-        message = f'{what} is not a finite number at iteration {runner.iter + 1}, images: {files}'
+        every = [batch for of_rank in all_gather_object(batches) for batch in of_rank]
+        bad = [batch for batch in every if not math.isfinite(batch[0])]
+        files = ', '.join(path for _, paths in bad or every for path in paths)
+        message = (f'{"the loss" if bad else "the gradient of the loss"} is not a finite number at '
+                   f'iteration {runner.iter + 1}, images: {files}')
         skipped = runner.message_hub.runtime_info.get('skipped_steps', 0)
         if skipped < self.skip:
             runner.message_hub.update_info('skipped_steps', skipped + 1)
             with torch.no_grad():
                 for buffer, before in self.buffers:
                     buffer.copy_(before)
-            runner.logger.warning(f'Step left out ({skipped + 1} of {self.skip}): {message}')
+            runner.logger.warning(f'Step skipped ({skipped + 1} of {self.skip}): {message}')
             return
         last = next((hook.last_ckpt for hook in runner.hooks
                      if isinstance(hook, SafeCheckpointHook)), None)
@@ -108,17 +176,7 @@ class FiniteLossHook(Hook):
             'Look at these images and masks with tools/check_data.py; try a lower learning rate or '
             'a longer warm-up (optim_wrapper.optimizer.lr, param_scheduler), '
             'optim_wrapper.clip_grad.max_norm=1, training without --amp, or --skip-nonfinite N, '
-            'which leaves up to N such steps out; then go on with --resume')
-
-
-def _gradient_norm(wrapper: OptimWrapper) -> Tensor:
-    """The norm of all gradients, without the scale of mixed precision."""
-    gradients = [parameter.grad for group in wrapper.param_groups
-                 for parameter in group['params'] if parameter.grad is not None]
-    norm = torch.stack(torch._foreach_norm(gradients)).norm()
-    if isinstance(wrapper, AmpOptimWrapper):
-        norm = norm / wrapper.loss_scaler.get_scale()
-    return norm
+            'which skips up to N such steps; then resume with --resume')
 
 
 def _files(data_batch: Any) -> list[str]:

@@ -1,4 +1,4 @@
-"""A live bar for people who watch."""
+"""A progress bar on the terminal."""
 import atexit
 import logging
 import sys
@@ -24,13 +24,12 @@ from rich.progress import (
 
 @HOOKS.register_module()
 class ProgressHook(Hook):
-    """On a terminal, a bar with the loss, the mIoU so far, images per second and time left.
+    """Shows a bar with the loss, the mIoU so far, images per second and time left on a terminal.
 
-    The log lines scroll above it. Where the output is not a terminal there is no bar, and the log
-    is all there is.
+    The log lines scroll above it. If the output is not a terminal, there is no bar.
 
     Args:
-        interval: Iterations between two readings of the loss, each of which waits for the GPU.
+        interval: Number of iterations between readings of the loss, which wait for the GPU.
     """
 
     priority = 'VERY_LOW'
@@ -42,39 +41,21 @@ class ProgressHook(Hook):
         self.figures: dict[str, str] = {}
 
     def before_train(self, runner: Runner) -> None:
-        """Show the bar of the training."""
+        """Start the bar of the training."""
         self._start(runner, 'train', runner.max_iters, runner.iter)
         self.train_task = self.task
         self.tick = time.perf_counter()
 
-    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None,
-                         outputs: dict[str, torch.Tensor] | None = None) -> None:
-        """Advance it."""
-        if self.progress is None or outputs is None:
-            return
-        if self.every_n_train_iters(runner, self.interval):
-            now = time.perf_counter()
-            images = self.interval * len(data_batch['inputs']) * runner.world_size
-            self.figures['images/s'] = f'{images / (now - self.tick):.1f}'
-            self.figures['loss'] = f'{outputs["loss"].item():.3f}'
-            self.tick = now
-        self.progress.update(self.train_task, advance=1, figures=self._figures())
-
     def after_train(self, runner: Runner) -> None:
-        """Take it away."""
+        """Remove the bar."""
         self._stop(runner)
 
     def before_val(self, runner: Runner) -> None:
-        """Show a bar of the validation below that of the training, if there is one."""
+        """Start a bar of the validation, below that of the training if there is one."""
         self._start(runner, 'validate', len(runner.val_dataloader))
 
-    def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None,
-                       outputs: Sequence[Any] | None = None) -> None:
-        """Advance it."""
-        self._advance_evaluation(runner.val_loop.evaluator.metrics, data_batch, runner.world_size)
-
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        """Take it away."""
+        """Remove the bar of the validation."""
         if self.progress is None:
             return
         self.progress.remove_task(self.task)
@@ -85,17 +66,32 @@ class ProgressHook(Hook):
             self._stop(runner)
 
     def before_test(self, runner: Runner) -> None:
-        """Show the bar of the test."""
+        """Start the bar of the test."""
         self._start(runner, 'test', len(runner.test_dataloader))
 
-    def after_test_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None,
-                        outputs: Sequence[Any] | None = None) -> None:
-        """Advance it."""
-        self._advance_evaluation(runner.test_loop.evaluator.metrics, data_batch, runner.world_size)
-
     def after_test(self, runner: Runner) -> None:
-        """Take it away."""
+        """Remove the bar."""
         self._stop(runner)
+
+    def _after_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None,
+                    outputs: Any = None, mode: str = 'train') -> None:
+        """Advance the bar of the training, validation or test."""
+        if self.progress is None:
+            return
+        images = len(data_batch['inputs']) * runner.world_size
+        if mode == 'train':
+            if self.every_n_train_iters(runner, self.interval):
+                now = time.perf_counter()
+                self._show_rate(self.interval * images, now - self.tick)
+                self.figures['loss'] = f'{outputs["loss"].item():.3f}'
+                self.tick = now
+        else:
+            self.images += images
+            self._show_rate(self.images, time.perf_counter() - self.started)
+            self._show_miou(getattr(runner, f'{mode}_loop').evaluator.metrics)
+        self.progress.update(
+            self.train_task if mode == 'train' else self.task, advance=1,
+            figures='  '.join(f'{name} {value}' for name, value in self.figures.items()))
 
     def _start(self, runner: Runner, title: str, total: int, completed: int = 0) -> None:
         if not is_main_process() or not sys.stdout.isatty():
@@ -105,7 +101,7 @@ class ProgressHook(Hook):
                 TextColumn('{task.description}'), BarColumn(bar_width=12), MofNCompleteColumn(),
                 TextColumn('{task.fields[figures]}'), TextColumn('left'), TimeRemainingColumn())
             self.progress.start()
-            atexit.register(self.progress.stop)  # gives the cursor back after an error
+            atexit.register(self.progress.stop)  # restores the cursor after an error
             self._redirect_log(runner, sys.stdout)
         self.task = self.progress.add_task(title, total=total, completed=completed, figures='')
         self.areas: torch.Tensor | None = None
@@ -120,28 +116,21 @@ class ProgressHook(Hook):
 
     @staticmethod
     def _redirect_log(runner: Runner, stream: Any) -> None:
-        """Send the log through the bar's stand-in for stdout, so that they do not mix."""
+        """Send the log through rich's replacement for stdout, so that it scrolls above the bar."""
         for handler in runner.logger.handlers:
             if type(handler) is logging.StreamHandler:
                 handler.setStream(stream)
 
-    def _advance_evaluation(self, metrics: Sequence[Any], data_batch: Any,
-                            world_size: int) -> None:
-        if self.progress is None:
-            return
+    def _show_rate(self, images: int, seconds: float) -> None:
+        self.figures['images/s'] = f'{images / seconds:.1f}'
+
+    def _show_miou(self, metrics: Sequence[Any]) -> None:
         for metric in metrics:
             if isinstance(metric, IoUMetric) and len(metric.results) > self.seen:
                 for areas in metric.results[self.seen:]:
                     areas = torch.stack([area.double().cpu() for area in areas[:2]])
                     self.areas = areas if self.areas is None else self.areas + areas
                 self.seen = len(metric.results)
-        self.images += len(data_batch['inputs']) * world_size
-        self.figures['images/s'] = f'{self.images / (time.perf_counter() - self.started):.1f}'
         if self.areas is not None:
-            # Classes that have not occurred are nan and left out, as in the final figure.
-            iou = self.areas[0] / self.areas[1]
-            self.figures['mIoU'] = f'{100 * iou.nanmean():.2f}'
-        self.progress.update(self.task, advance=1, figures=self._figures())
-
-    def _figures(self) -> str:
-        return '  '.join(f'{name} {value}' for name, value in self.figures.items())
+            # A class that has not occurred yet is nan and does not count, as in the final mIoU.
+            self.figures['mIoU'] = f'{100 * (self.areas[0] / self.areas[1]).nanmean():.2f}'

@@ -8,6 +8,7 @@ from typing import Any
 
 from mmengine.config import Config, DictAction
 from mmengine.logging import MMLogger
+from mmengine.utils import import_modules_from_strings
 
 from ..command_line import find_config
 from ..errors import ConfigError
@@ -58,10 +59,11 @@ def load_config(path: str | Path, *, cfg_options: Mapping[str, Any] | Sequence[s
     if compile:
         cfg.compile = cfg.get('compile') or True
     cfg.work_dir = str(work_dir or cfg.get('work_dir') or os.path.join('work_dirs', path.stem))
-    imports = cfg.get('custom_imports') or dict(imports=[])
     # First: the plugin is what lets mmseg be imported with mmcv-lite.
-    cfg.custom_imports = dict(imports=['mmseg_edaformer', *(
-        name for name in imports['imports'] if name != 'mmseg_edaformer')])
+    ours = ['mmseg_edaformer', 'mmseg_edaformer.safe_defaults']
+    imports = (cfg.get('custom_imports') or {}).get('imports') or []
+    cfg.custom_imports = dict(imports=[*ours, *(name for name in imports if name not in ours)])
+    import_modules_from_strings(**cfg.custom_imports)
     add_hook(cfg, dict(type='CheckWeightsHook'))
     return cfg
 

@@ -1,145 +1,153 @@
-"""A trained segmentor as one file for another runtime: ONNX, OpenVINO or torch.export, checked."""
+"""Export a trained segmentor to ONNX, OpenVINO or torch.export, checked against PyTorch."""
 import json
 import statistics
 import tempfile
-from functools import partial as bind
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from packaging.version import Version
 
-from ..analysis.benchmark import take_turns
-from ..analysis.sweep import mean_iou
+from ..analysis.bench import mean_iou
+from ..analysis.timing import take_turns
 from ..errors import ConfigError
 from ..files import write_file
 from ..isr import ISRRatio
-from ..predict.segmenter import Segmenter, find_pictures, writing
+from ..predict.inputs import find_images
+from ..predict.outputs import writing
+from ..predict.segmenter import Segmenter
 from .graph import Deployed, describe, quiet, trace
-from .parity import Agreement, Pictures, Report, Row, check, fit, read_images, reference
+from .parity import ExportReport, Measured, Parity, TestImages, check, fit, read_images, reference
 from .runtimes import FORMATS, Exported, Run, placing
 
-__all__ = ['FORMATS', 'Exported', 'Report', 'export']
+__all__ = ['FORMATS', 'ExportReport', 'Exported', 'export']
 
 _CALIBRATED = 128
 
 
 def export(model: str | Path, out: str | Path, *, format: str, checkpoint: str | Path | None = None,
-           isr: ISRRatio | int | str = 'none', size: tuple[int, int] | None = None,
+           isr_ratio: ISRRatio | int | str = 'none', size: tuple[int, int] | None = None,
            labels: bool = False, int8: bool = False, calibrate: str | Path | None = None,
            images: str | Path | None = None, samples: int = 40,
-           threads: int | None = None) -> Report:
-    """Write a model for another runtime, once the file gives what PyTorch gives.
+           threads: int | None = None, **renamed: Any) -> ExportReport:
+    """Write a model for another runtime, and check that it predicts what PyTorch predicts.
 
-    It is written under another name, loaded again, compared, and takes its name last.
+    The file is written under another name, loaded again and compared, and takes its name last.
 
     Args:
-        model: As of `Segmenter`.
+        model: A work dir, a config or a .safetensors, see `Segmenter`.
         out: The file; its suffix is that of the format.
         format: One of `FORMATS`.
-        checkpoint: As of `Segmenter`.
-        isr: The ratio, which the file keeps.
-        size: Height and width of all images; by default any.
-        labels: Resize and take the largest class inside the graph.
-        int8: Quantise, with the activations that the images of ``calibrate`` give.
-        calibrate: A folder of such images, or a pattern: like those that it will see.
-        images: What to compare on, also such; by default the config's test images, or else drawn
-            ones.
-        samples: Labelled test images at most, on which the mIoU is measured of float and of int8.
-        threads: Of all runtimes; by default as many as PyTorch has.
+        checkpoint: Weights for a config, see `Segmenter`.
+        isr_ratio: The ISR ratio, which is fixed in the file.
+        size: Height and width of all images; None for images of any size.
+        labels: Resize the logits and take the largest class inside the graph.
+        int8: Quantise the model, with ranges of activations measured on ``calibrate``.
+        calibrate: A folder or pattern of images like those that the model will see.
+        images: A folder or pattern of images to compare on; by default the config's test images,
+            or else drawn ones.
+        samples: Most labelled test images on which the mIoU of float and of int8 is measured.
+        threads: Threads of all runtimes; by default as many as PyTorch has.
 
     Raises:
         UserError: A package is missing, the arguments do not fit each other or the model, or the
             file is too far from PyTorch; nothing is written then.
     """
+    if renamed:
+        raise TypeError(f'export has no argument {min(renamed)}' + (
+            ': use isr_ratio' if 'isr' in renamed else ''))
     out = Path(out)
     _check_arguments(out, format, int8, calibrate, size, samples, threads)
-    segmenter = Segmenter(model, checkpoint, device='cpu', isr=isr)
+    segmenter = Segmenter(model, checkpoint, device='cpu', isr_ratio=isr_ratio)
     if size is None:
         _check_open_size(segmenter)
     deployed = Deployed(segmenter.model, labels)
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        return _export(segmenter, deployed, out, format, size, int8, calibrate,
-                       Pictures(segmenter, Path(model), images, samples))
+        test_images = TestImages(segmenter, Path(model), images, samples)
+        return _export(segmenter, deployed, out, format, size, calibrate, test_images)
     finally:
         torch.set_num_threads(before)
 
 
 def _export(segmenter: Segmenter, deployed: Deployed, out: Path, kind: str,
-            size: tuple[int, int] | None, int8: bool, calibrate: str | Path | None,
-            pictures: Pictures) -> Report:
+            size: tuple[int, int] | None, calibrate: str | Path | None,
+            test_images: TestImages) -> ExportReport:
+    """Write, check and time; in int8 if there are images to ``calibrate``."""
     program, minimum = trace(deployed, size)
-    told = describe(segmenter, deployed, size, minimum)
-    inputs = pictures.inputs(size, minimum)
+    metadata = describe(segmenter, deployed, size, minimum)
+    inputs = test_images.inputs(size, minimum)
     calls: dict[str, Run] = {'PyTorch': lambda batch: reference(deployed, batch)}
-    agreements: dict[str, Agreement] = {}
+    parities: dict[str, Parity] = {}
     with tempfile.TemporaryDirectory() as folder, placing(out) as place:
-        plain = Path(folder) / out.name if int8 else place
+        plain = place if calibrate is None else Path(folder) / out.name
         with quiet():
-            FORMATS[kind].write(program, plain, json.dumps(told))
-        name = f'{kind} float32' if int8 else kind
-        calls[name], agreements[name] = check(plain, out, deployed, inputs, False)
-        if int8:
-            told['int8'], name = True, f'{kind} int8'
+            FORMATS[kind].write(program, plain, json.dumps(metadata))
+        name = kind if calibrate is None else f'{kind} float32'
+        calls[name], parities[name] = check(plain, out, deployed, inputs, int8=False)
+        if calibrate is not None:
+            metadata['int8'], name = True, f'{kind} int8'
             quantise = FORMATS[kind].quantise
-            assert calibrate is not None
             assert quantise is not None
             with quiet():
-                quantise(plain, place, json.dumps(told), [
-                    fit(image, size, minimum)[None] for image in read_images(
-                        segmenter, calibrate, _CALIBRATED)])
-            calls[name], agreements[name] = check(place, out, deployed, inputs, True)
-        times = take_turns({name: bind(bind, call, inputs[0]) for name, call in
+                quantise(plain, place, json.dumps(metadata), [
+                    fit(image, size, minimum)[None]
+                    for image in read_images(segmenter, calibrate, _CALIBRATED)])
+            calls[name], parities[name] = check(place, out, deployed, inputs, int8=True)
+        times = take_turns({name: partial(partial, call, inputs[0]) for name, call in
                             calls.items()}, torch.device('cpu'), repeats=30, seconds=20)
-        quartiles = {name: statistics.quantiles([own / base for own, base in zip(
-            times[name], times['PyTorch'])]) for name in calls}
-        areas = pictures.areas(calls, size, minimum) if int8 else {}
-        rows = tuple(Row(name, agreements.get(name), 1e3 * statistics.median(times[name]),
-                         quartiles[name][1], (quartiles[name][0], quartiles[name][2]),
-                         float(mean_iou(areas[name].sum(0))) if areas else None)
-                     for name in calls)
-        del calls
-    return Report(out, told, rows, inputs[0].shape[1:3], len(areas['PyTorch']) if areas else 0,
-                  torch.get_num_threads(), tuple(pictures.notes))
+        areas = {} if calibrate is None else test_images.areas(calls, size, minimum)
+    rows = []
+    for name in calls:
+        low, middle, high = statistics.quantiles(np.divide(times[name], times['PyTorch']))
+        rows.append(Measured(
+            name, parities.get(name), 1e3 * statistics.median(times[name]), middle, (low, high),
+            float(mean_iou(areas[name].sum(0))) if areas else None))
+    return ExportReport(out, metadata, tuple(rows), inputs[0].shape[1:3],
+                        len(areas['PyTorch']) if areas else 0, torch.get_num_threads(),
+                        tuple(test_images.notes))
 
 
 def _check_arguments(out: Path, kind: str, int8: bool, calibrate: str | Path | None,
                      size: tuple[int, int] | None, samples: int, threads: int | None) -> None:
-    """See what can be seen before a model is loaded."""
+    """Check what can be checked before a model is loaded."""
     if kind not in FORMATS:
         raise ConfigError(f"format '{kind}' does not exist: use {', '.join(FORMATS)}")
     if out.suffix != FORMATS[kind].suffix:
         raise ConfigError(f'--out {out}: a file of the format {kind} ends in '
                           f'{FORMATS[kind].suffix}')
     if int8 and FORMATS[kind].quantise is None:
-        raise ConfigError('--int8 is for onnx and openvino, whose runtimes compute in it')
+        raise ConfigError(f'--int8 does not work with --format {kind}: use onnx or openvino')
     if int8 != (calibrate is not None):
-        raise ConfigError('--int8 needs --calibrate FOLDER, with images like those that it will '
-                          'see' if int8 else '--calibrate is for --int8: give both or none')
+        raise ConfigError('--int8 needs --calibrate FOLDER, with images like those that the model '
+                          'will see' if int8 else '--calibrate is for --int8: give both or none')
     for name, value in (('samples', samples), ('threads', threads)):
         if value is not None and value < 1:
             raise ConfigError(f'--{name} {value}: give 1 or more')
     if size is not None and min(size) < 32:
         raise ConfigError(f'--size {size[0]},{size[1]}: give height and width in pixels from 32 up')
     if Version(torch.__version__) < Version('2.9'):
-        raise ConfigError(f'the export needs torch 2.9 or newer, this is {torch.__version__}')
+        raise ConfigError(f'torch {torch.__version__} is too old for the export: install torch 2.9 '
+                          'or newer')
     FORMATS[kind].check(*(['nncf'] if int8 and kind == 'openvino' else ()))
     if calibrate is not None:
-        find_pictures(calibrate)
+        find_images(calibrate)
     with writing(out):
         write_file(out.with_name(f'.{out.name}.writable'), '')
         out.with_name(f'.{out.name}.writable').unlink()
 
 
 def _check_open_size(segmenter: Segmenter) -> None:
-    """See that the model predicts images of any size as one, with what a graph can tell."""
+    """Check that one graph can predict images of any size as the model does."""
     model: Any = segmenter.model
-    if segmenter.isr.auto:
-        raise ConfigError('ISR auto follows the size of each image, a file keeps one ratio: give '
-                          'the size that all have with --size H,W, or another --isr-ratio')
+    if segmenter.isr_ratio.auto:
+        raise ConfigError('--isr-ratio auto follows the size of each image, but a file keeps one '
+                          'ratio: give the size of all images with --size H,W, or another '
+                          '--isr-ratio')
     if (getattr(model, 'test_cfg', None) or {}).get('mode') == 'slide':
         height, width = model.test_cfg.crop_size
-        raise ConfigError('the config predicts with a sliding window, which no graph holds: export '
-                          f'the network of one window with --size {height},{width}')
+        raise ConfigError('the config predicts with a sliding window, which a graph cannot hold: '
+                          f'export the network of one window with --size {height},{width}')

@@ -1,9 +1,8 @@
-"""From a segmentor to the graph that goes into a file.
+"""The graph of a segmentor, as it goes into a file.
 
-Shapes: N images of H x W pixels, C classes. The graph takes ``images``, N x H x W x 3, uint8, in
-the order red, green, blue, as pictures are in memory: mean and deviation are inside. It gives
-``labels``, N x H x W, uint8 (int16 of more than 256 classes), or ``logits``, N x C x h x w,
-float32, as the head has them.
+Shapes: N images of H x W pixels, C classes. The graph takes ``images``, N x H x W x 3, uint8, RGB;
+it subtracts the mean and divides by the deviation itself. It gives ``labels``, N x H x W, uint8
+(int16 for more than 256 classes), or ``logits``, N x C x h x w, float32, at the head's resolution.
 """
 import hashlib
 import logging
@@ -21,48 +20,48 @@ from torch.export import Dim, ExportedProgram
 from .. import __version__
 from ..compat import swaps_channels
 from ..errors import ConfigError, UserError
-from ..isr import ISRRatio
 from ..models.segmentor import StreamedEncoderDecoder
 from ..predict.segmenter import Segmenter
 
-_TRACED = (613, 741)  # of no cost: nothing is computed; several cells of every sensible pool
+_TRACED = (613, 741)  # several cells of every sensible pool; free, for nothing is computed
 
 
 class Deployed(nn.Module):
-    """What goes into the file: a segmentor from pixels to labels or logits, in plain operators.
+    """A segmentor from pixels to labels or logits, in plain operators.
 
     Args:
         model: The segmentor, in eval mode.
-        labels: Give labels at the size of the images in place of the head's logits.
+        labels: Whether to give labels at the size of the images in place of the head's logits.
 
     Raises:
-        ConfigError: The segmentor does more than can be told in a graph.
+        ConfigError: The segmentor does more than a graph can hold.
     """
 
     def __init__(self, model: nn.Module, labels: bool) -> None:
         super().__init__()
         if not isinstance(model, StreamedEncoderDecoder) or not model.streamable:
             head = type(getattr(model, 'decode_head', model)).__name__
-            raise ConfigError(f'{type(model).__name__} with {head} cannot be exported: its labels '
-                              'are not the largest of logits per class')
+            raise ConfigError(f'{type(model).__name__} with {head} cannot be exported, because its '
+                              'labels are not the largest of logits per class: export another '
+                              'model')
         padding: dict[str, Any] = dict(model.data_preprocessor.test_cfg or {})
         if padding.get('size') or (padding.get('size_divisor') and not labels):
             raise ConfigError('data_preprocessor.test_cfg pads the images: ' + (
-                'only size_divisor can be exported' if padding.get('size') else
-                'export it with --labels, which are cropped again'))
+                'replace size by size_divisor, which can be exported' if padding.get('size') else
+                'export labels, which are cropped again, with --labels'))
         self.model = model.eval()
         self.labels = labels
         self.divisor: int = padding.get('size_divisor') or 1
 
     def forward(self, images: Tensor) -> Tensor:
-        """Predict images, N x H x W x 3, uint8, RGB."""
+        """Return labels or logits of images, N x H x W x 3, uint8, RGB."""
         if not self.labels:
             return self.logits(images)
         logits = self.full_logits(images)
         return logits.argmax(1).to(torch.uint8 if logits.shape[1] <= 256 else torch.int16)
 
     def logits(self, images: Tensor) -> Tensor:
-        """The head's logits, of the padded images where the model has them padded."""
+        """Return the head's logits, of the padded images if the model pads them."""
         preprocessor: Any = self.model.data_preprocessor
         x = images.permute(0, 3, 1, 2)
         if not swaps_channels(preprocessor):  # the model was trained on BGR
@@ -76,7 +75,7 @@ class Deployed(nn.Module):
         return self.model._forward(x).float()
 
     def full_logits(self, images: Tensor) -> Tensor:
-        """Logits at the size of the images."""
+        """Return logits at the size of the images."""
         height, width = images.shape[1], images.shape[2]
         size = (height + -height % self.divisor, width + -width % self.divisor)
         logits = F.interpolate(self.logits(images), size, None, 'bilinear',
@@ -86,11 +85,11 @@ class Deployed(nn.Module):
 
 def trace(deployed: Deployed, size: tuple[int, int] | None
           ) -> tuple[ExportedProgram, tuple[int, int]]:
-    """The graph of a model for any number of images, of one size or of any.
+    """Trace a model for any number of images, of one size or of any.
 
     Returns:
-        The graph, and the smallest height and width that it is right for: below, pools of keys
-        would shrink to their map, which the graph does not tell.
+        The graph, and the smallest height and width for which it is right: below these, pools of
+        keys would shrink to their map, which a graph cannot express.
 
     Raises:
         ConfigError: torch.export cannot trace the model, or not with an open size.
@@ -106,31 +105,30 @@ def trace(deployed: Deployed, size: tuple[int, int] | None
     except Exception as error:  # whatever a model's own code may raise
         reason = f'{type(error).__name__}: {(str(error).strip() or "-").splitlines()[0][:200]}'
         raise ConfigError(
-            'the model cannot be traced for images of any size: give the one that it is to have '
-            f'with --size H,W ({reason})' if size is None else
-            f'torch.export cannot trace this model ({reason}): see what it says of operators, or '
-            'try another --isr-ratio') from error
+            f'the model cannot be traced for images of any size ({reason}): give one size with '
+            '--size H,W' if size is None else
+            f'torch.export cannot trace this model ({reason}): export another model, or try '
+            'another --isr-ratio') from error
     shape = images_of(program).shape
     if size is not None:
         return program, size
     sides: tuple[Any, ...] = tuple(shape[1:3])
     symbols = [side.node.expr for side in sides]
     ranges = program.range_constraints
-    highest = max((ranges[side] for side in symbols), key=lambda each: int(each.lower))
-    ranges.update(dict.fromkeys(symbols, highest))  # a .pt2 checks them by itself
+    highest = max((ranges[side] for side in symbols), key=lambda bounds: int(bounds.lower))
+    ranges.update(dict.fromkeys(symbols, highest))  # a .pt2 checks them itself
     return program, (int(highest.lower), int(highest.lower))
 
 
 def describe(segmenter: Segmenter, deployed: Deployed, size: tuple[int, int] | None,
-              minimum: tuple[int, int]) -> dict[str, Any]:
-    """The metadata of a file; plain data."""
+             minimum: tuple[int, int]) -> dict[str, Any]:
+    """Return the metadata of a file, as plain data."""
     preprocessor: Any = segmenter.model.data_preprocessor
     normalised = preprocessor._enable_normalize
-    ratio = segmenter.isr
     return dict(
         version=__version__, torch=torch.__version__, checkpoint=Path(segmenter.source).name,
         sha256=hashlib.sha256(Path(segmenter.source).read_bytes()).hexdigest(),
-        isr_ratio='none' if ratio == ISRRatio.parse('none') else str(ratio),
+        isr_ratio=str(segmenter.isr_ratio),
         input='images: N x H x W x 3, uint8, RGB, 0 to 255; mean and std are inside',
         output='labels' if deployed.labels else 'logits',
         classes=segmenter.classes, palette=segmenter.description.palette,
@@ -142,14 +140,14 @@ def describe(segmenter: Segmenter, deployed: Deployed, size: tuple[int, int] | N
 
 
 def images_of(program: ExportedProgram) -> Tensor:
-    """The input of a graph, with its sizes, which may be symbols."""
+    """Return the input of a graph, whose sizes may be symbols."""
     return next(node.meta['val'] for node in program.graph.nodes
                 if node.op == 'placeholder' and node.name == 'images')
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep what the exporters say of their own parts off the terminal."""
+    """Silence the logs and warnings of the exporters."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

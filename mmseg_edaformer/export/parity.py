@@ -1,9 +1,7 @@
-"""What a written file is compared with PyTorch on, and what was found."""
+"""Parity: whether a written file predicts what PyTorch predicts, on which images, how fast."""
 import logging
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,6 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from mmengine.dataset import Compose
 from mmengine.logging import print_log
 from mmseg.evaluation import IoUMetric
 from mmseg.registry import DATASETS
@@ -19,26 +16,29 @@ from mmseg.structures import SegDataSample
 from prettytable import PrettyTable
 from torch import Tensor
 
+from .. import compat
 from ..data.drawing import draw_scene
 from ..engine.run_config import load_config
 from ..errors import ConfigError, UserError
-from ..predict.segmenter import Segmenter, find_pictures
+from ..predict.inputs import find_images
+from ..predict.loading import first_line
+from ..predict.segmenter import Segmenter
 from .graph import Deployed
 from .runtimes import OPENVINO, Exported, Run
 
 LEAST_EQUAL = {False: 0.999, True: 0.9}
-"""The share of PyTorch's labels that a file, in int8 or not, must give: less is not written."""
+"""Least share of PyTorch's labels that a file, in int8 or not, must give to be written."""
 FARTHEST = 0.01
-"""How far a logit may be from PyTorch's, of the largest one; not in int8."""
+"""Maximum logit error relative to the largest logit; not in int8."""
 UNSTEADY = 1.5
-"""A ratio of times whose upper quartile is this many times the lower one says nothing."""
+"""Times are useless if the upper quartile of their ratio is so many times the lower one."""
 
 _CHECKED = 8
 _DRAWN = (360, 480)
 
 
 @dataclass(frozen=True)
-class Agreement:
+class Parity:
     """How near a file is to PyTorch on the same images.
 
     ``equal`` is the share of equal labels. ``difference`` is the largest of logits, ``relative`` to
@@ -52,12 +52,14 @@ class Agreement:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One way to predict: its agreement with PyTorch, milliseconds of an image, their median ratio
-    to PyTorch's in the same turn, the lower and the upper quartile of that ratio (``spread``), and
-    the mIoU in percent, where there are labelled images."""
+class Measured:
+    """One way to predict: its parity with PyTorch and its cost.
+
+    ``ms`` is the median time of an image, ``relative`` the median ratio to PyTorch's time in the
+    same turn, ``spread`` the lower and the upper quartile of that ratio, ``miou`` in percent.
+    """
     name: str
-    agreement: Agreement | None
+    parity: Parity | None
     ms: float
     relative: float
     spread: tuple[float, float]
@@ -65,54 +67,60 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What `export` found of the file that it wrote."""
+class ExportReport:
+    """What `export` measured of the file that it wrote."""
     path: Path
     metadata: dict[str, Any]
-    rows: tuple[Row, ...]
+    rows: tuple[Measured, ...]
     timed: tuple[int, int]
     labelled: int
     threads: int
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
-        told = self.metadata
+        metadata = self.metadata
         table = PrettyTable(['', 'labels equal', 'logits apart', 'ms', 'time', 'mIoU'], align='r')
         table.align[''] = 'l'
         for row in self.rows:
-            near = row.agreement
-            table.add_row([row.name, '' if near is None else f'{100 * near.equal:.4f} %',
-                           '' if near is None else f'{near.difference:.2g}', f'{row.ms:.1f}',
+            parity, (low, high) = row.parity, row.spread
+            table.add_row([row.name, f'{100 * parity.equal:.4f} %' if parity else '',
+                           f'{parity.difference:.2g}' if parity else '', f'{row.ms:.1f}',
                            f'x {row.relative:.3g}' + (
-                               f' ({row.spread[0]:.3g} to {row.spread[1]:.3g})' if near else ''),
+                               f' ({low:.3g} to {high:.3g})' if parity else ''),
                            '' if row.miou is None else f'{row.miou:.2f}'])
         if all(row.miou is None for row in self.rows):
             table.del_column('mIoU')
-        shapes = next(row.agreement.inputs for row in self.rows if row.agreement)
+        shapes = next(row.parity.inputs for row in self.rows if row.parity)
         checked = ', '.join(f'{n}x{h}x{w}' for n, h, w in dict.fromkeys(shapes))
         unsteady = [row.name for row in self.rows if row.spread[1] > UNSTEADY * row.spread[0]]
-        size = told['size'] and 'x'.join(map(str, told['size']))
-        return '\n'.join([
-            f'{self.path} ({_megabytes(self.path):.1f} MB): {len(told["classes"])} classes, ISR '
-            f'{told["isr_ratio"]}, {told["output"]}, ' +
-            (f'images of {size}' if size else
-             f'images from {"x".join(map(str, told["minimum"]))} up') + ', any number at once',
+        size = 'x'.join(map(str, metadata['size'] or metadata['minimum']))
+        megabytes = sum(path.stat().st_size for path in (
+            self.path, *([self.path.with_suffix('.bin')] if self.path.suffix == OPENVINO else []))
+        ) / 1e6
+        lines = [
+            f'{self.path} ({megabytes:.1f} MB): {len(metadata["classes"])} classes, ISR '
+            f'{metadata["isr_ratio"]}, {metadata["output"]}, images ' +
+            (f'of {size}' if metadata['size'] else f'from {size} up') + ', any number at once',
             str(table),
             f'Compared on {len(shapes)} inputs of {checked}; times of 1x{self.timed[0]}x'
             f'{self.timed[1]} in turn (with quartiles), {self.threads} '
             f'thread{"s" if self.threads > 1 else ""}' +
-            (f'; mIoU of {self.labelled} labelled images' if self.labelled else '') + '.',
-            *([f'The times of {" and ".join(unsteady)} say nothing: their ratio to PyTorch differs '
-               'too much from turn to turn. Export again while nothing else runs here, or with '
-               'fewer --threads.'] if unsteady else ()),
-            *(() if told['output'] == 'logits' else (
-                "Logits apart: PyTorch's of its own label and of the file's, where they differ.",)),
-            *self.notes, _versions()])
+            (f'; mIoU of {self.labelled} labelled images' if self.labelled else '') + '.']
+        if unsteady:
+            lines.append(f'The times of {" and ".join(unsteady)} are useless: their ratio to '
+                         'PyTorch differs too much from turn to turn. Export again while nothing '
+                         'else runs here, or with fewer --threads.')
+        if metadata['output'] == 'labels':
+            lines.append("Logits apart: where labels differ, PyTorch's logit of its own label less "
+                         "that of the file's.")
+        versions = [f'{name} {compat._version(name)}' for name in (
+            'torch', 'onnx', 'onnxruntime', 'openvino', 'nncf') if compat._version(name)]
+        return '\n'.join([*lines, *self.notes, ', '.join(versions)])
 
 
 @torch.no_grad()
 def reference(deployed: Deployed, images: np.ndarray) -> np.ndarray:
-    """What PyTorch predicts, by the way that `Segmenter` takes, from the graph's input."""
+    """Return what PyTorch predicts for the graph's input, in the same way as `Segmenter`."""
     model: Any = deployed.model
     size = images.shape[1:3]
     samples = [SegDataSample(metainfo=dict(img_shape=size, ori_shape=size)) for _ in images]
@@ -127,7 +135,7 @@ def reference(deployed: Deployed, images: np.ndarray) -> np.ndarray:
         model.test_cfg.mode = mode
 
 
-def compare(run: Run, deployed: Deployed, inputs: Sequence[np.ndarray]) -> Agreement:
+def compare(run: Run, deployed: Deployed, inputs: Sequence[np.ndarray]) -> Parity:
     """Run a file and PyTorch on the same images.
 
     Args:
@@ -152,171 +160,151 @@ def compare(run: Run, deployed: Deployed, inputs: Sequence[np.ndarray]) -> Agree
             with torch.no_grad():
                 logits = deployed.full_logits(torch.from_numpy(images))
             largest = max(largest, float(logits.abs().max()))
-            count = logits.shape[1]
-            own, other = (logits.gather(1, torch.from_numpy(found.astype(np.int64))[:, None].clamp(
-                0, count - 1)) for found in (wanted, got))
+            own, other = (logits.gather(1, torch.from_numpy(labels.astype(np.int64))[:, None].clamp(
+                0, logits.shape[1] - 1)) for labels in (wanted, got))
             difference = max(difference, float((own - other).max()))
         equal += int((wanted == got).sum())
         pixels += wanted.size
-    return Agreement(equal / pixels, difference, difference / max(largest, 1e-30), tuple(
+    return Parity(equal / pixels, difference, difference / max(largest, 1e-30), tuple(
         (images.shape[0], images.shape[1], images.shape[2]) for images in inputs))
 
 
-def check(path: Path, out: Path, deployed: Deployed, inputs: Sequence[np.ndarray],
-           int8: bool) -> tuple[Run, Agreement]:
-    """Load a file again and see that it predicts as PyTorch does.
+def check(path: Path, out: Path, deployed: Deployed, inputs: Sequence[np.ndarray], *,
+          int8: bool) -> tuple[Run, Parity]:
+    """Load a file again and check its parity with PyTorch.
 
     Raises:
-        ConfigError: It does not.
+        ConfigError: It cannot be run, or is too far from PyTorch.
     """
     try:
         run = Exported(path)
-        found = compare(run, deployed, inputs)
+        parity = compare(run, deployed, inputs)
     except UserError as error:
         raise ConfigError(f'{out} is not written: {error}') from error
     except Exception as error:  # of the runtime
-        raise ConfigError(f'{out} is not written: its runtime cannot run it ('
-                          f'{(str(error).strip() or repr(error)).splitlines()[0][:200]}). Give one '
-                          'size with --size H,W, or try another --format') from error
-    far = not int8 and not deployed.labels and not found.relative <= FARTHEST
-    if far or not found.equal >= LEAST_EQUAL[int8]:
+        raise ConfigError(f'{out} is not written: its runtime cannot run it ({first_line(error)}). '
+                          'Give one size with --size H,W, or try another --format') from error
+    far = not int8 and not deployed.labels and not parity.relative <= FARTHEST
+    if far or not parity.equal >= LEAST_EQUAL[int8]:
         raise ConfigError(
-            f'{out} is not written: {"in int8 " if int8 else ""}it gives {100 * found.equal:.2f} % '
-            f"of PyTorch's labels (at least {100 * LEAST_EQUAL[int8]:g} % are wanted), the largest "
-            f'difference of logits is {found.difference:.2g}. ' + (
-                'Calibrate on more images, like those that it will see, or export without --int8'
-                if int8 else 'Try another --format or one --size H,W, and please report this'))
-    return run, found
+            f'{out} is not written: {"in int8 " if int8 else ""}it gives '
+            f"{100 * parity.equal:.2f} % of PyTorch's labels, and at least "
+            f'{100 * LEAST_EQUAL[int8]:g} % are required; the largest difference of logits is '
+            f'{parity.difference:.2g}. ' + (
+                'Calibrate on more images, like those that the model will see, or export without '
+                '--int8' if int8 else
+                'Try another --format or one --size H,W, and please report this'))
+    return run, parity
 
 
-class Pictures:
-    """What a file is compared on.
+class TestImages:
+    """Images on which a file is compared with PyTorch.
 
     Args:
-        segmenter: Whose pipeline makes pictures ready.
+        segmenter: The model, whose pipeline prepares the images.
         model: As given to `export`: its config names a test set.
-        folder: Pictures to compare on instead.
-        samples: Labelled images at most.
+        folder: Images to compare on instead.
+        samples: Most labelled images.
     """
+    __test__ = False  # no test of pytest
 
     def __init__(self, segmenter: Segmenter, model: Path, folder: str | Path | None,
                  samples: int) -> None:
         self.segmenter, self.samples = segmenter, samples
         self.notes: list[str] = []
-        self.set = _test_set(model)
+        self.dataset = self._find_dataset(model)
         self.images: list[np.ndarray] = []
         if folder is not None:
             self.images = read_images(segmenter, folder, _CHECKED)
-        elif self.set is not None:
-            self.images = [_rgb(self.set[index]) for index in self._order(_CHECKED)]
+        elif self.dataset is not None:
+            self.images = [_to_rgb(self.dataset[index]) for index in self._order(_CHECKED)]
         if not self.images:
-            _warn('There are no test images: compared on drawn ones. Give some of your own with '
-                  '--images FOLDER')
-            self.notes.append('The images are drawn: what is compared says little of real ones.')
+            print_log('There are no test images, so drawn ones are compared. Give some of your own '
+                      'with --images FOLDER', logger='current', level=logging.WARNING)
+            self.notes.append('The compared images are drawn, so they tell little about real ones.')
             self.images = [draw_scene(np.random.default_rng(i), _DRAWN)[0] for i in range(4)]
 
+    def _find_dataset(self, model: Path) -> Any:
+        """Return the test set of the model's config, or None where there is none, or no data."""
+        config = next(iter(sorted(model.glob('*.py'))), None) if model.is_dir() else model
+        if config is None or config.suffix != '.py':
+            return None
+        cfg = load_config(config)
+        loader = cfg.get('test_dataloader') or cfg.get('val_dataloader')
+        try:
+            dataset = DATASETS.build(loader.dataset) if loader else ()
+            return dataset if len(dataset) else None
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except Exception as error:  # any data set's own
+            self.notes.append(f'The test set of {config} cannot be read: {first_line(error)}')
+            return None
+
     def _order(self, count: int) -> list[int]:
-        assert self.set is not None
-        order = np.random.default_rng(0).permutation(len(self.set))
+        order = np.random.default_rng(0).permutation(0 if self.dataset is None else
+                                                     len(self.dataset))
         return [int(index) for index in order[:count]]
 
-    def inputs(self, size: tuple[int, int] | None,
-               minimum: tuple[int, int]) -> list[np.ndarray]:
-        """One image at a time and two, where the size is open also of another, ragged one."""
+    def inputs(self, size: tuple[int, int] | None, minimum: tuple[int, int]) -> list[np.ndarray]:
+        """Return batches of one image and of two; for an open size also of another, odd size."""
         images = [fit(image, size, minimum) for image in self.images]
         if size is None and any(one.shape != other.shape for one, other in zip(
                 images, self.images)):
             self.notes.append('Smaller images were enlarged.')
+        batches = [image[None] for image in images]
         height, width = images[0].shape[:2]
-        other = max(minimum[0], 3 * height // 4 | 1), max(minimum[1], 4 * width // 5 | 1)
-        if other == (height, width):
-            other = height + 20 | 1, width + 30 | 1
-        found = [image[None] for image in images]
-        for sides in ((height, width), *(() if size else (other,))):
+        sizes = [(height, width)]
+        if size is None:
+            other = max(minimum[0], 3 * height // 4 | 1), max(minimum[1], 4 * width // 5 | 1)
+            sizes.append((height + 20 | 1, width + 30 | 1) if other == sizes[0] else other)
+        for sides in sizes:
             pair = [fit(images[i % len(images)], sides, minimum) for i in range(2)]
-            found += [np.stack(pair), *(() if sides == (height, width) else (pair[0][None],))]
-        return found
+            batches += [np.stack(pair), *([] if sides == sizes[0] else [pair[0][None]])]
+        return batches
 
     def areas(self, calls: dict[str, Run], size: tuple[int, int] | None,
               minimum: tuple[int, int]) -> dict[str, np.ndarray]:
-        """Intersections and unions of each class by each call, N x 2 x C; none without labels."""
-        classes = len(self.segmenter.classes)
-        found: dict[str, list[np.ndarray]] = {name: [] for name in calls}
-        for index in self._order(self.samples) if self.set is not None else ():
-            data = self.set[index]
+        """Return intersections and unions of each class by each call, N x 2 x C; {} unlabelled."""
+        areas: dict[str, list[np.ndarray]] = {name: [] for name in calls}
+        for index in self._order(self.samples):
+            data = self.dataset[index]
             truth = data['data_samples'].get('gt_sem_seg')
             if truth is None:
                 break
-            truth = truth.data.squeeze()
-            image = fit(_rgb(data), size, minimum)[None]
+            truth = truth.data.squeeze().long()
+            image = fit(_to_rgb(data), size, minimum)[None]
             for name, call in calls.items():
-                got = call(image)
-                labels = _labels(got, (truth.shape[0], truth.shape[1]))
-                found[name].append(np.stack([each.numpy() for each in (
-                    IoUMetric.intersect_and_union(labels, truth.long(), classes, 255)[:2])]))
-        if not found['PyTorch']:
-            self.notes.append('What int8 costs in mIoU is not known: there are no labelled test '
+                areas[name].append(torch.stack(IoUMetric.intersect_and_union(
+                    _to_labels(call(image), truth.shape), truth, len(self.segmenter.classes),
+                    255)[:2]).numpy())
+        if not areas['PyTorch']:
+            self.notes.append('The mIoU of int8 is unknown, because there are no labelled test '
                               'images. Give a work dir or a config whose data is there.')
             return {}
-        return {name: np.stack(each) for name, each in found.items()}
+        return {name: np.stack(parts) for name, parts in areas.items()}
 
 
-def _labels(found: np.ndarray, size: tuple[int, int]) -> Tensor:
-    """Labels of one image at a size, from labels or from logits."""
-    if found.ndim == 4:
-        return F.interpolate(torch.from_numpy(found), size, None, 'bilinear').argmax(1)[0]
-    return F.interpolate(torch.from_numpy(found).float()[None], size)[0, 0].long()
-
-
-def _test_set(model: Path) -> Any:
-    """The test set of the config that is meant, or None where there is none, or no data."""
-    config = next(iter(sorted(model.glob('*.py'))), None) if model.is_dir() else model
-    if config is None or config.suffix != '.py':
-        return None
-    cfg = load_config(config)
-    loader = cfg.get('test_dataloader') or cfg.get('val_dataloader')
-    if not loader:
-        return None
-    try:
-        found = DATASETS.build(loader.dataset)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return found if len(found) else None
+def _to_labels(output: np.ndarray, size: tuple[int, int]) -> Tensor:
+    """Return the labels of one image at a size, from labels or from logits."""
+    if output.ndim == 4:
+        return F.interpolate(torch.from_numpy(output), size, None, 'bilinear').argmax(1)[0]
+    return F.interpolate(torch.from_numpy(output).float()[None], size)[0, 0].long()
 
 
 def read_images(segmenter: Segmenter, source: str | Path, most: int) -> list[np.ndarray]:
-    """Pictures of a folder as the model takes them, H x W x 3, RGB; so many of them, evenly."""
-    files = [file for file, _ in find_pictures(source)]
-    ready = Compose(segmenter.description.pipeline)
+    """Return up to ``most`` images, evenly chosen, as the model takes them: H x W x 3, RGB."""
+    files = [file for file, _ in find_images(source)]
     chosen = np.unique(np.linspace(0, len(files) - 1, min(most, len(files))).astype(int))
-    return [_rgb(ready(dict(img_path=str(files[index])))) for index in chosen]
+    return [_to_rgb(segmenter.load(files[index])[1]) for index in chosen]
 
 
-def _rgb(data: dict[str, Any]) -> np.ndarray:
-    """The image of a packed sample, 3 x H x W and BGR, as H x W x 3 and RGB."""
+def _to_rgb(data: dict[str, Any]) -> np.ndarray:
+    """Return the image of a packed sample, 3 x H x W and BGR, as H x W x 3 and RGB."""
     return np.ascontiguousarray(data['inputs'].numpy().transpose(1, 2, 0)[..., ::-1])
 
 
 def fit(image: np.ndarray, size: tuple[int, int] | None, minimum: tuple[int, int]) -> np.ndarray:
-    """An image at the size of the file, or where that is open at least as large as it must be."""
+    """Resize an image to the size of the file, or if that is open, to at least its minimum."""
     sides = image.shape[:2]
     height, width = size or (max(sides[0], minimum[0]), max(sides[1], minimum[1]))
     return image if (height, width) == sides else cv2.resize(image, (width, height))
-
-
-def _megabytes(path: Path) -> float:
-    weights = path.with_suffix('.bin')
-    return (path.stat().st_size + (weights.stat().st_size if path.suffix == OPENVINO
-                                   else 0)) / 1e6
-
-
-def _versions() -> str:
-    found = []
-    for name in ('torch', 'onnx', 'onnxruntime', 'openvino', 'nncf'):
-        with suppress(metadata.PackageNotFoundError):
-            found.append(f'{name} {metadata.version(name)}')
-    return ', '.join(found)
-
-
-def _warn(message: str) -> None:
-    print_log(message, logger='current', level=logging.WARNING)

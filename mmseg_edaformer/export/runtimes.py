@@ -1,6 +1,6 @@
 """The formats: how a file of each is written, quantised and run, on the CPU.
 
-Their packages are imported where they are used: what needs none runs without them.
+Their packages are extras, so they are imported where they are used.
 """
 import importlib.util
 import io
@@ -24,12 +24,12 @@ from ..files import replacing
 from .graph import images_of
 
 KEY = 'mmseg_edaformer'
-"""Under this name a file holds its metadata, as JSON."""
+"""The name under which a file holds its metadata, as JSON."""
 OPENVINO = '.xml'
-"""What OpenVINO's graph ends in; its weights lie beside it in a .bin."""
+"""The suffix of OpenVINO's graph; its weights lie beside it in a .bin."""
 
 Run = Callable[[np.ndarray], np.ndarray]
-"""From images, N x H x W x 3, to labels or logits."""
+"""A function from images, N x H x W x 3, to labels or logits."""
 Quantise = Callable[[Path, Path, str, list[np.ndarray]], None]
 
 
@@ -37,7 +37,8 @@ Quantise = Callable[[Path, Path, str, list[np.ndarray]], None]
 class Format:
     """A format: ``write`` and ``quantise`` put the metadata into the file, ``load`` returns them.
 
-    ``quantise`` gets the source, the target, the metadata and images; ``load`` a number of threads.
+    ``quantise`` takes the source, the target, the metadata and images; ``load`` takes a number of
+    threads.
     """
     name: str
     suffix: str
@@ -47,7 +48,7 @@ class Format:
     quantise: Quantise | None = None
 
     def check(self, *more: str) -> None:
-        """See that its packages are there.
+        """Check that its packages, and ``more``, are installed.
 
         Raises:
             ConfigError: One is not; the message says what to install.
@@ -55,7 +56,7 @@ class Format:
         missing = [name for name in (*self.packages, *more)
                    if importlib.util.find_spec(name) is None]
         if missing:
-            raise ConfigError(f'{", ".join(missing)} is missing for the format {self.name}: '
+            raise ConfigError(f'{", ".join(missing)} is missing for the format {self.name}: run '
                               f'{install_command("export")}')
 
 
@@ -64,36 +65,36 @@ class Exported:
 
     Args:
         path: The .onnx, .xml or .pt2.
-        threads: By default as many as PyTorch has.
+        threads: Threads of the runtime; by default as many as PyTorch has.
 
     Attributes:
-        metadata: What the file says of itself: ``classes``, ``isr_ratio``, ``output`` and more.
+        metadata: The metadata of the file: ``classes``, ``isr_ratio``, ``output`` and more.
 
     Raises:
-        ConfigError: The package that runs it is missing, or it is none of `export`'s.
+        ConfigError: The package that runs the file is missing, or `export` did not write the file.
     """
 
     def __init__(self, path: str | Path, threads: int | None = None) -> None:
         path = Path(path)
         kind = next((kind for kind in FORMATS.values() if kind.suffix == path.suffix), None)
         if kind is None or not path.is_file():
-            raise ConfigError(f'{path} is no file that ends in '
+            raise ConfigError(f'{path} is not a file that ends in '
                               f'{", ".join(kind.suffix for kind in FORMATS.values())}')
         kind.check()
         self._run, text = kind.load(path, threads or torch.get_num_threads())
         if not text:
-            raise ConfigError(f'{path} does not say what it is: tools/export.py did not write it')
+            raise ConfigError(f'{path} has no metadata: give a file that tools/export.py wrote')
         self.metadata: dict[str, Any] = json.loads(text)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Labels or logits of images, N x H x W x 3, uint8, RGB.
+        """Return labels or logits of images, N x H x W x 3, uint8, RGB.
 
         Raises:
-            ConfigError: They are no such images, or of a size that the file is not for.
+            ConfigError: The images have another type, shape or size.
         """
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
-            raise ConfigError(f'{images.dtype} of {images.shape} are no images: N x H x W x 3, '
-                              'uint8, are wanted')
+            raise ConfigError(f'{images.dtype} of {images.shape} are not images: give N x H x W x '
+                              '3, uint8')
         size, (height, width) = self.metadata['size'], self.metadata['minimum']
         if list(images.shape[1:3]) != size if size else (
                 images.shape[1] < height or images.shape[2] < width):
@@ -105,7 +106,7 @@ class Exported:
 
 @contextmanager
 def placing(out: Path) -> Iterator[Path]:
-    """`replacing` for a file that may have another one with its weights beside it."""
+    """`replacing` for a file that may have its weights in another file beside it."""
     with replacing(out) as partial:
         if out.suffix != OPENVINO:
             yield partial
@@ -116,15 +117,15 @@ def placing(out: Path) -> Iterator[Path]:
             out.unlink(missing_ok=True)
 
 
-def _write_pt2(program: ExportedProgram, path: Path, told: str) -> None:
-    content = io.BytesIO()  # torch aborts the process where a disk is full
-    torch.export.save(program, content, extra_files={KEY: told})
+def _write_pt2(program: ExportedProgram, path: Path, metadata: str) -> None:
+    content = io.BytesIO()  # torch would abort the process where a disk is full
+    torch.export.save(program, content, extra_files={KEY: metadata})
     path.write_bytes(content.getbuffer())
 
 
 def _load_pt2(path: Path, threads: int) -> tuple[Run, str]:
     files = {KEY: ''}
-    # Guards of the trace keep a batch of one from some models that can do it.
+    # The guards of the trace refuse a batch of one to some models that can predict it.
     module = torch.export.load(path, extra_files=files).module(check_guards=False)
 
     def run(images: np.ndarray) -> np.ndarray:
@@ -133,42 +134,43 @@ def _load_pt2(path: Path, threads: int) -> tuple[Run, str]:
     return run, files[KEY]
 
 
-def _to_onnx(program: ExportedProgram, told: str) -> Any:
+def _to_onnx(program: ExportedProgram, metadata: str) -> Any:
     import onnx
-    output = json.loads(told)['output']
-    made = torch.onnx.export(program, (), input_names=['images'], output_names=[output],
-                             dynamo=True, verbose=False)
-    assert made is not None
-    model = made.model_proto
+    output = json.loads(metadata)['output']
+    exported = torch.onnx.export(program, (), input_names=['images'], output_names=[output],
+                                 dynamo=True, verbose=False)
+    assert exported is not None
+    model = exported.model_proto
     symbols = {str(side): name for side, name in zip(
         images_of(program).shape, ('batch', 'height', 'width')) if not isinstance(side, int)}
     del model.graph.value_info[:]  # sizes of what lies between, in those symbols
     for value in (*model.graph.input, *model.graph.output):
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param:
-                dim.dim_param = re.sub(r'\w+', lambda found: symbols.get(
-                    found.group(), found.group()), dim.dim_param)
-    onnx.helper.set_model_props(model, {KEY: told})
+                dim.dim_param = re.sub(r'\w+', lambda name: symbols.get(name[0], name[0]),
+                                       dim.dim_param)
+    onnx.helper.set_model_props(model, {KEY: metadata})
     return model
 
 
-def _write_onnx(program: ExportedProgram, path: Path, told: str) -> None:
+def _write_onnx(program: ExportedProgram, path: Path, metadata: str) -> None:
     import onnx
-    model = _to_onnx(program, told)
-    if not json.loads(told)['size']:
-        _refuse_small_images(model.graph, json.loads(told)['minimum'])
+    model = _to_onnx(program, metadata)
+    if not json.loads(metadata)['size']:
+        _refuse_small_images(model.graph, json.loads(metadata)['minimum'])
     onnx.save_model(model, path)
 
 
 def _refuse_small_images(graph: Any, minimum: list[int]) -> None:
-    """Reshape the images to their own size, or the minimum where that is larger, which fails then.
+    """Make the graph fail on images below the minimum, whose labels would be wrong.
 
-    ONNX cannot say how large an input has to be, and of smaller images the labels would be wrong.
+    ONNX cannot declare a smallest input. So the graph reshapes the images to their own size, or to
+    the minimum where that is larger, which fails.
     """
     import onnx
     name = f'images_of_{minimum[0]}x{minimum[1]}_or_more'
     for node in graph.node:
-        node.input[:] = [name if each == 'images' else each for each in node.input]
+        node.input[:] = [name if source == 'images' else source for source in node.input]
     graph.initializer.append(onnx.numpy_helper.from_array(np.array([1, *minimum, 3]), 'minimum'))
     for index, (kind, inputs, output) in enumerate((
             ('Shape', ['images'], 'size'), ('Max', ['size', 'minimum'], 'wanted_size'),
@@ -183,14 +185,14 @@ def _load_onnx(path: Path, threads: int) -> tuple[Run, str]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    # Threads that wait in a loop would take the time of the others, when several take turns.
+    # Threads that wait in a loop would slow the runtimes that take turns with this one.
     options.add_session_config_entry('session.intra_op.allow_spinning', '0')
     session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
     return (lambda images: session.run(None, {'images': images})[0],
             session.get_modelmeta().custom_metadata_map.get(KEY, ''))
 
 
-def _quantise_onnx(source: Path, target: Path, told: str, images: list[np.ndarray]) -> None:
+def _quantise_onnx(source: Path, target: Path, metadata: str, images: list[np.ndarray]) -> None:
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -204,12 +206,12 @@ def _quantise_onnx(source: Path, target: Path, told: str, images: list[np.ndarra
             image = next(self.images, None)
             return None if image is None else {'images': image}
 
-    folded = source.with_name('folded.onnx')  # weights that are made of others become plain ones
+    folded = source.with_name('folded.onnx')  # computed weights become plain ones
     quant_pre_process(source, folded, skip_symbolic_shape=True)
     quantize_static(folded, target, Reader(), per_channel=True, weight_type=QuantType.QInt8,
                     activation_type=QuantType.QUInt8, op_types_to_quantize=['Conv', 'MatMul'])
     model = onnx.load(target)
-    onnx.helper.set_model_props(model, {KEY: told})
+    onnx.helper.set_model_props(model, {KEY: metadata})
     onnx.save_model(model, target)
 
 
@@ -219,25 +221,25 @@ def _openvino() -> Any:
     return openvino
 
 
-def _write_openvino(program: ExportedProgram, path: Path, told: str) -> None:
+def _write_openvino(program: ExportedProgram, path: Path, metadata: str) -> None:
     openvino = _openvino()
     import onnx
     with tempfile.TemporaryDirectory() as folder:
-        # As exact and as fast as from the program itself, and with the names of what is in it.
-        onnx.save_model(_to_onnx(program, told), Path(folder) / 'model.onnx')
+        # As exact and as fast as from the program itself, and it keeps the names.
+        onnx.save_model(_to_onnx(program, metadata), Path(folder) / 'model.onnx')
         model = openvino.convert_model(Path(folder) / 'model.onnx')
-    if not json.loads(told)['size']:  # OpenVINO refuses smaller images then
+    if not json.loads(metadata)['size']:  # OpenVINO then refuses smaller images
         model.reshape([-1, *(openvino.Dimension(side, -1)
-                             for side in json.loads(told)['minimum']), 3])
-    _save_openvino(model, path, told)
+                             for side in json.loads(metadata)['minimum']), 3])
+    _save_openvino(model, path, metadata)
 
 
-def _save_openvino(model: Any, path: Path, told: str) -> None:
+def _save_openvino(model: Any, path: Path, metadata: str) -> None:
     openvino = _openvino()
-    model.set_rt_info(told, KEY)
+    model.set_rt_info(metadata, KEY)
     try:
         openvino.save_model(model, path, compress_to_fp16=False)
-    except RuntimeError as error:  # its streams do not say why
+    except RuntimeError as error:  # which does not say why
         raise ConfigError(f'OpenVINO cannot write to {path.parent} ({error}): free some space, or '
                           'write elsewhere') from error
 
@@ -246,25 +248,25 @@ def _load_openvino(path: Path, threads: int) -> tuple[Run, str]:
     openvino = _openvino()
     core = openvino.Core()
     model = core.read_model(path)
-    told = model.get_rt_info(KEY).astype(str) if model.has_rt_info(KEY) else ''
+    metadata = model.get_rt_info(KEY).astype(str) if model.has_rt_info(KEY) else ''
     # Some processors would compute in bfloat16 by default.
     compiled = core.compile_model(model, 'CPU', {
         'INFERENCE_NUM_THREADS': threads, 'INFERENCE_PRECISION_HINT': 'f32',
         'PERFORMANCE_HINT': 'LATENCY'})
-    return lambda images: compiled([images])[0].copy(), told
+    return lambda images: compiled([images])[0].copy(), metadata
 
 
-def _quantise_openvino(source: Path, target: Path, told: str, images: list[np.ndarray]) -> None:
+def _quantise_openvino(source: Path, target: Path, metadata: str, images: list[np.ndarray]) -> None:
     openvino = _openvino()
     import nncf
     nncf.set_log_level(logging.ERROR)
     model = nncf.quantize(openvino.Core().read_model(source), nncf.Dataset(images),
                           preset=nncf.QuantizationPreset.MIXED,
                           model_type=nncf.ModelType.TRANSFORMER)
-    _save_openvino(model, target, told)
+    _save_openvino(model, target, metadata)
 
 
-FORMATS = {each.name: each for each in (
+FORMATS = {kind.name: kind for kind in (
     Format('onnx', '.onnx', ('onnx', 'onnxscript', 'onnxruntime'), _write_onnx, _load_onnx,
            _quantise_onnx),
     Format('openvino', OPENVINO, ('onnx', 'onnxscript', 'openvino'), _write_openvino,

@@ -1,33 +1,49 @@
-"""Inference spatial reduction on a model: apply, undo, and say what it did.
+"""Inference spatial reduction on a model: apply it, undo it, and report what it changes.
 
 Source: arXiv 2407.17261, section 4. Pooling the keys further leaves the weights, the queries and
 the output's size as they are, so it needs no training and can be undone at any time.
 """
+import functools
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, ParamSpec, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
-from prettytable import PrettyTable
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..cost import Inputs, on_meta, trace_macs, unwrap
 from ..errors import ExampleError, RatioError, UserError
-from .adapters import Attentions, ForeignLayer, Layer, find_attention
-from .intercept import Record, Setting, recording
 from .pooling import check_method
 from .probe import locate
 from .ratio import ISRRatio
-from .registry import AttentionRule
+from .reduction import Record, Setting, recording
+from .registry import Attentions, ForeignLayer, Layer, find_attention
+from .rules import AttentionRule
+
+P = ParamSpec('P')
+T = TypeVar('T')
 
 
-def apply_isr(model: nn.Module, ratio: ISRRatio | int | str, *, method: str = 'average',
+def _names_isr_ratio(function: Callable[P, T]) -> Callable[P, T]:
+    """Have a function refuse ``ratio=``, the former name of ``isr_ratio``, by name."""
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        if 'ratio' in kwargs:
+            raise TypeError(f"{function.__name__}() got an unexpected keyword argument 'ratio': "
+                            'it is isr_ratio')
+        return function(*args, **kwargs)
+
+    return checked
+
+
+@_names_isr_ratio
+def apply_isr(model: nn.Module, isr_ratio: ISRRatio | int | str, *, method: str = 'average',
               crop_size: tuple[int, int] | None = None, strict: bool = False,
               example_inputs: Inputs | Tensor | None = None) -> None:
     """Pool the keys of a model further, from now on.
@@ -36,26 +52,26 @@ def apply_isr(model: nn.Module, ratio: ISRRatio | int | str, *, method: str = 'a
     recompiles for a ratio that it has not seen; state dicts do not change.
 
     Args:
-        model: Any model that holds attention which ISR knows: EFT and EDAFormerHead, transformers
-            of mmseg, mmpretrain, timm and transformers, and what `register_isr` was told of;
-            wrapped by DDP or test-time augmentation, or compiled, just as well.
-        ratio: What `ISRRatio.parse` reads. A part that the model lacks is passed over. Stages of
-            models of other libraries are runs of attention layers of the same width.
-        method: How keys are reduced: one of `pooling.METHODS`.
-        crop_size: Height and width in pixels of the training images, which the ratio ``auto``
-            counts from; by default what `training_size` finds.
-        strict: Attention that ISR does not know, whose keys lie on no grid that it finds, or that
-            does not run in the model's first forward, is an error; otherwise `report_isr` names it,
-            and what was reduced but does not run is warned of.
-        example_inputs: What the model is called with, where that is not one image: a tensor, the
-            arguments, or a dictionary of them. ``auto`` resizes their images to the crop size.
-            Attention that is known by the name of its class alone is run on them once, to find out
-            which of its keys are tokens of the image: see `locate`.
+        model: A model with attention that ISR knows: EFT and EDAFormerHead, transformers of mmseg,
+            mmpretrain, timm, torchvision and transformers, research code, and what `register_isr`
+            added. It may be compiled, or wrapped by DDP or test-time augmentation.
+        isr_ratio: A value for `ISRRatio.parse`. A part that the model lacks is ignored. In models
+            of other libraries, a stage is a run of attention layers of the same width.
+        method: How keys are reduced, one of `pooling.METHODS`.
+        crop_size: Height and width in pixels of the training images, from which ``auto`` counts; by
+            default what `training_size` finds.
+        strict: Raise an error for attention that ISR does not know, whose keys lie on no grid that
+            it finds, or that does not run in the model's first forward. Otherwise `report_isr`
+            names the first two, and the third is a warning.
+        example_inputs: What the model is called with, if that is not one image: a tensor, a tuple
+            of arguments, or a dictionary of them. ``auto`` resizes their images to the crop size,
+            and `locate` runs the model on them if attention is known only by its class's name.
 
     Raises:
-        RatioError: The ratio does not fit, or the model has nothing to reduce; it is unchanged.
+        RatioError: The ratio does not fit, or the model has nothing to reduce. The model is
+            unchanged.
     """
-    plan = _plan(model, ratio, method, crop_size, strict, _as_inputs(example_inputs))
+    plan = _plan(model, isr_ratio, method, crop_size, strict, _as_inputs(example_inputs))
     for layer, setting in plan:
         layer.setting = setting
     _watch(model, plan, strict)
@@ -69,24 +85,22 @@ def remove_isr(model: nn.Module) -> None:
 
 
 def _left_over(model: nn.Module, known: Collection[nn.Module]) -> list[ForeignLayer]:
-    """Layers that were reduced by rules which are others now, or from further out."""
+    """Layers that were reduced by a rule that has changed since, or from a module further out."""
     return [ForeignLayer(name, module, reduction.rule, reduction.owners)
             for name, module in model.named_modules()
             if (reduction := vars(module).get('isr_reduction')) and module not in known]
 
 
+@_names_isr_ratio
 @contextmanager
-def isr(model: nn.Module, ratio: ISRRatio | int | str, *, method: str = 'average',
+def isr(model: nn.Module, isr_ratio: ISRRatio | int | str, *, method: str = 'average',
         crop_size: tuple[int, int] | None = None, strict: bool = False,
         example_inputs: Inputs | Tensor | None = None) -> Iterator[None]:
-    """Pool the keys of a model further within a ``with`` block, also if that ends in an error.
+    """Pool the keys of a model further within a ``with`` block, and restore what was there before.
 
-    Arguments are those of `apply_isr`.
-
-    Raises:
-        RatioError: As `apply_isr` does.
+    Arguments and errors are those of `apply_isr`.
     """
-    plan = _plan(model, ratio, method, crop_size, strict, _as_inputs(example_inputs))
+    plan = _plan(model, isr_ratio, method, crop_size, strict, _as_inputs(example_inputs))
     before = [(layer, layer.setting) for layer, _ in plan]
     try:
         for layer, setting in plan:
@@ -100,10 +114,7 @@ def isr(model: nn.Module, ratio: ISRRatio | int | str, *, method: str = 'average
 
 
 def training_size(model: nn.Module) -> tuple[int, int]:
-    """Height and width of the images that a model was trained on.
-
-    The ``data_preprocessor.size`` of the segmentor within the model, or else 512x512.
-    """
+    """Height and width of the training images: ``data_preprocessor.size``, or else 512, 512."""
     for module in model.modules():
         size = getattr(getattr(module, 'data_preprocessor', None), 'size', None)
         if size is not None:
@@ -111,12 +122,13 @@ def training_size(model: nn.Module) -> tuple[int, int]:
     return 512, 512
 
 
-def _layers(found: Attentions) -> list[Layer]:
-    return [layer for part in found.parts for layers in part.stages.values() for layer in layers]
+def _layers(attentions: Attentions) -> list[Layer]:
+    return [layer for part in attentions.parts for layers in part.stages.values()
+            for layer in layers]
 
 
 class _FirstForward:
-    """A forward hook: tells after a model's first forward which reduced layers did not run."""
+    """A forward hook that reports reduced layers that did not run in a model's first forward."""
 
     def __init__(self, strict: bool) -> None:
         self.strict = strict
@@ -138,7 +150,7 @@ class _FirstForward:
 
 
 def _watch(model: nn.Module, plan: list[tuple[Layer, Setting]], strict: bool) -> None:
-    """Look at the model's next forward if the plan reduces a layer that has not run yet."""
+    """Check the model's next forward if the plan reduces a layer that has not run yet."""
     model = unwrap(getattr(model, '_orig_mod', model))
     for number, hook in list(model._forward_hooks.items()):
         if isinstance(hook, _FirstForward):
@@ -148,13 +160,13 @@ def _watch(model: nn.Module, plan: list[tuple[Layer, Setting]], strict: bool) ->
 
 
 _located: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
-"""What `locate` found out of a model."""
+"""What `locate` found out about each model."""
 
 
 def _find(model: nn.Module, inputs: Inputs | None) -> Attentions:
-    """All attention of a model; what stands beside its maps is found out where no table tells."""
-    found = find_attention(model)
-    unclear = [layer for layer in _layers(found)
+    """All attention of a model, with the tokens around its maps located where no table tells."""
+    attentions = find_attention(model)
+    unclear = [layer for layer in _layers(attentions)
                if isinstance(layer, ForeignLayer) and layer.rule.prefix is None]
     places = _located.get(model, {})
     if unclear and (inputs is not None or any(layer.name not in places for layer in unclear)):
@@ -162,12 +174,12 @@ def _find(model: nn.Module, inputs: Inputs | None) -> Attentions:
     for layer in unclear:
         place = places[layer.name]
         if isinstance(place, str):
-            found.refuse(layer, place)
+            attentions.refuse(layer, place)
         elif isinstance(place, AttentionRule):
             layer.rule = place
         else:
             layer.rule = replace(layer.rule, prefix=place[0], suffix=place[1])
-    return found
+    return attentions
 
 
 def _as_inputs(inputs: Inputs | Tensor | None) -> Inputs | None:
@@ -175,36 +187,36 @@ def _as_inputs(inputs: Inputs | Tensor | None) -> Inputs | None:
 
 
 def _sized(inputs: Inputs | None, size: tuple[int, int]) -> Inputs | tuple[int, int]:
-    """The inputs with images of another size; the size alone if there are none."""
+    """The inputs with their images resized; the size itself if there are no inputs."""
     if inputs is None:
         return size
     return tree_map_only(Tensor, lambda x: F.interpolate(x, size) if x.dim() == 4 else x, inputs)
 
 
-def _plan(model: nn.Module, ratio: ISRRatio | int | str, method: str,
+def _plan(model: nn.Module, isr_ratio: ISRRatio | int | str, method: str,
           crop_size: tuple[int, int] | None, strict: bool,
           inputs: Inputs | None) -> list[tuple[Layer, Setting]]:
     """Each attention layer with the setting that the ratio gives it."""
-    ratio, method = ISRRatio.parse(ratio), check_method(method)
-    found = _find(model, inputs)
-    if not _layers(found):
+    ratio, method = ISRRatio.parse(isr_ratio), check_method(method)
+    attentions = _find(model, inputs)
+    if not _layers(attentions):
         raise RatioError(f'isr_ratio {ratio}: {type(model).__name__} holds no attention that ISR '
-                         f'can reduce. Found: {found}. If it has attention of your own, '
-                         'register_isr makes it known')
-    if strict and found.unknown:
+                         f'can reduce. Found: {attentions}. If it has attention of your own, '
+                         'register_isr adds it')
+    if strict and attentions.unknown:
         raise RatioError('ISR does not know all attention of this model: ' + '; '.join(
-            f'{name}: {reason}' for name, reason in found.unknown.items()) +
-            '. register_isr makes it known, or says that it has nothing to reduce')
+            f'{name}: {reason}' for name, reason in attentions.unknown.items()) +
+            '. register_isr adds it, or declares that it has nothing to reduce')
     keys: dict[str, int] = {}
     if ratio.auto:
-        trace = _Trace(model, found, _sized(inputs, crop_size or training_size(model)))
+        trace = _Trace(model, attentions, _sized(inputs, crop_size or training_size(model)))
         keys = {name: layer.keys[0] for name, layer in trace.layers.items() if layer.keys[0]}
     plan = []
-    for part in found.parts:
+    for part in attentions.parts:
         try:
             multipliers = ratio.for_stages(part.kind, len(part.stages))
         except RatioError as error:
-            raise RatioError(f'{error}. Found: {found}') from None
+            raise RatioError(f'{error}. Found: {attentions}') from None
         for layers, multiplier in zip(part.stages.values(), multipliers):
             plan += [(layer, Setting(multiplier, method, keys.get(layer.name), strict))
                      for layer in layers]
@@ -214,7 +226,7 @@ def _plan(model: nn.Module, ratio: ISRRatio | int | str, method: str,
 
 @dataclass(frozen=True)
 class StageReport:
-    """One stage of an `ISRReport`: what is pooled into one key, and how many keys there are."""
+    """One stage of an `ISRReport`: its pool and its number of keys, each before and after."""
     stage: str
     blocks: int
     pool: tuple[int, int]
@@ -223,24 +235,24 @@ class StageReport:
 
 @dataclass(frozen=True)
 class ISRReport:
-    """What a ratio changes for one image size; pairs are before and after.
+    """What a ratio changes at one image size; pairs are before and after.
 
-    ``untouched`` maps the name of each attention layer that keeps its keys, though the ratio would
-    reduce it, to the reason.
+    ``untouched`` maps the name of each attention layer that keeps its keys against the ratio to the
+    reason.
     """
-    ratio: ISRRatio
+    isr_ratio: ISRRatio
     input_size: tuple[int, int]
     stages: tuple[StageReport, ...]
     macs: tuple[int, int]
     untouched: dict[str, str]
 
     def __str__(self) -> str:
-        table = PrettyTable(['stage', 'blocks', 'pool', 'keys'], align='l')
-        for stage in self.stages:
-            table.add_row([stage.stage, stage.blocks, _change(*stage.pool), _change(*stage.keys)])
+        rows = [('stage', 'blocks', 'pool', 'keys'), *(
+            (stage.stage, str(stage.blocks), _change(*stage.pool), _change(*stage.keys))
+            for stage in self.stages)]
         before, after = (macs / 1e9 for macs in self.macs)
-        lines = [f'ISR {self.ratio} on {self.input_size[0]}x{self.input_size[1]} pixels:',
-                 str(table), f'GMACs {before:.2f} -> {after:.2f} ({after / before - 1:+.1%})']
+        lines = [f'ISR {self.isr_ratio} on {self.input_size[0]}x{self.input_size[1]} pixels:',
+                 _table(rows), f'GMACs {before:.2f} -> {after:.2f} ({after / before - 1:+.1%})']
         if self.untouched:
             lines.append('not reduced:')
         for reason, count in Counter(self.untouched.values()).items():
@@ -249,44 +261,40 @@ class ISRReport:
         return '\n'.join(lines)
 
 
-def report_isr(model: nn.Module, ratio: ISRRatio | int | str,
+@_names_isr_ratio
+def report_isr(model: nn.Module, isr_ratio: ISRRatio | int | str,
                input_size: tuple[int, int] | int | None = None, *, method: str = 'average',
                crop_size: tuple[int, int] | None = None, strict: bool = False,
                example_inputs: Inputs | Tensor | None = None) -> ISRReport:
     """Find out what a ratio would change, without touching the model.
 
-    One pass without and one with the ratio on the meta device, which computes nothing; a model
-    that asks for values on the way runs on the CPU.
+    The model passes once without and once with the ratio on the meta device, which computes
+    nothing. A model that asks for values on the way runs on its own device.
 
     Args:
-        model: As for `apply_isr`.
-        ratio: As for `apply_isr`.
-        input_size: Height and width in pixels, or both in one number; by default 512x512, or that
-            of the example.
-        method: As for `apply_isr`.
-        crop_size: As for `apply_isr`.
-        strict: As for `apply_isr`.
-        example_inputs: As for `apply_isr`.
+        model: The model, and the other arguments, are those of `apply_isr`.
+        input_size: Height and width in pixels, or one number for a square; by default the size of
+            the example, or 512, 512.
 
     Raises:
-        RatioError: As `apply_isr` does, or the keys of no layer are reduced at this size.
-        ExampleError: The model does not run on what it is given.
+        RatioError: `apply_isr` would fail, or the ratio reduces no layer at this size.
+        ExampleError: The model does not run on the inputs.
     """
     example = _as_inputs(example_inputs)
     plan = [(layer.name, setting)
-            for layer, setting in _plan(model, ratio, method, crop_size, strict, example)]
+            for layer, setting in _plan(model, isr_ratio, method, crop_size, strict, example)]
     if input_size is None:
         size = next(((x.shape[-2], x.shape[-1]) for x in tree_leaves(example)
                      if isinstance(x, Tensor) and x.dim() > 2), (512, 512))
     else:
         size = (input_size, input_size) if isinstance(input_size, int) else input_size
     inputs = example if example is not None and input_size is None else _sized(example, size)
-    found = _find(model, None)
-    before = _Trace(model, found, inputs)
-    after = _Trace(model, found, inputs, dict(plan))
+    attentions = _find(model, None)
+    before = _Trace(model, attentions, inputs)
+    after = _Trace(model, attentions, inputs, dict(plan))
     stages = []
-    untouched = {**found.irreducible, **found.unknown}
-    for part in found.parts:
+    untouched = {**attentions.irreducible, **attentions.unknown}
+    for part in attentions.parts:
         for number, layers in part.stages.items():
             untouched |= {layer.name: f'{type(layer.module).__name__}: {reason}'
                           for layer in layers if (reason := after.layers[layer.name].reason)}
@@ -299,26 +307,26 @@ def report_isr(model: nn.Module, ratio: ISRRatio | int | str,
                 stages.append(StageReport(f'{part.kind} {number}', len(layers),
                                           (old.pool, new.pool), (old.keys[1], new.keys[1])))
     if not stages:
-        raise RatioError(f'isr_ratio {ratio} reduces nothing in {type(model).__name__}: ' +
+        raise RatioError(f'isr_ratio {isr_ratio} reduces nothing in {type(model).__name__}: ' +
                          '; '.join(f'{name}: {reason}' for name, reason in untouched.items()))
-    return ISRReport(ISRRatio.parse(ratio), size, tuple(stages), (before.macs, after.macs),
+    return ISRReport(ISRRatio.parse(isr_ratio), size, tuple(stages), (before.macs, after.macs),
                      untouched)
 
 
 @dataclass(frozen=True)
 class _LayerTrace:
-    """A layer in one pass: what is pooled into one key, keys before and after, or why neither."""
+    """A layer in one pass: its pool, keys before and after, or the reason why it has none."""
     pool: int = 1
     keys: tuple[int, int] = (0, 0)
     reason: str = ''
 
 
 class _Trace:
-    """One pass through a copy of a model, with settings by name of the layer, else without ISR."""
+    """One pass through a copy of a model, with settings by layer name, or else without ISR."""
 
-    def __init__(self, model: nn.Module, found: Attentions, inputs: Inputs | tuple[int, int],
+    def __init__(self, model: nn.Module, attentions: Attentions, inputs: Inputs | tuple[int, int],
                  settings: dict[str, Setting] | None = None) -> None:
-        wanted = {layer.name: layer for layer in _layers(found)}
+        wanted = {layer.name: layer for layer in _layers(attentions)}
         with on_meta(model) as shadow:
             _watch(shadow, [], False)
             layers = {original.name: layer for original, layer in zip(
@@ -349,10 +357,10 @@ class _Trace:
         except UserError:
             raise
         except Exception as error:  # of whatever model this is
-            what = 'x'.join(map(str, inputs)) + ' pixels' if isinstance(
+            given = 'x'.join(map(str, inputs)) + ' pixels' if isinstance(
                 inputs, tuple) and isinstance(inputs[0], int) else 'its example_inputs'
             raise ExampleError(
-                f'{type(shadow).__name__} does not run on {what} ({type(error).__name__}: {error})'
+                f'{type(shadow).__name__} does not run on {given} ({type(error).__name__}: {error})'
                 ': give an input_size or crop_size that it takes, or example_inputs') from error
 
     @staticmethod
@@ -367,8 +375,16 @@ class _Trace:
         record = records.get(module, Record(reason='it was not run'))
         if record.keys is None:
             return _LayerTrace(keys=(0, 0), reason=record.reason)
-        return _LayerTrace(record.ratio, record.keys, record.reason)
+        return _LayerTrace(record.isr_ratio, record.keys, record.reason)
 
 
 def _change(before: int, after: int) -> str:
     return f'{before} -> {after}' if before != after else str(before)
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
+    """Rows under a header, framed; no library, because ISR needs torch alone."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    line = '+'.join(['', *('-' * (width + 2) for width in widths), ''])
+    header, *body = ('| ' + ' | '.join(map(str.ljust, row, widths)) + ' |' for row in rows)
+    return '\n'.join([line, header, line, *body, line])

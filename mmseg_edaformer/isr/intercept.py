@@ -13,119 +13,39 @@ import functools
 import itertools
 import math
 import warnings
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from ..errors import RatioError
 from . import pooling
 from .key_layout import Call
-from .pooling import Grid
 from .reducers import MergedKeys, PooledKeys, PresentKeys
-from .registry import AttentionRule
+from .reduction import Record, Reduction, count_tokens, is_recording, record
+from .scores import ADDS, ATTENTION, MIXES, RESHAPES, SOFTMAX, ReducedScores
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What is asked of an attention layer; that of a trained model is the default.
-
-    ``keys`` is a number of keys to stay near, whatever the size of the map, or None; ``strict``
-    makes it an error that the keys lie on no grid.
-    """
-    ratio: int = 1
-    method: str = 'average'
-    keys: int | None = None
-    strict: bool = False
-
-    @property
-    def off(self) -> bool:
-        return self.ratio == 1 and self.keys is None
-
-    def multiplier(self, total: int) -> int:
-        """The ratio for this number of keys; steps as `EmbeddingFreeAttention.multiplier` does."""
-        ratio = self.ratio
-        if self.keys is not None:
-            while total > self.keys * ratio * (ratio + 1):
-                ratio += 1
-        return ratio
-
-
-@dataclass
-class Reduction:
-    """What a reduced module carries besides its weights.
-
-    Not a submodule: ``owners`` are modules elsewhere in the model that the grid is read from, and
-    under ``@name`` one around the module that has an attribute of that name. ``ran`` says whether
-    the module's forward was called since.
-    """
-    setting: Setting
-    rule: AttentionRule
-    owners: dict[str, nn.Module]
-    ran: bool = False
-
-    def recorded(self) -> list[nn.Module]:
-        """The modules whose maps are recorded."""
-        return [owner for name, owner in self.owners.items()
-                if self.rule.grid.recorded and not name.startswith('@')]
-
-
-@dataclass
-class Record:
-    """What one forward pass did in a module: keys before and after, or why nothing was done."""
-    keys: tuple[int, int] | None = None
-    ratio: int = 1
-    reason: str = ''
-
-
-_records: dict[nn.Module, Record] | None = None
-
-
-@contextmanager
-def recording() -> Iterator[dict[nn.Module, Record]]:
-    """Collect a `Record` for each reduced module that runs within the block."""
-    global _records
-    _records = {}
-    try:
-        yield _records
-    finally:
-        _records = None
-
-
-class Interception(TorchFunctionMode):
+class Interception(ReducedScores):
     """Reduces the attention of one forward pass of one module.
 
     Args:
         module: The attention module.
         reduction: How to reduce it.
         args: Positional arguments of its forward.
-        kwargs: The others.
+        kwargs: Keyword arguments of its forward.
     """
 
     def __init__(self, module: nn.Module, reduction: Reduction, args: tuple[Any, ...],
                  kwargs: dict[str, Any]) -> None:
-        super().__init__()
-        self.module = module
+        super().__init__(module)
         self.reduction = reduction
         self.call = Call(module, args, kwargs, reduction.owners)
-        self.seen: list[int] = []
+        self.seen: list[int] = []  # numbers of keys that were left alone
         self.reduced: tuple[int, int] | None = None
-        self.ratio = 1
+        self.isr_ratio = 1
         self.kept = ''
-        # Of the explicit attention under way, if any.
-        self.total = 0
-        self.unfolded = False  # scores end with the rows and columns of the keys
-        self.queries = 0
-        self.single = 0
-        self.pool: PooledKeys | None = None
-        self.normalised = False
-        self.scores: list[Any] = []
         # Projected from reduced tokens: keys and values stand in their first rows.
         self.projected = False
         self.spent = False
@@ -140,7 +60,7 @@ class Interception(TorchFunctionMode):
             name = 'reshape'
         args, kwargs = _positional(args, kwargs)
         under_way = self.pool
-        followed = any(self._follows(arg) for arg in (*args, *kwargs.values()))
+        followed = any(self.follows(arg) for arg in (*args, *kwargs.values()))
         if followed and name in _SHAPES:
             out = func(*args, **kwargs)
             if self.pool is None:
@@ -151,123 +71,58 @@ class Interception(TorchFunctionMode):
                     next(iter((*args[1:], *kwargs.values())), None) in (-1, args[0].dim() - 1)):
                 return self.total
             if isinstance(out, Tensor):
-                self.scores.append(out if torch.compiler.is_compiling() else weakref.ref(out))
+                self.follow(out)
             return out
-        if followed and not self._bears(name, *args):
-            raise RatioError(f'{type(self.module).__name__} cannot be reduced: it uses {name} on '
-                             'its scores or weights, which ISR cannot repeat with fewer keys. '
-                             'register_isr tells that it is irreducible')
+        if followed and not self.bears(name, *args):
+            raise self.fail(f'it uses {name} on its scores or weights, which ISR cannot repeat '
+                            'with fewer keys. register_isr(..., irreducible=...) leaves it alone')
         out = self._call(func, name, args, kwargs)
         if self.pool is not None and isinstance(out, Tensor) and (
                 followed or self.pool is not under_way):
-            # Weakly, or all that leads to the weights would stay in memory.
-            self.scores.append(out if torch.compiler.is_compiling() else weakref.ref(out))
+            self.follow(out)
         return out
 
     def _call(self, func: Callable[..., Any], name: str, args: tuple[Any, ...],
               kwargs: dict[str, Any]) -> Any:
-        """A function with what concerns the keys reduced."""
-        if name in _ATTENTION:
-            return getattr(self, _ATTENTION[name])(func, *args, **kwargs)
+        """Call a function, with whatever it takes of the keys reduced."""
+        if name in ATTENTION:
+            return getattr(self, ATTENTION[name])(func, *args, **kwargs)
         if name == 'linear' and self.reduction.rule.projections:
             return self._linear(func, *args, **kwargs)
-        if name in _MIXES and self._mixes(*args, **kwargs):
+        if name in MIXES and self._mixes(*args, **kwargs):
             return self._mix_heads(func, *args, **kwargs)
         if name in _MAPS:
             out = func(*args, **kwargs)
             self.call.maps.append((out.shape[-2], out.shape[-1]))
             return out
         if self.pool is not None:
-            if name in _RESHAPES:
+            if name in RESHAPES:
                 return func(*self._reshape(args), **kwargs)
-            if name in _ADDS:
+            if name in ADDS:
                 return func(*self._add(args), **kwargs)
             if name in SOFTMAX:
                 return self._softmax(func, *args, **kwargs)
         return func(*args, **kwargs)
 
-    @contextmanager
-    def explained(self) -> Iterator[None]:
-        """Name the module if its own code cannot go on with fewer keys."""
-        try:
-            yield
-        except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            if self.pool is None or isinstance(error, RatioError):
-                raise
-            raise RatioError(
-                f'{type(self.module).__name__} cannot be reduced: what it does with its scores '
-                f'needs all {self.total} keys, not {self.pool.left} ({error}). register_isr tells '
-                'that it is irreducible') from error
-
-    def _follows(self, x: Any) -> bool:
-        """Whether this is the scores or the weights of an attention, or is made from them."""
-        if isinstance(x, (list, tuple)):
-            return any(self._follows(part) for part in x)
-        return isinstance(x, Tensor) and any(
-            (scores() if isinstance(scores, weakref.ref) else scores) is x
-            for scores in self.scores)
-
-    def _bears(self, name: str, *args: Any) -> bool:
-        """Whether a function does the same to scores or weights of fewer keys.
-
-        Scores may be scaled, shifted, mixed over heads and cut. Weights, which a cell has in place
-        of all its members, may be scaled and mixed, but nothing else may be added to them.
-        """
-        if self.pool is None:
-            return False
-        if name == 'conv2d':  # over heads
-            return tuple(args[1].shape[-2:]) == (1, 1)
-        if self.normalised and name in ('__getitem__', '__setitem__'):
-            return name == '__getitem__' and args[0][args[1]].shape[-1] == self.pool.left
-        if self.normalised and name in _ADDS:
-            return all(self._follows(arg) for arg in args)
-        if name in _PRODUCTS and sum(self._follows(arg) for arg in args) > 1:
-            return False
-        if name in ('max', 'amax'):  # of each query, or a floor that nothing reaches
-            if len(args) > 1 and isinstance(args[1], Tensor):
-                return args[1].numel() == 1 and bool(args[1] <= pooling.MASKED)
-            return not self.normalised and (len(args) < 2 or args[1] in (-1, args[0].dim() - 1))
-        if name in ('__getitem__', '__setitem__'):
-            return self._spares_cells(*args[:2])
-        if not self.normalised and self.queries == self.pool.left and name == 'transpose':
-            return args[0].dim() - 1 not in [axis % args[0].dim() for axis in args[1:3]]
-        return name in _BEARS or name in _ADDS
-
-    def _spares_cells(self, x: Tensor, index: Any) -> bool:
-        """Whether an index takes all cells of the keys, or single tokens in front alone."""
-        index = index if isinstance(index, tuple) else (index,)
-        if any(isinstance(part, Tensor) for part in index):
-            return False
-        if not any(part is Ellipsis for part in index) and len(index) - index.count(None) < x.dim():
-            return True
-        last = index[-1]
-        if isinstance(last, int):
-            return 0 <= last < self.single
-        return last is Ellipsis or (isinstance(last, slice) and last.step is None and (
-            last.start or 0) in (0, self.single) and last.stop in (
-                None, *((self.single,) if not last.start and self.single else ())))
-
     def finish(self) -> None:
-        """Say what became of the keys: called when the forward has ended."""
+        """Report what happened to the keys, once the forward has ended."""
         if self.reduced is None and self.reduction.rule.grid.spares(self.call):
             return
         if self.pool is not None:
-            raise RatioError(f'{type(self.module).__name__} cannot be reduced: its scores met no '
-                             'values that ISR recognises')
+            raise self.fail('its scores met no values that ISR recognises')
         if self.reduced is None:
             self.kept = (f'its {_listed(self.seen)} keys lie on no grid that ISR finds '
                          f'({_listed(self.reduction.rule.grid.find(self.call))})'
                          if self.seen else 'its forward ran no attention that ISR recognises')
             if self.reduction.setting.strict:
-                raise RatioError(f'{type(self.module).__name__} cannot be reduced: {self.kept}')
-            if _records is None and not torch.compiler.is_compiling():
+                raise self.fail(self.kept)
+            if not is_recording() and not torch.compiler.is_compiling():
                 warnings.warn(f'ISR leaves {type(self.module).__name__} as it is: {self.kept}',
                               stacklevel=3)
-        if _records is not None:
-            _records[self.module] = Record(self.reduced, self.ratio, self.kept)
+        record(self.module, Record(self.reduced, self.isr_ratio, self.kept))
 
     def _find(self, keys: Tensor) -> PooledKeys | None:
-        """The pool for keys ... x N x d, if they lie on the grid and there is something to do."""
+        """The pool for keys ... x N x d, if they lie on the grid and fewer are left."""
         total = keys.shape[-2]
         layout = self.call.layout(self.reduction.rule.grid, self._prefixes(), total,
                                   self._suffix())
@@ -279,7 +134,7 @@ class Interception(TorchFunctionMode):
         ratio = setting.multiplier(total)
         ratio, self.kept = self.reduction.rule.grid.fitting(self.call, ratio, setting.method)
         left = pooling.num_keys(layout, total, ratio)
-        self.reduced, self.ratio = (total, left), ratio
+        self.reduced, self.isr_ratio = (total, left), ratio
         if left == total:
             self.seen.append(total)
             return None
@@ -293,11 +148,11 @@ class Interception(TorchFunctionMode):
         return PooledKeys(layout, ratio, setting.method, total)
 
     def _prefixes(self) -> tuple[int, ...]:
-        """How many single tokens may stand in front of the grid."""
+        """Possible numbers of single tokens in front of the grid."""
         prefix = self.reduction.rule.prefix
         if isinstance(prefix, tuple):
             counts = [part if isinstance(part, int) else
-                      _count(self.call.owners.get(f'@{part}'), part) for part in prefix]
+                      count_tokens(self.call.owners.get(f'@{part}'), part) for part in prefix]
             return tuple(itertools.accumulate(counts, initial=0))
         if prefix is None:
             return ()
@@ -307,14 +162,14 @@ class Interception(TorchFunctionMode):
         suffix = self.reduction.rule.suffix
         if isinstance(suffix, int):
             return suffix
-        return _count(self.call.owners[f'@{suffix}'], suffix)
+        return count_tokens(self.call.owners[f'@{suffix}'], suffix)
 
     def _linear(self, func: Callable[..., Tensor], input: Tensor, weight: Tensor,
                 bias: Tensor | None = None) -> Tensor:
-        """A projection to keys and values, of reduced tokens: averaging commutes with it.
+        """A projection to keys and values, applied to reduced tokens: averaging commutes with it.
 
-        The module's code reshapes its output with the number of tokens from before, so the reduced
-        ones are put into the first rows, and the rest is left as it comes and never read.
+        The module's code reshapes the output to the number of tokens from before, so the reduced
+        ones fill the first rows, and the rest stays uninitialised and is never read.
         """
         name = next((name for name in self.reduction.rule.projections
                      if getattr(getattr(self.module, name, None), 'weight', None) is weight), None)
@@ -349,10 +204,9 @@ class Interception(TorchFunctionMode):
         return x.narrow(-2, 0, pool.left) if self.projected else pool.tokens(x)
 
     def _spend(self) -> None:
-        """See that what was projected from reduced tokens serves one attention alone."""
+        """Check that what was projected from reduced tokens serves only one attention."""
         if self.projected and self.spent:
-            raise RatioError(f'{type(self.module).__name__} cannot be reduced: it attends more '
-                             'than once, so its rule may name no projections')
+            raise self.fail('it attends more than once, so its rule may name no projections')
         self.spent = True
 
     def _fused(self, func: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor,
@@ -366,9 +220,9 @@ class Interception(TorchFunctionMode):
         return func(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
 
     def _multi_head(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """``F.multi_head_attention_forward``: before the projections, which commute with pooling.
+        """``F.multi_head_attention_forward``, reduced before its projections.
 
-        Its second result, the attention weights, becomes None.
+        Pooling commutes with them. The second result, the attention weights, becomes None.
         """
         call = {**dict(zip(_MULTI_HEAD, args)), **kwargs}
         query, key, value = (call[name] for name in ('query', 'key', 'value'))
@@ -450,135 +304,20 @@ class Interception(TorchFunctionMode):
     def _values(self, values: Tensor, weights: Tensor) -> Tensor:
         """Reduced values, ... x N x d; ends the explicit attention under way."""
         assert self.pool is not None
-        if not self._follows(weights):
-            raise RatioError(f'{type(self.module).__name__} cannot be reduced: what it does with '
-                             'its weights is hidden from ISR')
+        if not self.follows(weights):
+            raise self.fail('what it does with its weights is hidden from ISR')
         pool, self.pool = self.pool, None
         if not self.normalised:
-            raise RatioError(f'{type(self.module).__name__} cannot be reduced: it weighs its '
-                             'values without a softmax that ISR knows')
+            raise self.fail('it weighs its values without a softmax that ISR knows')
         self._spend()
         return self._tokens(pool, values)
 
-    def _softmax(self, func: Callable[..., Tensor], scores: Tensor, *args: Any,
-                 **kwargs: Any) -> Tensor:
-        assert self.pool is not None
-        if scores.shape[-1] == self.pool.left:
-            dim = args[0] if args else kwargs.get('dim')
-            if dim not in (-1, scores.dim() - 1):
-                raise RatioError(f'{type(self.module).__name__} cannot be reduced: its softmax is '
-                                 f'over dimension {dim} of its scores, not over its keys')
-            self.normalised = True
-            if self.pool.uneven:
-                scores = scores + self.pool.log_counts(scores)
-        return func(scores, *args, **kwargs)
 
-    def _mixes(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> bool:
-        """Whether a linear map or a convolution is one over the heads of the weights."""
-        if self.pool is None or not self.normalised:
-            return False
-        keys = (self.queries, self.pool.left)
-        if weight.dim() == 4:
-            return input.shape[-2:] == keys and weight.shape[-2:] == (1, 1)
-        return input.shape[-3:-1] == keys
-
-    def _mix_heads(self, func: Callable[..., Tensor], input: Tensor, weight: Tensor,
-                   bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        """A map over the heads of the weights: each of the n keys of a cell gets the bias.
-
-        Linear, ... x M x h (CaiT), or a convolution, h x Nq x M (EfficientFormerV2).
-        """
-        assert self.pool is not None
-        last = weight.dim() == 4
-        if bias is None:
-            return func(input, weight, bias, *args, **kwargs)
-        counts = self.pool.log_counts(input if last else input.transpose(-2, -1)).exp()
-        bias = bias.view(-1, 1, 1) * counts if last else counts.unsqueeze(-1) * bias
-        return func(input, weight, None, *args, **kwargs) + bias
-
-    def _add(self, args: tuple[Any, ...]) -> list[Any]:
-        """Arguments of an elementwise function with what meets the scores reduced as they are."""
-        assert self.pool is not None
-        tensors = [arg for arg in args if isinstance(arg, Tensor) and arg.dim()]
-        if self.unfolded and any(_ends_with(x, self.pool.cells) for x in tensors):
-            # A bias in two parts, for the rows of the keys and for their columns (MViTv2).
-            return [self.pool.sides(arg) if isinstance(arg, Tensor) and arg.dim() > 1 and
-                    not _ends_with(arg, self.pool.cells) else arg for arg in args]
-        scores = next((x for x in tensors if x.shape[-1] == self.pool.left), None)
-        if scores is not None:
-            return [self.pool.columns(arg, scores) if isinstance(arg, Tensor) and arg.dim() and
-                    arg.shape[-1] == self.total else arg for arg in args]
-        if self.single and any(x.shape[-1] == self.pool.left - self.single for x in tensors):
-            # Of the scores without those of the single tokens in front (RegionViT).
-            return [self._behind(arg) if isinstance(arg, Tensor) and arg.dim() and
-                    arg.shape[-1] == self.total - self.single else arg for arg in args]
-        return list(args)
-
-    def _behind(self, x: Tensor) -> Tensor:
-        """Reduce what is added to the scores behind the single tokens in front."""
-        assert self.pool is not None
-        return self.pool.columns(F.pad(x, (self.single, 0)))[..., self.single:]
-
-    def _reshape(self, args: tuple[Any, ...]) -> list[Any]:
-        """Arguments of a reshape with the number of keys set to what is left of them."""
-        assert self.pool is not None
-        x, shape = args[0], list(args[1:])
-        if len(shape) == 1 and isinstance(shape[0], (tuple, list, torch.Size)):
-            shape = list(shape[0])
-        pool = self.pool
-        if not shape or isinstance(shape[0], torch.dtype):
-            return list(args)
-        if x.shape[-1] == pool.left and shape[-1] == self.total and (
-                x.shape[-2:-1] == (self.queries,)):
-            shape[-1] = pool.left
-        elif pool.grid is not None:
-            rows, columns = pool.cells
-            if x.shape[-1] == rows * columns and tuple(shape[-2:]) == pool.grid:
-                shape[-2:] = rows, columns
-                self.unfolded = True
-            elif _ends_with(x, pool.cells) and shape[-1] == pool.grid[0] * pool.grid[1]:
-                shape[-1] = rows * columns
-                self.unfolded = False
-        return [x, *shape]
-
-
-_ATTENTION = {'scaled_dot_product_attention': '_fused',
-              'multi_head_attention_forward': '_multi_head', 'einsum': '_einsum',
-              **dict.fromkeys(('matmul', '__matmul__', 'bmm', 'baddbmm'), '_product')}
 _MAPS = {'conv2d', 'avg_pool2d', 'max_pool2d', 'adaptive_avg_pool2d', 'adaptive_max_pool2d'}
-_MIXES = {'linear', 'conv2d'}
-_RESHAPES = {'view', 'reshape'}
-SOFTMAX = {'softmax'}
-_ADDS = {'add', 'add_', '__add__', '__radd__', '__iadd__', 'sub', '__sub__', 'masked_fill',
-         'masked_fill_', 'where'}
 _SHAPES = {'__get__', 'size', 'dim'}
-_PRODUCTS = {'mul', 'mul_', '__mul__', '__rmul__', '__imul__', 'div', 'div_', '__truediv__',
-             '__itruediv__', 'matmul', '__matmul__', 'bmm', 'baddbmm', 'einsum'}
-_BEARS = {*_ATTENTION, *_MIXES, *_RESHAPES, *SOFTMAX, 'dropout', 'mul', 'mul_', '__mul__',
-          '__rmul__', '__imul__', 'div', 'div_', '__truediv__', '__itruediv__', 'permute',
-          'transpose', 'flatten', 'unsqueeze', 'squeeze', 'expand', 'contiguous', 'clone', 'to',
-          'type', 'type_as', 'float', 'half', 'bfloat16'}
 _MULTI_HEAD = ('query', 'key', 'value', 'embed_dim_to_check', 'num_heads', 'in_proj_weight',
                'in_proj_bias', 'bias_k', 'bias_v', 'add_zero_attn', 'dropout_p', 'out_proj_weight',
                'out_proj_bias')
-
-
-def resolve(module: nn.Module, path: str) -> tuple[bool, Any]:
-    """Whether there is something at a path of attributes below a module, and what."""
-    value: Any = module
-    for key in path.split('.'):
-        if not hasattr(value, key):
-            return False, None
-        value = getattr(value, key)
-    return True, value
-
-
-def _count(module: nn.Module | None, path: str) -> int:
-    """Tokens that a module declares at a path: a number, or n tokens as 1 x n x C, n x C or C."""
-    value = module and resolve(module, path)[1]
-    if isinstance(value, Tensor):
-        return value.shape[-2] if value.dim() > 1 else 1
-    return int(value or 0)
 
 
 def _projected_keys(call: dict[str, Any]) -> Tensor:
@@ -611,10 +350,6 @@ def _unflattened(x: Tensor, dim: int, sizes: Sequence[int]) -> tuple[Tensor, lis
     shape = list(x.shape)
     dim %= len(shape)
     return x, [*shape[:dim], *sizes, *shape[dim + 1:]]
-
-
-def _ends_with(x: Tensor, sizes: Grid) -> bool:
-    return x.dim() > 1 and (x.shape[-2], x.shape[-1]) == sizes
 
 
 def _listed(values: Iterable[Any]) -> str:

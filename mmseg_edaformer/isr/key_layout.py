@@ -1,8 +1,10 @@
-"""Where the keys of an attention module lie, read from the call of its forward or the model."""
+"""Where the keys of an attention module lie, read from the forward's arguments or the model."""
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..compat import is_exporting
@@ -32,13 +34,13 @@ class Call:
 
     def layout(self, source: 'GridSource', prefixes: Collection[int], total: int,
                suffix: int = 0) -> Layout | None:
-        """How ``total`` keys lie, if they do on a grid that the source finds.
+        """The layout of ``total`` keys, or None if they lie on no grid that the source finds.
 
         Args:
-            source: The source.
-            prefixes: How many single tokens may stand in front.
+            source: Finds the possible grids.
+            prefixes: Possible numbers of single tokens in front.
             total: Number of keys.
-            suffix: Single tokens behind.
+            suffix: Number of single tokens behind.
         """
         grids = source.find(self)
         chosen: Layout | None = None
@@ -46,10 +48,10 @@ class Call:
             front = total - suffix - rows * columns
             if front not in prefixes:
                 continue
-            if chosen is not None and chosen.grids[0] != (rows, columns):  # strips of either side
+            if chosen is not None and chosen.grids[0] != (rows, columns):  # ambiguous: strips
                 return None
             chosen = Layout(((rows, columns),), front, source.order(self, (rows, columns)))
-            if is_exporting():  # sizes are symbols, of which one question too many is a limit
+            if is_exporting():  # sizes are symbols, and each question asked of them is a guard
                 break
         if chosen is not None:
             return chosen
@@ -62,8 +64,8 @@ class Call:
 class GridSource:
     """Finds the grids that the keys of a module may lie on.
 
-    ``owner`` is the path, below some module around the attention, of a module that the source
-    needs; ``recorded`` says that it needs the size of that module's output. ``beside`` is another.
+    ``owner`` is the path of a module that the source needs, from some module around the attention;
+    ``recorded`` says that it needs the size of that module's output. ``beside`` is a second path.
     """
     owner: str | None = None
     beside: str | None = None
@@ -73,29 +75,25 @@ class GridSource:
         raise NotImplementedError
 
     def fitting(self, call: Call, ratio: int, method: str) -> tuple[int, str]:
-        """The ratio that this call allows, and why if it is another one."""
+        """The ratio that this call allows, and the reason if it is another one."""
         return ratio, ''
 
     def spares(self, call: Call) -> str:
-        """Why this call of the module keeps its keys, or an empty string if it does not."""
+        """Why this call of the module keeps its keys; an empty string if it does not."""
         return ''
 
     def order(self, call: Call, grid: Grid) -> Tensor | None:
-        """Places among the keys of a map's tokens, row by row, if they lie in another order."""
+        """Places of a map's tokens among the keys, if those do not lie row by row."""
         return None
 
     def present(self, call: Call) -> Tensor | None:
-        """Which keys are tokens, not padding that the module masks; None if all are.
-
-        Returns:
-            ... x h x N, which is 1 or 0, for keys ... x h x N x d.
-        """
+        """1 for keys that are tokens, 0 for masked padding, ... x h x N; None if all are tokens."""
         return None
 
 
 @dataclass(frozen=True)
 class Arguments(GridSource):
-    """Arguments of the forward: one that holds (h, w), or two; or what its convolutions made."""
+    """Arguments of the forward: one that holds (h, w), or two; or maps of its convolutions."""
     names: tuple[str, ...]
 
     def find(self, call: Call) -> list[Grid]:
@@ -108,7 +106,7 @@ class Arguments(GridSource):
 
 @dataclass(frozen=True)
 class OwnMaps(GridSource):
-    """What the module's own convolutions and pools make during its forward."""
+    """Maps that the module's own convolutions and pools make during its forward."""
 
     def find(self, call: Call) -> list[Grid]:
         return list(call.maps)
@@ -131,8 +129,8 @@ class InputMap(GridSource):
 class Window(GridSource):
     """Windows of ``size``, an attribute of the module or of the one that has the shift.
 
-    ``shift`` is an attribute of the module around it. The borders of the regions that a shifted
-    window joins stand at size - shift, where cells must end too, or they would mix regions.
+    ``shift`` is an attribute of a module around it. A shifted window joins regions whose borders
+    are at size - shift; cells must end there too, or they would mix regions.
     """
     size: str = 'window_size'
     shift: str | None = None
@@ -163,10 +161,10 @@ class Window(GridSource):
 
 @dataclass(frozen=True)
 class Patches(GridSource):
-    """The maps that a module gives, found by its path from some module around.
+    """The maps that another module outputs, found by its path from some module around.
 
-    Such as the patch embedding, or a pixel decoder, whose maps at several scales are told apart by
-    the number of keys. Of several paths, separated by ``|``, the first that exists counts.
+    It may be the patch embedding, or a pixel decoder, whose maps at several scales the number of
+    keys tells apart. Of several paths, separated by ``|``, the first that exists counts.
     """
     path: str = 'patch_embed.proj'
     recorded = True
@@ -191,6 +189,75 @@ class Unfolded(Patches):
     def find(self, call: Call) -> list[Grid]:
         height, width = _pair(getattr(call.owners[self.beside], self.side))
         return [(-(-rows // height), -(-columns // width)) for rows, columns in super().find(call)]
+
+
+@dataclass(frozen=True)
+class Blocks(GridSource):
+    """Square windows whose side is the attribute ``size`` of a module around (NesT)."""
+    size: str
+
+    @property
+    def owner(self) -> str:  # type: ignore[override]
+        return f'@{self.size}'
+
+    def find(self, call: Call) -> list[Grid]:
+        side = getattr(call.owners[self.owner], self.size)
+        return [(side, side)]
+
+
+@dataclass(frozen=True)
+class Unrolled(GridSource):
+    """Tokens sorted by Hiera: by their place within the smallest blocks first, then in larger ones.
+
+    ``path`` is the path of the module that sorts, with the map's size and the sides of the blocks.
+    A window is one block of the largest size. Its number of tokens tells how many poolings came
+    before; the number of all tokens does not, because a mask may have left some out.
+    """
+    path: str = 'unroll'
+
+    @property
+    def owner(self) -> str:  # type: ignore[override]
+        return self.path
+
+    def find(self, call: Call) -> list[Grid]:
+        return [grid for grid, _ in self._levels(call)]
+
+    def order(self, call: Call, grid: Grid) -> Tensor:
+        blocks = next(blocks for level, blocks in self._levels(call) if level == grid)
+        height, width = _product(blocks)
+        sides = [side for block in blocks for side in block]
+        sides += [grid[0] // height, grid[1] // width]
+        last = len(sides) - 1
+        device = next(call.module.parameters()).device
+        places = torch.arange(grid[0] * grid[1], device=device).view(sides)
+        return places.permute(*range(last - 1, -1, -2), *range(last, 0, -2)).flatten()
+
+    def _levels(self, call: Call) -> list[tuple[Grid, list[Grid]]]:
+        """Possible grids of the keys: after each pooling of the model, with the blocks left."""
+        size, schedule = self.sorting(call)
+        attn: Any = call.module
+        stride = attn.q_stride if hasattr(attn, 'q_stride') else attn.query_stride
+        levels = []
+        for done in range(len(schedule) + 1 if len(size) == 2 else 0):
+            blocks = schedule[done:]
+            grid = _product(blocks)
+            if math.prod(grid) != stride * attn.window_size:
+                continue
+            if not attn.use_mask_unit_attn:
+                height, width = _product(schedule[:done])
+                grid = size[0] // height, size[1] // width
+            levels.append((grid, blocks))
+        return levels
+
+    def sorting(self, call: Call) -> tuple[Sequence[int], list[Grid]]:
+        """Size of the sorted map, and the sides of the blocks."""
+        unroll: Any = call.owners[self.path]
+        return unroll.size, unroll.schedule
+
+
+def _product(blocks: list[Grid]) -> Grid:
+    """Sides of a block of blocks of blocks."""
+    return math.prod([block[0] for block in blocks]), math.prod([block[1] for block in blocks])
 
 
 def _pair(value: int | Sequence[int]) -> Grid:

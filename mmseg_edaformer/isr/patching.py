@@ -1,6 +1,6 @@
-"""Put interception into a model and take it out: a module's class becomes a subclass of itself.
+"""Install interception in a module and remove it: the module's class becomes a subclass of itself.
 
-So nothing wraps the module: names, state dicts, ``isinstance`` and hooks stay as they were, and
+Nothing wraps the module, so names, state dicts, ``isinstance`` and hooks stay as they were, and
 copies, pickles and ``torch.compile`` find an ordinary forward.
 """
 import functools
@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RatioError
-from .intercept import Interception, Reduction
+from .intercept import Interception
 from .pooling import Grid
+from .reduction import Reduction
 
 _forward_eager: Any = None
 
 
 def install(module: nn.Module, reduction: Reduction) -> None:
-    """Reduce a module's keys from now on: its class becomes a subclass that intercepts."""
+    """Reduce a module's keys from now on."""
     before = vars(module).get('isr_reduction')
     reduction.ran = before is not None and before.ran
     if before is not None and before.owners != reduction.owners:
@@ -39,7 +40,7 @@ def install(module: nn.Module, reduction: Reduction) -> None:
 
 
 def uninstall(module: nn.Module) -> None:
-    """Give a module, and what was recorded for it alone, their own classes back."""
+    """Undo `install`, also in the modules whose maps no other layer needs."""
     reduction = module.__dict__.pop('isr_reduction', None)
     if reduction is None:
         return
@@ -54,7 +55,7 @@ def uninstall(module: nn.Module) -> None:
 
 def _give_back_class(module: nn.Module) -> None:
     cls: Any = type(module)
-    if 'isr_original' in vars(cls):  # not in a subclass that was made since, as parametrizing does
+    if 'isr_original' in vars(cls):  # parametrizing makes a subclass of it
         module.__class__ = cls.isr_original
 
 
@@ -94,7 +95,7 @@ def _forward_recorded(original: Any, module: Any, args: tuple[Any, ...],
 
 
 def _maps(output: Any) -> Iterator[Grid]:
-    """Sizes of all maps within an output, of whatever containers it is made."""
+    """Sizes of all maps within an output, in nested containers too."""
     if isinstance(output, Tensor):
         if output.dim() == 4:
             yield output.shape[-2], output.shape[-1]
@@ -108,19 +109,19 @@ def _maps(output: Any) -> Iterator[Grid]:
 
 @functools.cache
 def _subclass(cls: Any, run: Any) -> type[nn.Module]:
-    """A subclass whose forward is ``run``; under the same name, so that libraries know it."""
+    """A subclass whose forward is ``run``, under the same name so that libraries recognise it."""
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return run(cls, self, args, kwargs)
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
-        # The subclass cannot be imported, so pickle and copy are told how it is made.
+        # The subclass cannot be imported, so tell pickle and copy how it is made.
         _, arguments, *state = cls.__reduce_ex__(self, protocol)
         return _restore, (cls, run, *arguments[1:]), *state
 
     def extra_repr(self: nn.Module) -> str:
         reduction = self.__dict__.get('isr_reduction')
-        own = cls.extra_repr(self)
-        return ', '.join(filter(None, (own, reduction and f'isr_ratio={reduction.setting.ratio}')))
+        ratio = reduction and f'isr_ratio={reduction.setting.isr_ratio}'
+        return ', '.join(filter(None, (cls.extra_repr(self), ratio)))
 
     def prepare_scriptable(self: nn.Module) -> None:
         raise RatioError(f'torch.jit.script cannot compile {cls.__name__} while ISR reduces it: '

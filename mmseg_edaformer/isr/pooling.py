@@ -1,4 +1,4 @@
-"""Reduction of keys, values, biases and masks: functions on tensors that know of no model.
+"""Reduction of keys, values, biases and masks: functions on tensors, independent of any model.
 
 Shapes: N keys, of which some stand in front of or behind maps of h x w; M keys after reduction;
 d channels of a head. Cells are r x r, anchored at the top left of a map, ceil(h / r) x ceil(w / r)
@@ -34,10 +34,10 @@ MASKED = -3e4
 
 
 def check_method(method: str) -> str:
-    """The method, if there is such a one.
+    """Return the method if it is valid.
 
     Raises:
-        RatioError: There is none; the message lists what is valid.
+        RatioError: The method is not valid; the message lists what is.
     """
     if method not in METHODS:
         raise RatioError(f'isr_method {method!r} does not exist: use {", ".join(METHODS)}')
@@ -47,8 +47,8 @@ def check_method(method: str) -> str:
 class Layout(NamedTuple):
     """Where the keys of an attention lie: ``prefix`` single tokens, then maps, row by row.
 
-    What the maps leave over at the end are single tokens as well. Single tokens are never reduced.
-    ``order`` holds the places among the keys of the tokens in that order, if they lie otherwise.
+    Tokens behind the maps are single tokens too. Single tokens are never reduced. ``order`` holds
+    the places of the tokens among the keys if they lie in another order.
     """
     grids: tuple[Grid, ...]
     prefix: int = 0
@@ -81,7 +81,7 @@ def pool_tokens(x: Tensor, layout: Layout, ratio: int, method: str = 'average') 
 def counts(layout: Layout, total: int, ratio: int, device: torch.device | None = None) -> Tensor:
     """Tokens n that each of the M keys stands for.
 
-    With `overlap` too: a key stands for the tokens of its own cell, whatever it averages.
+    With `overlap` too, a key stands for the tokens of its own cell, whatever it averages.
     """
     def count(part: Tensor, grid: Grid) -> Tensor:
         sides = []
@@ -109,16 +109,16 @@ def pool_bias(bias: Tensor, layout: Layout, ratio: int) -> Tensor:
 
 
 def pool_mask(masked: Tensor, layout: Layout, ratio: int) -> Tensor:
-    """Reduce the keys of a boolean mask: ... x N to ... x M; a cell is masked if all members are.
+    """Reduce the keys of a boolean mask, ... x N to ... x M: a cell is masked if all members are.
 
-    So a query that sees any key before sees one after.
+    A query that sees any key before therefore sees one after.
     """
     free = (~masked).to(torch.float32).unsqueeze(-1)
     return pool_tokens(free, layout, ratio, 'max').squeeze(-1) == 0
 
 
 def merging(keys: Tensor, layout: Layout, ratio: int) -> Tensor:
-    """Which keys `bipartite` matching merges, as averaging weights.
+    """Averaging weights of the keys that `bipartite` matching merges.
 
     Every other key of the maps is matched with the most similar of the rest; the most similar
     pairs are merged until as many keys are left as the cells would leave, or half of them.
@@ -129,7 +129,7 @@ def merging(keys: Tensor, layout: Layout, ratio: int) -> Tensor:
         ratio: Side r of the cells.
 
     Returns:
-        ... x 1 x N x M, columns of which add up to 1.
+        ... x 1 x N x M, whose columns add up to 1.
     """
     total = keys.shape[-2]
     before, *maps, after = layout.sizes(total)

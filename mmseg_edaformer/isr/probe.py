@@ -1,11 +1,11 @@
-"""Where a model puts the tokens of its map among the keys of an attention: marked, and looked for.
+"""Find out where a model puts the tokens of its map among the keys of an attention.
 
-What an attention is called does not tell what it is given: a class token in front of the patches,
+The name of an attention does not tell what it is given: a class token in front of the patches,
 detection tokens behind them, the patches of two images, or shuffled ones. So noise is added to some
 of the tokens that the patch embedding makes, and the keys that change are those tokens. Two passes
-for each bit of a token's number, which mark the tokens with and without it, tell which token a key
-is: bit by bit, the one by whose noise it changes more. On the way no attention passes anything on,
-so that no token learns of another.
+for each bit of a token's number add noise to the tokens without the bit and to those with it; the
+pass that changes a key more gives that bit of its token's number. Attention outputs zeros in these
+passes, so that no token learns of another.
 """
 import functools
 import sys
@@ -17,20 +17,22 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..cost import Inputs, example_image, on_meta, run, with_weights
-from .adapters import ForeignLayer, find_attention, is_foreign
-from .intercept import SOFTMAX, Interception, Reduction, Setting, resolve
+from .intercept import Interception
 from .pooling import Grid
-from .registry import AttentionRule
+from .reduction import Reduction, Setting, resolve
+from .registry import ForeignLayer, find_attention, is_foreign
+from .rules import AttentionRule
+from .scores import SOFTMAX
 
 Mark = Callable[[Tensor], Tensor]
-"""Whether to mark tokens, 1 or 0, by their numbers."""
+"""Tells by their numbers which tokens to mark."""
 
 SILENT = 1e-3
-"""What changes less than this, of the largest change, has not changed."""
+"""A change below this fraction of the largest one counts as none."""
 
 
 class _Probe(Interception):
-    """Notes the keys of an attention, and lets it give nothing."""
+    """Collects the keys of an attention, and makes it output zeros."""
 
     def __init__(self, module: nn.Module, reduction: Reduction, args: tuple[Any, ...],
                  kwargs: dict[str, Any], notes: list[Tensor]) -> None:
@@ -59,10 +61,10 @@ class _Probe(Interception):
 
 
 class _Marker:
-    """A forward hook that adds noise to some of the tokens of the map that a module gives.
+    """A forward hook that adds noise to some of the tokens of the map that a module outputs.
 
-    To the map of the first pass, call by call: what it would be now has been made from tokens that
-    others marked before, and a convolution has spread their noise (UniFormer).
+    It adds the noise to the map of the first pass, call by call: the current map may be made from
+    tokens that were marked before, whose noise a convolution has spread (UniFormer).
     """
 
     def __init__(self) -> None:
@@ -93,23 +95,23 @@ def locate(model: nn.Module,
     """Find out how many tokens stand around a map, for the layers whose rule does not tell.
 
     Args:
-        model: The model. A copy that shares its weights is run, 20 times or so; once if a library's
+        model: The model. A copy that shares its weights runs about 20 times, or once if a library's
             own model within it calls all of these layers.
         inputs: What it is called with; by default an image of the size that it declares.
 
     Returns:
-        By name of the layer, the numbers of keys in front of the map and behind it; or its rule,
-        where a library's own model calls it, which declares its tokens. Or why it must
-        be left alone: the map's tokens are not there one by one and row by row, or those beside
-        them depend on the image too.
+        By name of the layer, one of three: the numbers of keys in front of the map and behind it;
+        its rule, if a library's own model, which declares its tokens, calls it; or the reason why
+        it must be left alone: the map's tokens are not there one by one and row by row, or those
+        beside them depend on the image too.
     """
     try:
         with on_meta(model) as shadow, torch.random.fork_rng(), torch.no_grad():
             return _locate(shadow, [layer.name for layer in _foreign(model)], inputs)
     except Exception as error:  # of whatever model this is
         reason = (f'to find out where its tokens stand, {type(model).__name__} was run on an '
-                  f'example and failed ({type(error).__name__}: {error}): example_inputs= gives it '
-                  'what it takes')
+                  f'example and failed ({type(error).__name__}: {error}): give it what it takes as '
+                  'example_inputs=')
         return {layer.name: reason for layer in _foreign(model) if layer.rule.prefix is None}
 
 
@@ -139,8 +141,8 @@ def _locate(shadow: nn.Module, names: list[str],
 
     def keys(inputs: Inputs, mark: Mark | None = None,
              grids: Set[Grid | None] = frozenset()) -> dict[str, list[Tensor]]:
-        for found in notes.values():
-            found.clear()
+        for collected in notes.values():
+            collected.clear()
         for marker in markers.values():
             marker.mark, marker.calls = mark if marker.grids == grids else None, 0
         torch.manual_seed(0)
@@ -169,16 +171,16 @@ def _locate(shadow: nn.Module, names: list[str],
 
 
 def _model_of(layer: ForeignLayer, shadow: nn.Module) -> nn.Module | None:
-    """The model that has the layer's patch embedding; None if it is not one of a library."""
+    """The library's model that has the layer's patch embedding; None if it is no library's."""
     path = str(layer.rule.grid.owner)
-    found = [module for module in shadow.modules() if any(
+    models = [module for module in shadow.modules() if any(
         resolve(module, way)[1] is layer.owners.get(path) for way in path.split('|'))]
-    return found[-1] if found and not is_foreign(found[-1]) else None
+    return models[-1] if models and not is_foreign(models[-1]) else None
 
 
 def _trust(trusted: dict[str, AttentionRule | None], name: str, rule: AttentionRule,
            model: nn.Module, *call: Any) -> None:
-    """Trust what a library's model declares if it is its own code that calls the layer."""
+    """Trust what a library's model declares if its own code calls the layer."""
     frame = sys._getframe()
     while frame.f_back is not None:
         frame = frame.f_back
@@ -205,27 +207,27 @@ def _has_bit(bit: int, value: int, numbers: Tensor) -> Tensor:
 
 
 def _another(x: Tensor) -> Tensor:
-    """Another image in place of one; whatever else is left."""
+    """Another image for an image; other tensors as they are."""
     if x.dim() < 3 or x.dtype == torch.bool:
         return x
     return torch.randn_like(x) if x.is_floating_point() else x.flip(-1)
 
 
-def _changes(found: dict[str, list[Tensor]],
+def _changes(after: dict[str, list[Tensor]],
              before: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
-    """How much each key changed, heads x N, for each attention that a layer has run."""
+    """How much each key changed, heads x N, for each attention that a layer ran."""
     return {name: [(new - old).norm(dim=-1).flatten(0, -2).cpu()
-                   for new, old in zip(found[name], before[name], strict=True)]
+                   for new, old in zip(after[name], before[name], strict=True)]
             for name in before}
 
 
 def _place(grids: Set[Grid | None], changes: list[list[Tensor]]) -> tuple[int, int] | str:
-    """How many keys stand before and behind a map.
+    """Numbers of keys in front of and behind a map, or the reason why the layer must stay.
 
     Args:
         grids: Sizes of the maps that were made.
-        changes: By pass (another image; marked by bit 0, unset and set; bit 1; ...) and attention
-            of the layer: how much each key changed.
+        changes: How much each key changed, by pass (another image; tokens without bit 0, with bit
+            0; without bit 1; ...) and by attention of the layer.
     """
     grid = next(iter(grids), None)
     if len(grids) != 1 or grid is None:
@@ -237,21 +239,21 @@ def _place(grids: Set[Grid | None], changes: list[list[Tensor]]) -> tuple[int, i
         reached = torch.stack(marked).amax(0)
         alive = reached > SILENT * reached.amax(-1, keepdim=True)
         if not alive.any(-1).all():
-            return 'it also attends to what is no map' if places or alive.any() or any(
-                (change[1] > 0).any() for change in zip(*changes)) else 'it was not run'
+            ran = places or alive.any() or any((change[1] > 0).any() for change in zip(*changes))
+            return 'it also attends to some tokens of no map' if ran else 'it was not run'
         bits = 2 ** torch.arange(len(set_))
-        found = ((set_ > unset) * bits.view(-1, 1, 1)).sum(0).where(alive, -1)
-        heads, found, alive, another = found, found[0], alive.any(0), (
-            another / another.amax(-1, keepdim=True).clamp(min=1e-30)).amax(0)
-        front = next((front for front in range(len(found) - len(numbers) + 1)
-                      if torch.equal(found[front:front + len(numbers)], numbers)), None)
+        heads = ((set_ > unset) * bits.view(-1, 1, 1)).sum(0).where(alive, -1)
+        tokens, alive = heads[0], alive.any(0)
+        another = (another / another.amax(-1, keepdim=True).clamp(min=1e-30)).amax(0)
+        front = next((front for front in range(len(tokens) - len(numbers) + 1)
+                      if torch.equal(tokens[front:front + len(numbers)], numbers)), None)
         if front is None or (heads[:, front:front + len(numbers)] != numbers).any():
             return 'the tokens of its map do not stand row by row among its keys'
-        behind = len(found) - front - len(numbers)
+        behind = len(tokens) - front - len(numbers)
         beside = torch.ones_like(alive)
         beside[front:front + len(numbers)] = False
         if (beside & (alive | (another > SILENT * another.max()))).any():
-            return 'what stands beside the tokens of its map depends on the image too'
+            return 'the tokens beside those of its map depend on the image too'
         places.add((front, behind))
     if len(places) != 1:
         return 'it was not run on an example' if not places else (

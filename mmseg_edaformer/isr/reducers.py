@@ -1,4 +1,4 @@
-"""Keys of one attention, reduced: what `intercept` asks of `pooling`, for one layout and ratio.
+"""Reduction of the keys of one attention: `pooling` for one layout and ratio, for `intercept`.
 
 Shapes: N keys before, M after; h heads, d channels of each; B batch.
 """

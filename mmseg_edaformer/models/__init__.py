@@ -1,6 +1,6 @@
-"""The networks: EFT, the encoder, EDAFormerHead, the decoder, and the segmentor around them.
+"""The networks: the encoder EFT, the decoder EDAFormerHead, and the segmentor around them.
 
-Beside them what the paper compares with: LVT, FeedFormer's decoder, backbones of timm and
+`comparison` holds what the paper compares with: LVT, FeedFormer's decoder, backbones of timm and
 transformers.
 """
 from .attention import EmbeddedAttention, EmbeddingFreeAttention

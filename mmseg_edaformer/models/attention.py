@@ -13,19 +13,21 @@ from ..compat import is_exporting
 from ..errors import ConfigError
 from ..isr.pooling import Grid, Layout, cells, merging, pool_map
 from ..isr.reducers import MergedKeys
-from . import cpu_kernels as native
+from . import cpu_kernels
 from .layers import PixelLinear, PixelNorm, to_map, to_tokens
 
 
 class EmbeddingFreeAttention(nn.Module):
     """Attention whose queries are the input itself and whose keys are its values.
 
-    The map is average-pooled, projected once (``kv``), and serves as keys and values alike; there
-    is no query projection. ``isr_ratio`` multiplies the pool of a trained model at inference
-    (inference spatial reduction, section 4): the same weights, fewer keys, all queries kept. It is
-    a plain attribute, not a weight, and 1 is bit for bit the trained model. So is ``isr_keys``: a
-    number of keys to stay near whatever the size of the map, None when off; and ``isr_method``,
-    one of `pooling.METHODS`: all but `average` reduce what the training pool leaves (table 6a).
+    The map is average-pooled and projected once (``kv``), and serves as both keys and values; there
+    is no query projection.
+
+    Three plain attributes, which are no weights, reduce a trained model at inference (inference
+    spatial reduction, section 4): the same weights, fewer keys, all queries kept. ``isr_ratio``
+    multiplies the pool; 1 is bit for bit the trained model. ``isr_keys`` is a number of keys to
+    stay near whatever the size of the map, or None. ``isr_method`` is one of `pooling.METHODS`; all
+    but `average` reduce what the training pool leaves (table 6a).
 
     Args:
         dim: Channels C.
@@ -56,18 +58,18 @@ class EmbeddingFreeAttention(nn.Module):
         self.proj = PixelLinear(dim, dim)
 
     def multiplier(self, height: int, width: int) -> int:
-        """What the training pool is multiplied by on a map of this size.
+        """Multiplier of the training pool on a map of this size.
 
-        ``isr_ratio``; where ``isr_keys`` is set, at least that and near the square root of s, if
-        the training pool gives s times ``isr_keys``. It steps from m to m + 1 where s exceeds
-        m (m + 1): m leaves s / m^2 of ``isr_keys``, so this is where m + 1 comes closer by factor.
-        From half to twice ``isr_keys`` remain; fewer by what does not fill a cell, more on a map
-        that is thinner than a cell.
+        It is ``isr_ratio``. With ``isr_keys``, if the training pool gives s times as many keys, it
+        is at least ``isr_ratio`` and near the square root of s. It steps from m to m + 1 where s
+        exceeds m (m + 1): m leaves s / m^2 of ``isr_keys``, so from there on m + 1 is closer by
+        factor. Between half and twice ``isr_keys`` remain: less what does not fill a cell, and more
+        on a map that is thinner than a cell.
         """
         multiplier = self.isr_ratio
         if self.isr_keys is not None:
             keys = self.num_keys(height, width, 1)
-            # A comparison for each step: torch.compile guards these when sizes are dynamic.
+            # Compared step by step, which torch.compile can guard when sizes are dynamic.
             while keys > self.isr_keys * multiplier * (multiplier + 1):
                 multiplier += 1
         return multiplier
@@ -78,7 +80,7 @@ class EmbeddingFreeAttention(nn.Module):
         Args:
             height: Rows of the map.
             width: Columns of the map.
-            multiplier: What to multiply the training pool by, in place of what is set.
+            multiplier: Multiplier of the training pool, in place of the current one.
         """
         if multiplier is None:
             multiplier = self.multiplier(height, width)
@@ -86,7 +88,7 @@ class EmbeddingFreeAttention(nn.Module):
         return (kernel if height >= kernel else height, kernel if width >= kernel else width)
 
     def num_keys(self, height: int, width: int, multiplier: int | None = None) -> int:
-        """Number of keys M on a map of this size; arguments as for `pool_size`."""
+        """Number of keys M on a map of this size; the arguments are those of `pool_size`."""
         if multiplier is None:
             multiplier = self.multiplier(height, width)
         if self.isr_method != 'average' and multiplier > 1:
@@ -108,12 +110,12 @@ class EmbeddingFreeAttention(nn.Module):
                                     c // self.num_heads).transpose(1, 2)
 
     def pooled(self, x: Tensor) -> Tensor:
-        """The pooled and projected map, N x C x H/p x W/p, that keys and values are made of."""
+        """The pooled and projected map, N x C x H/p x W/p, from which keys and values are made."""
         kernel = self.pool_size(x.shape[2], x.shape[3])
         if not torch.compiler.is_compiling() and min(kernel) < self.pool_ratio * self.isr_ratio:
-            # One text for every size, so that Python's own filter shows it once.
-            warnings.warn('a feature map is smaller than the pool of its keys, which shrinks to '
-                          'the map: lower isr_ratio or enlarge the input', stacklevel=3)
+            # The same text for every size, so that Python's filter shows it once.
+            warnings.warn('a feature map is smaller than the pool of its keys, so the pool shrinks '
+                          'to the map: lower isr_ratio or enlarge the input', stacklevel=3)
         if self.isr_method != 'average':
             multiplier = self.multiplier(x.shape[2], x.shape[3])
             kernel = self.pool_size(x.shape[2], x.shape[3], 1)
@@ -152,17 +154,13 @@ class EmbeddingFreeAttention(nn.Module):
 
 
 class EmbeddedAttention(EmbeddingFreeAttention):
-    """The same attention with Q, K and V projections, which the ablations compare with.
+    """The same attention with Q, K and V projections, with which the ablations compare.
 
-    Queries are projected from the map, keys and values each from the pooled and projected one (the
-    spatial reduction of PVTv2), so the pool and ISR act as they do without embedding. With it the
-    decoder of EDAFormer-T grows by 0.70 M parameters; table 5(b) has 4.9 M and 5.7 M.
+    Queries are projected from the map, keys and values each from the pooled and projected map (the
+    spatial reduction of PVTv2), so the pool and ISR act as they do without embedding. The decoder
+    of EDAFormer-T grows by 0.70 M parameters; table 5(b) has 4.9 M and 5.7 M.
 
-    Args:
-        dim: As in `EmbeddingFreeAttention`, and so are the others.
-
-    Raises:
-        ConfigError: As `EmbeddingFreeAttention` does.
+    Arguments and errors are those of `EmbeddingFreeAttention`.
     """
 
     def __init__(self, dim: int, num_heads: int, pool_ratio: int = 1, *, kv_norm: bool = False,
@@ -179,17 +177,17 @@ class EmbeddedAttention(EmbeddingFreeAttention):
 
 
 SCORE_BYTES = 4 << 20
-"""Scores that `attend_by_rows` holds at once: about what a CPU's caches keep."""
+"""Bytes of scores that `attend_by_rows` holds at once, about what a CPU's caches keep."""
 
 
 @torch.library.custom_op('mmseg_edaformer::attend_by_rows', mutates_args=())
 def attend_by_rows(x: Tensor, kv: Tensor, num_heads: int) -> Tensor:
-    """Attention on a CPU, without gradients: compiled code, else some rows of queries at a time.
+    """Attention on a CPU, without gradients: compiled code, or some rows of queries at a time.
 
     For heads this short the CPU's ``scaled_dot_product_attention`` leaves much of the machine
-    unused, most in bfloat16. `native.attend` does best. Where that cannot be compiled, the keys
-    become the weights of a grouped 1x1 convolution, one group per head, so that scores and output
-    come from oneDNN in the layout of the maps.
+    unused, most of all in bfloat16. `cpu_kernels.attend` is the fastest. If it cannot be compiled,
+    the keys become the weights of a grouped 1x1 convolution, one group per head, so that oneDNN
+    computes scores and output in the layout of the maps.
 
     Args:
         x: Queries, N x C x H x W, channels-last.
@@ -199,9 +197,9 @@ def attend_by_rows(x: Tensor, kv: Tensor, num_heads: int) -> Tensor:
     Returns:
         Map, N x C x H x W, channels-last.
     """
-    found = native.attend(x, kv, num_heads)
-    if found is not None:
-        return found
+    compiled = cpu_kernels.attend(x, kv, num_heads)
+    if compiled is not None:
+        return compiled
     channels, width = x.shape[1], x.shape[3]
     dim, num_keys = channels // num_heads, kv.shape[2] * kv.shape[3]
     rows = max(1, SCORE_BYTES // (width * num_heads * num_keys * x.element_size()))

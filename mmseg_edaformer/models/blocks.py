@@ -1,6 +1,6 @@
-"""What the encoder and the decoder are built from (arXiv 2407.17261, section 3).
+"""The building blocks of the encoder and the decoder (arXiv 2407.17261, section 3).
 
-Shapes: N batch, C channels, H x W the map; everything takes and returns one channels-last map.
+Shapes: N batch, C channels, H x W the map; each module takes and returns one channels-last map.
 """
 from typing import cast
 
@@ -17,17 +17,17 @@ ALIGNMENT = 8
 """Channels are padded to a multiple of this on GPUs: bfloat16 matrix units load 16 bytes."""
 
 ALIGN_FROM = 1 << 21
-"""Elements of a map from which that is done: below, preparing the weights costs more."""
+"""Elements of a map from which channels are padded; below, padding the weights costs more."""
 
 
 class PatchEmbed(nn.Module):
     """Overlapping patches: a strided convolution, then LayerNorm.
 
     Args:
-        in_channels: Channels of the image or of the stage before.
+        in_channels: Channels of the image or of the previous stage.
         dim: Channels C of the stage.
-        kernel_size: Kernel; the padding is half of it.
-        stride: Stride.
+        kernel_size: Size of the kernel; the padding is half of it.
+        stride: Stride of the convolution.
     """
 
     def __init__(self, in_channels: int, dim: int, kernel_size: int, stride: int) -> None:
@@ -45,7 +45,7 @@ class MixFFN(nn.Module):
     Args:
         dim: Channels C.
         ffn_ratio: Hidden channels are ``int(dim * ffn_ratio)``.
-        relu: ReLU before the convolution, as the encoder has it.
+        relu: Whether ReLU precedes the convolution, as in the encoder.
         drop_rate: Dropout after GELU and after the last layer.
     """
 
@@ -72,32 +72,31 @@ class MixFFN(nn.Module):
 
 
 def _padding(x: Tensor, hidden: int) -> int:
-    """Channels to add to a feed-forward network's on a GPU, where the map is worth it."""
+    """Number of channels to add to a feed-forward network on a GPU, if the map is large enough."""
     if not x.is_cuda or x.numel() < ALIGN_FROM:
         return 0
-    # Eager training waits for the CPU, which the padding would keep busy too.
+    # Eager training waits for the CPU, which would also do the padding.
     eager_training = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     return 0 if eager_training else -hidden % ALIGNMENT
 
 
 TOKEN_MIXERS = ('embedding_free', 'embedded', 'depthwise_conv', 'conv')
-"""What can stand at the attention's place in a block (table 3a)."""
+"""Layers that can replace the attention in a block (table 3a)."""
 
 
 def token_mixer_layer(token_mixer: str, dim: int, num_heads: int, pool_ratio: int, *,
                       kv_norm: bool, norm_eps: float) -> nn.Module:
-    """Build one of `TOKEN_MIXERS`: attention, or a 3x3 convolution with bias and nothing after it.
+    """Build one of `TOKEN_MIXERS`: attention, or a 3x3 convolution with bias.
 
-    The paper gives neither kernel nor surroundings of its convolutions, only what they stand for.
-    They take no heads and no pool, and having no keys they are nothing that ISR could reduce.
+    The paper gives neither the kernel nor the surroundings of its convolutions. They take no heads
+    and no pool, and have no keys that ISR could reduce.
 
     Args:
-        token_mixer: Which one.
-        dim: Channels C.
-        num_heads: As in `EmbeddingFreeAttention`, and so are the others.
+        token_mixer: A name of `TOKEN_MIXERS`.
+        dim: Channels C; the other arguments are those of `EmbeddingFreeAttention` too.
 
     Raises:
-        ConfigError: An unknown name.
+        ConfigError: The name is unknown.
     """
     if token_mixer in ('depthwise_conv', 'conv'):
         return nn.Conv2d(dim, dim, 3, padding=1, groups=dim if token_mixer != 'conv' else 1)
@@ -118,7 +117,7 @@ class TransformerBlock(nn.Module):
         ffn_ratio: Expansion of the feed-forward network.
         decoder: The decoder's variant: norm and GELU on the keys, no ReLU in the feed-forward
             network, LayerNorm epsilon 1e-5 instead of 1e-6.
-        token_mixer: What stands at the attention's place, one of `TOKEN_MIXERS`.
+        token_mixer: The attention or its replacement, one of `TOKEN_MIXERS`.
         drop_rate: Dropout in the feed-forward network.
         drop_path_rate: Probability of dropping a residual branch.
     """

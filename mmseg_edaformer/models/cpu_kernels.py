@@ -1,9 +1,9 @@
-"""Code compiled for the CPU at hand: native.cpp, if there is a C++ compiler.
+"""Operators compiled for the CPU at hand, from cpu_kernels.cpp, if there is a C++ compiler.
 
-Built once, in a few seconds, when a network first predicts on a CPU, and kept in the user's cache.
-Without a compiler, or with ``EDAFORMER_NATIVE=0`` in the environment, PyTorch's own operators do
-the same: the functions here return None where they cannot. The variable turns off the Triton
-kernels of GPUs too.
+They are built once, in a few seconds, when a network first predicts on a CPU, and kept in the
+user's cache. Without a compiler, or with ``EDAFORMER_NATIVE=0`` in the environment, the functions
+here return None and the caller uses PyTorch's operators. The variable also turns off the Triton
+kernels of GPUs.
 """
 import ctypes
 import functools
@@ -21,24 +21,24 @@ from torch import Tensor
 
 from ..files import write_file
 
-SOURCE = Path(__file__).with_name('native.cpp')
+SOURCE = Path(__file__).with_suffix('.cpp')
 TYPES = {torch.float32: 'float', torch.bfloat16: 'bfloat16'}
 _allowed = True
 
 
 def kernels_allowed() -> bool:
-    """Whether this project's own kernels may run, here and on GPUs, in place of PyTorch's."""
+    """Whether this project's own kernels, here and on GPUs, may replace PyTorch's."""
     return _allowed and os.environ.get('EDAFORMER_NATIVE') != '0'
 
 
 def allow_kernels(allowed: bool) -> None:
-    """Use this project's own kernels from now on, or do without them, as a comparison needs."""
+    """Allow or forbid this project's own kernels from now on, for comparisons."""
     global _allowed
     _allowed = allowed
 
 
 def attend(x: Tensor, kv: Tensor, num_heads: int) -> Tensor | None:
-    """Attention whose values are its keys; plain: the rest of `attention.attend_by_rows`.
+    """Attention whose values are its keys; the plain version is in `attention.attend_by_rows`.
 
     Args:
         x: Queries, N x C x H x W.
@@ -46,7 +46,7 @@ def attend(x: Tensor, kv: Tensor, num_heads: int) -> Tensor | None:
         num_heads: Heads h.
 
     Returns:
-        Map, N x C x H x W, channels-last.
+        Map, N x C x H x W, channels-last, or None if it cannot be computed here.
     """
     dim = x.shape[1] // num_heads
     if x.dtype != kv.dtype or dim % 4:
@@ -58,7 +58,7 @@ def attend(x: Tensor, kv: Tensor, num_heads: int) -> Tensor | None:
 
 
 def gelu_(x: Tensor) -> Tensor | None:
-    """``F.gelu``, in place; x must fill its memory without gaps."""
+    """``F.gelu`` in place, for x without gaps in memory; None if it cannot be computed here."""
     return x if _call('gelu', [x], x.numel()) else None
 
 
@@ -67,7 +67,7 @@ def _map(x: Tensor) -> Tensor:
 
 
 def _call(name: str, tensors: list[Tensor], *sizes: int) -> bool:
-    """Call the library's function for the type of the tensors; False where there is none."""
+    """Call the library's function for the type of the tensors; False if there is none."""
     library = _library() if tensors[0].dtype in TYPES and kernels_allowed() else None
     if library is None:
         return False
@@ -86,12 +86,12 @@ def _library() -> ctypes.CDLL | None:
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         detail = (getattr(error, 'stderr', None) or str(error)).strip().splitlines()[-1:]
         warnings.warn(f'{SOURCE.name} could not be compiled or loaded, so prediction is slower '
-                      f"({' '.join(detail)}). EDAFORMER_NATIVE=0 silences this", stacklevel=2)
+                      f"({' '.join(detail)}): set EDAFORMER_NATIVE=0 to silence this", stacklevel=2)
         return None
 
 
 def _build(compiler: str) -> Path:
-    """Compile for this machine, unless that was done before; returns the library's path."""
+    """Compile for this machine, unless the cache has the library; returns its path."""
     root = Path(torch.__file__).parent
     cpuinfo = Path('/proc/cpuinfo')
     flags = [line for line in (cpuinfo.read_text().splitlines() if cpuinfo.exists() else [])
@@ -100,15 +100,15 @@ def _build(compiler: str) -> Path:
                                     platform.machine(), *flags]).encode()).hexdigest()[:16]
     cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'mmseg_edaformer'
     for library in cache.glob(f'native-{key}-*.so'):
-        if library == _place(cache, key, library.read_bytes()):  # a damaged one would end Python
+        if library == _place(cache, key, library.read_bytes()):  # a damaged one kills Python
             return library
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
-        unit, linked = Path(folder) / 'native.o', Path(folder) / 'native.so'
+        unit, linked = Path(folder) / 'kernels.o', Path(folder) / 'kernels.so'
         subprocess.run([compiler, '-O3', '-march=native', '-ffp-contract=fast', '-std=c++20',
                         '-fPIC', '-fopenmp', '-DAT_PARALLEL_OPENMP=1', f'-I{root}/include',
                         '-c', SOURCE, '-o', unit], check=True, capture_output=True, text=True)
-        # The OpenMP that torch brought, if it did: two would each have their own threads.
+        # Link the OpenMP that torch ships, if any: a second one would start its own threads.
         openmp = [str(path) for folder in (root / 'lib', root.parent / 'torch.libs')
                   for path in folder.glob('libgomp*')][:1]
         subprocess.run([compiler, '-shared', unit, '-o', linked, f'-L{root}/lib',

@@ -15,30 +15,30 @@ from .layers import channels_last
 class EDAFormerHead(FusedHead):
     """Decoder of embedding-free attention on each level, then one fuse layer.
 
-    Each level passes through its own transformer blocks, more of them where it is deeper, and
-    `FusedHead` joins them.
+    Each level passes through its own transformer blocks, deeper levels through more of them, and
+    `FusedHead` joins the levels.
 
-    The lists run from the shallowest level to the deepest and have one entry per level, so other
-    structures, and two or four levels, are configs.
+    The lists have one entry per level, from the shallowest to the deepest, so other structures, and
+    two or four levels, need only a config.
 
     Args:
         in_channels: Channels of the levels.
         channels: Channels E of the fuse layer (T 128, B 768).
-        in_index: Which of the backbone's maps are the levels.
+        in_index: Indices of the backbone's maps that are the levels.
         depths: Transformer blocks per level.
         num_heads: Attention heads per level.
         pool_ratios: Pool of the keys during training, per level.
-        ffn_ratios: Expansion of the feed-forward networks: per level, or one for all (T 2, B 1).
-        token_mixer: What stands at the attention's place, for the ablations of table 3(a) and 5(b):
+        ffn_ratios: Expansion of the feed-forward networks, per level or one number (T 2, B 1).
+        token_mixer: The layer in place of the attention, for the ablations of tables 3(a) and 5(b):
             'embedding_free', 'embedded' (with Q, K and V projections), 'depthwise_conv' or 'conv'.
         drop_rate: Dropout in the feed-forward networks.
         drop_path_rate: Stochastic depth in every block.
         norm_cfg: Norm after the fuse layer.
-        kwargs: mmseg's ``BaseDecodeHead``: ``num_classes``, ``dropout_ratio``, ``loss_decode``,
-            ``align_corners`` and the rest.
+        kwargs: Arguments of mmseg's ``BaseDecodeHead``: ``num_classes``, ``dropout_ratio``,
+            ``loss_decode``, ``align_corners`` and others.
 
     Raises:
-        ConfigError: The lists differ in length, or an unknown ``token_mixer``.
+        ConfigError: The lists differ in length, or ``token_mixer`` is unknown.
     """
 
     def __init__(self, in_channels: Sequence[int], channels: int, *,
@@ -67,7 +67,7 @@ class EDAFormerHead(FusedHead):
         """Decode the backbone's maps.
 
         Args:
-            inputs: The backbone's maps, from which ``in_index`` selects the levels.
+            inputs: Maps of the backbone, from which ``in_index`` selects the levels.
 
         Returns:
             Logits, N x num_classes x H x W, at the size of the shallowest level.

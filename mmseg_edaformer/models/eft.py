@@ -39,9 +39,9 @@ class EFT(BaseModule):
     """Hierarchical encoder of embedding-free attention, four stages at strides 4, 8, 16, 32.
 
     Args:
-        arch: 'tiny' (3.4 M parameters), 'base' (24.9 M), or a dict of the five sizes below; those
-            left out of it are those of 'tiny'.
-        embed_dims: Channels of each stage; this and the next four replace what ``arch`` says.
+        arch: 'tiny' (3.4 M parameters), 'base' (24.9 M), or a dict of the five sizes below, where
+            missing ones are those of 'tiny'.
+        embed_dims: Channels of each stage; this and the next four replace the sizes of ``arch``.
         depths: Transformer blocks of each stage.
         num_heads: Attention heads of each stage.
         ffn_ratios: Expansion of the feed-forward networks of each stage.
@@ -54,7 +54,7 @@ class EFT(BaseModule):
             ``dict(type='Pretrained', checkpoint=...)``; by default the released one.
 
     Raises:
-        ConfigError: An unknown ``arch`` or size, or sizes of different lengths.
+        ConfigError: ``arch`` or a size is unknown, or the sizes differ in length.
     """
 
     def __init__(self, arch: str | dict[str, Sequence[float]] = 'tiny', *,
@@ -112,7 +112,7 @@ class EFT(BaseModule):
 
 def _sizes(arch: str | dict[str, Sequence[float]],
            **given: Sequence[float] | None) -> dict[str, Sequence[Any]]:
-    """The sizes that ``arch`` and the sizes given beside it mean, checked."""
+    """The sizes of ``arch``, with those given beside it, checked."""
     if isinstance(arch, str):
         if arch not in ARCHITECTURES:
             raise ConfigError(f"EFT has no arch '{arch}': use one of {', '.join(ARCHITECTURES)}, "

@@ -1,4 +1,4 @@
-"""What decoders share that fuse levels of a backbone by one 1x1 convolution."""
+"""The base of decoders that fuse levels of a backbone by one 1x1 convolution."""
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,19 +16,19 @@ from .loss import resize_cross_entropy
 
 
 class FusedHead(BaseDecodeHead):
-    """Levels, each with a module of its own, then one fuse layer and the classifier.
+    """A module for each level, then one fuse layer and the classifier.
 
-    All levels are projected to ``channels``, resized to the shallowest and added, which equals
-    concatenating the resized levels before one 1x1 convolution: that convolution commutes with
-    bilinear resizing. Its weight is kept as one tensor, deepest level first.
+    All levels are projected to ``channels``, resized to the shallowest and added. This equals
+    concatenating the resized levels before one 1x1 convolution, because that convolution commutes
+    with bilinear resizing. Its weight is one tensor, deepest level first.
 
     Args:
-        levels: The modules of the levels.
-        in_channels: Channels of the levels that are fused.
+        levels: Modules of the levels.
+        in_channels: Channels of the levels.
         channels: Channels E of the fuse layer.
-        in_index: Which of the backbone's maps are the levels.
+        in_index: Indices of the backbone's maps that are the levels.
         norm_cfg: Norm after the fuse layer.
-        kwargs: mmseg's ``BaseDecodeHead``.
+        kwargs: Arguments of mmseg's ``BaseDecodeHead``.
     """
 
     def __init__(self, levels: Iterable[nn.Module], in_channels: Sequence[int], channels: int, *,
@@ -44,7 +44,7 @@ class FusedHead(BaseDecodeHead):
         self.to(memory_format=torch.channels_last)
 
     def init_weights(self) -> None:
-        """Initialise as released; the classifier, and what ``init_cfg`` names, as mmseg does."""
+        """Initialise as released, and the classifier and what ``init_cfg`` names as mmseg does."""
         init_weights(self)
         super().init_weights()
 
@@ -52,7 +52,7 @@ class FusedHead(BaseDecodeHead):
         """Fuse decoded levels and classify their pixels.
 
         Args:
-            maps: One per entry of ``in_index``, shallow to deep, channels-last.
+            maps: Decoded levels, shallow to deep, channels-last.
 
         Returns:
             Logits, N x num_classes x H x W, at the size of the shallowest level.
@@ -73,7 +73,7 @@ class FusedHead(BaseDecodeHead):
         return resize(x, size=size, mode='bilinear', align_corners=self.align_corners)
 
     def _fuse_weight(self) -> tuple[Tensor, Tensor | None]:
-        """The fuse layer as a matrix and, at inference, with its batch norm in it, a bias."""
+        """The fuse layer's matrix, into which, and a bias, inference folds the batch norm."""
         weight, norm = self.fuse.weight.flatten(1), self.fuse_norm
         if self.training or not isinstance(norm, nn.modules.batchnorm._BatchNorm) or (
                 norm.running_var is None or norm.running_mean is None):
@@ -88,11 +88,11 @@ class FusedHead(BaseDecodeHead):
 
     def loss_by_feat(self, seg_logits: Tensor,
                      batch_data_samples: SampleList) -> dict[str, Tensor]:
-        """mmseg's losses; plain cross entropy without logits at full size.
+        """mmseg's losses, with plain cross entropy computed without logits at full size.
 
         Args:
             seg_logits: Logits, N x num_classes x H x W.
-            batch_data_samples: The labels.
+            batch_data_samples: Labels of the images.
         """
         criterion = self.loss_decode
         if (type(criterion) is not CrossEntropyLoss or self.sampler is not None or
@@ -104,6 +104,6 @@ class FusedHead(BaseDecodeHead):
                                              align_corners=self.align_corners)
         counted = (labels != self.ignore_index).sum()
         averaged = counted if criterion.avg_non_ignore else labels.numel()
-        eps = torch.finfo(torch.float32).eps  # as mmseg has it, for images without a label
+        eps = torch.finfo(torch.float32).eps  # as in mmseg, for images without a label
         return {criterion.loss_name: criterion.loss_weight * loss / (averaged + eps),
                 'acc_seg': ((correct + eps) * 100. / (counted + eps)).reshape(1)}

@@ -3,41 +3,37 @@
 mmseg resizes the logits of all classes to the network's input, crops the padding, flips back,
 resizes to the original image and takes the largest class. Both resizes are linear and separable,
 so every output row (column) is a weighted sum of a few low-resolution ones, its *taps*. The output
-is computed in blocks from the logits under each block, for those classes alone that can win there.
-Sums in another order round otherwise, so pixels whose two best classes lie within rounding are
-*contested* and computed again with the very arithmetic of mmseg's resizes.
+is computed in blocks from the logits under each block, for only those classes that can win there.
+Sums in another order round differently, so where the logits of the two best classes differ by no
+more than `ROUNDING` times the largest logit, either of the two may be the label.
 
 Shapes: C classes, h x w low-resolution logits, H x W labels.
 """
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from .layers import gpu_kernels
-from .resize import Axis, Chain, axis_taps, find_orders, is_channels_last, resize_at
+from .resize import Axis, Chain, axis_taps
 
 ROUNDING = 32 * torch.finfo(torch.float32).eps
-"""How far apart mmseg's difference of two logits and ours can be, relative to the largest logit:
-two bilinear resizes round at most 23 times by half an eps, for each logit."""
-_LARGEST = torch.finfo(torch.float32).max / 16  # beyond, sums of logits may not be finite
+"""Bound of the difference between mmseg's distance of two logits and the one here, relative to the
+largest logit: two bilinear resizes round at most 23 times by half an eps, for each logit."""
+_LARGEST = torch.finfo(torch.float32).max / 16  # above it, sums of logits may overflow
 CACHE = 1 << 20
 """Bytes of a working set that stays in a core's cache."""
 
 
 def label_maps(logits: Tensor, chains: Sequence[Chain], memory: int = 1 << 28) -> list[Tensor]:
-    """`label_map` of each image of a batch; at once on a GPU, where all have the same chain.
-
-    There, of two classes within rounding of each other either may be the label. Nearly every image
-    has a few such pixels, and to settle them takes many small kernels.
+    """`label_map` of each image of a batch; at once on a GPU, if all have the same chain.
 
     Args:
         logits: N x C x h x w from the head.
         chains: The resizes of each image.
-        memory: As for `label_map`, for each image.
+        memory: The bound of `label_map`, for each image.
 
     Returns:
         A label map H x W for each image.
@@ -49,32 +45,31 @@ def label_maps(logits: Tensor, chains: Sequence[Chain], memory: int = 1 << 28) -
     with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
         rows, columns = (kernels.Axis.of(logits.device, *axis) for axis in axes)
         labels = kernels.resize_argmax(logits, rows, columns, _label_type(logits))
-        # The only wait for the GPU.
+        # The only synchronisation with the GPU.
         finite = (logits.abs().amax((1, 2, 3)).float() < _LARGEST).tolist()
-        return [labels[i] if there else _literal(logits[i:i + 1].float(), chains[i], memory)
-                for i, there in enumerate(finite)]
+        return [labels[i] if finite[i] else _literal(logits[i:i + 1].float(), chains[i], memory)
+                for i in range(len(finite))]
 
 
 def label_map(logits: Tensor, chain: Chain, memory: int = 1 << 28) -> Tensor:
-    """The labels that mmseg's chain of resizes and argmax gives, label for label.
+    """The labels of mmseg's chain of resizes and argmax, but for ties within rounding.
 
-    Of equal logits the lowest class wins. Where logits are not finite the chain is followed
-    literally, so NaN wins as in ``torch.argmax``.
+    Where the logits of two classes differ by no more than ``ROUNDING * logits.abs().max()``, either
+    may be the label; of equal sums the lowest class wins. If logits are not finite the chain is
+    followed literally, so NaN wins as in ``torch.argmax``.
 
     Args:
-        logits: 1 x C x h x w from the head, ``logits[i:i + 1]`` of a batch, strided as mmseg has
-            them: torch rounds otherwise for channels-last. Computed in float32.
+        logits: 1 x C x h x w from the head, computed in float32.
         chain: The resizes.
-        memory: Bound of the temporary tensors, in bytes, beyond one copy of the logits. Only what
-            follows the chain literally may exceed it, with up to 19 planes of H x W.
+        memory: Bound of the temporary tensors, in bytes, in addition to one copy of the logits.
+            Following the chain literally may exceed it by one plane of H x W and its input.
 
     Returns:
         H x W labels, uint8 for up to 256 classes, else int16.
     """
     with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
         logits = logits.float()
-        lowest, largest = (float(value) for value in torch.aminmax(logits))
-        scale = max(abs(lowest), abs(largest))
+        scale = max(abs(float(value)) for value in torch.aminmax(logits))
         finite = scale < _LARGEST
         axes = chain.axes(logits.shape[2:], logits.device)
         if finite and _unchanged(axes):
@@ -84,8 +79,7 @@ def label_map(logits: Tensor, chain: Chain, memory: int = 1 << 28) -> Tensor:
         resized = math.prod(chain.input_size) * chain.first + math.prod(chain.ori_shape or (0, 0))
         if not finite or resized < 2 * math.prod(logits.shape[2:]):  # cheap as it is
             return _literal(logits, chain, memory)
-        labels, contested = resize_argmax(logits, chain, ROUNDING * scale, memory)
-        return settle(labels, contested, logits, chain, ROUNDING * scale, memory)
+        return resize_argmax(logits, chain, ROUNDING * scale, memory)
 
 
 def _unchanged(axes: Sequence[Axis]) -> bool:
@@ -127,22 +121,21 @@ def _blocks(size: int, axis: Axis) -> tuple[Tensor, Tensor, int]:
     return region, dense, lead
 
 
-def resize_argmax(logits: Tensor, chain: Chain, tolerance: float,
-                  memory: int) -> tuple[Tensor, Tensor]:
-    """The largest classes, and where two classes lie within the tolerance.
+def resize_argmax(logits: Tensor, chain: Chain, tolerance: float, memory: int) -> Tensor:
+    """The largest class of each pixel.
 
     The output is cut into blocks. A class can win in a block only if the largest of its logits
-    under the block reaches what some class has at least there; blocks with one such class are done.
+    under the block reaches the smallest one of every other class; blocks with a single such class
+    need no resize.
 
     Args:
         logits: 1 x C x h x w, float32 and finite.
         chain: The resizes.
-        tolerance: What two logits may differ by for rounding alone.
-        memory: Bound of the temporary tensors, in bytes, beyond one copy of the logits.
+        tolerance: Difference of two logits that rounding can make.
+        memory: Bound of the temporary tensors, in bytes, in addition to one copy of the logits.
 
     Returns:
-        Labels H x W, uint8 for up to 256 classes, else int16, and a mask H x W of the contested
-        ones, whose labels mean nothing.
+        Labels H x W, uint8 for up to 256 classes, else int16.
     """
     rows, columns = chain.axes(logits.shape[2:], logits.device)
     height, width = len(axis_taps(*rows)[0]), len(axis_taps(*columns)[0])
@@ -165,15 +158,14 @@ def resize_argmax(logits: Tensor, chain: Chain, tolerance: float,
             parts.append(part)
         if part is not None:
             break
-    labels = torch.cat(parts)[top:top + height, left:left + width]
-    return labels.to(_label_type(logits)), labels < 0
+    return torch.cat(parts)[top:top + height, left:left + width].to(_label_type(logits))
 
 
 def _block_labels(x: Tensor, rows: tuple[Tensor, Tensor], columns: tuple[Tensor, Tensor],
                   tolerance: float, memory: int, most: float) -> Tensor | None:
-    """Labels of whole rows of blocks (int16, -1 where contested) from logits h x w x C.
+    """Labels (int16) of whole rows of blocks from logits h x w x C.
 
-    None where more than the share ``most`` of all classes is possible on average.
+    None if more than the fraction ``most`` of all classes is possible on average.
     """
     (row_regions, row_weights), (column_regions, column_weights) = rows, columns
     (across, span), (_, size, height) = column_regions.shape, row_weights.shape
@@ -188,11 +180,10 @@ def _block_labels(x: Tensor, rows: tuple[Tensor, Tensor], columns: tuple[Tensor,
     classes = possible.nonzero()[:, 1]
     start = count.cumsum(0) - count
     labels = classes[start].short()[:, None].repeat(1, size * size)
-    # The rest, those with the most classes first, in chunks that stay in a core's cache. They are
-    # products of the dense weights of the block's rows and columns with the logits under it.
+    # Then the other blocks, those with the most classes first, in chunks that stay in a core's
+    # cache: products of the dense weights of a block's rows and columns with the logits under it.
     count, blocks = count.sort(descending=True)
     start, counts = start[blocks], count.tolist()
-    code = 1 << x.shape[2].bit_length()
     done = 0
     while done < len(counts) and counts[done] > 1:
         k = counts[done]
@@ -211,16 +202,16 @@ def _block_labels(x: Tensor, rows: tuple[Tensor, Tensor], columns: tuple[Tensor,
         value = row_weights[row].to(value) @ value.view(n, height, k * span)
         value = value.view(n, size * k, span) @ column_weights[column].to(value).transpose(1, 2)
         value = value.view(n, size, k, size)
-        value.ge_(value.amax(2, keepdim=True).sub_(tolerance))
-        # The sum over the classes is code + class if only one is the largest.
-        value = value.mul_((candidate + code)[:, None, :, None]).sum(2).flatten(1)
-        labels[block] = torch.where(value < 2 * code, value - code, -1).short()
+        value.ge_(value.amax(2, keepdim=True))
+        # The lowest of the largest classes, without the slow argmax over a middle axis.
+        value.mul_((x.shape[2] - candidate)[:, None, :, None])
+        labels[block] = (x.shape[2] - value.amax(2).flatten(1)).short()
         done += n
     return labels.view(-1, across, size, size).transpose(1, 2).reshape(-1, across * size)
 
 
 def _product_dtype() -> torch.dtype:
-    """float64 where the user lets float32 matrix products be rounded to TF32 or bfloat16."""
+    """float64 if the user allows TF32 or bfloat16 in float32 matrix products."""
     try:
         exact = torch.get_float32_matmul_precision() == 'highest'
     except RuntimeError:  # set through torch's newer interface, which this one cannot read
@@ -228,60 +219,13 @@ def _product_dtype() -> torch.dtype:
     return torch.float32 if exact else torch.float64
 
 
-def settle(labels: Tensor, contested: Tensor, logits: Tensor, chain: Chain, tolerance: float,
-           memory: int) -> Tensor:
-    """Compute the contested labels as mmseg does.
-
-    Args:
-        labels: H x W, changed in place.
-        contested: Mask H x W.
-        logits: 1 x C x h x w, float32 and finite, strided as mmseg resizes them.
-        chain: The resizes.
-        tolerance: What two logits may differ by for rounding alone.
-        memory: Bound of the temporary tensors, in bytes.
-
-    Returns:
-        The labels.
-    """
-    pixels = contested.flatten().nonzero()[:, 0]
-    if not len(pixels):
-        return labels
-    orders = find_orders(logits, chain)
-    if orders is None or len(pixels) > contested.numel() / 16:
-        return _literal(logits, chain, memory)
-    rows, columns = (axis_taps(*axis) for axis in chain.axes(logits.shape[2:], logits.device))
-    taps = rows[0].shape[1] * columns[0].shape[1]
-    for part in pixels.split(max(1, memory // (logits.shape[1] * (8 * taps + 256)))):
-        y, x = part // labels.shape[1], part % labels.shape[1]
-        value = logits[0][:, rows[0][y, :, None], columns[0][x, None]]  # C, part, taps, taps
-        value = (value * (rows[1][y, :, None] * columns[1][x, None])).sum((2, 3))
-        classes, pixel = (value >= value.amax(0) - tolerance).nonzero(as_tuple=True)
-        value = resize_at(logits, chain, orders, classes, y[pixel], x[pixel])
-        best = value.new_full((len(part),), -torch.inf).scatter_reduce_(0, pixel, value, 'amax')
-        first = value == best[pixel]
-        winner = torch.full_like(part, logits.shape[1]).scatter_reduce_(
-            0, pixel[first], classes[first], 'amin')
-        labels[y, x] = winner.to(labels.dtype)
-    return labels
-
-
 def _literal(logits: Tensor, chain: Chain, memory: int) -> Tensor:
     """The labels by mmseg's own resizes, some classes at a time."""
-    _, channels, height, width = logits.shape
-    channels_last = is_channels_last(logits)
-    shape = [len(axis_taps(*axis)[0]) for axis in chain.axes((height, width), logits.device)]
-    planes = memory // (12 * (math.prod(chain.input_size) + math.prod(shape)))
-    # Vectorised over channels, for channels-last and small outputs, torch rounds otherwise in the
-    # last, incomplete vector, and takes another kernel for fewer than four channels.
-    vectors = (channels_last or logits.is_contiguous(memory_format=torch.channels_last) or
-               min(sum(chain.input_size), sum(shape)) <= 128)
-    step = (planes // 16 * 16 or 16) if vectors else max(planes, 1)
-    bounds = [*range(0, max(channels - 3, 1), step), channels]
+    shape = [len(axis_taps(*axis)[0]) for axis in chain.axes(logits.shape[2:], logits.device)]
+    step = max(1, memory // (12 * (math.prod(chain.input_size) + math.prod(shape))))
     best = labels = None
-    for begin, end in pairwise(bounds):
-        block = logits[:, begin:end].contiguous(
-            memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-        value, label = chain.resize(block)[0].max(0)
+    for begin in range(0, logits.shape[1], step):
+        value, label = chain.resize(logits[:, begin:begin + step])[0].max(0)
         label = (label + begin).to(_label_type(logits))
         if best is None or labels is None:
             best, labels = value, label

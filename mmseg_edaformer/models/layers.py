@@ -15,7 +15,7 @@ from mmengine.model import BaseModule
 from mmengine.model.weight_init import update_init_info
 from torch import Tensor, nn
 
-from . import cpu_kernels as native
+from . import cpu_kernels
 
 
 def to_tokens(x: Tensor) -> Tensor:
@@ -48,11 +48,11 @@ def pixel_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 
 
 def gelu(x: Tensor) -> Tensor:
-    """``F.gelu`` of a map that nothing else uses: in place on a CPU where no gradient is needed."""
-    found = None
+    """``F.gelu`` of a map that nothing else uses: in place on a CPU if no gradient is needed."""
+    out = None
     if x.device.type == 'cpu' and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
-        found = native.gelu_(channels_last(x))
-    return F.gelu(x) if found is None else found
+        out = cpu_kernels.gelu_(channels_last(x))
+    return F.gelu(x) if out is None else out
 
 
 class PixelLinear(nn.Linear):
@@ -77,7 +77,7 @@ def init_weights(model: BaseModule) -> None:
     """
     for module in model.modules():
         _init_layer(module)
-    if hasattr(model, '_params_init_info'):  # mmengine's log of what initialised which weight
+    if hasattr(model, '_params_init_info'):  # mmengine logs what initialised each weight
         update_init_info(model, 'as released, see mmseg_edaformer.models.layers.init_weights')
 
 
@@ -97,26 +97,26 @@ def _init_layer(module: nn.Module) -> None:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """The map in channels-last memory; no copy where it already is."""
+    """The map in channels-last memory, without a copy if it already is."""
     return x.contiguous(memory_format=torch.channels_last)
 
 
 def gpu_kernels(x: Tensor) -> ModuleType | None:
-    """The Triton kernels, if this tensor is on a GPU on which their self-check has passed."""
-    return _kernels(x.device) if x.is_cuda and native.kernels_allowed() else None
+    """The Triton kernels, if the tensor is on a GPU on which their self-check has passed."""
+    return _kernels(x.device) if x.is_cuda and cpu_kernels.kernels_allowed() else None
 
 
 @functools.cache
 def _kernels(device: torch.device) -> ModuleType | None:
-    # Builds of torch for Windows and for CPUs have no Triton.
+    # torch for Windows or CPUs comes without Triton.
     if importlib.util.find_spec('triton') is None:
         return None
     try:
-        kernels = importlib.import_module('.kernels', __package__)
+        kernels = importlib.import_module('.triton_kernels', __package__)
         kernels.check(device)
-    except Exception as error:  # whatever a compiler and a driver of another age may raise
-        warnings.warn(f'the Triton kernels do not work on {torch.cuda.get_device_name(device)}, '
-                      f'slower code is used: {type(error).__name__}: {error}. EDAFORMER_NATIVE=0 '
-                      'silences this', stacklevel=2)
+    except Exception as error:  # whatever other versions of compiler and driver raise
+        warnings.warn(f'the Triton kernels do not work on {torch.cuda.get_device_name(device)}, so '
+                      f'slower code runs ({type(error).__name__}: {error}): set EDAFORMER_NATIVE=0 '
+                      'to silence this', stacklevel=2)
         return None
     return kernels

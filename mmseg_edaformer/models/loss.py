@@ -2,7 +2,7 @@
 
 mmseg resizes the logits to the size of the labels and keeps them, their logarithms and their
 gradients: at 150 classes three tensors of 157 MB for each 512 x 512 image, and on a GPU more time
-than the network. Here loss and gradient are made together, a band of rows at a time.
+than the network. Here loss and gradient are computed together, a band of rows at a time.
 """
 from typing import Any
 
@@ -14,7 +14,7 @@ from .layers import gpu_kernels
 from .resize import axis_taps
 
 BAND_BYTES = 16 << 20
-"""Full-size logits that the plain version holds at once."""
+"""Bytes of full-size logits that the plain version holds at once."""
 
 
 def resize_cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int,
@@ -28,14 +28,14 @@ def resize_cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int,
         logits: N x C x h x w.
         labels: N x H x W, integers.
         ignore_index: Label of pixels that do not count.
-        align_corners: As in ``F.interpolate``.
+        align_corners: The argument of ``F.interpolate``.
 
     Returns:
-        Sum of the losses of all pixels, and how many of them are predicted rightly.
+        Sum of the losses of all pixels, and the number of pixels predicted correctly.
 
     Raises:
         RuntimeError: A label is neither a class nor ``ignore_index``. On a GPU with Triton, where
-            looking would cost a wait, the sum is NaN instead.
+            the check would cost a synchronisation, the sum is NaN instead.
     """
     loss, correct = _ResizeCrossEntropy.apply(logits, labels, ignore_index, align_corners)
     return loss, correct
@@ -76,13 +76,13 @@ def plain_cross_entropy(logits: Tensor, labels: Tensor, rows: tuple[Tensor, Tens
     Args:
         logits: N x C x h x w.
         labels: N x H x W.
-        rows: Taps of the vertical resize, from `labels.axis_taps`.
+        rows: Taps of the vertical resize, from `resize.axis_taps`.
         columns: Taps of the horizontal resize.
         ignore_index: Label of pixels that do not count.
-        with_grad: Compute the gradient too.
+        with_grad: Whether to compute the gradient.
 
     Returns:
-        Sum of the losses, number of right predictions, gradient of the sum N x C x h x w.
+        Sum of the losses, number of correct predictions, gradient of the sum N x C x h x w.
     """
     _, classes, low_height, low_width = logits.shape
     height, width = labels.shape[1:]

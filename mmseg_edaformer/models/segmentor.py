@@ -24,24 +24,25 @@ from .resize import Chain
 class StreamedEncoderDecoder(EncoderDecoder):
     """EncoderDecoder that predicts labels without logits at full resolution.
 
-    mmseg resizes the logits of all classes twice and keeps them: 14 GB for a picture of 24
-    megapixels and 150 classes. Here the same labels come from the head's own logits, see
-    `labels.label_maps`; the results have no ``seg_logits`` unless asked for. Images are cast to the
-    type of the weights, so a model in bfloat16 works.
+    mmseg resizes the logits of all classes twice and keeps them: 14 GB for an image of 24
+    megapixels and 150 classes. Here the labels come from the head's own logits, see
+    `label_map.label_maps`; they equal mmseg's except where two classes tie within rounding. Images
+    are cast to the type of the weights, so a model in bfloat16 works.
 
     Heads with one channel, and heads that override how mmseg predicts, take mmseg's own path.
 
     Args:
-        args: mmseg's EncoderDecoder.
-        kwargs: As well. ``test_cfg`` knows in addition: ``seg_logits=True`` also returns what mmseg
-            does; ``memory_mib=256`` bounds the temporary tensors of the label maps, and with
-            ``mode='slide'`` the images and logits of the windows that run at once, unless
-            ``window_batch`` says how many do. ``train_cfg`` knows ``isr_range``, the arguments of
-            `RatioRange`: a training for many ratios at once.
+        args: Positional arguments of mmseg's EncoderDecoder.
+        kwargs: Keyword arguments of mmseg's EncoderDecoder. ``test_cfg`` has three more keys:
+            ``seg_logits=True`` adds mmseg's ``seg_logits`` to the results; ``memory_mib=256``
+            bounds the temporary tensors of the label maps and, with ``mode='slide'``, the images
+            and logits of the windows that run at once; ``window_batch`` sets the number of these
+            windows instead. ``train_cfg`` has ``isr_range``, the arguments of `RatioRange`, which
+            trains for many ratios at once.
 
     Raises:
-        ConfigError: A ``mode`` that is neither whole nor slide, a size that is not positive, or a
-            head that ``isr_range`` cannot train.
+        ConfigError: ``mode`` is neither whole nor slide, a size is not positive, or ``isr_range``
+            cannot train the head.
         RatioError: A ratio of ``isr_range`` does not fit the model.
     """
 
@@ -59,17 +60,17 @@ class StreamedEncoderDecoder(EncoderDecoder):
                 self.isr_range = RatioRange(**self.train_cfg['isr_range'])
             except TypeError as error:
                 raise ConfigError(f'train_cfg.isr_range={self.train_cfg["isr_range"]}: it takes '
-                                  f'ratios, a list, and weight ({error})') from error
+                                  f'isr_ratios, a list, and weight ({error})') from error
             if not self.streamable or type(self.decode_head).loss is not BaseDecodeHead.loss:
-                raise ConfigError(f'train_cfg.isr_range: {type(self.decode_head).__name__} has no '
-                                  'logits per pixel that its loss is made of')
-            for ratio in self.isr_range.ratios:
+                raise ConfigError('train_cfg.isr_range needs a head whose loss is computed from '
+                                  f'logits per pixel, not {type(self.decode_head).__name__}')
+            for ratio in self.isr_range.isr_ratios:
                 with isr(self, ratio):
-                    pass  # whether it fits is told before the training
+                    pass  # fail early if a ratio does not fit the model
 
     @property
     def streamable(self) -> bool:
-        """Whether the head predicts as mmseg's heads do, so that its logits are but resized."""
+        """Whether the head predicts as mmseg's heads do, by only resizing its logits."""
         head = type(self.decode_head)
         return (self.out_channels > 1 and
                 getattr(head, 'predict', None) is BaseDecodeHead.predict and
@@ -80,16 +81,16 @@ class StreamedEncoderDecoder(EncoderDecoder):
         return int(self.test_cfg.get('memory_mib', 256) * 2**20)
 
     def extract_feat(self, inputs: Tensor) -> list[Tensor]:
-        """Features of images N x 3 x H x W, which are cast to the type of the weights."""
+        """Extract features from images N x 3 x H x W, cast to the type of the weights."""
         weight = next(self.backbone.parameters(), inputs)
         return super().extract_feat(inputs.to(weight.dtype))
 
     def loss(self, inputs: Tensor, data_samples: list[SegDataSample]) -> dict[str, Tensor]:
-        """mmseg's losses and, with ``isr_range``, how far a drawn ratio is from the full pass.
+        """mmseg's losses and, with ``isr_range``, the distance of a drawn ratio from the full pass.
 
         Args:
             inputs: Normalised images, N x 3 x H x W.
-            data_samples: Their labels.
+            data_samples: Labels of the images.
         """
         if self.isr_range is None:
             return super().loss(inputs, data_samples)
@@ -115,7 +116,7 @@ class StreamedEncoderDecoder(EncoderDecoder):
 
         Args:
             inputs: Normalised images, N x 3 x H x W.
-            data_samples: Their metadata; without them labels have the size of the input.
+            data_samples: Metadata of the images; without it, labels have the size of the input.
 
         Returns:
             The data samples with ``pred_sem_seg``, int64, 1 x H x W at the original size, and with
@@ -137,11 +138,11 @@ class StreamedEncoderDecoder(EncoderDecoder):
 
     def predict_labels(self, inputs: Tensor,
                        data_samples: list[SegDataSample] | None = None) -> list[Tensor]:
-        """Label maps alone, uint8 for up to 256 classes, else int16, each H x W.
+        """Predict only label maps H x W, uint8 for up to 256 classes, else int16.
 
         Args:
             inputs: Normalised images, N x 3 x H x W.
-            data_samples: Their metadata, which stays as it is; without them labels have the size
+            data_samples: Metadata of the images, left unchanged; without it, labels have the size
                 of the input.
         """
         if not self.streamable:
@@ -162,12 +163,11 @@ class StreamedEncoderDecoder(EncoderDecoder):
         return label_maps(logits, chains, self._memory)
 
     def slide_inference(self, inputs: Tensor, batch_img_metas: list[dict[str, Any]]) -> Tensor:
-        """Mean logits of overlapping windows, as mmseg's but several windows at once.
+        """mmseg's mean logits of overlapping windows, computed for several windows at once.
 
         Args:
-            inputs: Images, N x 3 x H x W. Where they are smaller than ``test_cfg.crop_size``, the
-                windows are.
-            batch_img_metas: Their metadata; only heads that are not streamable look at them.
+            inputs: Images, N x 3 x H x W. Windows are no larger than the images.
+            batch_img_metas: Metadata of the images, used only by heads that are not streamable.
 
         Returns:
             Logits, N x C x H x W, float32.
@@ -203,34 +203,33 @@ def _pair(shape: Any) -> tuple[int, int]:
 
 
 def _input_size(meta: dict[str, Any]) -> tuple[int, int]:
-    """The size to which mmseg's heads resize a batch, by the first image's metadata."""
+    """The size to which mmseg's heads resize a batch, from the first image's metadata."""
     padded = not isinstance(meta['img_shape'], torch.Size) and 'pad_shape' in meta
     return _pair(meta['pad_shape' if padded else 'img_shape'])
 
 
 def _follow(chain: Chain, meta: dict[str, Any]) -> Chain:
-    """The chain, followed by what mmseg's postprocess_result does with this metadata."""
+    """The chain, followed by what mmseg's postprocess_result does for this metadata."""
     padding = meta.get('img_padding_size', meta.get('padding_size', (0, 0, 0, 0)))
     flip = meta.get('flip_direction') if meta.get('flip') else None
     if meta.get('flip') and flip not in ('horizontal', 'vertical'):
-        raise ConfigError(f"flip_direction='{flip}': images tested must be flipped horizontal or "
-                          'vertical')
+        raise ConfigError(f"flip_direction='{flip}': test images can only be flipped 'horizontal' "
+                          "or 'vertical'")
     left, right, top, bottom = (int(length) for length in padding)
     return replace(chain, padding=(left, right, top, bottom), flip=flip,
                    ori_shape=_pair(meta['ori_shape']))
 
 
-@MODELS.register_module(name=['StreamedTTAModel', 'SegTTAModel'], force=True)
+@MODELS.register_module()
 class StreamedTTAModel(SegTTAModel):
-    """mmseg's test-time augmentation, which averages ``seg_logits``: it has the model return them.
+    """mmseg's test-time augmentation, for which a `StreamedEncoderDecoder` returns ``seg_logits``.
 
-    It stands in for mmseg's under that name as well, so that configs of either name work. Other
-    segmentors run as with mmseg's.
+    Other segmentors run as with mmseg's.
 
     Args:
         module: The segmentor, or its config.
-        args: mmseg's SegTTAModel.
-        kwargs: As well.
+        args: Positional arguments of mmseg's SegTTAModel.
+        kwargs: Keyword arguments of mmseg's SegTTAModel.
     """
 
     def __init__(self, module: Any, *args: Any, **kwargs: Any) -> None:

@@ -1,7 +1,6 @@
-"""Triton kernels for GPUs. Import only where Triton is: `layers.gpu_kernels` does.
+"""Triton kernels for GPUs, imported by `layers.gpu_kernels` if Triton is installed.
 
-Each gives what a plain counterpart gives; that one is named in its docstring, and the tests compare
-the two.
+Each has a plain counterpart, named in its docstring, with which the tests compare it.
 
 The kernels on logits work on *cells*: the pixels that lie between the same neighbouring logits. A
 program loads the few logits of a cell once, all classes along the memory, and makes the cell's
@@ -27,12 +26,12 @@ CLASS_BLOCK = 32
 
 
 class Axis:
-    """One axis of a resize as a kernel reads it: which inputs make each output, in runs.
+    """One axis of a resize as a kernel reads it: runs of outputs that share their inputs.
 
     Args:
-        indices: Inputs of each output, out x taps, integers; equal ones follow each other.
+        indices: Inputs of each output, out x taps, integers.
         weights: Their weights, out x taps.
-        device: Where the kernels run.
+        device: Device of the kernels.
     """
 
     def __init__(self, indices: Tensor, weights: Tensor, device: torch.device) -> None:
@@ -54,7 +53,7 @@ class Axis:
     @classmethod
     @functools.lru_cache(maxsize=256)
     def of(cls, device: torch.device, *size: Any) -> 'Axis':
-        """The axis that `labels.axis_taps` describes."""
+        """The axis that `resize.axis_taps` describes."""
         return cls(*axis_taps(*size), device)
 
     @property
@@ -64,7 +63,7 @@ class Axis:
 
 @triton.jit
 def _pixels(run, starts, lengths, inside):
-    """Places of a run's pixels on the axis, and which of them exist."""
+    """Positions of a run's pixels on the axis, and which of them exist."""
     return tl.load(starts + run) + inside, inside < tl.load(lengths + run)
 
 
@@ -112,7 +111,7 @@ def _resize_argmax(logits, stride_n, stride_c, stride_y, stride_x, labels, heigh
 
 
 def resize_argmax(logits: Tensor, rows: Axis, columns: Axis, dtype: torch.dtype) -> Tensor:
-    """Labels at full size from logits at low size, in one pass; plain: `Chain.resize` and argmax.
+    """Labels at full size from logits at low size; the plain version is `Chain.resize` and argmax.
 
     Args:
         logits: N x C x h x w, finite, best channels-last.
@@ -121,7 +120,7 @@ def resize_argmax(logits: Tensor, rows: Axis, columns: Axis, dtype: torch.dtype)
         dtype: Integer type of the labels.
 
     Returns:
-        Labels N x H x W. Where two classes lie within rounding of each other, either.
+        Labels N x H x W. Of two classes within rounding of each other, either may be the label.
     """
     n, classes = logits.shape[:2]
     height, width = len(rows.weights), len(columns.weights)
@@ -191,7 +190,7 @@ def _resize_cross_entropy(logits, stride_n, stride_c, stride_y, stride_x, labels
 
 def resize_cross_entropy(logits: Tensor, labels: Tensor, rows: Axis, columns: Axis, ignore: int,
                          with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross entropy of resized logits with its gradient; plain: `loss.plain_cross_entropy`.
+    """Cross entropy of resized logits and its gradient; plain: `loss.plain_cross_entropy`.
 
     Args:
         logits: N x C x h x w, best channels-last.
@@ -219,7 +218,7 @@ def resize_cross_entropy(logits: Tensor, labels: Tensor, rows: Axis, columns: Ax
 
 
 def check(device: torch.device) -> None:
-    """Compare every kernel with plain PyTorch on this device: they are used only after that.
+    """Compare every kernel with plain PyTorch on this device; only then they are used.
 
     Two cases: float32 logits resized once, and bfloat16 ones in channels-last memory of more
     classes than a program holds, of a padded and flipped image that is resized again.
@@ -245,12 +244,12 @@ def check(device: torch.device) -> None:
         best, order = chain.resize(plain.detach()).topk(2, 1)
         near = best[:, 0] - best[:, 1] < 1e-4
         rows, columns = (Axis.of(device, *axis) for axis in chain.axes(low, device))
-        found = resize_argmax(logits, rows, columns, torch.uint8)
+        predicted = resize_argmax(logits, rows, columns, torch.uint8)
         rows, columns = (Axis.of(device, low, size, (0, 0), False, None, False)
                          for low, size in zip(low, chain.input_size))
         loss, correct, grad = resize_cross_entropy(logits, labels, rows, columns, 255, True)
         if near.float().mean() > 0.1 or not (
-                ((found == order[:, 0]) | near).all() and
+                ((predicted == order[:, 0]) | near).all() and
                 torch.allclose(loss, wanted, rtol=1e-4) and
                 torch.allclose(grad, wanted_grad, rtol=1e-3, atol=1e-3) and
                 abs(correct - (full.argmax(1) == labels).sum()) <= near.sum() + 1):

@@ -1,0 +1,1 @@
+"""Prediction with a trained model: images, folders, videos, shards, and a web page."""

@@ -11,13 +11,16 @@ from PIL import Image
 from torch import nn
 
 from mmseg_edaformer.analysis import benchmark, benchmark_report as report
+from mmseg_edaformer.analysis.loading import NONE, set_ratio
 from mmseg_edaformer.analysis.memory import LiveBytes, count_activations, peak_bytes
 from mmseg_edaformer.analysis.pipeline import measure_pipeline
-from mmseg_edaformer.cost import count_macs
+from mmseg_edaformer.analysis.timing import environment, milliseconds, relative, take_turns
+from mmseg_edaformer.cost import count_macs, windows
 from mmseg_edaformer.errors import CheckpointError, ConfigError, RatioError
-from mmseg_edaformer.isr import apply_isr
+from mmseg_edaformer.isr import ISRRatio, apply_isr
 from tests import plain
-from tests.conftest import MINI, ROOT, run
+from tests.conftest import MINI, ROOT
+from tests.processes import run_tool
 
 CPU = torch.device('cpu')
 HEAD = "_base_ = ['{root}/configs/edaformer_t_synthetic.py']\n"
@@ -46,16 +49,18 @@ def load(configs, *names, **kwargs):
 
 
 def measure(contenders, **plan):
-    plan = dict(sizes=[(64, 64)], repeats=1, **plan)
+    plan = dict(dict(sizes=[(64, 64)], repeats=1), **plan)
     return list(benchmark.run(contenders, benchmark.Plan(**plan)))
 
 
 def test_the_tool_writes_tables_and_a_chart(configs, tmp_path):
-    done = run('tools/benchmark.py', configs / 'mini.py', '--compare', configs / 'resnet.py',
-               'tests/configs/plain_t_ade.py', '--isr-ratio', 'none', 'optimal', '--size', '64',
-               '64x96', '--mode', 'eval', 'train', '--device', 'cpu', '--threads', '1',
-               '--repeats', '1', '--out', tmp_path / 'out')
-    assert 'resnet holds no attention that ISR can reduce' in done.stdout
+    code, told = run_tool(
+        'tools/benchmark.py', configs / 'mini.py', '--compare', configs / 'resnet.py',
+        'tests/configs/plain_t_ade.py', '--isr-ratio', 'none', 'optimal', '--size', '64',
+        '64,96', '--mode', 'eval', 'train', '--device', 'cpu', '--threads', '1',
+        '--repeats', '1', '--out', tmp_path / 'out')
+    assert code == 0, told
+    assert 'resnet holds no attention that ISR can reduce' in told
     files = sorted(path.name for path in (tmp_path / 'out').iterdir())
     assert files == ['benchmark.csv', 'benchmark.md', 'benchmark.png']
     rows = list(csv.DictReader((tmp_path / 'out' / 'benchmark.csv').open()))
@@ -81,28 +86,42 @@ def test_the_tool_writes_tables_and_a_chart(configs, tmp_path):
                 float(row['total_ms']) - float(row['network_ms']), rel=0.01, abs=0.01)
     page = (tmp_path / 'out' / 'benchmark.md').read_text()
     assert '## eval, float32, 64x96, batch 1' in page
-    assert re.search(r'\| mini \| 2211-222 \| .* \| \d\.\d\dx as (fast|slow) \|', page)
+    assert re.search(r'\| mini +\| 2211-222 +\| .* \| \d\.\d\dx as (fast|slow) \|', page)
     assert 'threads 1' in page
-    assert page.count('\n## ') == done.stdout.count(', batch 1\n') == 4
+    assert page.count('\n## ') == told.count(', batch 1\n') == 4
     with Image.open(tmp_path / 'out' / 'benchmark.png') as image:
         assert min(image.size) > 300
 
 
 def test_the_tool_times_training_pipelines(configs):
-    done = run('tools/benchmark.py', configs / 'mini.py', '--compare', configs / 'resnet.py',
-               '--mode', 'data', '--size', '64x96', '--repeats', '2')
+    code, told = run_tool('tools/benchmark.py', configs / 'mini.py', '--compare',
+                          configs / 'resnet.py', '--mode', 'data', '--size', '64,96',
+                          '--repeats', '2')
+    assert code == 0, told
     for name in ('LoadSegLabels', 'RandomSegCrop', 'collate'):
-        assert len(re.findall(rf'\| {name} +\| +\d+\.\d+ \| +\d+% \|', done.stdout)) == 2
-    assert done.stdout.count('cores for every 1,000 images/s') == 2
-    assert 'commit' in done.stdout
-    with pytest.raises(ConfigError, match=r'has no train_dataloader\.dataset\.pipeline'):
+        assert len(re.findall(rf'\| {name} +\| +\d+\.\d+ \| +\d+% \|', told)) == 2
+    assert told.count('cores for every 1,000 images/s') == 2
+    assert 'commit' in told
+    with pytest.raises(ConfigError, match=r'no train_dataloader\.dataset\.pipeline that loads'):
         measure_pipeline(Config(dict(model=None)))
+
+
+@pytest.mark.parametrize(('arguments', 'told'), [
+    (['--size', '512x1024'], 'is no image size: give height and width, such as 512,1024'),
+    (['--threads', '0'], '--threads must be 1 or more'),
+    (['--mode', 'data', '--out', 'x'], '--mode data only prints its table'),
+    (['--compare', 'gone'], 'config not found: gone'),
+])
+def test_mistakes_are_found_before_anything_is_imported(arguments, told):
+    code, output = run_tool('tools/benchmark.py', 'edaformer_t_ade', *arguments)
+    assert code in (1, 2)
+    assert told in output
 
 
 def test_costs_alone_are_those_of_cost_py(configs):
     ratios = ['none', 'optimal']
     (first, second) = benchmark.run(
-        load(configs, 'mini', 'resnet', ratios=ratios),
+        load(configs, 'mini', 'resnet', isr_ratios=ratios),
         benchmark.Plan(sizes=[(64, 64), (64, 128)], device='meta'))
     model = MODELS.build(Config.fromfile(configs / 'mini.py').model)
     params = sum(parameter.numel() for parameter in model.parameters()) / 1e6
@@ -115,8 +134,7 @@ def test_costs_alone_are_those_of_cost_py(configs):
             assert row.total_ms is None
     assert first[1].gmacs < first[0].gmacs
     assert 'x 1.00' in report.table(first)
-    assert '# Benchmark' in report.markdown([first], benchmark.environment(
-        benchmark.Plan(device='meta')))
+    assert '# Benchmark' in report.markdown([first], environment('meta'))
 
 
 def test_windows_are_mmsegs(configs):
@@ -124,60 +142,63 @@ def test_windows_are_mmsegs(configs):
     seen = []
     model.backbone.register_forward_pre_hook(lambda _, args: seen.extend(args[0].split(1)))
     for size in ((64, 64), (64, 160), (150, 64), (40, 200)):
-        image = torch.arange(size[0] * size[1]).reshape(1, 1, *size).expand(1, 3, *size).float()
         with torch.no_grad():
-            model(image, benchmark.data_samples(size, 1), mode='predict')
-        views = benchmark.windows(model, size)
-        assert len(views) == len(seen)
-        assert all(torch.equal(image[:, :, rows, columns], window)
-                   for (rows, columns), window in zip(views, seen))
+            model(torch.randn(1, 3, *size), benchmark.data_samples(size, 1), mode='predict')
+        assert windows(model, size) == [tuple(window.shape[2:]) for window in seen]
         seen.clear()
 
 
 def test_a_sliding_config_counts_all_its_windows(configs):
     slid, whole = measure(load(configs, 'slide', 'mini'), device='meta')[0]
     assert slid.gmacs == whole.gmacs
-    plan = benchmark.Plan(sizes=[(64, 160)], device='meta')
-    [[row]] = benchmark.run(load(configs, 'slide'), plan)
+    [[row]] = measure(load(configs, 'slide'), sizes=[(64, 160)], device='meta')
     assert row.windows == 3
     assert row.gmacs == pytest.approx(3 * slid.gmacs)
     assert 'slides its window: 3 windows on 64x160' in '\n'.join(report.notes([row]))
 
 
-def test_variants_take_turns():
+def test_calls_take_turns():
     log, clock = [], dict(a=3, b=3)
 
     def prepare(name):
         log.append(f'ready {name}')
         return lambda: log.append(name)
 
-    times = benchmark.take_turns({name: lambda name=name: prepare(name) for name in clock}, CPU,
-                                 repeats=3, warm_up=1)
+    times = take_turns({name: lambda name=name: prepare(name) for name in clock}, CPU,
+                       repeats=3, warm_up=1)
     assert log == 4 * ['ready a', 'a', 'ready b', 'b']
     assert {name: len(seconds) for name, seconds in times.items()} == clock
+    assert milliseconds([0.1, 0.3, 0.2]) == pytest.approx(200)
+    assert milliseconds([0.1, 0.2, 0.3], 0.25) == pytest.approx(150)
+    assert relative([1., 4., 9.], [1., 2., 3.]) == 2  # round by round, not of the medians
+
+    def broken():
+        raise RuntimeError('shapes differ')
+    with pytest.raises(RuntimeError, match='shapes differ'):
+        take_turns(dict(a=lambda: broken), CPU)
 
 
-def test_five_rounds_at_least_then_the_seconds_count():
-    calls = dict(a=lambda: lambda: None)
-    assert len(benchmark.take_turns(calls, CPU, repeats=50, seconds=0.)['a']) == 5
-    assert len(benchmark.take_turns(calls, CPU, repeats=3, seconds=0.)['a']) == 3
-    assert len(benchmark.take_turns(calls, CPU, repeats=8, seconds=60.)['a']) == 8
+@pytest.mark.parametrize(('limits', 'rounds'), [
+    (dict(repeats=50, seconds=0.), 5), (dict(repeats=3, seconds=0.), 3),
+    (dict(repeats=8, seconds=60.), 8)])
+def test_five_rounds_at_least_then_the_seconds_count(limits, rounds):
+    assert len(take_turns(dict(a=lambda: lambda: None), CPU, **limits)['a']) == rounds
 
 
 def test_ratios_are_set_for_every_call(configs):
-    contenders = load(configs, 'mini', ratios=['none', '3'])
+    contenders = load(configs, 'mini', isr_ratios=['none', '3'])
     seen = []
     forward = type(contenders[0].model.backbone).forward
 
     def spy(backbone, x):
-        seen.append(backbone.stages[0].blocks[0].attn.isr_ratio)
+        if x.device.type != 'meta':  # costs are counted there
+            seen.append(backbone.stages[0].blocks[0].attn.isr_ratio)
         return forward(backbone, x)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(contenders[0].model.backbone), 'forward', spy)
         measure(contenders)
-    timed = seen[-14:-2]  # after counting costs; before the two measurements of memory
-    assert timed == 3 * [1, 1, 3, 3]
+    assert seen == [*3 * [1, 1, 3, 3], 1, 3]  # the last two measure memory
 
 
 def test_out_of_memory_is_one_cell_only(configs, monkeypatch):
@@ -197,14 +218,7 @@ def test_out_of_memory_is_one_cell_only(configs, monkeypatch):
     assert two[0].network_ms > 0
     assert two[1].time_vs_first is None
     assert 'OOM' in report.table(two)
-    assert report.draw([one, two], benchmark.environment(benchmark.Plan())).startswith(b'\x89PNG')
-
-
-def test_other_errors_are_not_swallowed():
-    def broken():
-        raise RuntimeError('shapes differ')
-    with pytest.raises(RuntimeError, match='shapes differ'):
-        benchmark.take_turns(dict(a=lambda: broken), CPU)
+    assert report.draw([one, two], environment('cpu')).startswith(b'\x89PNG')
 
 
 def test_bfloat16_and_limits(configs):
@@ -219,14 +233,13 @@ def test_bfloat16_and_limits(configs):
 
 
 def test_training_steps_change_the_weights_of_a_copy(configs):
-    contenders = load(configs, 'mini')
-    before = {name: value.clone() for name, value in contenders[0].model.state_dict().items()}
-    subject = benchmark.Subject(contenders[0], 'train', 'float32', benchmark.Plan())
-    call = subject.calls('train', benchmark.NONE, torch.randn(2, 3, 64, 64))['total']
-    call()()
+    [contender] = load(configs, 'mini')
+    before = {name: value.clone() for name, value in contender.model.state_dict().items()}
+    subject = benchmark.Subject(contender, 'train', 'float32', CPU)
+    subject.calls(NONE, torch.randn(2, 3, 64, 64))['total']()()
     after = subject.model.state_dict()
     assert any(not torch.equal(after[name], value) for name, value in before.items())
-    assert all(torch.equal(contenders[0].model.state_dict()[name], value)
+    assert all(torch.equal(contender.model.state_dict()[name], value)
                for name, value in before.items())
 
 
@@ -250,12 +263,11 @@ def test_peak_holds_what_backward_needs():
     layer = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
     x = torch.ones(256, 64)
     map_bytes = 256 * 64 * 4
+    resident = [x, *layer.parameters()]
+    size = sum(tensor.nbytes for tensor in resident)
     with torch.no_grad():
-        eval_peak = peak_bytes(lambda: layer(x), [x, *layer.parameters()], CPU)
-    resident = sum(tensor.nbytes for tensor in [x, *layer.parameters()])
-    assert eval_peak == resident + 2 * map_bytes
-    train_peak = peak_bytes(lambda: layer(x).sum().backward(), [x, *layer.parameters()], CPU)
-    assert train_peak >= resident + 4 * map_bytes
+        assert peak_bytes(lambda: layer(x), resident, CPU) == size + 2 * map_bytes
+    assert peak_bytes(lambda: layer(x).sum().backward(), resident, CPU) >= size + 4 * map_bytes
 
 
 def test_activations_of_the_innermost_modules():
@@ -264,39 +276,31 @@ def test_activations_of_the_innermost_modules():
     assert count_activations(model, (8, 8)) == 4 * 64 + 2 * 16 + 2 * 16
 
 
-@pytest.mark.parametrize(('options', 'error', 'says'), [
-    (dict(ratios=['2211-2222']), RatioError, '4 multipliers for the decoder'),
-    (dict(ratios=['fast']), RatioError, 'means nothing'),
-    (dict(checkpoint='none.pth'), CheckpointError, 'checkpoint not found'),
+@pytest.mark.parametrize(('names', 'options', 'error', 'says'), [
+    (['mini'], dict(isr_ratios=['2211-2222']), RatioError, '4 multipliers for the decoder'),
+    (['mini'], dict(isr_ratios=['fast']), RatioError, 'fast'),
+    (['mini'], dict(checkpoint='none.pth'), CheckpointError, 'checkpoint not found'),
+    (['resnet'], dict(isr_ratios=['2']), RatioError, 'holds no attention'),
+    (['mini', 'gone'], {}, ConfigError, 'config not found'),
 ])
-def test_what_does_not_fit_is_said_before_anything_runs(configs, options, error, says):
+def test_what_does_not_fit_is_said_before_anything_runs(configs, names, options, error, says):
     with pytest.raises(error, match=says):
-        load(configs, 'mini', **options)
-
-
-def test_first_config_without_isr_and_missing_config(configs):
-    with pytest.raises(RatioError, match='holds no attention'):
-        load(configs, 'resnet', ratios=['2'])
-    with pytest.raises(ConfigError, match='config not found'):
-        load(configs, 'mini', 'gone')
-    [row] = measure(load(configs, 'resnet'), device='meta')[0]
-    assert row.isr_ratio == 'none'
+        load(configs, *names, **options)
 
 
 def test_a_checkpoint_of_another_model(configs, tmp_path):
-    torch.save(load(configs, 'resnet')[0].model.state_dict(), tmp_path / 'other.pth')
-    with pytest.raises(CheckpointError, match='does not fit'):
+    [[row]] = measure(resnet := load(configs, 'resnet'), device='meta')
+    assert row.isr_ratio == 'none'
+    torch.save(resnet[0].model.state_dict(), tmp_path / 'other.pth')
+    with pytest.raises(CheckpointError, match=r'not fit|not one weight'):
         load(configs, 'mini', checkpoint=str(tmp_path / 'other.pth'))
     torch.save(load(configs, 'mini')[0].model.state_dict(), tmp_path / 'own.pth')
     load(configs, 'mini', checkpoint=str(tmp_path / 'own.pth'))
 
 
-def test_plans_and_sizes_that_make_no_sense(monkeypatch):
-    assert benchmark.parse_size('512') == (512, 512)
-    assert benchmark.parse_size('512x1024') == (512, 1024)
-    for text in ('8', '512x', 'big', '1x2x3'):
-        with pytest.raises(ConfigError, match='--size'):
-            benchmark.parse_size(text)
+def test_plans_that_make_no_sense(monkeypatch):
+    with pytest.raises(ConfigError, match='--size 8,64: use 32 pixels or more'):
+        benchmark.Plan(sizes=[(64, 64), (8, 64)])
     with pytest.raises(ConfigError, match='1 or more'):
         benchmark.Plan(batch_sizes=[0])
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
@@ -313,8 +317,8 @@ def test_the_same_config_twice_has_two_names(configs):
 
 
 def test_the_direction_of_speeds():
-    row = benchmark.Row('a', 'none', 'eval', 'float32', 64, 64, 1, 1, 1., 1., 'ok',
-                        time_vs_first=0.5)
+    row = benchmark.Figures('a', 'none', 'eval', 'float32', 64, 64, 1, 1, 1., 1., 'ok',
+                            time_vs_first=0.5)
     assert report.speed(row, first=False) == '2.00x as fast'
     assert report.speed(dataclasses.replace(row, time_vs_first=1.5), False) == '1.50x as slow'
 
@@ -326,21 +330,21 @@ def test_the_plain_segmentor_is_the_plain_network():
     oracle = plain.build('tiny', 19).eval()
     oracle.load_state_dict(model.state_dict())
     image = torch.randn(1, 3, 64, 64)
-    for ratio, levels in ((benchmark.NONE, [(1,) * 4, (1,) * 3]),
-                          (benchmark.ISRRatio.parse('optimal'), [(2, 2, 1, 1), (2, 2, 2)])):
-        benchmark.set_ratio(model, ratio)
+    for ratio, levels in ((NONE, [(1,) * 4, (1,) * 3]),
+                          (ISRRatio.parse('optimal'), [(2, 2, 1, 1), (2, 2, 2)])):
+        set_ratio(model, ratio)
         oracle.set_isr(*levels)
         assert torch.equal(model(image), oracle(image))
     [sample] = model(image, benchmark.data_samples((64, 64), 1), mode='predict')
     assert sample.pred_sem_seg.data.shape == (1, 64, 64)
 
 
-def test_the_plain_configs_say_what_ours_say():
-    for size in 'tb':
-        own = Config.fromfile(ROOT / 'tests' / 'configs' / f'plain_{size}_ade.py')
-        ours = Config.fromfile(ROOT / 'configs' / f'edaformer_{size}_ade.py')
-        assert own.optim_wrapper == ours.optim_wrapper
-        assert own.test_dataloader == ours.test_dataloader
-        count = {name: sum(parameter.numel() for parameter in MODELS.build(model).parameters())
-                 for name, model in (('own', own.model), ('ours', ours.model))}
-        assert count['own'] == count['ours']
+@pytest.mark.parametrize('size', 'tb')
+def test_the_plain_configs_say_what_ours_say(size):
+    own = Config.fromfile(ROOT / 'tests' / 'configs' / f'plain_{size}_ade.py')
+    ours = Config.fromfile(ROOT / 'configs' / f'edaformer_{size}_ade.py')
+    assert own.optim_wrapper == ours.optim_wrapper
+    assert own.test_dataloader == ours.test_dataloader
+    count = {name: sum(parameter.numel() for parameter in MODELS.build(model).parameters())
+             for name, model in (('own', own.model), ('ours', ours.model))}
+    assert count['own'] == count['ours']

@@ -23,7 +23,7 @@ TOP = {'accuracy/top1': 26.04, 'accuracy/top5': 80.0}
 
 @pytest.fixture(autouse=True)
 def _few_rounds(monkeypatch):
-    monkeypatch.setattr(compare.measure_ratios, '__defaults__', (None, 1))
+    monkeypatch.setattr(compare.time_ratios, '__defaults__', (1,))
 
 
 @pytest.fixture(scope='module')
@@ -37,7 +37,7 @@ def segmentor(scenes, tmp_path_factory):
 def classifier(tmp_path_factory):
     """The same of a classifier of drawn images, of which those of cars are the most."""
     pytest.importorskip('mmpretrain', reason='mmpretrain is not there')
-    from mmseg_edaformer.pretraining.crops import draw_crops
+    from mmseg_edaformer.pretraining.folders import draw_crops
     folder = tmp_path_factory.mktemp('classifier')
     data = draw_crops(folder / 'data', train=1, val=2)
     for i in range(20):
@@ -87,7 +87,7 @@ def test_segmentor(segmentor, scenes, tmp_path):
     files = [write(tmp_path / f'{i}.json', segmentor, ratio, dict(mIoU=50. - i, mAcc=60.), **other)
              for i, (ratio, other) in enumerate(
                  (('none', {}), ('optimal', {}), ('2', dict(isr_method='max'))))]
-    text = compare.compare(files, tmp_path / 'picture.png')
+    text = compare.compare_results(files, tmp_path / 'picture.png')
     head, *body = rows(text)
     assert head == ['isr_ratio', 'mIoU', 'GMACs', 'msperimage', 'time']
     assert [row[:3] for row in body] == [
@@ -109,7 +109,7 @@ def test_segmentor(segmentor, scenes, tmp_path):
 def test_classifier(classifier, tmp_path):
     files = [write(tmp_path / 'none.json', classifier, 'none', TOP),
              write(tmp_path / '2211.json', classifier, '2211-111', TOP | {'accuracy/top1': 25.})]
-    text = compare.compare(files)
+    text = compare.compare_results(files)
     head, *body = rows(text)
     assert head == ['isr_ratio', 'top-1', 'top-5', 'GMACs', 'msperimage', 'time']
     assert [row[:4] for row in body] == [
@@ -117,73 +117,109 @@ def test_classifier(classifier, tmp_path):
         ['2211', '25.0', '80.0', gmacs(classifier, (64, 64), '2211-111')]]
     assert "Chance: 'car' everywhere is right for 55.0% of the images.\n40 images" in text
     with pytest.raises(ConfigError, match=r'--picture: only for segmentation'):
-        compare.compare(files, tmp_path / 'picture.png')
+        compare.compare_results(files, tmp_path / 'picture.png')
     assert not (tmp_path / 'picture.png').exists()
 
 
 def test_classifier_without_top5(classifier, tmp_path):
     only = write(tmp_path / 'only.json', classifier, 2, {'accuracy/top1': 30.})
-    head, body = rows(compare.compare([only]))
+    head, body = rows(compare.compare_results([only]))
     assert (head[1:3], body[:2]) == (['top-1', 'GMACs'], ['2', '30.0'])
     both = write(tmp_path / 'both.json', classifier, 2, TOP)
     with pytest.raises(ConfigError, match=r'only\.json lacks the metric accuracy/top5, it has '
                                           r'accuracy/top1: test again'):
-        compare.compare([both, only])
+        compare.compare_results([both, only])
 
 
 def test_results_of_other_models(segmentor, tmp_path):
     one = write(tmp_path / 'one.json', segmentor, 'none', dict(mIoU=50.))
     for name, value in (('config', 'other.py'), ('checkpoint', 'other.pth')):
         other = write(tmp_path / 'other.json', segmentor, '2', dict(mIoU=50.), **{name: value})
-        with pytest.raises(ConfigError, match=rf'one\.json and .*other\.json are not of the same '
-                                              rf'{name}, but of .* and {value}'):
-            compare.compare([one, other])
+        with pytest.raises(ConfigError, match=rf'one\.json and .*other\.json differ in the '
+                                              rf'{name}, .* and {value}'):
+            compare.compare_results([one, other])
 
 
 @pytest.mark.parametrize(('change', 'error', 'told'), [
     (dict(metrics=dict(mAcc=3.)), ConfigError, 'lacks the metric mIoU, it has mAcc: test again'),
     (dict(metrics=dict(mIoU='good')), ConfigError, 'lacks numbers as metrics'),
     (dict(metrics=None, checkpoint=3), ConfigError, 'it lacks checkpoint, metrics: test again'),
-    (dict(isr_ratio='much'), RatioError, "'much' means nothing"),
-    (dict(isr_method='much'), RatioError, "'much' does not exist"),
+    (dict(isr_ratio='much'), RatioError, "'much'"),
+    (dict(isr_method='much'), RatioError, "'much'"),
     (dict(config='gone.py'), ConfigError, r'config not found: gone\.py'),
     (dict(checkpoint='gone.pth'), CheckpointError, r'checkpoint not found: gone\.pth'),
 ])
 def test_results_that_cannot_be_used(change, error, told, segmentor, tmp_path):
     file = write(tmp_path / 'one.json', segmentor, 'none', dict(mIoU=50.), **change)
     with pytest.raises(error, match=told):
-        compare.compare([file])
+        compare.compare_results([file])
 
 
 @pytest.mark.parametrize('content', [b'', b'{"config": 3', b'[1]', b'\xff\xfe', b'"text"'])
 def test_files_that_are_no_results(content, tmp_path):
     (tmp_path / 'x.json').write_bytes(content)
-    with pytest.raises(ConfigError, match=r'x\.json is not what tools/test\.py --json writes'):
-        compare.compare([tmp_path / 'x.json'])
+    with pytest.raises(ConfigError, match=r'x\.json was not written by tools/test\.py --json'):
+        compare.compare_results([tmp_path / 'x.json'])
 
 
 def test_missing_files_and_weights_of_another_model(segmentor, tmp_path):
     for missing in (tmp_path, tmp_path / 'gone.json'):
         with pytest.raises(ConfigError, match=r'cannot be read: (Is a directory|No such file)'):
-            compare.compare([missing])
+            compare.compare_results([missing])
     state = torch.load(segmentor[1])['state_dict']
     del state['decode_head.conv_seg.weight']
     torch.save(dict(meta={}, state_dict=state), tmp_path / 'other.pth')
     file = write(tmp_path / 'one.json', (segmentor[0], tmp_path / 'other.pth'), 'none',
                  dict(mIoU=50.))
     with pytest.raises(CheckpointError, match=r'does not fit the model: .* is not in it'):
-        compare.compare([file])
+        compare.compare_results([file])
     file = write(tmp_path / 'one.json', segmentor, 'none', dict(mIoU=50.))
     with pytest.raises(DataError, match='test set is not where the config says: gone'):
-        compare.compare([file], cfg_options={'test_dataloader.dataset.data_root': 'gone'})
+        compare.compare_results([file], cfg_options={'test_dataloader.dataset.data_root': 'gone'})
+
+
+@pytest.mark.parametrize(('arguments', 'told'), [
+    (['gone.json'], 'gone.json cannot be read: No such file or directory'),
+    (['x.json', '--large', 2], '--isr-ratio and --large test a checkpoint'),
+    (['edaformer_t_ade', 'x.pth', 'y.pth'], 'give CONFIG and CHECKPOINT, or .json files'),
+    (['edaformer_t_ade', 'gone.pth'], 'checkpoint not found: gone.pth'),
+])
+def test_mistakes_on_the_command_line(arguments, told):
+    code, output = run_tool('tools/compare_isr.py', *arguments)
+    assert code in (1, 2)
+    assert told in output
 
 
 def test_command_line(segmentor, tmp_path):
+    """Of files, and of a checkpoint that is tested on the way, also on larger worlds."""
     file = write(tmp_path / 'one.json', segmentor, 'none', dict(mIoU=50.))
-    code, told = run_tool('tools/compare_isr.py', file, tmp_path / 'gone.json')
-    assert code == 1
-    assert told == f'error: {tmp_path}/gone.json cannot be read: No such file or directory\n'
-    code, told = run_tool('tools/compare_isr.py', file, '--cfg-options',
-                          'test_dataloader.dataset.indices=2')
-    assert code == 0
+    options = '--cfg-options', 'test_dataloader.dataset.indices=2'
+    code, told = run_tool('tools/compare_isr.py', file, *options)
+    assert code == 0, told
     assert '2 images, batch 1' in told
+    code, told = run_tool('tools/compare_isr.py', *segmentor, '--isr-ratio', 'none', '2', 'auto',
+                          '--large', 1, '--picture', tmp_path / 'x.png', *options)
+    assert code == 0, told
+    head, *body = rows(told)
+    assert head == ['isr_ratio', 'mIoU64,96', 'GMACs', 'ms', 'time', 'mIoU1024,1024', 'GMACs',
+                    'ms', 'time']
+    assert [row[0] for row in body] == ['none', '2', 'auto']
+    assert float(body[1][6]) < float(body[0][6])
+    assert float(body[2][6]) < float(body[0][6])  # auto acts on large images
+    assert body[2][2] == body[0][2]  # and on large ones only
+    assert 'Larger worlds: 1 images of 1024,1024 pixels' in told
+    assert Image.open(tmp_path / 'x.png').size[0] > 1000
+
+
+def test_without_the_trained_ratio(segmentor):
+    text = compare.compare_checkpoint(*map(str, segmentor), ['2', 'optimal', '2'])
+    assert [row[0] for row in rows(text)] == ['isr_ratio', '2', '2211-222']
+    assert 'time: median ratio to 2 in' in text
+
+
+def test_what_cannot_be_compared(segmentor, monkeypatch):
+    with pytest.raises(ConfigError, match='trains a classifier: test it with'):
+        compare.compare_checkpoint(f'{ROOT}/configs/eft_t_crops.py', segmentor[1], ['2'])
+    monkeypatch.setattr(compare, 'CLASSES', ('other',))
+    with pytest.raises(ConfigError, match='--large draws scenes, whose classes are not those'):
+        compare.compare_checkpoint(*map(str, segmentor), ['2'], large=1)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from mmengine.utils import ManagerMixin
 
-from mmseg_edaformer.analysis import benchmark, gpu_benchmark, roofline
+from mmseg_edaformer.analysis import gpu_benchmark, roofline
 from mmseg_edaformer.analysis.gpu_page import page
+from mmseg_edaformer.analysis.timing import Rates
 from mmseg_edaformer.errors import ConfigError
 from mmseg_edaformer.models.cpu_kernels import kernels_allowed
 from tests.conftest import MINI, ROOT
@@ -25,7 +26,8 @@ model = dict(backbone=dict({", ".join(f"{name}={value}" for name, value in MINI.
              decode_head=dict(in_channels=(32, 64, 128), channels=32))
 """)
     monkeypatch.setattr(gpu_benchmark, 'CONFIGS', dict.fromkeys(gpu_benchmark.CONFIGS, config))
-    yield gpu_benchmark.Settings([64, 96], [1], 2, 1e4, 0, 1, 3, 256, tmp_path / 'gpu.json')
+    yield gpu_benchmark.Settings([(64, 64), (64, 96)], [1], 2, 1e4, 0, 1, 3, 256,
+                                 tmp_path / 'gpu.json')
     forget(ManagerMixin)  # mmengine's visualizer of a training whose folder is gone
 
 
@@ -65,10 +67,10 @@ def test_what_fails_or_does_not_fit_is_named(settings, cuda, monkeypatch):
         gpu_benchmark.Part('long', 1e6, lambda: None)]))
     said = []
     assert not suite.run(said.append)
-    assert re.match('RuntimeError: .*size', suite.found['failed']['rates'])
-    assert suite.found['left_out'] == ['long']
-    assert '- rates: RuntimeError' in page(suite.found)
-    assert 'did not fit into 10000 seconds: long.' in page(suite.found)
+    assert re.match('RuntimeError: .*size', suite.content['failed']['rates'])
+    assert suite.content['left_out'] == ['long']
+    assert '- rates: RuntimeError' in page(suite.content)
+    assert 'did not fit into 10000 seconds: long.' in page(suite.content)
 
 
 def test_without_a_gpu(settings, monkeypatch):
@@ -103,7 +105,7 @@ def test_work_of_operators():
 
 def test_rooflines():
     a = torch.randn(64, 64)
-    rates = benchmark.Rates(gmacs_per_s=1e-3, gb_per_s=1e3)  # 1 million products a second
+    rates = Rates(gmacs_per_s=1e-3, gb_per_s=1e3)  # 1 million products a second
     rows, total = roofline.rooflines(lambda: (a @ a).relu(), rates, CPU, most=1, others=dict(
         rest=roofline.Work(lambda: lambda: sum(range(10 ** 6)), 10, 4000)))
     assert [row.name for row in rows] == ['rest']

@@ -10,7 +10,6 @@ from itertools import combinations, product
 import numpy as np
 import pytest
 import torch
-from matplotlib import pyplot as plt
 from matplotlib.text import Text
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
@@ -18,8 +17,9 @@ from mmseg.evaluation import IoUMetric
 from mmseg.registry import MODELS
 from PIL import Image
 
-from mmseg_edaformer.analysis import sweep
-from mmseg_edaformer.analysis.sweep import Bench, Goal, Row
+from mmseg_edaformer.analysis import bench as bench_module, sweep, sweep_report
+from mmseg_edaformer.analysis.bench import Bench, mean_iou
+from mmseg_edaformer.analysis.sweep import Goal, Row
 from mmseg_edaformer.cost import count_macs
 from mmseg_edaformer.errors import CheckpointError, ConfigError, DataError, RatioError
 from mmseg_edaformer.isr import ISRRatio, isr
@@ -73,7 +73,7 @@ def silent(*model, **options):
 
 
 def test_figures_are_those_of_the_test_tool(edaformer, tmp_path):
-    rows = silent(*edaformer, ratios=['4', '2221-441', 'none'], out=tmp_path / 'out')
+    rows = silent(*edaformer, isr_ratios=['4', '2221-441', 'none'], out=tmp_path / 'out')
     assert [row.isr_ratio for row in rows] == ['none', '2221-441', '4']  # by their cost
     assert len({round(row.miou, 2) for row in rows}) == 3
     for row in rows:
@@ -104,7 +104,7 @@ def test_segformer(segformer, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, '_MOST', 2)
     monkeypatch.setattr(sweep, '_WORTH', 0.)  # on small images no stage costs much
     texts = []
-    rows = sweep.sweep(*segformer, ratios=['2211-222', '2211-333', 'greedy'], out=tmp_path,
+    rows = sweep.sweep(*segformer, isr_ratios=['2211-222', '2211-333', 'greedy'], out=tmp_path,
                        goal=Goal(max_drop=100), say=texts.append)
     names = [row.isr_ratio for row in rows]
     assert 'none' in names
@@ -132,7 +132,7 @@ def test_mean_iou_is_mmsegs(nan_to_num):
         metric.results.append(found)
         areas.append(torch.stack(found[:2]).numpy())
     wanted = metric.compute_metrics(metric.results)['mIoU']  # the sixth class does not occur
-    assert round(float(sweep.mean_iou(np.sum(areas, 0), nan_to_num)), 2) == wanted
+    assert round(float(mean_iou(np.sum(areas, 0), nan_to_num)), 2) == wanted
 
 
 def test_interval_is_paired_and_that_of_a_plain_bootstrap():
@@ -150,9 +150,9 @@ def test_interval_is_paired_and_that_of_a_plain_bootstrap():
                for each in (worse, trained)]
         plain.append(iou[0] - iou[1])
     assert (low, high) == pytest.approx(np.percentile(plain, [2.5, 97.5]), abs=0.12)
-    assert low < sweep.mean_iou(worse.sum(0)) - sweep.mean_iou(trained.sum(0)) < high < 0
+    assert low < mean_iou(worse.sum(0)) - mean_iou(trained.sum(0)) < high < 0
     # The ratios' own mIoU vary much more than their difference.
-    assert high - low < np.ptp([sweep.mean_iou(part.sum(0)) for part in np.split(trained, 5)]) / 2
+    assert high - low < np.ptp([mean_iou(part.sum(0)) for part in np.split(trained, 5)]) / 2
 
 
 def test_pareto():
@@ -189,12 +189,12 @@ class Known(Bench):
     def miou(self, ratio):
         return 50 - self._sum(ratio, self.loses)
 
-    def measure(self, ratios):
-        self.passes.append([sweep.ratio_name(ratio) for ratio in ratios])
+    def measure(self, ratios, title=''):
+        self.passes.append([str(ratio) for ratio in ratios])
 
 
 def rows_of(bench, ratios):
-    return [Row(sweep.ratio_name(ratio), 1, bench.miou(ratio), bench.miou(ratio) - 50, None, None,
+    return [Row(str(ratio), 1, bench.miou(ratio), bench.miou(ratio) - 50, None, None,
                 bench.gmacs(ratio), bench.milliseconds(ratio), 1.) for ratio in ratios]
 
 
@@ -218,7 +218,7 @@ def test_greedy_search_for_a_drop(known):
     assert known.passes[2] == ['22-11', '13-11', '12-21']  # 12-11 was the best step
     optimum = min((ratio for ratio in all_ratios(known) if 50 - known.miou(ratio) <= 1.2),
                   key=known.gmacs)
-    assert best.isr_ratio == sweep.ratio_name(optimum)
+    assert best.isr_ratio == str(optimum)
     assert len(set(best.isr_ratio) - {'-'}) > 1  # not uniform
 
 
@@ -264,12 +264,12 @@ def test_budgets_that_cannot_be_met(known):
 def test_an_impossible_time_names_the_fastest(edaformer, tmp_path):
     with pytest.raises(ConfigError, match=r'--budget-ms 0\.001: the fastest ratio here, \S+, '
                                           r'takes [\d.]+ ms'):
-        silent(*edaformer, ratios=['2'], out=tmp_path, goal=Goal(budget_ms=0.001))
+        silent(*edaformer, isr_ratios=['2'], out=tmp_path, goal=Goal(budget_ms=0.001))
     assert (tmp_path / 'sweep.csv').is_file()  # the figures are there all the same
 
 
 @pytest.mark.parametrize(('given', 'told'), [
-    (dict(max_drop=1, budget_ms=3), '--max-drop and --budget-ms contradict each other'),
+    (dict(max_drop=1, budget_ms=3), '--max-drop and --budget-ms exclude each other'),
     (dict(max_drop=-1), r'--max-drop -1: give a number above 0'),
     (dict(budget_gmacs=0), r'--budget-gmacs 0: give'),
     (dict(budget_ms=float('nan')), r'--budget-ms nan: give'),
@@ -280,8 +280,8 @@ def test_goals_that_mean_nothing(given, told):
 
 
 @pytest.mark.parametrize(('options', 'error', 'told'), [
-    (dict(ratios=['2', 'much']), RatioError, "'much' means nothing"),
-    (dict(ratios=['22-222']), RatioError, 'has 2 multipliers for the encoder, which has 4'),
+    (dict(isr_ratios=['2', 'much']), RatioError, "'much'"),
+    (dict(isr_ratios=['22-222']), RatioError, 'has 2 multipliers for the encoder, which has 4'),
     (dict(samples=0), ConfigError, '--samples 0: give 1 or more'),
     (dict(cfg_options={'test_dataloader.dataset.data_root': 'gone'}), DataError,
      'test set is not where the config says: gone'),
@@ -302,7 +302,7 @@ def test_what_cannot_be_measured(edaformer, tmp_path):
         silent(edaformer[0], 'gone.pth')
     pipeline = [dict(type='LoadImageFromFile'), dict(type='PackSegInputs')]
     with pytest.raises(DataError, match='has no labels to compare with'):
-        silent(*edaformer, out=tmp_path, ratios=['2'],
+        silent(*edaformer, out=tmp_path, isr_ratios=['2'],
                cfg_options={'test_dataloader.dataset.pipeline': pipeline})
 
 
@@ -325,53 +325,53 @@ def predictions(monkeypatch, until=None, end=KeyboardInterrupt):
 
 def test_an_interrupted_sweep_reports_and_goes_on(edaformer, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, 'draw', lambda *drawn: None)
-    wanted = silent(*edaformer, ratios=['2', '3'], out=tmp_path / 'whole')
+    wanted = silent(*edaformer, isr_ratios=['2', '3'], out=tmp_path / 'whole')
     said = []
     with monkeypatch.context() as patch:
         predictions(patch, until=8)
         with pytest.raises(KeyboardInterrupt):
-            sweep.sweep(*edaformer, ratios=['2', '3'], out=tmp_path / 'out', say=said.append)
+            sweep.sweep(*edaformer, isr_ratios=['2', '3'], out=tmp_path / 'out', say=said.append)
     assert '2 of 4 images, batch 1' in said[0]
-    assert said[-1] == 'Interrupted: the same command goes on from here'
+    assert said[-1] == 'Interrupted: the same command resumes from here'
     with open(tmp_path / 'out/sweep.csv', newline='') as file:
         assert [(line['isr_ratio'], line['images']) for line in csv.DictReader(file)] == [
             ('none', '2'), ('2', '2'), ('3', '2')]
     done = predictions(monkeypatch)
-    rows = silent(*edaformer, ratios=['2', '3'], out=tmp_path / 'out')
+    rows = silent(*edaformer, isr_ratios=['2', '3'], out=tmp_path / 'out')
     assert len(done) == 6  # of the other two images
     assert [(row.isr_ratio, row.miou) for row in rows] == [
         (row.isr_ratio, row.miou) for row in wanted]
     # More ratios, another goal: what is there is not predicted again, but none for the times.
     done.clear()
-    silent(*edaformer, ratios=['2', '4'], goal=Goal(max_drop=99), out=tmp_path / 'out')
+    silent(*edaformer, isr_ratios=['2', '4'], goal=Goal(max_drop=99), out=tmp_path / 'out')
     assert sorted(done) == ['4'] * 4 + ['none'] * 4
     done.clear()
-    silent(*edaformer, ratios=['2'], out=tmp_path / 'out', samples=3)
+    silent(*edaformer, isr_ratios=['2'], out=tmp_path / 'out', samples=3)
     assert not done
-    silent(*edaformer, ratios=['2'], out=tmp_path / 'out', samples=1,
+    silent(*edaformer, isr_ratios=['2'], out=tmp_path / 'out', samples=1,
            cfg_options={'model.backbone.drop_path_rate': 0.2})
     assert sorted(done) == ['2', 'none']  # another model: anew
 
 
 def test_a_killed_sweep_goes_on(edaformer, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, '_SAVE_SECONDS', 0.)
+    monkeypatch.setattr(bench_module, '_SAVE_SECONDS', 0.)
     monkeypatch.setattr(sweep, 'draw', lambda *drawn: None)
 
     def killed():
         predictions(monkeypatch, until=7, end=signal.SIGKILL)
-        silent(*edaformer, ratios=['2'], out=tmp_path)
+        silent(*edaformer, isr_ratios=['2'], out=tmp_path)
 
     assert finish(in_child(killed)) == -signal.SIGKILL
     done = predictions(monkeypatch)
-    rows = silent(*edaformer, ratios=['2'], out=tmp_path)
+    rows = silent(*edaformer, isr_ratios=['2'], out=tmp_path)
     assert len(done) == 2
     (tmp_path / 'sweep.npz').write_bytes(b'PK\x03\x04 damaged')
-    assert [row.miou for row in silent(*edaformer, ratios=['2'], out=tmp_path)] == [
+    assert [row.miou for row in silent(*edaformer, isr_ratios=['2'], out=tmp_path)] == [
         row.miou for row in rows]
     assert len(done) == 10
 
 
-def test_labels_do_not_overlap(tmp_path, monkeypatch):
+def test_labels_do_not_overlap():
     rng = np.random.default_rng(1)
     names = [f'{i}{j}11-{k}22' for i, j, k in product(range(1, 4), repeat=3)]
     costs = rng.uniform(2, 3, (len(names), 2))
@@ -380,31 +380,32 @@ def test_labels_do_not_overlap(tmp_path, monkeypatch):
     rows = [Row(name, 9, miou, 0., None, None, *cost, 1., None, *front) for name, miou, cost, *front
             in zip(names, mious, costs, *fronts)]
     named = {names[0], names[5], names[-1]}
-    figures = []
-    monkeypatch.setattr(plt, 'close', figures.append)
-    sweep.draw(rows, tmp_path / 'x.png', names[5], named)
-    monkeypatch.undo()
-    for axis in figures[0].axes:
+    figure = sweep_report.chart(rows, names[5], named)
+    for axis in figure.axes:
         boxes = {text.get_text(): Text.get_window_extent(text) for text in axis.texts}
         assert named <= set(boxes)
         assert len(boxes) >= 6
         for one, other in combinations(boxes.values(), 2):
             assert not one.overlaps(other)
-    plt.close(figures[0])
 
 
 def test_command_line(edaformer, tmp_path):
     code, told = run_tool('tools/isr_sweep.py', *edaformer, '--max-drop', 100, '--samples', 2,
-                          '--ratios', 'none', '4', '--out', tmp_path, '--cfg-options',
+                          '--isr-ratio', 'none', '4', '--out', tmp_path, '--cfg-options',
                           'model.test_cfg.memory_mib=64')
     assert code == 0, told
-    assert re.search(r'^pass 1: 2 ratios on 2 images in \d+ s$', told, re.M)
     assert re.search(r'^--max-drop 100: take 4: mIoU [\d.]+ \([+-][\d.]+\), [\d.]+ GMACs '
                      r'\(-[\d.]+%\)', told, re.M)
     assert told.splitlines()[-1] == shlex.join([
         'python', 'tools/test.py', *edaformer, '--isr-ratio', '4', '--cfg-options',
         'model.test_cfg.memory_mib=64'])
-    code, told = run_tool('tools/isr_sweep.py', *edaformer, '--max-drop', 1, '--budget-ms', 3)
-    assert code == 1
-    assert told == ('error: --max-drop and --budget-ms contradict each other: each asks for a '
-                    'ratio of its own. Give one\n')
+
+
+@pytest.mark.parametrize(('arguments', 'told'), [
+    (['--max-drop', 1, '--budget-ms', 3], '--budget-ms: not allowed with argument --max-drop'),
+    (['--ratios', 'none', '4'], 'error: --ratios is now --isr-ratio'),
+])
+def test_mistakes_on_the_command_line(arguments, told, edaformer):
+    code, output = run_tool('tools/isr_sweep.py', *edaformer, *arguments)
+    assert code == 2
+    assert told in output

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -141,10 +142,10 @@ def test_interrupted_run_is_repaired(tmp_path, monkeypatch):
 
     draw, left = synthetic.draw_scene, iter(range(2))
 
-    def stop(rng, size):
+    def stop(rng, size, scale):
         if next(left, None) is None:
             raise KeyboardInterrupt
-        return draw(rng, size)
+        return draw(rng, size, scale)
 
     monkeypatch.setattr(synthetic, 'draw_scene', stop)
     with pytest.raises(KeyboardInterrupt):
@@ -192,3 +193,14 @@ def test_file_instead_of_a_folder(tmp_path):
         synthetic.draw_dataset(tmp_path / 'drawn', **SMALL)
     with pytest.raises(ValueError, match='at least 32'):
         scene(0, (31, 64))
+
+
+def test_larger_worlds_hold_more_objects_of_the_same_size():
+    areas = {}
+    for size, scale, seeds in ((192, 1., 24), (768, 0.25, 4)):
+        masks = [synthetic.draw_scene(np.random.default_rng(seed), (size, size), scale)[1] ==
+                 synthetic.BIRD for seed in range(seeds)]
+        areas[size] = np.concatenate([
+            cv2.connectedComponentsWithStats(mask.astype(np.uint8))[2][1:, -1] for mask in masks])
+    assert len(areas[768]) / 4 > 4 * len(areas[192]) / 24
+    assert np.median(areas[768]) == pytest.approx(np.median(areas[192]), rel=0.4)

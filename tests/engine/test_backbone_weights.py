@@ -8,11 +8,13 @@ from safetensors.torch import save_file
 
 from mmseg_edaformer import EFT
 from mmseg_edaformer.engine.backbone_weights import load_backbone
+from mmseg_edaformer.engine.convert import convert_state_dict
 from mmseg_edaformer.engine.launch import prepare_train
+from mmseg_edaformer.engine.run_config import load_config
 from mmseg_edaformer.errors import CheckpointError, ConfigError
 from tests import plain
 from tests.conftest import MINI, segmentor_config
-from tests.engine.training import OPTIONS, run_to_end, state
+from tests.engine.training import run_to_end, state
 
 CLASSIFIER = {'head.weight': torch.zeros(1000, 8), 'head.bias': torch.zeros(1000)}
 
@@ -25,9 +27,8 @@ def released(size):
     return weights
 
 
-def ours(released_weights, size='tiny'):
+def ours(released_weights):
     """The same under our names, by the converter, which has an oracle of its own."""
-    from mmseg_edaformer.engine.convert import convert_state_dict
     return convert_state_dict(released_weights).state_dict
 
 
@@ -76,7 +77,7 @@ def test_every_form(tmp_path, form, suffix):
     ('tiny', lambda: released('base'), r'It is EFT base: train configs/edaformer_b_\*.py'),
     ('base', lambda: released('tiny'), r'It is EFT tiny: train configs/edaformer_t_\*.py'),
     ('tiny', lambda: EFT(MINI).state_dict(), r'set model.backbone.arch=dict\(embed_dims='),
-    ('tiny', lambda: {'layer1.0.conv1.weight': torch.ones(3)}, 'It is no EFT'),
+    ('tiny', lambda: {'layer1.0.conv1.weight': torch.ones(3)}, 'It is not an EFT'),
     ('tiny', lambda: {key: value for key, value in released('tiny').items() if 'block3.4' not in
                       key}, r'stages.2.blocks.4.\S+ is not in it'),
 ])
@@ -105,21 +106,21 @@ def test_a_training_starts_from_it_and_a_resumed_one_does_not(config, tmp_path):
     torch.nn.init.constant_(backbone.stages[0].norm.bias, 5.)
     torch.save(backbone.state_dict(), tmp_path / 'eft.pth')
     flags = dict(backbone_weights=str(tmp_path / 'eft.pth'))
+    longer = {'train_cfg.max_iters': 4, 'train_cfg.val_interval': 4}
     work = tmp_path / 'work'
-    log = run_to_end(config, work, options={'train_cfg.max_iters': 3}, **flags)
+    log = run_to_end(config, work, options={**longer, 'train_cfg.max_iters': 3}, **flags)
     assert re.search(r'Backbone from .*eft.pth: \d+ weights used \(stages.0 \d+, ', log)
     assert 'random weights' not in log
     first = state(work, 'iter_3.pth')['weights']
     assert (first['backbone.stages.0.norm.bias'] - 5).abs().max() < 0.1
-    run_to_end(config, work, **flags)
-    run_to_end(config, tmp_path / 'whole', **flags)
-    assert all(torch.equal(tensor, state(tmp_path / 'whole')['weights'][name])
-               for name, tensor in state(work)['weights'].items())
+    run_to_end(config, work, options=longer, **flags)
+    run_to_end(config, tmp_path / 'whole', options=longer, **flags)
+    whole = state(tmp_path / 'whole', 'iter_4.pth')['weights']
+    assert all(torch.equal(tensor, whole[name])
+               for name, tensor in state(work, 'iter_4.pth')['weights'].items())
 
 
 def test_not_with_the_weights_of_a_whole_model(config, tmp_path):
-    from mmengine.config import Config
-    cfg = Config.fromfile(config)
-    cfg.merge_from_dict(OPTIONS)
-    with pytest.raises(ConfigError, match='give one of the two'):
+    cfg = load_config(config)
+    with pytest.raises(ConfigError, match='give only one of them'):
         prepare_train(cfg, load_from='a.pth', backbone_weights='b.pth')

@@ -11,7 +11,7 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-from mmseg_edaformer.engine import checkpoint_hook as saving, find_checkpoint
+from mmseg_edaformer.engine import checkpoint_hook, find_checkpoint
 from mmseg_edaformer.errors import CheckpointError, ConfigError
 from tests.engine.training import differences, run_to_end, state, train
 from tests.processes import finish, in_child
@@ -27,65 +27,47 @@ def names(folder):
     return sorted(path.name for path in folder.glob('*.pth'))
 
 
-def test_last_checkpoint_is_relative(whole):
-    assert (whole / 'last_checkpoint').read_text() == 'iter_12.pth'
-
-
-def damage_cut(path):
-    path.write_bytes(path.read_bytes()[:-5000])
-
-
-def damage_flip(path):
+def flip_a_bit(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
     path.write_bytes(content)
 
 
-def damage_text(path):
-    path.write_text('<html>')
-
-
-def damage_weights_alone(path):
-    torch.save(dict(state_dict={'w': torch.ones(2)}), path)
-
-
-def damage_future(path):
+def come_from_the_future(path):
     content = torch.load(path, weights_only=True)
     content['meta']['mmseg_edaformer'] = dict(format=99, version='7.1')
     torch.save(content, path)
 
 
 @pytest.mark.parametrize(('damage', 'why'), [
-    (damage_cut, 'damaged'), (damage_flip, 'damaged'), (damage_text, 'not a checkpoint'),
-    (damage_weights_alone, 'not the state of a training'), (damage_future, '7.1')])
+    (lambda path: path.write_bytes(path.read_bytes()[:-5000]), 'damaged'),
+    (flip_a_bit, 'damaged'), (come_from_the_future, '7.1'),
+    (lambda path: path.write_text('<html>'), 'not a checkpoint'),
+    (lambda path: torch.save(dict(state_dict={'w': torch.ones(2)}), path),
+     'not the state of a training')])
 def test_the_newest_that_loads(work, monkeypatch, damage, why):
     damage(work / 'iter_12.pth')
-    said = []
-    monkeypatch.setattr(saving, 'print_log', lambda message, **_: said.append(message))
+    messages = []
+    monkeypatch.setattr(checkpoint_hook, 'print_log', lambda message, **_: messages.append(message))
     assert find_checkpoint(work) == str(work / 'iter_9.pth')
-    assert len(said) == 1
-    assert re.search(rf'Not resumed: .*iter_12.pth.*{why}', said[0])
-
-
-def test_not_one_loads(work):
-    damage_text(work / 'iter_9.pth')
-    damage_text(work / 'iter_12.pth')
+    assert len(messages) == 1
+    assert re.search(rf'Not resumed: .*iter_12.pth.*{why}', messages[0])
+    damage(work / 'iter_9.pth')
     with pytest.raises(CheckpointError, match=r'none of the 2 checkpoints in .* can be resumed'):
         find_checkpoint(work)
 
 
-def test_nothing_there(tmp_path):
+def test_what_is_no_candidate(work, tmp_path):
+    """Best checkpoints, half-written ones, and what is not there."""
+    for name in 'iter_9.pth', 'iter_12.pth':
+        (work / name).rename(work / f'.{name[:-4]}.1.partial.pth')
+    assert find_checkpoint(work) is None
     assert find_checkpoint(tmp_path) is None
     assert find_checkpoint(tmp_path / 'none') is None
 
 
-def test_best_checkpoints_and_half_written_ones_are_no_candidates(work):
-    for name in 'iter_9.pth', 'iter_12.pth':
-        (work / name).rename(work / f'.{name[:-4]}.1.partial.pth')
-    assert find_checkpoint(work) is None
-
-
 def test_checkpoints_elsewhere_are_found_by_the_pointer(work, tmp_path):
+    assert (work / 'last_checkpoint').read_text() == 'iter_12.pth'
     (tmp_path / 'far').mkdir()
     for name in 'iter_9.pth', 'iter_12.pth':
         (work / name).rename(tmp_path / 'far' / name)
@@ -111,17 +93,17 @@ def test_another_run_in_the_same_folder(work):
     assert find_checkpoint(work, since=now + 60) is None
 
 
-def pointers():
-    """What last_checkpoint may hold by accident or malice, beside sound checkpoints."""
-    for name in ('iter_15.pth', 'iter_0.pth', '/gone/iter_4.pth', '../iter_15.pth', 'iter_15.pth/',
-                 'x' * 256 + '.pth', 'iter_' + '9' * 5000 + '.pth', '9' * 5000, '/' * 5000,
-                 'a/' * 3000 + 'iter_15.pth', 'loop', 'loop/iter_15.pth', 'folder', 'folder_7.pth',
-                 'dangling_99.pth', '/proc/self/root/x/iter_15.pth', '/proc/self/fd/0',
-                 '/proc/1/root/iter_15.pth', '/dev/zero', '/etc/passwd', '.', '..', '/', '', ' ',
-                 '~', '~root/iter_15.pth', 's3://x/iter_15.pth', 'best_mIoU_iter_6.pth',
-                 'iter_30.pth\niter_35.pth', 'iter_\u0663.pth', '\x1b[31m', 'None'):
-        yield name.encode()
-    yield from (b'\0', b'iter_30.pth\0.pth', b'\xff\xfe', b'\xed\xa0\x80', b'\n' * 10000)
+POINTERS = [
+    *(name.encode() for name in (
+        'iter_15.pth', 'iter_0.pth', '/gone/iter_4.pth', '../iter_15.pth', 'iter_15.pth/',
+        'x' * 256 + '.pth', 'iter_' + '9' * 5000 + '.pth', '9' * 5000, '/' * 5000,
+        'a/' * 3000 + 'iter_15.pth', 'loop', 'loop/iter_15.pth', 'folder', 'folder_7.pth',
+        'dangling_99.pth', '/proc/self/root/x/iter_15.pth', '/proc/self/fd/0',
+        '/proc/1/root/iter_15.pth', '/dev/zero', '/etc/passwd', '.', '..', '/', '', ' ', '~',
+        '~root/iter_15.pth', 's3://x/iter_15.pth', 'best_mIoU_iter_6.pth',
+        'iter_30.pth\niter_35.pth', 'iter_\u0663.pth', '\x1b[31m', 'None')),
+    b'\0', b'iter_30.pth\0.pth', b'\xff\xfe', b'\xed\xa0\x80', b'\n' * 10000]
+"""What last_checkpoint may hold by accident or malice, beside sound checkpoints."""
 
 
 @pytest.fixture
@@ -133,12 +115,12 @@ def sound(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize('content', [*pointers(), 'folder', 'loop', 'pipe'],
+@pytest.mark.parametrize('content', [*POINTERS, 'folder', 'loop', 'pipe'],
                          ids=lambda content: repr(content[:20]))
 def test_a_pointer_to_no_checkpoint(sound, monkeypatch, content):
     """The newest sound one is taken, and one line says what is wrong."""
-    said = []
-    monkeypatch.setattr(saving, 'print_log', lambda message, **_: said.append(message))
+    messages = []
+    monkeypatch.setattr(checkpoint_hook, 'print_log', lambda message, **_: messages.append(message))
     for name, target in (('loop', 'loop'), ('dangling_99.pth', 'none')):
         (sound / name).symlink_to(target)
     for name in ('folder', 'folder_7.pth'):
@@ -150,9 +132,9 @@ def test_a_pointer_to_no_checkpoint(sound, monkeypatch, content):
         {'folder': pointer.mkdir, 'pipe': lambda: os.mkfifo(pointer),
          'loop': lambda: pointer.symlink_to(pointer)}[content]()
     assert find_checkpoint(sound) == str(sound / 'iter_40.pth')
-    line, = (line for line in said if not line.startswith('Not resumed: '))
+    line, = (line for line in messages if not line.startswith('Not resumed: '))
     assert re.search(r'last_checkpoint (cannot be read|names .*, which is no checkpoint here): '
-                     'the newest one that loads', line, re.S)
+                     'looking for the newest one that loads', line, re.S)
     assert line.isprintable()
     assert len(line) < 1500
 
@@ -188,7 +170,7 @@ def test_a_full_disk_costs_one_checkpoint(config, whole, tmp_path):
     log = run_to_end(config, work, before=lambda cfg: cfg.custom_hooks.append(
         dict(type='FullDiskHook', start=4, end=8)))
     assert re.search(r'iter_6.pth could not be written to .*: File too large. .*iter_3.pth is '
-                     'kept; the run goes on', log)
+                     'kept; the run continues', log)
     assert 'the best checkpoint could not be written' in log
     assert names(work) == ['best_mIoU_iter_12.pth', 'iter_12.pth', 'iter_9.pth']
     assert not list(work.glob('.*partial*'))
@@ -197,7 +179,7 @@ def test_a_full_disk_costs_one_checkpoint(config, whole, tmp_path):
 
 def read_only(cfg):
     """From the third checkpoint on, as after a network file system has gone read-only."""
-    put, count = saving.SafeLocalBackend.put, 0
+    put, count = checkpoint_hook.SafeLocalBackend.put, 0
 
     def refuse(self, obj, filepath):
         nonlocal count
@@ -206,7 +188,7 @@ def read_only(cfg):
             raise OSError(errno.EROFS, 'Read-only file system', filepath)
         put(self, obj, filepath)
 
-    saving.SafeLocalBackend.put = refuse
+    checkpoint_hook.SafeLocalBackend.put = refuse
 
 
 @pytest.mark.parametrize(('spoil', 'why', 'left'), [
@@ -217,7 +199,7 @@ def test_a_folder_that_cannot_be_written_any_more(config, tmp_path, spoil, why, 
     work, log = tmp_path / 'work', tmp_path / 'log'
     assert finish(in_child(train, config, work, log=log, before=spoil)) == 1
     assert re.search(rf'iter_9.pth could not be written to .*: {why}. .*{left[-1]} is kept; the '
-                     'run goes on', log.read_text())
+                     'run continues', log.read_text())
     assert re.search('error: the last checkpoint of this training could not be written .*make '
                      f'room.*--resume; .*{left[-1]} is kept', log.read_text())
     assert names(work) == left
@@ -225,7 +207,7 @@ def test_a_folder_that_cannot_be_written_any_more(config, tmp_path, spoil, why, 
 
 def test_figures_that_cannot_be_written(config, tmp_path):
     def full(cfg):
-        backend = saving.SafeLocalVisBackend
+        backend = checkpoint_hook.SafeLocalVisBackend
         original = backend._init_env
 
         def to_full(self):
@@ -243,14 +225,14 @@ def test_nothing_is_removed_before_the_next_is_safe(config, tmp_path):
     work = tmp_path / 'work'
 
     def watch(cfg):
-        original = saving.SafeCheckpointHook._remove
+        original = checkpoint_hook.SafeCheckpointHook._remove
 
         def remove(self, path):
             print('left when', path, 'goes:', *sorted(
                 each.name for each in work.glob('*.pth')))
             original(self, path)
 
-        saving.SafeCheckpointHook._remove = remove
+        checkpoint_hook.SafeCheckpointHook._remove = remove
     log = run_to_end(config, work, before=watch)
     assert re.search('left when .*iter_3.pth goes: best_mIoU_iter_6.pth iter_3.pth iter_6.pth '
                      'iter_9.pth', log)
@@ -283,7 +265,7 @@ def test_resumed_with_other_batches(config, whole, tmp_path):
     work = tmp_path / 'work'
     run_to_end(config, work, options={'train_cfg.max_iters': 6})
     log = run_to_end(config, work, options={'train_dataloader.batch_size': 4})
-    assert '4 images per step now, 2 before: the data goes on after image 12' in log
+    assert '4 images per step now, 2 before: the data continues after image 12' in log
     meta = torch.load(work / 'iter_12.pth', weights_only=True)['meta']['mmseg_edaformer']
     assert meta['samples'] == 6 * 2 + 6 * 4
     whole_meta = torch.load(whole / 'iter_12.pth', weights_only=True)['meta']

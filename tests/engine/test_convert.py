@@ -11,6 +11,7 @@ from mmseg_edaformer.engine.convert import convert_file, convert_state_dict
 from mmseg_edaformer.errors import CheckpointError
 from tests import plain
 from tests.conftest import run
+from tests.processes import run_tool
 
 
 def released(size='tiny', num_classes=150, **more):
@@ -99,17 +100,30 @@ def test_a_full_disk_leaves_nothing(tmp_path):
 
 def test_command_line(tmp_path):
     save_file(released('base', 171), tmp_path / 'theirs.safetensors')
-    done = run('tools/convert_checkpoint.py', tmp_path / 'theirs.safetensors',
-               tmp_path / 'ours.pth')
-    assert ('backbone.block1.0.attn.sr.weight -> backbone.stages.0.blocks.0.attn.kv.weight'
-            in done.stdout)
-    assert 'use configs/edaformer_b_cocostuff.py' in done.stdout
-    wrong = run('tools/convert_checkpoint.py', tmp_path / 'none.pth', tmp_path / 'new.pth',
-                check=False)
-    assert wrong.returncode == 1
-    assert wrong.stderr == f'error: checkpoint not found: {tmp_path}/none.pth\n'
-    wrong = run('tools/convert_checkpoint.py', tmp_path / 'ours.pth', tmp_path / 'new.onnx',
-                check=False)
-    assert wrong.returncode == 1
-    assert 'write to a .pth or a .safetensors file' in wrong.stderr
-    assert not (tmp_path / 'new.pth').exists()
+    code, output = run_tool('tools/convert_checkpoint.py', tmp_path / 'theirs.safetensors',
+                            tmp_path / 'ours.pth')
+    assert code == 0
+    assert 'backbone.block1.0.attn.sr.weight -> backbone.stages.0.blocks.0.attn.kv.weight' in output
+    assert 'use configs/edaformer_b_cocostuff.py' in output
+    for arguments, message in (
+            (['none.pth', 'new.pth'], 'error: checkpoint not found: none.pth\n'),
+            ([tmp_path / 'ours.pth', 'new.pth', '--config', 'none.py'],
+             'error: config not found: none.py\n'),
+            ([tmp_path / 'ours.pth', 'new.onnx'], 'write to a .pth or a .safetensors file')):
+        code, output = run_tool('tools/convert_checkpoint.py', *arguments)
+        assert code == 1
+        assert message in output
+
+
+def test_a_wrong_path_is_told_before_the_heavy_imports():
+    script = """
+import runpy, sys
+sys.argv = ['tools/convert_checkpoint.py', 'none.pth', 'new.pth']
+try:
+    runpy.run_path(sys.argv[0], run_name='__main__')
+finally:
+    print('torch' in sys.modules)
+"""
+    done = run('-c', script, check=False)
+    assert done.returncode == 1
+    assert done.stdout == 'False\n'

@@ -53,7 +53,7 @@ def build(tmp_path, ratio, *hooks, **options):
         test_dataloader=loader, val_evaluator=[Count()], test_evaluator=[Count()],
         train_cfg=dict(by_epoch=True, max_epochs=2, val_interval=1), val_cfg=dict(),
         test_cfg=dict(), optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.)),
-        custom_hooks=[dict(type='ISRHook', ratio=ratio, **options), *hooks],
+        custom_hooks=[dict(type='ISRHook', isr_ratio=ratio, **options), *hooks],
         default_scope='mmengine', experiment_name=f'isr{tmp_path.name}', cfg=Config())
 
 
@@ -107,4 +107,4 @@ def test_a_network_that_cannot_be_counted_runs_all_the_same(tmp_path):
     runner.model.backbone.forward = particular
     ISRHook('optimal').before_run(runner)
     reason = 'Classifier does not run on 512x512 pixels (TypeError'
-    assert f'could not be counted ahead: {reason}' in next(tmp_path.rglob('*.log')).read_text()
+    assert f'cannot count ahead what it reduces: {reason}' in next(tmp_path.rglob('*.log')).read_text()

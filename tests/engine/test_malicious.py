@@ -17,28 +17,24 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from types import SimpleNamespace
 
-import mmengine
 import numpy as np
 import pytest
 import torch
-from mmengine.config import Config
 from mmengine.fileio import LocalBackend, io as file_io
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader, checkpoint as zoo
 from mmengine.structures import PixelData
-from mmseg.datasets import BaseSegDataset
 from mmseg.engine.hooks import SegVisualizationHook
 from mmseg.evaluation import IoUMetric
-from mmseg.models.losses.utils import get_class_weight
 from mmseg.structures import SegDataSample
 from mmseg.visualization import SegLocalVisualizer
 from PIL import Image
 from safetensors.torch import save_file
 
-from mmseg_edaformer.engine import load_from_file
+from mmseg_edaformer import safe_defaults
+from mmseg_edaformer.engine import load_checkpoint, load_from_file
 from mmseg_edaformer.engine.convert import convert_file
 from mmseg_edaformer.errors import CheckpointError
-from tests.conftest import run, write_config
 
 CANARY = 'canary'
 COMMAND = f'touch {CANARY}'
@@ -148,11 +144,18 @@ def _canary(tmp_path, monkeypatch):
 @pytest.mark.parametrize('zipped', [True, False])
 def test_no_code_runs_and_the_message_names_it(attack, named, zipped):
     write_attack('evil.pth', attack, zipped)
-    for load in (load_from_file, CheckpointLoader.load_checkpoint,
+    for load in (load_checkpoint, CheckpointLoader.load_checkpoint,
                  lambda path: convert_file(path, 'new.pth')):
         with pytest.raises(CheckpointError, match=rf'evil\.pth.*({named})'):
             load('evil.pth')
     assert not os.path.exists('new.pth')
+
+
+@pytest.mark.parametrize('protocol', range(6))
+def test_a_plain_pickle(tmp_path, protocol):
+    (tmp_path / 'old.pth').write_bytes(pickle.dumps(Call(os.system, COMMAND), protocol))
+    with pytest.raises(CheckpointError, match=rf'it asks for {SYSTEM}'):
+        load_from_file('old.pth')
 
 
 def test_the_attacks_would_work():
@@ -174,13 +177,6 @@ def test_what_others_allow_is_not_allowed_here(monkeypatch):
     monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
     with pytest.raises(CheckpointError, match=r'asks for builtins\.exec'):
         load_from_file('evil.pth')
-
-
-def test_a_plain_pickle(tmp_path):
-    for protocol in range(6):
-        (tmp_path / 'old.pth').write_bytes(pickle.dumps(Call(os.system, COMMAND), protocol))
-        with pytest.raises(CheckpointError, match=rf'it asks for {SYSTEM}'):
-            load_from_file('old.pth')
 
 
 def test_another_protocol_is_named(tmp_path):
@@ -236,18 +232,15 @@ def test_tar_archives_and_programs_are_refused(tmp_path):
         load_from_file('program.pth')
 
 
-def test_compressed_archives_are_refused_before_they_are_read():
+def test_archives_that_torch_does_not_write():
     with zipfile.ZipFile('bomb.pth', 'w', zipfile.ZIP_DEFLATED) as archive:
         archive.writestr('archive/data.pkl', raw(b'}'))
         with archive.open('archive/data/0', 'w') as member:
             for _ in range(256):
                 member.write(bytes(2 ** 20))
     assert os.path.getsize('bomb.pth') < 2 ** 19
-    with pytest.raises(CheckpointError, match='is compressed'):
+    with pytest.raises(CheckpointError, match='is compressed'):  # before it is read
         load_from_file('bomb.pth')
-
-
-def test_two_members_of_one_name():
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         with zipfile.ZipFile('twice.pth', 'w') as archive:
@@ -291,32 +284,14 @@ def test_memory_without_end(call):
 ], ids=lambda header: header[:20])
 def test_safetensors_headers_that_lie(tmp_path, header):
     path = tmp_path / 'w.safetensors'
-    path.write_bytes(struct.pack('<Q', len(header)) + header.encode() + bytes(8))
-    with pytest.raises(CheckpointError, match=r'w\.safetensors is damaged'):
-        load_from_file(path)
-
-
-@pytest.mark.parametrize('length', [2 ** 63, 2 ** 40, 101_000_000, 9])
-def test_safetensors_headers_that_are_not_there(tmp_path, length):
-    path = tmp_path / 'w.safetensors'
-    path.write_bytes(struct.pack('<Q', length) + b'{}')
-    with pytest.raises(CheckpointError):
-        load_from_file(path)
-
-
-def test_a_command_line_refuses_it(tmp_path, scenes):
-    write_attack('evil.pth', PICKLES['subprocess'][0])
-    done = run('tools/test.py', write_config(tmp_path, scenes), tmp_path / 'evil.pth',
-               '--work-dir', tmp_path / 'work', check=False)
-    assert done.returncode == 1
-    assert 'Traceback' not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith(
-        f'error: {tmp_path}/evil.pth is refused: it asks for subprocess.check_call, and')
+    for length in (len(header), 2 ** 63, 2 ** 40, 101_000_000, len(header) + 9):
+        path.write_bytes(struct.pack('<Q', length) + header.encode() + bytes(8))
+        with pytest.raises(CheckpointError, match=r'w\.safetensors is damaged'):
+            load_from_file(path)
 
 
 def test_every_scheme_ends_here():
-    for scheme, loader in CheckpointLoader._schemes.items():
-        assert loader.__module__ == 'mmseg_edaformer.engine.checkpoint_loading', scheme
+    assert CheckpointLoader._schemes == safe_defaults.LOADERS
 
 
 @pytest.fixture
@@ -372,7 +347,7 @@ def test_downloads(tmp_path, server, monkeypatch):
     assert len(read('open-mmlab://old')['state_dict']) == 2
     with pytest.raises(CheckpointError, match=r'torchvision://evli .*did you mean evil\?'):
         read('torchvision://evli')
-    with pytest.raises(CheckpointError, match='download it and name the file'):
+    with pytest.raises(CheckpointError, match='download it and give the file'):
         read('pavi://evil')
 
 
@@ -396,7 +371,7 @@ def test_storage(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(('info', 'named'), [
     (dict(best_ckpt='/home/user/'), '/home/user/'), (dict(best_ckpt='work/..'), 'work/..'),
-    ({'best_ckpt_aAcc': 'C:\\Users'}, 'Users'), (dict(best_ckpt=3), 'names 3'),
+    ({'best_ckpt_aAcc': 'C:\\Users'}, 'Users'), (dict(best_ckpt=3), 'is 3,'),
     (dict(keep_ckpt_ids=['/../../x']), 'x'), (dict(keep_ckpt_ids='12'), '12'),
     (dict(best_ckpt='/moved/run/best_mIoU_iter_3.pth', keep_ckpt_ids=[1, 2]), None),
     (dict(best_ckpt=None), None)])
@@ -444,33 +419,6 @@ def test_messages_do_not_steer_the_terminal():
             load_from_file(f'{number}.pth')
         assert str(caught.value).isprintable()
         assert len(str(caught.value)) < 600
-
-
-def test_what_is_code_by_nature(tmp_path):
-    """What docs/SECURITY.md warns of: none of it can be read safely, all of it runs."""
-    def runs(read):
-        read()
-        ran = os.path.exists(CANARY)
-        if ran:
-            os.remove(CANARY)
-        return ran
-
-    pickled = pickle.dumps(Call(os.system, COMMAND))
-    for file, content in (('c.py', f'a = {CODE}'.encode()), ('c.pkl', pickled), (
-            'c.yaml', f'a: !!python/object/apply:os.system ["{COMMAND}"]'.encode())):
-        (tmp_path / file).write_bytes(content)
-    (tmp_path / 'owned.py').write_text(CODE)
-    (tmp_path / 'c.json').write_text('{"custom_imports": {"imports": ["owned"]}}')
-    assert runs(lambda: Config.fromfile('c.py'))
-    assert runs(lambda: Config.fromfile('c.yaml'))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(tmp_path))
-        assert runs(lambda: Config.fromfile('c.json'))
-    assert runs(lambda: get_class_weight('c.pkl'))
-    assert runs(lambda: mmengine.load('c.pkl'))
-    # The data sets of mmseg take an ann_file for a list of names, whatever its suffix.
-    (tmp_path / 'names.pkl').write_bytes(pickle.dumps(Call(os.system, COMMAND), 0))
-    assert not runs(lambda: BaseSegDataset(ann_file='names.pkl', data_prefix=dict(img_path='')))
 
 
 def test_a_log_does_not_change_what_all_logs_do(monkeypatch):

@@ -1,11 +1,15 @@
-"""Losses that are no numbers: the run stops before they reach the weights, or leaves them out."""
+"""Losses that are nan or infinite: the run stops before the weights change, or skips the step."""
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.registry import HOOKS
+from mmengine.optim import BaseOptimWrapper, OptimWrapper, OptimWrapperDict, build_optim_wrapper
+from mmengine.registry import HOOKS, OPTIM_WRAPPERS
 
+from mmseg_edaformer.engine.nonfinite import FiniteLossHook, FiniteSteps, skip_nonfinite_steps
 from mmseg_edaformer.errors import ConfigError
 from tests.engine.training import differences, run_to_end, state, train, train_here
 from tests.processes import finish, in_child
@@ -60,11 +64,11 @@ def test_the_run_stops(config, tmp_path, kind, what):
     assert sorted(path.name for path in work.glob('*.pth')) == ['iter_3.pth']
 
 
-def test_steps_are_left_out(config, tmp_path):
+def test_steps_are_skipped(config, tmp_path):
     work = tmp_path / 'work'
     log = run_to_end(config, work, skip_nonfinite=2, before=bad_loss([3, 5], 'nan'))
-    assert re.search(r'Step left out \(1 of 2\): the loss is .* iteration 4,', log)
-    assert re.search(r'Step left out \(2 of 2\): the loss is .* iteration 6,', log)
+    assert re.search(r'Step skipped \(1 of 2\): the loss is .* iteration 4,', log)
+    assert re.search(r'Step skipped \(2 of 2\): the loss is .* iteration 6,', log)
     after = state(work)
     assert all(tensor.isfinite().all() for tensor in after['weights'].values())
     # The optimizer has counted the steps that it took.
@@ -73,7 +77,7 @@ def test_steps_are_left_out(config, tmp_path):
 
 
 @pytest.mark.gpu
-def test_a_step_left_out_changes_nothing(config, device, tmp_path):
+def test_a_skipped_step_changes_nothing(config, device, tmp_path):
     work = tmp_path / 'work'
     options = {'train_cfg.max_iters': 4, 'default_hooks.checkpoint.interval': 1,
                'default_hooks.checkpoint.max_keep_ckpts': 4}
@@ -89,13 +93,57 @@ def test_more_of_them_than_allowed(config, tmp_path):
     code = finish(in_child(train, config, tmp_path / 'work', skip_nonfinite=1, log=log,
                            before=bad_loss([3, 5], 'nan')))
     assert code == 1
-    assert 'Step left out (1 of 1)' in log.read_text()
+    assert 'Step skipped (1 of 1)' in log.read_text()
     assert 'not a finite number at iteration 6' in log.read_text()
+    with pytest.raises(ConfigError, match='--skip-nonfinite -1 is negative: give a number'):
+        train(config, tmp_path / 'none', skip_nonfinite=-1)
 
 
-def test_a_negative_number_of_them(config, tmp_path):
-    with pytest.raises(ConfigError, match='--skip-nonfinite -1: give the number of steps'):
-        train(config, tmp_path / 'work', skip_nonfinite=-1)
+@OPTIM_WRAPPERS.register_module()
+class CountingWrapper(OptimWrapper):
+    """A user's own."""
+
+    steps = 0
+
+    def step(self, **kwargs):
+        self.steps += 1
+        super().step(**kwargs)
+
+
+@OPTIM_WRAPPERS.register_module()
+class ForeignWrapper(BaseOptimWrapper):
+    """Not derived from OptimWrapper, as DeepSpeed's is."""
+
+
+def test_the_wrapper_of_a_user_is_protected():
+    cfg = Config(dict(optim_wrapper=dict(
+        type='CountingWrapper', optimizer=dict(type='SGD', lr=1.))))
+    for _ in range(2):  # a second time, as from a config in a work dir
+        skip_nonfinite_steps(cfg)
+        assert cfg.optim_wrapper.wrapped == 'CountingWrapper'
+    model = torch.nn.Linear(2, 1, bias=False)
+    wrapper, before = build_optim_wrapper(model, cfg.optim_wrapper), model.weight.clone()
+    assert isinstance(wrapper, CountingWrapper)
+    assert isinstance(wrapper, FiniteSteps)
+    wrapper.update_params(model(torch.full((1, 2), torch.inf)).sum())
+    assert (wrapper.steps, wrapper.finite) == (0, False)
+    assert torch.equal(model.weight, before)
+    wrapper.update_params(model(torch.ones(1, 2)).sum())
+    assert (wrapper.steps, wrapper.finite) == (1, True)
+    assert torch.allclose(model.weight, before - 1)
+
+
+@pytest.mark.parametrize('settings', [
+    dict(type='ForeignWrapper', optimizer=dict(type='SGD', lr=1.)), dict(constructor='Several')])
+def test_wrappers_that_cannot_skip(settings):
+    """They stay as they are, and steps that are to be skipped are an error."""
+    cfg = Config(dict(optim_wrapper=settings))
+    skip_nonfinite_steps(cfg)
+    assert cfg.optim_wrapper == settings
+    runner = SimpleNamespace(optim_wrapper=OptimWrapperDict())
+    FiniteLossHook().before_train(runner)
+    with pytest.raises(ConfigError, match=r'steps of optim_wrapper\.type=OptimWrapperDict cannot'):
+        FiniteLossHook(skip=1).before_train(runner)
 
 
 def test_gradients_that_are_accumulated(config, tmp_path):
@@ -115,16 +163,20 @@ def test_the_norm_of_the_gradient_is_logged(config, tmp_path, clip):
     options = {'train_cfg.max_iters': 3}
     if not clip:
         options['optim_wrapper.clip_grad'] = None
-    found = []
-    for name, hooks in ('guarded', lambda cfg: None), ('plain', lambda cfg: cfg.update(
-            custom_hooks=[hook for hook in cfg.custom_hooks if hook['type'] != 'FiniteLossHook'],
-            optim_wrapper=dict(cfg.optim_wrapper, clip_grad=cfg.optim_wrapper.clip_grad or dict(
-                max_norm=float('inf'))))):
-        log = run_to_end(config, tmp_path / name, options=options, before=hooks)
-        assert 'has been overridden' not in log  # what mmengine says of steps that it does not know
-        found.append((re.findall(r'grad_norm: ([\d.]+)', log),
-                      state(tmp_path / name, 'iter_3.pth')['weights']))
-    (guarded, weights), (plain, expected) = found
+    results = []
+
+    def unguard(cfg):
+        cfg.custom_hooks = [hook for hook in cfg.custom_hooks if hook['type'] != 'FiniteLossHook']
+        cfg.optim_wrapper.type = cfg.optim_wrapper.pop('wrapped')
+        if not clip:
+            cfg.optim_wrapper.clip_grad = dict(max_norm=float('inf'))
+
+    for name, before in ('guarded', None), ('plain', unguard):
+        log = run_to_end(config, tmp_path / name, options=options, before=before)
+        assert 'has been overridden' not in log  # mmengine's warning of steps that it does not know
+        results.append((re.findall(r'grad_norm: ([\d.]+)', log),
+                        state(tmp_path / name, 'iter_3.pth')['weights']))
+    (guarded, weights), (plain, expected) = results
     assert guarded == plain
     assert len(guarded) == 3
     assert all(torch.equal(weights[name], expected[name]) for name in expected)

@@ -26,7 +26,7 @@ def test_told_to_stop_while_it_imports():
     process.terminate()
     _, said = process.communicate()
     assert process.returncode == EXIT_PREEMPTED
-    assert said == ('SIGTERM: stopped while it was not training, so nothing is lost; go on with '
+    assert said == ('SIGTERM: stopped while it was not training, so nothing is lost; resume with '
                     '--resume\n')
 
 

@@ -156,5 +156,5 @@ def test_two_ranks_read_what_one_would():
 
 
 def test_no_whole_batch():
-    with pytest.raises(DataError, match='has not one whole batch'):
+    with pytest.raises(DataError, match='has fewer images than one batch'):
         next(iter(CountedBatches(BatchSampler(range(3), 4, drop_last=True), 0, 1)))

@@ -1,4 +1,4 @@
-"""Long checks of what a run survives: `make soak`."""
+"""Long checks that a run survives kills and does not grow: `make soak`."""
 import os
 import random
 import shutil
@@ -15,7 +15,7 @@ from mmengine.registry import HOOKS, init_default_scope
 from mmseg.apis import inference_model
 from mmseg.registry import MODELS
 
-from mmseg_edaformer.engine import checkpoint_hook as saving, find_checkpoint
+from mmseg_edaformer.engine import checkpoint_hook, find_checkpoint
 from mmseg_edaformer.files import replacing
 from tests.conftest import segmentor_config
 from tests.engine.training import OPTIONS, differences, run_to_end, state, train
@@ -41,7 +41,7 @@ class NoteHook(Hook):
 
 def die_in_write(number, stage):
     """SIGKILL oneself in the given write of a checkpoint, half or all of it on the disk."""
-    put, count = saving.SafeLocalBackend.put, 0
+    put, count = checkpoint_hook.SafeLocalBackend.put, 0
 
     def deadly_put(self, obj, filepath):
         nonlocal count
@@ -56,7 +56,7 @@ def die_in_write(number, stage):
                 os.kill(os.getpid(), signal.SIGKILL)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    saving.SafeLocalBackend.put = deadly_put
+    checkpoint_hook.SafeLocalBackend.put = deadly_put
 
 
 def test_a_hundred_kills(config, whole, tmp_path):

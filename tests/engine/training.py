@@ -3,11 +3,11 @@ import sys
 from pathlib import Path
 
 import torch
-from mmengine.config import Config
 from mmengine.utils import ManagerMixin
 
-from mmseg_edaformer import compat
+from mmseg_edaformer import compat, registered  # noqa: F401 (what torch.load may read)
 from mmseg_edaformer.engine import launch
+from mmseg_edaformer.engine.run_config import load_config
 from tests.conftest import write_config
 from tests.processes import finish, forget, in_child
 
@@ -24,7 +24,7 @@ def write_random_config(folder, scenes):
 _base_ = ['./mini.py']
 model = dict(backbone=dict(drop_path_rate=0.2, depths=(1, 1, 1, 1)),
              decode_head=dict(drop_path_rate=0.2, dropout_ratio=0.2, depths=(1, 1, 1)),
-             train_cfg=dict(isr_range=dict(ratios=('2211-222', 2))))
+             train_cfg=dict(isr_range=dict(isr_ratios=('2211-222', 2))))
 train_dataloader = dict(collate_fn=dict(type='stack_collate', photometric=dict()), dataset=dict(
     pipeline=[
         dict(type='LoadSegImage'), dict(type='LoadSegLabels', num_classes=8),
@@ -50,10 +50,8 @@ def train_here(config, work, *, resume=True, options=None, before=None, **flags)
     """
     forget(ManagerMixin)
     torch.set_num_threads(1)
-    cfg = Config.fromfile(str(config))
-    cfg.merge_from_dict({**OPTIONS, **(options or {})})
-    cfg.work_dir, cfg.launcher = str(work), 'none'
-    launch.add_hook(cfg, dict(type='CheckWeightsHook'))
+    cfg = load_config(config, cfg_options={**OPTIONS, **(options or {})}, work_dir=work,
+                      verbose=True)
     launch.prepare_train(cfg, resume=resume, **flags)
     if before is not None:
         before(cfg)

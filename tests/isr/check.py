@@ -6,7 +6,7 @@ import pickle
 import torch
 
 from mmseg_edaformer.isr import apply_isr, isr, remove_isr
-from mmseg_edaformer.isr.adapters import find_attention
+from mmseg_edaformer.isr.registry import find_attention
 
 from .oracle import Oracle, tokens, within
 

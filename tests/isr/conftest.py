@@ -1,7 +1,7 @@
 """What the tests of ISR share."""
 import pytest
 
-from mmseg_edaformer.isr.adapters import _registered
+from mmseg_edaformer.isr.registry import _registered
 
 
 @pytest.fixture(autouse=True)

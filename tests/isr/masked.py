@@ -4,8 +4,8 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
-from mmseg_edaformer.isr import apply_isr, isr, remove_isr
-from mmseg_edaformer.isr.adapters import find_attention
+from mmseg_edaformer.isr import apply_isr, isr, remove_isr, report_isr
+from mmseg_edaformer.isr.registry import find_attention
 
 from .check import TOLERANCE, first, layers, lively
 from .oracle import membership
@@ -40,6 +40,17 @@ def plain_multihead(module, ratio, grids, query, key, value, attn_mask=None, **k
         assert masked.dtype == torch.bool
     out = plain_attention(scores, heads[2], membership(grid, ratio, 0, len(key)), masked)
     return module.out_proj(out.permute(2, 0, 1, 3).flatten(2)), None
+
+
+def check_report(model, blocks, untouched):
+    """The report counts costs and names every attention of a decoder of queries."""
+    report = report_isr(model, 2, (128, 192))
+    assert report.stages[-1].stage.startswith('decoder')
+    assert report.stages[-1].blocks == blocks
+    assert report.macs[1] < report.macs[0]
+    assert len(report.untouched) == untouched
+    assert {reason.split(':')[1].strip() for reason in report.untouched.values()} == {
+        'its keys are the queries of the decoder, which lie on no grid', 'deformable attention'}
 
 
 @torch.no_grad()

@@ -5,13 +5,14 @@ import pytest
 import torch
 from mmengine.model import MMDistributedDataParallel
 from mmseg.models import SegTTAModel
+from mmseg.registry import MODELS
 from torch import nn
 
-from mmseg_edaformer import EFT, apply_isr, isr, remove_isr, report_isr
+from mmseg_edaformer import EFT, ISRRatio, apply_isr, isr, remove_isr, report_isr
 from mmseg_edaformer.cost import count_macs
 from mmseg_edaformer.errors import RatioError
 from mmseg_edaformer.models import EmbeddingFreeAttention
-from tests.conftest import MINI
+from tests.conftest import MINI, segmentor_config
 
 
 @pytest.fixture
@@ -74,8 +75,17 @@ def test_a_ratio_that_does_not_fit_changes_nothing(segmentor, ratio):
 
 
 def test_a_model_without_such_attention_is_told():
-    with pytest.raises(RatioError, match='Conv2d holds no attention that ISR can reduce'):
+    with pytest.raises(RatioError, match=r'Conv2d holds no attention .* Found: no attention'):
         apply_isr(nn.Conv2d(3, 3, 1), 2)
+
+
+def test_the_former_name_of_the_argument_is_refused(segmentor):
+    for function in (apply_isr, isr, report_isr):
+        with pytest.raises(TypeError, match=r"argument 'ratio': it is isr_ratio"):
+            function(segmentor, ratio=2)
+    with isr(segmentor, isr_ratio=2):
+        assert set(ratios(segmentor)) == {2}
+    assert report_isr(segmentor, isr_ratio=2).isr_ratio == ISRRatio.parse(2)
 
 
 def test_an_encoder_alone(image):
@@ -85,8 +95,13 @@ def test_an_encoder_alone(image):
 
 
 @pytest.mark.parametrize('ratio', [2, 'auto'])
+@pytest.mark.parametrize('backbone', [None, dict(
+    type='MixVisionTransformer', embed_dims=16, num_layers=[1, 1, 1, 1], num_heads=[1, 2, 4, 8],
+    sr_ratios=[8, 4, 2, 1])], ids=['EFT', 'MiT'])
 @torch.no_grad()
-def test_wrapped_models(segmentor, image, tmp_path, ratio):
+def test_wrapped_models(backbone, segmentor, image, tmp_path, ratio):
+    if backbone is not None:
+        segmentor = MODELS.build(dict(segmentor_config(), backbone=backbone)).eval()
     with isr(segmentor, ratio):
         expected = segmentor(image)
     torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0,

@@ -1,6 +1,5 @@
 """The ratio that follows the size of the image."""
 import copy
-import pickle
 
 import pytest
 import torch
@@ -107,15 +106,6 @@ def test_the_cost_of_a_pixel_stays_flat():
     assert {stage.keys for stage in reports[2048].stages} == {(4096, 256)}
     assert 'ISR auto on 2048x2048' in str(reports[2048])
     assert keys(model) == {None}
-
-
-@torch.no_grad()
-def test_copies_and_pickles_keep_it(segmentor):
-    image = torch.randn(1, 3, 128, 128)
-    apply_isr(segmentor, 'auto')
-    expected = segmentor(image)
-    for clone in (copy.deepcopy(segmentor), pickle.loads(pickle.dumps(segmentor))):
-        assert torch.equal(clone(image), expected)
 
 
 @pytest.mark.parametrize('dynamic', [None, True])

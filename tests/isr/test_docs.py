@@ -1,31 +1,42 @@
 """docs/isr.md as a newcomer would run it."""
 import re
+import sys
+import types
 
 import pytest
 
-from tests.conftest import ROOT, run
+from mmseg_edaformer.errors import RatioError
+from tests.conftest import ROOT
 
 pytest.importorskip('timm', reason='timm is not installed')
 
-BLOCKS = re.findall(r'```python\n(.*?)```', (ROOT / 'docs' / 'isr.md').read_text(), re.S)
+PAGE = (ROOT / 'docs' / 'isr.md').read_text(encoding='utf-8')
+BLOCKS = re.findall(r'```python\n(.*?)```', PAGE, re.S)
 
 
-def test_first_example():
-    assert '49 -> 16' in run('-c', BLOCKS[0]).stdout
+def test_first_example(capsys):
+    exec(BLOCKS[0], {})
+    assert '49 -> 16' in capsys.readouterr().out
 
 
-def test_an_attention_of_your_own(tmp_path):
+def test_auto_example(capsys):
+    block, = (block for block in BLOCKS if "'auto'" in block)
+    exec(block.replace("'configs/", f"'{ROOT}/configs/"), {})
+    printed = re.findall(r'GMACs (\S+) -> (\S+)', capsys.readouterr().out)
+    for row in 'none', 'optimal', 'auto':
+        shown = re.findall(r'(\S+) \(', re.search(rf'\| `{row}` \| (\d.*\()', PAGE).group(1))
+        assert shown == [pair[1] for pair in printed[['none', 'optimal', 'auto'].index(row)::3]]
+
+
+def test_an_attention_of_your_own(capsys, monkeypatch):
     """From nothing to tested: the page's own blocks, and the table that it shows."""
-    own = [block for block in BLOCKS if 'TinyAttention' in block or 'check_adapter' in block]
-    assert len(own) == 3
-    script = tmp_path / 'own.py'
-    script.write_text('import sys\nsys.path.insert(0, sys.argv[1])\n' + ''.join(own))
-    shown = re.search(r'```\n(ISR 2 on .*?)```', (ROOT / 'docs' / 'isr.md').read_text(), re.S)
-    assert shown.group(1).strip() in run(script, ROOT).stdout
-
-
-def test_an_attention_that_is_not_known_is_named(tmp_path):
-    own = next(block for block in BLOCKS if 'class TinyAttention' in block)
-    done = run('-c', own + '\napply_isr(Net(), 2)', check=False)
-    assert done.returncode
-    assert 'attn: TinyAttention is not known to ISR' in done.stderr
+    known, declared, checked = (
+        block for block in BLOCKS if 'TinyAttention' in block or 'check_adapter' in block)
+    module = types.ModuleType('own_attention')
+    monkeypatch.setitem(sys.modules, 'own_attention', module)  # pickles look the classes up
+    exec(known, vars(module))
+    with pytest.raises(RatioError, match='attn: TinyAttention is not known to ISR'):
+        module.apply_isr(module.Net(), 2)
+    exec(declared + checked, vars(module))
+    shown = re.search(r'```\n(ISR 2 on .*?)```', PAGE, re.S)
+    assert shown.group(1).strip() in capsys.readouterr().out

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from mmseg_edaformer.isr import isr, report_isr
-from mmseg_edaformer.isr.adapters import find_attention
+from mmseg_edaformer.isr.registry import find_attention
 
 from .check import TOLERANCE, first, layers, lively
-from .masked import check_decoder, plain_attention
+from .masked import check_decoder, check_report, plain_attention
 from .oracle import Oracle, membership, within
 
 transformers = pytest.importorskip('transformers', reason='this checks models of transformers')
@@ -49,21 +49,6 @@ def levels(size, strides=(32, 16, 8)):
 def test_mask2former(size, pre_norm):
     check_decoder(mask2former(pre_norm=pre_norm), torch.randn(2, 3, *size), levels(size),
                   'cross_attn', rest=4)
-
-
-def test_mask2former_report():
-    """Costs are counted and every attention is named."""
-    model = mask2former().eval()
-    report = report_isr(model, 2, (128, 192))
-    decoder = report.stages[-1]
-    assert decoder.stage == 'decoder 1'
-    assert decoder.blocks == 4
-    assert report.macs[1] < report.macs[0]
-    reasons = ' '.join(report.untouched.values())
-    assert 'queries of the decoder' in reasons
-    assert 'deformable' in reasons
-    assert 'not known' not in reasons
-    assert len(report.untouched) == 4 + 1
 
 
 @SIZES
@@ -115,15 +100,11 @@ def test_oneformer(size):
                   [*levels(size), tuple(side // 4 for side in size)], 'multihead_attn', rest=4)
 
 
-def test_oneformer_report():
-    """It looks for masks that hide everything, which takes values: so it is computed."""
-    report = report_isr(oneformer().eval(), 2, (128, 192))
-    assert report.stages[-1].blocks == 2 + 3
-    assert report.macs[1] < report.macs[0]
-    reasons = set(report.untouched.values())
-    assert {reason.split(':')[1].strip() for reason in reasons} == {
-        'its keys are the queries of the decoder, which lie on no grid', 'deformable attention'}
-    assert len(report.untouched) == 2 + 3 + 1
+@pytest.mark.parametrize(('model', 'blocks', 'untouched'), [
+    (mask2former, 4, 4 + 1), (oneformer, 2 + 3, 2 + 3 + 1)])
+def test_reports(model, blocks, untouched):
+    """OneFormer looks for masks that hide everything, which takes values: so it is computed."""
+    check_report(model().eval(), blocks, untouched)
 
 
 @torch.no_grad()

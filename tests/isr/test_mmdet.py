@@ -8,11 +8,10 @@ from mmseg.registry import MODELS
 
 pytest.importorskip('mmdet', reason='this checks layers of mmdet')
 
-from mmseg_edaformer.isr import report_isr
-from mmseg_edaformer.isr.adapters import find_attention
+from mmseg_edaformer.isr.registry import find_attention
 
 from .check import layers
-from .masked import check_decoder
+from .masked import check_decoder, check_report
 
 BACKBONES = {
     'resnet': dict(type='ResNet', depth=18, base_channels=16, stem_channels=16),
@@ -89,14 +88,7 @@ def test_mask2former(size, backbone):
 @pytest.mark.parametrize('backbone', BACKBONES)
 def test_mask2former_report(backbone):
     """A segmentor as its config builds it: its head asks for the sizes of images."""
-    report = report_isr(segmentor(MASK2FORMER, backbone).eval(), 2, (128, 192))
-    assert report.stages[-1].blocks == 4
-    assert report.macs[1] < report.macs[0]
-    reasons = ' '.join(report.untouched.values())
-    assert 'queries of the decoder' in reasons
-    assert 'deformable' in reasons
-    assert 'not known' not in reasons
-    assert len(report.untouched) == 4 + 1
+    check_report(segmentor(MASK2FORMER, backbone).eval(), 4, 4 + 1)
 
 
 @SIZES

@@ -9,7 +9,7 @@ pytest.importorskip('mmpretrain', reason='mmpretrain is not installed')
 from mmpretrain.models import backbones
 
 from mmseg_edaformer.isr import report_isr
-from mmseg_edaformer.isr.adapters import find_attention
+from mmseg_edaformer.isr.registry import find_attention
 
 from .check import check_adapter, layers
 

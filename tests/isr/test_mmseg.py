@@ -1,11 +1,15 @@
 """ISR on mmsegmentation's own transformers."""
+import copy
+
 import pytest
 import torch
 from mmengine import ConfigDict
 from mmseg.models.decode_heads import san_head
 from mmseg.registry import MODELS
 
-from .check import check_adapter
+from mmseg_edaformer.isr import report_isr
+
+from .check import check_adapter, lively
 
 
 def sizes(height, width, reductions=(1,), strides=(4, 8, 16, 32)):
@@ -17,72 +21,74 @@ def sizes(height, width, reductions=(1,), strides=(4, 8, 16, 32)):
             for stride, reduction in zip(strides, reductions * len(strides))]
 
 
-SMALL = dict(embed_dims=8, num_heads=[1, 2, 4, 8])
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize('size', [(128, 192), (136, 200)], ids=str)
-def test_mit(size, device):
-    model = MODELS.build(dict(type='MixVisionTransformer', num_layers=[1, 1, 2, 1],
-                              sr_ratios=[8, 4, 2, 1], **SMALL))
-    check_adapter(model, torch.randn(2, 3, *size).to(device), sizes(*size, (8, 4, 2, 1)),
-                  expected=5)
-
-
 def shifted(name, ratio):
     """Windows of 7 that are shifted by 3 allow cells of 1, 2 and 4."""
     odd = int(name.split('.')[3]) % 2
     return 1 if odd and ratio == 3 else ratio
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize('size', [(112, 112), (100, 120)], ids=str)
-def test_swin(size, device):
-    model = MODELS.build(dict(type='SwinTransformer', embed_dims=24, depths=[2, 2, 2, 1],
-                              num_heads=[1, 2, 3, 4]))
-    check_adapter(model, torch.randn(1, 3, *size).to(device), [(7, 7)], ratio_of=shifted,
-                  expected=7)
+def patches(height, width):
+    return [(height // 16, width // 16)]
 
 
-@pytest.mark.parametrize('size', [(96, 96), (80, 112)], ids=str)
-@pytest.mark.parametrize('with_cls_token', [True, False])
-def test_vit(size, with_cls_token):
-    model = MODELS.build(dict(type='VisionTransformer', embed_dims=48, num_layers=2, num_heads=4,
-                              img_size=(64, 64), patch_size=16, with_cls_token=with_cls_token,
-                              output_cls_token=False))
-    check_adapter(model, torch.randn(2, 3, *size), [(size[0] // 16, size[1] // 16)],
-                  prefix=int(with_cls_token), expected=2)
+def reduced(height, width):
+    return sizes(height, width, (8, 4, 2, 1))
 
 
-@pytest.mark.parametrize('size', [(96, 96), (80, 112)], ids=str)
-def test_beit(size):
-    model = MODELS.build(dict(type='BEiT', embed_dims=48, num_layers=2, num_heads=4,
-                              img_size=size))
-    check_adapter(model, torch.randn(2, 3, *size), [(size[0] // 16, size[1] // 16)], prefix=1,
-                  expected=2)
+REDUCED = [(128, 192), (136, 200)]
+PLAIN = [(96, 96), (80, 112)]
+VIT = dict(embed_dims=48, num_layers=2, num_heads=4)
+TWINS = dict(in_channels=3, embed_dims=[8, 16, 32, 64], num_heads=[1, 2, 4, 8],
+             patch_sizes=[4, 2, 2, 2], strides=[4, 2, 2, 2], mlp_ratios=[2, 2, 2, 2],
+             sr_ratios=[8, 4, 2, 1], out_indices=(0, 1, 2, 3), norm_after_stage=False)
+MODEL_CASES = [
+    (dict(type='MixVisionTransformer', num_layers=[1, 1, 2, 1], sr_ratios=[8, 4, 2, 1],
+          embed_dims=8, num_heads=[1, 2, 4, 8]), REDUCED, reduced, dict(expected=5)),
+    (dict(type='SwinTransformer', embed_dims=24, depths=[2, 2, 2, 1], num_heads=[1, 2, 3, 4]),
+     [(112, 112), (100, 120)], lambda *_: [(7, 7)], dict(ratio_of=shifted, expected=7)),
+    *((dict(VIT, type='VisionTransformer', img_size=(64, 64), patch_size=16,
+            with_cls_token=token, output_cls_token=False), PLAIN, patches,
+       dict(prefix=int(token), expected=2)) for token in (True, False)),
+    *((dict(VIT, type='BEiT', img_size=size), [size], patches, dict(prefix=1, expected=2))
+      for size in PLAIN),
+    (dict(TWINS, type='PCPVT', depths=[1, 1, 1, 1]), REDUCED, reduced, dict(expected=4)),
+    # Windows at the border are padded on both sides, which is masked, or on one, which is not.
+    (dict(TWINS, type='SVT', depths=[2, 2, 2, 2], windiow_sizes=[7, 7, 7, 7]),
+     [*REDUCED, (112, 136)], lambda *size: [(7, 7), *reduced(*size)],
+     dict(expected=8, masked=-500)),
+]
 
 
-@pytest.mark.parametrize('size', [(128, 192), (136, 200)], ids=str)
-def test_pcpvt(size):
-    model = MODELS.build(dict(type='PCPVT', in_channels=3, embed_dims=[8, 16, 32, 64],
-                              num_heads=[1, 2, 4, 8], patch_sizes=[4, 2, 2, 2],
-                              strides=[4, 2, 2, 2], mlp_ratios=[2, 2, 2, 2],
-                              depths=[1, 1, 1, 1], sr_ratios=[8, 4, 2, 1],
-                              out_indices=(0, 1, 2, 3), norm_after_stage=False))
-    check_adapter(model, torch.randn(2, 3, *size), sizes(*size, (8, 4, 2, 1)), expected=4)
+@pytest.mark.parametrize(('config', 'size', 'grids', 'checks'), [
+    pytest.param(config, size, grids, checks, id=f'{config["type"]}-{size}', marks=[
+        pytest.mark.gpu] * (config['type'] in ('MixVisionTransformer', 'SwinTransformer')))
+    for config, shapes, grids, checks in MODEL_CASES for size in shapes])
+def test_backbones(config, size, grids, checks, device):
+    model = MODELS.build(copy.deepcopy(config))
+    check_adapter(model, torch.randn(2, 3, *size).to(device), grids(*size), **checks)
 
 
-@pytest.mark.parametrize('size', [(128, 192), (136, 200), (112, 136)], ids=str)
-def test_svt(size):
-    """Windows at the border are padded on both sides, which is masked, or on one, which is not."""
-    model = MODELS.build(dict(type='SVT', in_channels=3, embed_dims=[8, 16, 32, 64],
-                              num_heads=[1, 2, 4, 8], patch_sizes=[4, 2, 2, 2],
-                              strides=[4, 2, 2, 2], mlp_ratios=[2, 2, 2, 2],
-                              depths=[2, 2, 2, 2], sr_ratios=[8, 4, 2, 1],
-                              windiow_sizes=[7, 7, 7, 7], out_indices=(0, 1, 2, 3),
-                              norm_after_stage=False))
-    check_adapter(model, torch.randn(2, 3, *size), [(7, 7), *sizes(*size, (8, 4, 2, 1))],
-                  expected=8, masked=-500)
+def segmenter():
+    return lively(MODELS.build(dict(
+        type='EncoderDecoder', train_cfg=dict(), test_cfg=dict(mode='whole'),
+        backbone=dict(VIT, type='VisionTransformer', img_size=(64, 64), patch_size=16,
+                      out_indices=(1,), with_cls_token=False),
+        decode_head=dict(type='SegmenterMaskTransformerHead', in_channels=48, channels=48,
+                         num_classes=7, num_layers=2, num_heads=4, embed_dims=48))))
+
+
+@pytest.mark.parametrize('size', PLAIN, ids=str)
+def test_segmenter(size):
+    """Its decoder keeps a token for each class behind the patches."""
+    check_adapter(segmenter(), torch.randn(2, 3, *size), patches(*size),
+                  suffix=lambda name: 7 * ('decode_head' in name), expected=4)
+
+
+def test_segmenter_report():
+    report = report_isr(segmenter(), 2, (80, 112))
+    assert [(stage.stage, stage.blocks, stage.keys) for stage in report.stages] == [
+        ('encoder 1', 2, (35, 12)), ('decoder 1', 2, (35 + 7, 12 + 7))]
+    assert not report.untouched
 
 
 class SideAdapter(torch.nn.Module):
@@ -101,10 +107,10 @@ class SideAdapter(torch.nn.Module):
         return self.network.encode_feature(image, [None], [])[0]
 
 
-@pytest.mark.parametrize('size', [(96, 96), (80, 112)], ids=str)
+@pytest.mark.parametrize('size', PLAIN, ids=str)
 def test_side_adapter(size, monkeypatch):
     """Queries stand in front of the patches."""
     # The fork's class asks for an operator of mmcv that only its losses need.
     monkeypatch.setattr(san_head, 'point_sample', print, raising=False)
-    check_adapter(SideAdapter(), torch.randn(2, 3, *size), [(size[0] // 16, size[1] // 16)],
+    check_adapter(SideAdapter(), torch.randn(2, 3, *size), patches(*size),
                   prefix=5, expected=2, compiled=False)

@@ -28,7 +28,7 @@ def build(ratios=RATIOS, weight=1., **parts):
                   type='StreamedEncoderDecoder')
     config['backbone']['drop_path_rate'] = 0.
     if ratios is not None:
-        config['train_cfg'] = dict(isr_range=dict(ratios=ratios, weight=weight))
+        config['train_cfg'] = dict(isr_range=dict(isr_ratios=ratios, weight=weight))
     model = MODELS.build({**config, **copy.deepcopy(parts)})
     for module in model.modules():
         if isinstance(module, torch.nn.Conv2d):
@@ -38,8 +38,8 @@ def build(ratios=RATIOS, weight=1., **parts):
 
 def batch():
     labels = torch.randint(8, (2, 1, 64, 64))
-    return torch.randn(2, 3, 64, 64), [SegDataSample(gt_sem_seg=PixelData(data=each))
-                                       for each in labels]
+    return torch.randn(2, 3, 64, 64), [SegDataSample(gt_sem_seg=PixelData(data=label))
+                                       for label in labels]
 
 
 def test_consistency():
@@ -145,12 +145,12 @@ def test_it_keeps_the_ratios_together():
 
 
 @pytest.mark.parametrize(('isr_range', 'error', 'message'), [
-    (dict(ratios=()), ConfigError, 'list one ratio or more'),
-    (dict(ratios='2'), ConfigError, 'list one ratio or more'),
-    (dict(ratio=2), ConfigError, 'it takes ratios, a list, and weight'),
-    (dict(ratios=(2,), weight=-1), ConfigError, 'must not be negative'),
-    (dict(ratios=('22x',)), RatioError, 'means nothing'),
-    (dict(ratios=('221-222',)), RatioError, 'which has 4 stages'),
+    (dict(isr_ratios=()), ConfigError, 'list of at least one ratio'),
+    (dict(isr_ratios='2'), ConfigError, 'list of at least one ratio'),
+    (dict(ratios=(2,)), ConfigError, 'it takes isr_ratios, a list, and weight'),
+    (dict(isr_ratios=(2,), weight=-1), ConfigError, 'must not be negative'),
+    (dict(isr_ratios=('22x',)), RatioError, 'cannot parse'),
+    (dict(isr_ratios=('221-222',)), RatioError, 'which has 4 stages'),
 ])
 def test_wrong_settings(isr_range, error, message):
     with pytest.raises(error, match=message):
@@ -161,9 +161,9 @@ def test_wrong_settings(isr_range, error, message):
 def test_heads_without_plain_logits():
     head = dict(type='DAHead', in_channels=64, in_index=2, channels=16, pam_channels=8,
                 num_classes=8, norm_cfg=dict(type='BN'))
-    with pytest.raises(ConfigError, match='DAHead has no logits per pixel'):
+    with pytest.raises(ConfigError, match='logits per pixel, not DAHead'):
         build(decode_head=head)
 
 
 def test_names_mean_what_they_do_elsewhere():
-    assert RatioRange(('optimal',)).ratios == [ISRRatio.parse('2211-222')]
+    assert RatioRange(('optimal',)).isr_ratios == [ISRRatio.parse('2211-222')]

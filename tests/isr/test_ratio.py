@@ -1,4 +1,4 @@
-"""What a ratio may be, and what is said of the others."""
+"""Which ratios are valid, and how the others are refused."""
 import pytest
 
 from mmseg_edaformer.errors import RatioError
@@ -32,10 +32,16 @@ def test_a_wrong_count_is_told_once_the_model_is_known(value, part, count):
         ISRRatio.parse(value).for_stages(part, count)
 
 
-@pytest.mark.parametrize('value', ['2', '2211-222', '16,8,1,1-2,2,2', '1-2', '12,-3,', 'auto'])
+@pytest.mark.parametrize('value', ['2', '2211-222', '16,8,1,1-2,2,2', '1-2', '12,-3', '2-12,',
+                                   '12,1,1,1-2', 'none', 'auto'])
 def test_print_and_read_again(value):
     assert str(ISRRatio.parse(value)) == value
     assert ISRRatio.parse(str(ISRRatio.parse(value))) == ISRRatio.parse(value)
+
+
+@pytest.mark.parametrize('value', [1, '1', '1-1', '1111-111'])
+def test_one_everywhere_prints_none(value):
+    assert str(ISRRatio.parse(value)) == 'none'
 
 
 def test_auto_is_not_one_but_has_its_multipliers():

@@ -6,9 +6,9 @@ from torch import nn
 
 from mmseg_edaformer.errors import RatioError
 from mmseg_edaformer.isr import apply_isr, register_isr
-from mmseg_edaformer.isr.adapters import find_attention
-from mmseg_edaformer.isr.adapters.research import RULES, find
-from mmseg_edaformer.isr.registry import Irreducible
+from mmseg_edaformer.isr.adapters.research import RULES
+from mmseg_edaformer.isr.registry import find_attention, research_rule
+from mmseg_edaformer.isr.rules import Irreducible
 
 from .check import check_adapter
 
@@ -35,7 +35,7 @@ class Model(nn.Module):
         super().__init__()
         self.patch_embed = nn.Module()
         self.patch_embed.proj = nn.Conv2d(3, WIDTH, stride, stride)
-        self.mix = nn.Linear(WIDTH, 3 * WIDTH)
+        self.mix = linear(3)
         nn.init.normal_(self.mix.weight, std=0.4)
         self.attn, self.call = attn, call
 
@@ -56,22 +56,36 @@ def with_token(model, x):
     return model.attn(torch.cat([tokens[:, :1], tokens], 1), *x.shape[-2:])
 
 
+def module(name, forward, **attributes):
+    """A module of a class of that name, with these attributes."""
+    attn = type(name, (nn.Module,), dict(forward=forward))()
+    for key, value in attributes.items():
+        setattr(attn, key, value)
+    return attn
+
+
+def linear(times=1):
+    return nn.Linear(WIDTH, times * WIDTH)
+
+
+def conv(kernel, stride=1, padding=0, **kwargs):
+    return nn.Conv2d(WIDTH, WIDTH, kernel, stride, padding, **kwargs)
+
+
+def depthwise(channels=WIDTH, stride=1):
+    return nn.Conv2d(channels, channels, 3, stride, 1, groups=channels)
+
+
 def strided(sr_ratio):
     """PVT's and SegFormer's: a strided convolution in front of one Linear for keys and values."""
-    class Attention(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.sr_ratio = sr_ratio
-            self.q, self.kv = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2 * WIDTH)
-            self.sr = nn.Conv2d(WIDTH, WIDTH, sr_ratio, sr_ratio)
-
-        def forward(self, x, H, W):
-            y = x
-            if self.sr_ratio > 1:
-                y = self.sr(x.transpose(1, 2).reshape(len(x), -1, H, W)).flatten(2).transpose(1, 2)
-            key, value = self.kv(y).chunk(2, -1)
-            return join(weigh(heads(self.q(x)), heads(key), heads(value)))
-    return Attention()
+    def forward(self, x, H, W):
+        y = x
+        if self.sr_ratio > 1:
+            y = self.sr(x.transpose(1, 2).reshape(len(x), -1, H, W)).flatten(2).transpose(1, 2)
+        key, value = self.kv(y).chunk(2, -1)
+        return join(weigh(heads(self.q(x)), heads(key), heads(value)))
+    return module('Attention', forward, sr_ratio=sr_ratio, q=linear(), kv=linear(2),
+                  sr=conv(sr_ratio, sr_ratio))
 
 
 def last_stage():
@@ -83,50 +97,34 @@ def last_stage():
 
 def convolved():
     """CvT: convolutions make queries and keys, without the class token."""
-    class Attention(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.with_cls_token = True
-            self.conv_proj_q = nn.Conv2d(WIDTH, WIDTH, 3, 1, 1)
-            self.conv_proj_k = nn.Conv2d(WIDTH, WIDTH, 3, 2, 1)
-            self.proj_q, self.proj_k = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
-
-        def forward(self, x, h, w):
-            token, image = x[:, :1], x[:, 1:].transpose(1, 2).reshape(len(x), -1, h, w)
-            query, key = (heads(proj(torch.cat([token, conv(image).flatten(2).transpose(1, 2)], 1)))
-                          for proj, conv in ((self.proj_q, self.conv_proj_q),
-                                             (self.proj_k, self.conv_proj_k)))
-            weights = F.softmax(torch.einsum('bhlk,bhtk->bhlt', [query, key]), dim=-1)
-            return join(torch.einsum('bhlt,bhtv->bhlv', [weights, key]))
-    return Model(Attention(), with_token)
+    def forward(self, x, h, w):
+        token, image = x[:, :1], x[:, 1:].transpose(1, 2).reshape(len(x), -1, h, w)
+        query, key = (heads(proj(torch.cat([token, conv(image).flatten(2).transpose(1, 2)], 1)))
+                      for proj, conv in ((self.proj_q, self.conv_proj_q),
+                                         (self.proj_k, self.conv_proj_k)))
+        weights = F.softmax(torch.einsum('bhlk,bhtk->bhlt', [query, key]), dim=-1)
+        return join(torch.einsum('bhlt,bhtv->bhlv', [weights, key]))
+    return Model(module('Attention', forward, with_cls_token=True, conv_proj_q=conv(3, 1, 1),
+                        conv_proj_k=conv(3, 2, 1), proj_q=linear(), proj_k=linear()), with_token)
 
 
 def multiscale():
     """MViTv2: pooled keys and values beside a class token."""
-    class MultiScaleAttention(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.has_cls_embed = True
-            self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-            self.pool_k = nn.Conv2d(WIDTH, WIDTH, 3, 2, 1, groups=WIDTH)
-
-        def forward(self, x, hw_shape):
-            query, *pooled = self.qkv(x).chunk(3, -1)
-            for i, part in enumerate(pooled):
-                image = self.pool_k(part[:, 1:].transpose(1, 2).reshape(len(x), -1, *hw_shape))
-                pooled[i] = heads(torch.cat([part[:, :1], image.flatten(2).transpose(1, 2)], 1))
-            return self.proj(join(weigh(heads(query), *pooled)))
-    return Model(MultiScaleAttention(), lambda model, x: model.attn(torch.cat(
-        [x.flatten(2).mean(2)[:, None], x.flatten(2).transpose(1, 2)], 1), list(x.shape[-2:])))
+    def forward(self, x, hw_shape):
+        query, *pooled = self.qkv(x).chunk(3, -1)
+        for i, part in enumerate(pooled):
+            image = self.pool_k(part[:, 1:].transpose(1, 2).reshape(len(x), -1, *hw_shape))
+            pooled[i] = heads(torch.cat([part[:, :1], image.flatten(2).transpose(1, 2)], 1))
+        return self.proj(join(weigh(heads(query), *pooled)))
+    return Model(plain('MultiScaleAttention', forward, has_cls_embed=True,
+                       pool_k=depthwise(stride=2)), lambda model, x: model.attn(torch.cat(
+                           [x.flatten(2).mean(2)[:, None], x.flatten(2).transpose(1, 2)], 1),
+                           list(x.shape[-2:])))
 
 
 def plain(name, forward, **attributes):
-    """A module of that class with these attributes besides its projections."""
-    attn = type(name, (nn.Module,), dict(forward=forward))()
-    attn.qkv, attn.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-    for key, value in attributes.items():
-        setattr(attn, key, value)
-    return attn
+    """`module` with a plain attention's projections."""
+    return module(name, forward, qkv=linear(3), proj=linear(), **attributes)
 
 
 def of_map(name, side=0, **attributes):
@@ -192,7 +190,7 @@ class Stage(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.pos_embed = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, groups=WIDTH)
+        self.pos_embed = depthwise()
         self.attn = vit().attn
 
     def forward(self, x):
@@ -224,104 +222,74 @@ def sparse():
 
 def shunted():
     """Half of the heads see keys of one grid, the others those of another; both mix values."""
-    class Attention(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.sr_ratio = 4
-            self.q = nn.Linear(WIDTH, WIDTH)
-            self.sr1, self.sr2 = nn.Conv2d(WIDTH, WIDTH, 4, 4), nn.Conv2d(WIDTH, WIDTH, 2, 2)
-            self.kv1, self.kv2 = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
-            self.local_conv1 = nn.Conv2d(WIDTH // 2, WIDTH // 2, 3, padding=1, groups=WIDTH // 2)
-            self.local_conv2 = nn.Conv2d(WIDTH // 2, WIDTH // 2, 3, padding=1, groups=WIDTH // 2)
-
-        def forward(self, x, H, W):
-            image = x.transpose(1, 2).reshape(len(x), -1, H, W)
-            query, out = heads(self.q(x)), []
-            for i, (sr, kv, conv) in enumerate(((self.sr1, self.kv1, self.local_conv1),
-                                                (self.sr2, self.kv2, self.local_conv2))):
-                y = sr(image)
-                size = y.shape[-2:]
-                key, value = (heads(part, 1) for part in
-                              kv(y.flatten(2).transpose(1, 2)).chunk(2, -1))
-                weights = (query[:, i:i + 1] @ key.transpose(-2, -1)).softmax(dim=-1)
-                mixed = conv(value.transpose(-2, -1).reshape(len(x), -1, *size))
-                value = value + mixed.view(len(x), 1, -1, size[0] * size[1]).transpose(-2, -1)
-                out.append(weights @ value)
-            return join(torch.cat(out, 1))
-    return Attention()
+    def forward(self, x, H, W):
+        image = x.transpose(1, 2).reshape(len(x), -1, H, W)
+        query, out = heads(self.q(x)), []
+        for i, (sr, kv, conv) in enumerate(((self.sr1, self.kv1, self.local_conv1),
+                                            (self.sr2, self.kv2, self.local_conv2))):
+            y = sr(image)
+            size = y.shape[-2:]
+            key, value = (heads(part, 1) for part in
+                          kv(y.flatten(2).transpose(1, 2)).chunk(2, -1))
+            weights = (query[:, i:i + 1] @ key.transpose(-2, -1)).softmax(dim=-1)
+            mixed = conv(value.transpose(-2, -1).reshape(len(x), -1, *size))
+            value = value + mixed.view(len(x), 1, -1, size[0] * size[1]).transpose(-2, -1)
+            out.append(weights @ value)
+        return join(torch.cat(out, 1))
+    return module('Attention', forward, sr_ratio=4, q=linear(), sr1=conv(4, 4), sr2=conv(2, 2),
+                  kv1=linear(), kv2=linear(), local_conv1=depthwise(WIDTH // 2),
+                  local_conv2=depthwise(WIDTH // 2))
 
 
 def hat():
     """Attention within windows, then to a pooled map, in one forward."""
-    class Attention(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.grid_size, self.head_dim = 4, WIDTH
-            self.qkv = nn.Conv2d(WIDTH, 3 * WIDTH, 1)
-            self.q, self.kv = nn.Conv2d(WIDTH, WIDTH, 1), nn.Conv2d(WIDTH, 2 * WIDTH, 1)
-            self.avg_pool = nn.AvgPool2d(2, 2)
-            self.proj_norm = nn.GroupNorm(1, WIDTH)
-
-        def forward(self, x):
-            (B, C, H, W), g = x.shape, self.grid_size
-            windows = self.qkv(x).reshape(B, 3, C, H // g, g, W // g, g)
-            local = weigh(*windows.permute(1, 0, 3, 5, 4, 6, 2).reshape(3, -1, g * g, C))
-            local = local.reshape(B, H // g, W // g, g, g, C).permute(0, 5, 1, 3, 2, 4)
-            x = x + local.reshape(B, C, H, W)
-            key, value = self.kv(self.avg_pool(x)).flatten(2).transpose(1, 2).chunk(2, -1)
-            out = weigh(self.q(x).flatten(2).transpose(1, 2), key, value)
-            return self.proj_norm(out.transpose(1, 2).reshape(B, C, H, W))
-    return Attention()
+    def forward(self, x):
+        (B, C, H, W), g = x.shape, self.grid_size
+        windows = self.qkv(x).reshape(B, 3, C, H // g, g, W // g, g)
+        local = weigh(*windows.permute(1, 0, 3, 5, 4, 6, 2).reshape(3, -1, g * g, C))
+        local = local.reshape(B, H // g, W // g, g, g, C).permute(0, 5, 1, 3, 2, 4)
+        x = x + local.reshape(B, C, H, W)
+        key, value = self.kv(self.avg_pool(x)).flatten(2).transpose(1, 2).chunk(2, -1)
+        out = weigh(self.q(x).flatten(2).transpose(1, 2), key, value)
+        return self.proj_norm(out.transpose(1, 2).reshape(B, C, H, W))
+    return module('Attention', forward, grid_size=4, head_dim=WIDTH,
+                  qkv=nn.Conv2d(WIDTH, 3 * WIDTH, 1), q=conv(1), kv=nn.Conv2d(WIDTH, 2 * WIDTH, 1),
+                  avg_pool=nn.AvgPool2d(2, 2), proj_norm=nn.GroupNorm(1, WIDTH))
 
 
 def pyramid():
     """Keys from several pooled maps behind each other, with a convolution on each."""
-    class PoolingAttention(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.pool_ratios = [2, 3, 5]
-            self.q, self.kv = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2 * WIDTH)
+    def forward(self, x, H, W, d_convs=None):
+        image, maps = x.transpose(1, 2).reshape(len(x), -1, H, W), []
+        for ratio, conv in zip(self.pool_ratios, d_convs):
+            pooled = F.adaptive_avg_pool2d(image, (round(H / ratio), round(W / ratio)))
+            maps.append((pooled + conv(pooled)).flatten(2))
+        key, value = self.kv(torch.cat(maps, 2).transpose(1, 2)).chunk(2, -1)
+        return join(weigh(heads(self.q(x)), heads(key), heads(value)))
 
-        def forward(self, x, H, W, d_convs=None):
-            image, maps = x.transpose(1, 2).reshape(len(x), -1, H, W), []
-            for ratio, conv in zip(self.pool_ratios, d_convs):
-                pooled = F.adaptive_avg_pool2d(image, (round(H / ratio), round(W / ratio)))
-                maps.append((pooled + conv(pooled)).flatten(2))
-            key, value = self.kv(torch.cat(maps, 2).transpose(1, 2)).chunk(2, -1)
-            return join(weigh(heads(self.q(x)), heads(key), heads(value)))
-
-    class Pyramid(Model):
-        def __init__(self):
-            super().__init__(PoolingAttention(), None)
-            self.convs = nn.ModuleList(nn.Conv2d(WIDTH, WIDTH, 3, padding=1) for _ in range(3))
-
-        def forward(self, image):
-            x = self.patch_embed.proj(image)
-            return self.attn(x.flatten(2).transpose(1, 2), *x.shape[-2:], d_convs=self.convs)
-    return Pyramid()
+    model = Model(module('PoolingAttention', forward, pool_ratios=[2, 3, 5], q=linear(),
+                         kv=linear(2)),
+                  lambda model, x: model.attn(x.flatten(2).transpose(1, 2), *x.shape[-2:],
+                                              d_convs=model.convs))
+    model.convs = nn.ModuleList(conv(3, 1, 1) for _ in range(3))
+    return model
 
 
 def deformable():
     """Keys at shifted places of a coarser grid; values stand transposed: v @ attn^T."""
-    class DAttentionBaseline(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv_offset = nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 3, 2, 1), nn.GELU(),
-                                             nn.Conv2d(WIDTH, 2, 1))
-            self.proj_q, self.proj_k, self.proj_v = (nn.Conv2d(WIDTH, WIDTH, 1) for _ in range(3))
-
-        def forward(self, x):
-            B, C, H, W = x.shape
-            query = self.proj_q(x)
-            places = self.conv_offset(query).tanh()
-            keys = places.shape[-2] * places.shape[-1]
-            sampled = F.grid_sample(x, places.permute(0, 2, 3, 1), align_corners=True)
-            sampled = sampled.reshape(B, C, 1, keys)
-            query, key, value = (part.reshape(B * HEADS, C // HEADS, -1) for part in (
-                query, self.proj_k(sampled), self.proj_v(sampled)))
-            scores = F.softmax(torch.einsum('b c m, b c n -> b m n', query, key), dim=2)
-            return torch.einsum('b m n, b c n -> b c m', scores, value).reshape(B, C, H, W)
-    return DAttentionBaseline()
+    def forward(self, x):
+        B, C, H, W = x.shape
+        query = self.proj_q(x)
+        places = self.conv_offset(query).tanh()
+        keys = places.shape[-2] * places.shape[-1]
+        sampled = F.grid_sample(x, places.permute(0, 2, 3, 1), align_corners=True)
+        sampled = sampled.reshape(B, C, 1, keys)
+        query, key, value = (part.reshape(B * HEADS, C // HEADS, -1) for part in (
+            query, self.proj_k(sampled), self.proj_v(sampled)))
+        scores = F.softmax(torch.einsum('b c m, b c n -> b m n', query, key), dim=2)
+        return torch.einsum('b m n, b c n -> b c m', scores, value).reshape(B, C, H, W)
+    return module('DAttentionBaseline', forward, proj_q=conv(1), proj_k=conv(1), proj_v=conv(1),
+                  conv_offset=nn.Sequential(conv(3, 2, 1), nn.GELU(), nn.Conv2d(WIDTH, 2, 1)))
 
 
 def partition(x, rows, columns):
@@ -332,48 +300,32 @@ def partition(x, rows, columns):
 
 def messenger():
     """A token in front of each window, whose biases are its own."""
-    class WindowAttention(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.window_size = (4, 6)
-            self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
-            self.rel_pos_msg = nn.Parameter(torch.randn(HEADS, 2, 1, 1))
-            self.table = nn.Parameter(torch.randn(HEADS, 24, 24))
-
-        def forward(self, x):
-            query, key, value = (heads(part) for part in self.qkv(x).chunk(3, -1))
-            scores = query @ key.transpose(-2, -1)
-            bias = torch.cat([self.rel_pos_msg[:, 0].expand(-1, 24, -1), self.table], -1)
-            bias = torch.cat([self.rel_pos_msg[:, 1].expand(-1, -1, 25), bias], -2)
-            scores += bias.unsqueeze(0)
-            return join(scores.softmax(-1) @ value)
+    def forward(self, x):
+        query, key, value = (heads(part) for part in self.qkv(x).chunk(3, -1))
+        scores = query @ key.transpose(-2, -1)
+        bias = torch.cat([self.rel_pos_msg[:, 0].expand(-1, 24, -1), self.table], -1)
+        bias = torch.cat([self.rel_pos_msg[:, 1].expand(-1, -1, 25), bias], -2)
+        scores += bias.unsqueeze(0)
+        return join(scores.softmax(-1) @ value)
 
     def call(model, x):
         windows = partition(x, 4, 6)
         return model.attn(torch.cat([windows.mean(2, keepdim=True), windows], 2))
-    return Model(WindowAttention(), call)
+    return Model(module('WindowAttention', forward, window_size=(4, 6), qkv=linear(3),
+                        rel_pos_msg=nn.Parameter(torch.randn(HEADS, 2, 1, 1)),
+                        table=nn.Parameter(torch.randn(HEADS, 24, 24))), call)
 
 
 def regional(masked):
     """One module for the tokens of all regions, then for each window behind its region's token."""
-    class AttentionWithRelPos(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.num_cls_tokens = 1
-            self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
-            self.rel_pos = nn.Parameter(torch.randn(HEADS, 16, 16))
-
-        def forward(self, x, patch_attn=False, mask=None):
-            query, key, value = (heads(part) for part in self.qkv(x).chunk(3, -1))
-            scores = query @ key.transpose(-2, -1)
-            if patch_attn:
-                scores[:, :, 1:, 1:] = scores[:, :, 1:, 1:] + self.rel_pos
-            if mask is not None:
-                scores = scores.masked_fill(mask.unsqueeze(1) == 0, torch.finfo(scores.dtype).min)
-            return join(scores.softmax(dim=-1) @ value)
-
-    class Block(Model):
-        kernel_size = [(4, 4), (4, 4), 0]
+    def forward(self, x, patch_attn=False, mask=None):
+        query, key, value = (heads(part) for part in self.qkv(x).chunk(3, -1))
+        scores = query @ key.transpose(-2, -1)
+        if patch_attn:
+            scores[:, :, 1:, 1:] = scores[:, :, 1:, 1:] + self.rel_pos
+        if mask is not None:
+            scores = scores.masked_fill(mask.unsqueeze(1) == 0, torch.finfo(scores.dtype).min)
+        return join(scores.softmax(dim=-1) @ value)
 
     def call(model, x):
         windows = partition(x, 4, 4).flatten(0, 1)
@@ -385,72 +337,58 @@ def regional(masked):
             mask = there.expand(len(windows), 17, 17)
         windows = torch.cat([regions.reshape(-1, 1, WIDTH), windows], 1)
         return model.attn(windows, patch_attn=True, mask=mask)
-    return Block(AttentionWithRelPos(), call)
+
+    model = Model(module('AttentionWithRelPos', forward, num_cls_tokens=1, qkv=linear(3),
+                         rel_pos=nn.Parameter(torch.randn(HEADS, 16, 16))), call)
+    model.kernel_size = [(4, 4), (4, 4), 0]
+    return model
 
 
 def stripes():
     """Windows whose sides are two attributes, and a convolution on the values of each."""
-    class LePEAttention(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.H_sp, self.W_sp = 2, 6
-            self.get_v = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, groups=WIDTH)
-
-        def forward(self, qkv):
-            B, C = qkv[0].shape[:2]
-            query, key, value = (heads(partition(part, 2, 6)) for part in qkv)
-            image = join(value).flatten(0, 1).transpose(1, 2).reshape(-1, C, 2, 6)
-            own = self.get_v(image).flatten(2).transpose(1, 2).reshape(B, -1, 12, C)
-            return join(weigh(query, key, value)) + own
+    def forward(self, qkv):
+        B, C = qkv[0].shape[:2]
+        query, key, value = (heads(partition(part, 2, 6)) for part in qkv)
+        image = join(value).flatten(0, 1).transpose(1, 2).reshape(-1, C, 2, 6)
+        own = self.get_v(image).flatten(2).transpose(1, 2).reshape(B, -1, 12, C)
+        return join(weigh(query, key, value)) + own
 
     def call(model, x):
         qkv = model.mix(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return model.attn(qkv.chunk(3, 1))
-    return Model(LePEAttention(), call)
+    return Model(module('LePEAttention', forward, H_sp=2, W_sp=6, get_v=depthwise()), call)
 
 
 def light():
     """Attention over the map's own tokens, N x h x w x C, twice in one forward."""
-    class Attention(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.rasa_cfg, self.sr = True, nn.Conv2d(WIDTH, WIDTH, 2, 2)
-            self.q, self.kv = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2 * WIDTH)
-
-        def forward(self, x):
-            for _ in range(2):
-                key, value = self.kv(self.sr(x.permute(0, 3, 1, 2)).flatten(2).transpose(
-                    1, 2)).chunk(2, -1)
-                x = x + weigh(self.q(x).flatten(1, 2), key, value).reshape(x.shape)
-            return x
-    return Model(Attention(), lambda model, x: model.attn(x.permute(0, 2, 3, 1)))
+    def forward(self, x):
+        for _ in range(2):
+            key, value = self.kv(self.sr(x.permute(0, 3, 1, 2)).flatten(2).transpose(
+                1, 2)).chunk(2, -1)
+            x = x + weigh(self.q(x).flatten(1, 2), key, value).reshape(x.shape)
+        return x
+    return Model(module('Attention', forward, rasa_cfg=True, sr=conv(2, 2), q=linear(),
+                        kv=linear(2)), lambda model, x: model.attn(x.permute(0, 2, 3, 1)))
 
 
 def vit(tokens=1, policy=False, name='Attention'):
     """A plain ViT, with tokens in front."""
-    class Attention(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.num_heads, self.apply_rope = HEADS, None
-            self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-            if policy:
-                self.softmax_with_policy = self.normalise
+    def normalise(scores, policy):
+        weights = (scores - scores.amax(-1, keepdim=True)).exp() * policy
+        return weights / weights.sum(-1, keepdim=True)
 
-        def normalise(self, scores, policy):
-            weights = (scores - scores.amax(-1, keepdim=True)).exp() * policy
-            return weights / weights.sum(-1, keepdim=True)
-
-        def forward(self, x, policy=None):
-            query, key, value = (heads(part) for part in self.qkv(x).chunk(3, -1))
-            if policy is None:
-                return self.proj(join(weigh(query, key, value)))
-            return self.proj(join(self.normalise(query @ key.transpose(-2, -1), policy) @ value))
+    def forward(self, x, policy=None):
+        query, key, value = (heads(part) for part in self.qkv(x).chunk(3, -1))
+        if policy is None:
+            return self.proj(join(weigh(query, key, value)))
+        return self.proj(join(normalise(query @ key.transpose(-2, -1), policy) @ value))
 
     def call(model, x):
         x = x.flatten(2).transpose(1, 2)
         return model.attn(torch.cat([model.tokens.expand(len(x), -1, -1), x], 1))
-    Attention.__name__ = name
-    model = Model(Attention(), call)
+
+    model = Model(plain(name, forward, num_heads=HEADS, apply_rope=None,
+                        **dict(softmax_with_policy=normalise) if policy else {}), call)
     model.tokens = nn.Parameter(torch.randn(1, tokens, WIDTH))
     return model
 
@@ -542,10 +480,10 @@ def test_nothing_to_reduce_has_a_reason(name, attributes, reason):
 
 def test_the_name_alone_is_not_enough():
     for name in RULES:
-        assert find(type(name, (nn.Module,), {})()) is None
+        assert research_rule(type(name, (nn.Module,), {})()) is None
     stranger = type('Attention', (nn.Module,), {'forward': lambda self, x: x})()
     stranger.q, stranger.sr_ratio = nn.Linear(2, 2), 1
-    assert find(stranger) is None, 'its forward takes no H and W'
+    assert research_rule(stranger) is None, 'its forward takes no H and W'
 
 
 @pytest.mark.parametrize('forward', [
@@ -553,7 +491,7 @@ def test_the_name_alone_is_not_enough():
     lambda self, x_all, mask_all=None: x_all,  # Focal: keys of its window and of those around it
 ], ids=['green', 'focal'])
 def test_other_windows_are_not_guessed(forward):
-    assert find(plain('WindowAttention', forward, window_size=(4, 4),
+    assert research_rule(plain('WindowAttention', forward, window_size=(4, 4),
                       relative_position_bias_table=0)) is None
 
 
@@ -561,4 +499,4 @@ def test_register_isr_comes_first():
     model = Model(strided(2), as_tokens)
     register_isr('Attention', irreducible='mine')
     assert find_attention(model).irreducible == {'attn': 'Attention: mine'}
-    assert not isinstance(find(model.attn), Irreducible)
+    assert not isinstance(research_rule(model.attn), Irreducible)

@@ -9,7 +9,7 @@ import torch
 import mmseg_edaformer  # noqa: F401  makes torchvision importable, which timm needs
 from mmseg_edaformer.errors import RatioError
 from mmseg_edaformer.isr import apply_isr
-from mmseg_edaformer.isr.adapters import find_attention
+from mmseg_edaformer.isr.registry import find_attention
 
 from .check import check_adapter, layers, lively
 
@@ -178,7 +178,7 @@ def test_hiera(fused, device):
 
 def test_hiera_that_a_mask_left_tokens_out_of():
     """A quarter of the tokens of one map are as many as all of the next one, but lie on none."""
-    from mmseg_edaformer.isr.intercept import recording
+    from mmseg_edaformer.isr.reduction import recording
     model = build('hiera_tiny_224', img_size=(64, 64), embed_dim=16, stages=(1, 1, 2, 1),
                   num_classes=0)
     mask = torch.tensor([[True, False, False, False]])

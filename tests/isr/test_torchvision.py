@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import mmseg_edaformer  # noqa: F401  makes torchvision importable
-from mmseg_edaformer.isr.adapters import find_attention
+from mmseg_edaformer.isr.registry import find_attention
 
 from .check import check_adapter, lively
 from .test_mmseg import sizes

@@ -27,10 +27,9 @@ def sdpa(x, kv, num_heads):
 @pytest.mark.parametrize('threads', [1, 2])
 def test_by_rows(heads, dim, size, keys, rows, threads, monkeypatch):
     if rows != 'native':
-        monkeypatch.setattr(attention.native, '_library', lambda: None)
+        monkeypatch.setattr(attention.cpu_kernels, '_library', lambda: None)
         monkeypatch.setattr(attention, 'SCORE_BYTES',
                             rows * size[1] * heads * keys[0] * keys[1] * 4)
-    torch.manual_seed(0)
     x, kv = (torch.randn(2, heads * dim, *shape).to(memory_format=torch.channels_last)
              for shape in (size, keys))
     before = torch.get_num_threads()
@@ -44,16 +43,22 @@ def test_by_rows(heads, dim, size, keys, rows, threads, monkeypatch):
     assert found.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize('compiled', [True, False])
-def test_by_rows_in_bfloat16(compiled, monkeypatch):
-    if not compiled:
-        monkeypatch.setattr(attention.native, '_library', lambda: None)
-    torch.manual_seed(0)
+@pytest.fixture(params=[True, False], ids=['compiled', 'plain'])
+def _kernels(request, monkeypatch):
+    """With the compiled operators, and without."""
+    if not request.param:
+        monkeypatch.setattr(attention.cpu_kernels, '_library', lambda: None)
+
+
+@pytest.mark.usefixtures('_kernels')
+@torch.no_grad()
+def test_by_rows_in_bfloat16_and_with_large_scores():
     x, kv = torch.randn(1, 64, 12, 12), torch.randn(1, 64, 6, 6)
-    with torch.no_grad():
-        found = attention.attend_by_rows(x.bfloat16(), kv.bfloat16(), 2)
-    error = (found.float() - sdpa(x, kv, 2)).abs().max()
-    assert error < 0.03
+    out = attention.attend_by_rows(x.bfloat16(), kv.bfloat16(), 2)
+    assert (out.float() - sdpa(x, kv, 2)).abs().max() < 0.03
+    x = torch.randn(1, 32, 6, 6) * 300
+    torch.testing.assert_close(attention.attend_by_rows(x, x, 1), sdpa(x, x, 1), rtol=1e-5,
+                               atol=1e-3)
 
 
 @pytest.mark.gpu
@@ -70,7 +75,6 @@ def test_gradients_take_the_differentiable_way(device):
 @pytest.mark.gpu
 @pytest.mark.parametrize('relu', [True, False])
 def test_padding_changes_nothing(relu, device, monkeypatch):
-    torch.manual_seed(0)
     ffn = MixFFN(16, 3.8, relu=relu).to(device)
     x = torch.randn(2, 16, 6, 5).to(device, memory_format=torch.channels_last)
     expected = ffn(x)
@@ -106,15 +110,15 @@ def test_gpus_pad_only_to_predict(segmentor, dtype, cuda, monkeypatch):
 @pytest.mark.skipif(shutil.which('g++') is None, reason='needs g++')
 def test_native_is_built_once_and_used(tmp_path, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
-    monkeypatch.setattr(attention.native, '_library',
-                        functools.cache(attention.native._library.__wrapped__))
+    monkeypatch.setattr(attention.cpu_kernels, '_library',
+                        functools.cache(attention.cpu_kernels._library.__wrapped__))
     x = torch.randn(1, 32, 4, 4)
-    found = attention.native.attend(x, x, 1)
+    found = attention.cpu_kernels.attend(x, x, 1)
     torch.testing.assert_close(found, sdpa(x, x, 1), rtol=1e-5, atol=1e-5)
     library, = (tmp_path / 'mmseg_edaformer').iterdir()
     built = library.stat().st_mtime_ns
-    attention.native._library.cache_clear()
-    attention.native.attend(x, x, 1)
+    attention.cpu_kernels._library.cache_clear()
+    attention.cpu_kernels.attend(x, x, 1)
     assert library.stat().st_mtime_ns == built
     content = library.read_bytes()
 
@@ -125,16 +129,9 @@ def test_native_is_built_once_and_used(tmp_path, monkeypatch):
     for damaged in (content[:len(content) // 2], content[:-1], b'', content[:-1] + b'x'):
         library.unlink()  # this process uses it
         library.write_bytes(damaged)
-        attention.native._library.cache_clear()
-        torch.testing.assert_close(attention.native.attend(x, x, 1), found)
+        attention.cpu_kernels._library.cache_clear()
+        torch.testing.assert_close(attention.cpu_kernels.attend(x, x, 1), found)
         assert library.read_bytes() == content
-
-
-def test_large_scores_do_not_overflow():
-    x = torch.randn(1, 32, 6, 6) * 300
-    with torch.no_grad():
-        torch.testing.assert_close(attention.attend_by_rows(x, x, 1), sdpa(x, x, 1), rtol=1e-5,
-                                   atol=1e-3)
 
 
 def test_a_broken_compiler_is_named_and_done_without(tmp_path, monkeypatch):
@@ -144,20 +141,17 @@ def test_a_broken_compiler_is_named_and_done_without(tmp_path, monkeypatch):
     monkeypatch.setenv('CXX', str(compiler))
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     with pytest.warns(UserWarning, match='no such option'):
-        assert attention.native._library.__wrapped__() is None
+        assert attention.cpu_kernels._library.__wrapped__() is None
 
 
-@pytest.mark.parametrize('compiled', [True, False])
+@pytest.mark.usefixtures('_kernels')
 @pytest.mark.parametrize('shape', [(1, 16, 1, 1), (2, 121, 9, 35), (1, 3, 2, 2), (1, 64, 40, 41)])
-def test_gelu(shape, compiled, monkeypatch):
-    if not compiled:
-        monkeypatch.setattr(attention.native, '_library', lambda: None)
-    torch.manual_seed(0)
+@torch.no_grad()
+def test_gelu(shape):
     x = (torch.randn(shape) * 4).to(memory_format=torch.channels_last)
     expected, half = F.gelu(x), x.bfloat16()
-    with torch.no_grad():
-        torch.testing.assert_close(gelu(x.clone()), expected, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(gelu(half.clone()), F.gelu(half), rtol=8e-3, atol=1e-6)
+    torch.testing.assert_close(gelu(x.clone()), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gelu(half.clone()), F.gelu(half), rtol=8e-3, atol=1e-6)
 
 
 @pytest.mark.gpu

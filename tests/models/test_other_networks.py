@@ -6,11 +6,11 @@ import torch
 from mmseg.registry import MODELS
 
 from mmseg_edaformer import EDAFormerHead
-from mmseg_edaformer.analysis import table7
 from mmseg_edaformer.errors import ConfigError
 from mmseg_edaformer.models import LVT, FeedFormerHead
+from mmseg_edaformer.models.blocks import TOKEN_MIXERS
 from mmseg_edaformer.models.comparison.lvt import RecursiveAtrousSelfAttention
-from tests.conftest import ROOT, run, segmentor_config
+from tests.conftest import segmentor_config
 
 SMALL = {
     'lvt': dict(type='LVT', embed_dims=(16, 16, 32, 64), depths=(1, 1, 1, 1),
@@ -25,11 +25,53 @@ SMALL = {
 
 
 def build(name):
+    """A backbone of `SMALL`, FeedFormer on our own encoder, or our decoder with a token mixer."""
+    if name == 'feedformer':
+        model = MODELS.build(dict(segmentor_config(), decode_head=dict(
+            type='FeedFormerHead', in_channels=(16, 32, 64, 128), channels=32, num_heads=(2, 4, 8),
+            num_classes=8)))
+        model.init_weights()
+        return model
+    if name in TOKEN_MIXERS:
+        return EDAFormerHead((16, 32, 64), 24, num_classes=5, token_mixer=name)
     config = dict(SMALL[name])
     if config['type'] != 'LVT':
         pytest.importorskip('timm' if config['type'] == 'TimmMaps' else 'transformers',
                             reason='the backbone comes from this library')
     return MODELS.build(config)
+
+
+def outputs(model, image):
+    """All maps of a backbone, a segmentor, or a decoder on drawn maps as a list."""
+    if isinstance(model, EDAFormerHead):
+        torch.manual_seed(1)
+        image = [torch.randn(2, dim, 47 >> i, 65 >> i) for i, dim in enumerate((8, 16, 32, 64))]
+    out = model(image)
+    return [out] if isinstance(out, torch.Tensor) else list(out)
+
+
+@pytest.mark.parametrize('name', [*SMALL, 'feedformer', *TOKEN_MIXERS])
+def test_gradients_and_state_dicts(name):
+    """Every parameter gets a gradient; a state dict gives the same model again."""
+    model, other, image = build(name), build(name), torch.randn(2, 3, 128, 160)
+    for parameter in model.parameters():  # initial norms and zero biases leave some gradients 0
+        if name in TOKEN_MIXERS:
+            torch.nn.init.normal_(parameter, std=0.3)
+    maps = outputs(model.train(), image)
+    sum(x.square().mean() * (x.detach() ** 2).mean() + (x * torch.randn_like(x)).mean()
+        for x in maps).backward()
+    assert [key for key, p in model.named_parameters() if p.requires_grad and (
+        p.grad is None or (name in TOKEN_MIXERS and not p.grad.abs().sum() > 0))] == []
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        for x, y in zip(outputs(model.eval(), image), outputs(other.eval(), image)):
+            assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize('size', [(64, 96), (65, 47)])
+def test_feedformer(size):
+    logits = build('feedformer')(torch.randn(2, 3, *size))
+    assert logits.shape == (2, 8, -(-size[0] // 4), -(-size[1] // 4))
 
 
 @pytest.mark.parametrize('name', SMALL)
@@ -42,24 +84,6 @@ def test_maps(name, size):
         # CvT's first patches have less padding, others round up.
         assert all(abs(side - full / 2 ** (i + 2)) <= 1 for side, full in zip(x.shape[2:], size))
         assert x.is_contiguous(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize('name', SMALL)
-def test_every_parameter_gets_a_gradient(name):
-    model = build(name).train()
-    loss = sum(x.square().mean() * (x.detach() ** 2).mean() + (x * torch.randn_like(x)).mean()
-               for x in model(torch.randn(2, 3, 128, 160)))
-    loss.backward()
-    assert [key for key, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
-
-
-@pytest.mark.parametrize('name', SMALL)
-@torch.no_grad()
-def test_state_dict_round_trip(name):
-    model, other, image = build(name).eval(), build(name).eval(), torch.randn(1, 3, 64, 64)
-    other.load_state_dict(model.state_dict())
-    for x, y in zip(model(image), other(image)):
-        assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize('name', SMALL)
@@ -79,19 +103,6 @@ def test_lvt_in_bfloat16():
     with torch.autocast('cpu', dtype=torch.bfloat16):
         for x, y in zip(model(image), expected):
             assert (x.float() - y).abs().max() < 0.2 * y.std()
-
-
-@pytest.mark.parametrize('size', [(64, 96), (65, 47)])
-def test_feedformer(size):
-    config = segmentor_config()
-    config['decode_head'] = dict(type='FeedFormerHead', in_channels=(16, 32, 64, 128), channels=32,
-                                 num_heads=(2, 4, 8), num_classes=8)
-    model = MODELS.build(config)
-    model.init_weights()
-    logits = model(torch.randn(2, 3, *size))
-    assert logits.shape == (2, 8, -(-size[0] // 4), -(-size[1] // 4))
-    logits.square().mean().backward()
-    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_parameters_of_the_papers():
@@ -145,36 +156,3 @@ def test_a_model_without_maps_is_named():
                               num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
     with pytest.raises(ConfigError, match='ViTModel are tokens, not maps'):
         model(torch.randn(1, 3, 224, 224))
-
-
-def test_table7():
-    """At a small size; the paper's figures and what was tried stand beside each other."""
-    rows = [table7.measure(row, ROOT / 'configs', ('2', '2211-1', '211-222'), (256, 256))
-            for row in table7.TABLE7 if row.name in ('SegFormer', 'EDAFormer')]
-    edaformer = rows[1]
-    assert edaformer.parameters == 4_913_015
-    assert set(edaformer.reduced) == {'2', '2211-1'}
-    assert edaformer.reduced['2'] < edaformer.reduced['2211-1'] < edaformer.gmacs
-    assert edaformer.nearest == '2211-1'
-    text = table7.table(rows)
-    assert '94.9' in text
-    assert '82.5' in text
-    assert 'EDAFormer' in table7.tried_table(rows)
-
-
-def test_table7_shows_what_it_cannot_measure(monkeypatch):
-    monkeypatch.setitem(sys.modules, 'timm', None)
-    row, = (row for row in table7.TABLE7 if row.name == 'DaViT')
-    found = table7.measure(row, ROOT / 'configs')
-    assert 'pip install timm' in table7.table([found])
-    assert table7.Measured(row, 1, 2., {'2': 2.}).note == 'ISR reduces nothing'
-    assert table7.Measured(row, 1, 2., {'2': 1., '1-2': 1.}).note == 'the encoder is not reduced'
-
-
-@pytest.mark.slow
-def test_table7_on_the_command_line():
-    done = run('tools/table7.py', 'MiT', '--isr-ratio', '2', '1-2', '--all')
-    assert '117.4' in done.stdout
-    assert 'paper with ISR' in done.stdout
-    done = run('tools/table7.py', 'ViT', check=False)
-    assert 'no such column: ViT' in done.stderr

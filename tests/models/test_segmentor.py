@@ -1,4 +1,4 @@
-"""StreamedEncoderDecoder predicts what mmseg's EncoderDecoder does."""
+"""StreamedEncoderDecoder predicts what mmseg does, but for ties within rounding."""
 import copy
 import pickle
 
@@ -15,7 +15,8 @@ from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 
 from mmseg_edaformer.errors import ConfigError
-from mmseg_edaformer.models import StreamedEncoderDecoder, StreamedTTAModel
+from mmseg_edaformer.models import StreamedTTAModel
+from mmseg_edaformer.models.label_map import ROUNDING
 from tests.conftest import segmentor_config
 
 NORM = dict(type='BN')
@@ -89,8 +90,8 @@ BATCHES = {
 }
 
 
-def compare(models, inputs, metas=None, tolerance=0.):
-    """Both models' predictions; how they agree, where logits differ by more than a tolerance."""
+def compare(models, inputs, metas=None, tolerance=None):
+    """Both models' predictions, which agree as `assert_clear_labels` says."""
     with torch.no_grad():
         got, wanted = (model.predict(inputs, metas and samples(*metas)) for model in models)
         small = models[0].predict_labels(inputs, metas and samples(*metas))
@@ -103,17 +104,20 @@ def compare(models, inputs, metas=None, tolerance=0.):
         assert labels.dtype == (torch.int16 if models[0].out_channels > 256 else torch.uint8)
         assert torch.equal(labels.long(), label[0].long())
         assert ours.metainfo == theirs.metainfo
-        if tolerance:  # logits differ by rounding
+        if models[0].streamable:
             assert_clear_labels(label[0], theirs.seg_logits.data, tolerance)
         else:
             assert torch.equal(label, right)
-    return got, wanted
+    return got
 
 
-def assert_clear_labels(label, logits, tolerance):
-    """A label map is right wherever the two largest logits differ by more than a tolerance."""
+def assert_clear_labels(label, logits, tolerance=None):
+    """A label map is right wherever the two largest logits differ by more than rounding.
+
+    That is ROUNDING times the largest logit; or ``tolerance``, where the logits differ too.
+    """
     best, classes = logits.topk(2, 0)
-    near = best[0] - best[1] < tolerance
+    near = best[0] - best[1] <= (ROUNDING * logits.abs().max() if tolerance is None else tolerance)
     assert near.float().mean() < 0.05
     assert torch.equal(label[~near].long(), classes[0][~near])
 
@@ -123,9 +127,8 @@ def test_whole(head, device):
     models = build(head, device)
     assert models[0].streamable == (head in STREAMED)
     inputs = torch.randn(2, 3, 80, 96).to(device)
-    # On a GPU, of classes within rounding of each other either may be the label.
-    tolerance = 1e-3 if device.type == 'cuda' and head in STREAMED else 0.
-    got, _ = compare(models, inputs, None, tolerance)
+    tolerance = 1e-3 if device.type == 'cuda' else None  # its networks round in any order
+    got = compare(models, inputs, None, tolerance)
     assert len(got[0].pred_sem_seg.data.unique()) > 1
     for metas in (*([meta] * 2 for meta in BATCHES.values()),
                   [BATCHES['enlarged'], BATCHES['reduced']],
@@ -186,7 +189,7 @@ def test_bfloat16_weights(mode, device):
     model.test_cfg.seg_logits = True
     sample = model.predict(inputs)[0]
     assert sample.seg_logits.data.dtype == torch.float32
-    assert_clear_labels(labels, sample.seg_logits.data, 1e-3 if device.type == 'cuda' else 1e-9)
+    assert_clear_labels(labels, sample.seg_logits.data, 1e-3 if device.type == 'cuda' else None)
 
 
 def augmented(model):
@@ -233,16 +236,12 @@ def test_mmsegs_tools_take_the_results():
         model.dataset_meta = dict(classes=tuple('abcdefgh'))
     image = np.random.default_rng(0).integers(0, 255, (100, 120, 3), dtype=np.uint8)
     ours, theirs = (inference_model(model, image) for model in models)
-    assert torch.equal(ours.pred_sem_seg.data, theirs.pred_sem_seg.data)
-    figures = []
-    for sample in (ours, theirs):
-        sample.set_field(theirs.pred_sem_seg, 'gt_sem_seg')
-        metric = IoUMetric()
-        metric.dataset_meta = models[0].dataset_meta
-        metric.process({}, [sample.to_dict()])
-        figures.append(metric.compute_metrics(metric.results))
-    assert figures[0] == figures[1]
-    assert figures[0]['aAcc'] == 100
+    assert_clear_labels(ours.pred_sem_seg.data[0], theirs.seg_logits.data)
+    ours.set_field(theirs.pred_sem_seg, 'gt_sem_seg')
+    metric = IoUMetric()
+    metric.dataset_meta = models[0].dataset_meta
+    metric.process({}, [ours.to_dict()])
+    assert metric.compute_metrics(metric.results)['aAcc'] == pytest.approx(100, abs=0.1)
 
 
 @pytest.mark.gpu
@@ -260,23 +259,16 @@ def test_it_trains_as_mmsegs(device):
         torch.testing.assert_close(value, losses[1][name])
 
 
-def test_wrong_settings_are_named():
+def test_settings():
+    """Wrong ones are named; all may be left out."""
+    config = dict(segmentor_config(), type='StreamedEncoderDecoder')
     for wrong, words in ((dict(mode='sliding'), 'whole or slide'), (dict(memory_mib=0), 'positive'),
                          (dict(mode='whole', window_batch=-1), 'positive')):
         with pytest.raises(ConfigError, match=words):
-            MODELS.build(dict(segmentor_config(), type='StreamedEncoderDecoder', test_cfg=wrong))
-
-
-def test_test_cfg_may_be_left_out():
-    config = dict(segmentor_config(), type='StreamedEncoderDecoder')
+            MODELS.build(dict(config, test_cfg=wrong))
     del config['test_cfg']
     model = MODELS.build(config).eval()
-    assert isinstance(model, StreamedEncoderDecoder)
     assert model.predict_labels(torch.randn(1, 3, 64, 64))[0].shape == (64, 64)
-
-
-def test_a_flip_that_cannot_be_undone_is_named():
-    model = build()[0]
     meta = dict(BATCHES['flipped'], flip_direction='diagonal')
     with pytest.raises(ConfigError, match='diagonal'):
         model.predict(torch.randn(1, 3, 80, 96), samples(meta))

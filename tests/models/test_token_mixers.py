@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from mmseg_edaformer import EDAFormerHead, apply_isr, isr
 from mmseg_edaformer.errors import ConfigError
 from mmseg_edaformer.models import EmbeddedAttention
-from mmseg_edaformer.models.blocks import TOKEN_MIXERS
 
 
 def plain(layer, x, kernel):
@@ -42,28 +41,6 @@ def head(token_mixer):
 
 def maps():
     return [torch.randn(2, dim, 47 >> i, 65 >> i) for i, dim in enumerate((8, 16, 32, 64))]
-
-
-@pytest.mark.parametrize('token_mixer', TOKEN_MIXERS)
-def test_every_parameter_gets_a_gradient(token_mixer):
-    model = head(token_mixer).train()
-    model.init_weights()
-    for parameter in model.parameters():  # initial norms and zero biases leave some gradients 0
-        torch.nn.init.normal_(parameter, std=0.3)
-    logits = model(maps())
-    assert logits.shape == (2, 5, 23, 32)
-    logits.square().mean().backward()
-    lacking = [name for name, parameter in model.named_parameters()
-               if parameter.grad is None or not parameter.grad.abs().sum() > 0]
-    assert lacking == []
-
-
-@torch.no_grad()
-@pytest.mark.parametrize('token_mixer', TOKEN_MIXERS)
-def test_state_dict_round_trip(token_mixer):
-    model, other, x = head(token_mixer), head(token_mixer), maps()
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(model(x), other(x))
 
 
 @torch.no_grad()

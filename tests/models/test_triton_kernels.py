@@ -12,6 +12,7 @@ import torch
 from mmseg_edaformer.models import label_map as labels, layers, loss
 from mmseg_edaformer.models.resize import Chain
 from tests.conftest import run
+from tests.models.test_label_map import check
 
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 RUNS = importlib.util.find_spec('triton') is not None and (
@@ -87,19 +88,6 @@ def test_they_compile_without_a_gpu(monkeypatch, tmp_path):
     assert run('-c', COMPILE).stdout == 'compiled\n'
 
 
-def check_labels(logits, chain):
-    """Compare label maps of a batch with mmseg's resizes: the largest class, but for rounding."""
-    found = labels.label_maps(logits, [chain] * len(logits))
-    assert len(found) == len(logits)
-    for i, got in enumerate(found):
-        values = chain.resize(logits[i:i + 1].float())[0]
-        assert got.dtype == (torch.uint8 if logits.shape[1] <= 256 else torch.int16)
-        if values.isnan().any():
-            assert torch.equal(got.long(), values.argmax(0))
-        lost = values.amax(0) - values.gather(0, got.long()[None])[0]
-        assert not (lost > labels.ROUNDING * logits[i].abs().max()).any()
-
-
 @pytest.mark.parametrize('chain', [
     Chain((24, 40)), Chain((9, 7)), Chain((24, 40), ori_shape=(31, 17)),
     Chain((24, 40), (2, 1, 0, 3), 'horizontal', (50, 61)),
@@ -115,7 +103,7 @@ def test_label_maps(classes, kind, chain):
     logits = logits.to(DEVICE)
     if chain.flip:
         logits = logits.to(memory_format=torch.channels_last)
-    check_labels(logits, chain)
+    check(logits, chain, kernels=True)
 
 
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last], ids=str)
@@ -131,7 +119,7 @@ def test_label_maps(classes, kind, chain):
     large(8, 150, (64, 64), Chain((512, 512), ori_shape=(600, 450)))], ids=str)
 def test_label_maps_of_all_sizes(batch, classes, low, chain, dtype, layout):
     logits = torch.randn(batch, classes, *low).to(DEVICE, dtype, memory_format=layout)
-    check_labels(logits, chain)
+    check(logits, chain, kernels=True)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)

@@ -1,11 +1,10 @@
-"""Many pictures with Ray: the masks of predict.py, whatever dies on the way."""
+"""Many images with Ray: the masks of predict.py, whatever dies on the way."""
 import glob
-import io
 import json
 import os
+import pickle
 import shutil
 import signal
-import tarfile
 import threading
 import time
 from contextlib import nullcontext
@@ -17,24 +16,26 @@ import torch
 from mmseg.apis import init_model
 from PIL import Image
 
-from mmseg_edaformer.data import drawing as synthetic
-from mmseg_edaformer.errors import CheckpointError, ConfigError, DataError
-from mmseg_edaformer.predict import bulk as module, segmenter as predictor
-from mmseg_edaformer.predict.bulk import find_samples, predict_many
-from mmseg_edaformer.predict.segmenter import Segmenter, predict_pictures
+from mmseg_edaformer.data import drawing
+from mmseg_edaformer.errors import CheckpointError, ConfigError, DataError, UserError
+from mmseg_edaformer.predict import bulk, segmenter as segmenters
+from mmseg_edaformer.predict.bulk import predict_many
+from mmseg_edaformer.predict.ray_pool import connect, import_ray
+from mmseg_edaformer.predict.run import predict_images
+from mmseg_edaformer.predict.segmenter import Segmenter
+from mmseg_edaformer.predict.shards import Sample
 from tests.conftest import ROOT, run, write_config
-from tests.processes import finish, free_port, in_child
+from tests.predict.test_shards import write_parquet, write_tar
+from tests.processes import finish, free_port, in_child, run_tool
 
 ray = pytest.importorskip('ray')
-pa = pytest.importorskip('pyarrow')
-parquet = pytest.importorskip('pyarrow.parquet')
 
 COUNT = 24
 
 
 @pytest.fixture(scope='module')
 def work(scenes, tmp_path_factory):
-    """A work dir with weights that see several classes, and can be killed by a picture."""
+    """A work dir with weights that see several classes."""
     folder = tmp_path_factory.mktemp('work')
     config = write_config(folder, scenes)
     torch.manual_seed(0)
@@ -46,12 +47,12 @@ def work(scenes, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory):
-    """Drawn pictures in two folders; read-only."""
+    """Drawn images in two folders; read-only."""
     folder = tmp_path_factory.mktemp('photos')
     rng = np.random.default_rng(0)
     (folder / 'more').mkdir()
     for index in range(COUNT):
-        image, _ = synthetic.draw_scene(rng, (128, 192 + index % 3))
+        image, _ = drawing.draw_scene(rng, (128, 192 + index % 3))
         cv2.imwrite(str(folder / ('more' if index % 2 else '.') / f'{index:02}.png'), image)
     return folder
 
@@ -61,7 +62,7 @@ def plain(work, photos, tmp_path_factory):
     """What tools/predict.py makes of them on one core: masks by name, and the summary."""
     out, threads = tmp_path_factory.mktemp('plain'), torch.get_num_threads()
     torch.set_num_threads(1)
-    summary = predict_pictures(Segmenter(work, device='cpu'), [photos], out)
+    summary = predict_images(Segmenter(work, device='cpu'), [photos], out)
     torch.set_num_threads(threads)
     return masks(out), summary
 
@@ -69,39 +70,41 @@ def plain(work, photos, tmp_path_factory):
 @pytest.fixture(scope='module')
 def connected():
     """A Ray with room for two workers."""
-    with module._connected(None, 2):
+    import_ray()
+    with connect(None, 2):
         yield
 
 
 @pytest.fixture
 def here(monkeypatch):
     """Workers in this process: starting real ones takes seconds."""
-    def run(self, rows, size):
-        worker = module._Worker(self.job)
-        for table in module._tables(rows, size):
-            block = {name: table[name].to_numpy() for name in table.column_names}
-            yield from map(json.loads, worker(block)['row'])
-    monkeypatch.setattr(module._Pool, 'run', run)
-    monkeypatch.setattr(module, '_connected', lambda *_: nullcontext())
-    monkeypatch.setattr(module, '_count_workers', lambda asked, threads: (asked or 2, 0))
+    def run_workers(items, expand, worker, arguments, *, batch_size, **_):
+        predict = worker(*arguments)
+        rows = [pickle.dumps(item) for item in items]
+        if expand is not None:
+            rows = [row['row'] for packed in rows for row in expand(dict(row=packed))]
+        for start in range(0, len(rows), batch_size):
+            for row in predict(dict(row=rows[start:start + batch_size]))['row']:
+                row = pickle.loads(row)
+                if isinstance(row, UserError):
+                    raise row
+                yield row
+    monkeypatch.setattr(bulk, 'run_workers', run_workers)
+    monkeypatch.setattr(bulk, 'connect', lambda *_: nullcontext())
+    monkeypatch.setattr(bulk, 'count_workers', lambda workers, threads: (workers or 2, 0))
     monkeypatch.setattr(cv2, 'setNumThreads', lambda threads: None)  # for ever, after a fork
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope='module', autouse=True)
-def _quiet():
-    module._import_ray()
-
-
 def masks(out):
     """The labels of all masks below a folder."""
     folder = out / 'masks'
-    found = {path.relative_to(folder).as_posix(): np.array(Image.open(path))
-             for path in sorted(folder.rglob('*.png')) if not path.name.startswith('.')}
+    labels = {path.relative_to(folder).as_posix(): np.array(Image.open(path))
+              for path in sorted(folder.rglob('*.png')) if not path.name.startswith('.')}
     assert not list(out.rglob('*partial*'))
-    return found
+    return labels
 
 
 def same(one, other):
@@ -115,10 +118,10 @@ def manifest(out):
 
 def wait_for(condition, seconds=120):
     end = time.monotonic() + seconds
-    while not (found := condition()):
+    while not (value := condition()):
         assert time.monotonic() < end
         time.sleep(0.002)
-    return found
+    return value
 
 
 def count_masks(out):
@@ -131,8 +134,8 @@ def states(out):
 
 
 def busy_workers():
-    """Processes of workers that have a block in hand: Ray puts that in their titles."""
-    found = []
+    """Processes of workers that have a batch in hand: Ray puts that in their titles."""
+    pids = []
     for path in glob.glob('/proc/[0-9]*/cmdline'):
         try:
             with open(path, 'rb') as file:
@@ -140,33 +143,18 @@ def busy_workers():
         except OSError:
             continue
         if title.startswith(b'ray::MapWorker(MapBatches(_Worker)).submit'):
-            found.append(int(path.split('/')[2]))
-    return found
+            pids.append(int(path.split('/')[2]))
+    return pids
 
 
-def write_tar(path, members):
-    with tarfile.open(path, 'w') as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-
-
-def write_parquet(path, pictures, rows=5, **more):
-    parquet.write_table(pa.table(dict(image=pictures, **more)), path, row_group_size=rows)
-
-
-def stop_and_go_on(work, photos, plain, out):
+def stop_and_resume(work, photos, plain, out):
     """Kill a driver on its way, and run again."""
-    log = out.with_name('log')
-    driver = in_child(predict_many, photos, work, out, workers=1, log=log)
+    driver = in_child(predict_many, photos, work, out, workers=1, log=out.with_name('log'))
     try:
         wait_for(lambda: count_masks(out) >= 4)
     finally:
         os.kill(driver, signal.SIGKILL)
         finish(driver)
-        for folder in glob.glob(f'/tmp/ray-{driver}-*'):
-            shutil.rmtree(folder, ignore_errors=True)
     wait_for(lambda: not busy_workers())
     before = states(out)
     assert 4 <= len(before) < COUNT
@@ -175,23 +163,28 @@ def stop_and_go_on(work, photos, plain, out):
     assert summary['kept'] == len(before)
     assert before.items() <= states(out).items()
     assert same(masks(out), plain[0])
-    assert {os.path.basename(entry.pop('picture')): entry for entry in manifest(out)} == {
-        os.path.basename(path): entry for path, entry in plain[1]['pictures'].items()}
-    assert (summary['pictures'], summary['shares']) == (COUNT, plain[1]['shares'])
+    assert {os.path.basename(entry.pop('image')): entry for entry in manifest(out)} == {
+        os.path.basename(path): entry for path, entry in plain[1]['images'].items()}
+    assert (summary['images'], summary['shares']) == (COUNT, plain[1]['shares'])
 
 
-def test_a_killed_run_goes_on(here, work, photos, plain, tmp_path):
-    stop_and_go_on(work, photos, plain, tmp_path / 'out')
+def test_a_killed_run_resumes(here, work, photos, plain, tmp_path):
+    stop_and_resume(work, photos, plain, tmp_path / 'out')
 
 
 @pytest.mark.soak
-def test_with_ray_a_killed_run_goes_on_and_its_workers_end(work, photos, plain, tmp_path):
-    stop_and_go_on(work, photos, plain, tmp_path / 'out')
+def test_with_ray_a_killed_run_resumes_and_its_workers_end(work, photos, plain, tmp_path):
+    stop_and_resume(work, photos, plain, tmp_path / 'out')
 
 
-def test_a_killed_worker_loses_nothing_and_does_nothing_twice(
+def test_with_ray_a_killed_worker_loses_nothing_and_does_nothing_twice(
         connected, work, photos, plain, tmp_path):
-    out, killed = tmp_path / 'out', []
+    source, out, killed = tmp_path / 'source', tmp_path / 'out', []
+    source.mkdir()
+    for path in photos.glob('*.png'):
+        shutil.copy(path, source)
+    write_tar(source / 'more.tar', [
+        (path.name, path.read_bytes()) for path in sorted(photos.glob('more/*'))])
 
     def kill():
         wait_for(lambda: count_masks(out) >= 4)
@@ -200,30 +193,58 @@ def test_a_killed_worker_loses_nothing_and_does_nothing_twice(
         killed.append(count_masks(out))
     killer = threading.Thread(target=kill)
     killer.start()
-    summary = predict_many(photos, work, out, workers=2)
+    summary = predict_many(source, work, out, workers=2)
     killer.join()
     assert killed[1] < COUNT
     assert not os.path.exists(f'/proc/{killed[0]}')
     assert same(masks(out), plain[0])
-    assert [entry['picture'] for entry in manifest(out)] == list(dict.fromkeys(
-        os.path.relpath(path, out)
-        for path in sorted(photos.glob('*.png')) + sorted(photos.glob('more/*'))))
-    assert (summary['pictures'], summary['skipped'], summary['workers']) == (COUNT, {}, 2)
+    assert [entry['image'] for entry in manifest(out)] == [
+        *(f'../source/{index:02}.png' for index in range(0, COUNT, 2)),
+        *(f'../source/more.tar#{index:02}.png' for index in range(1, COUNT, 2))]
+    assert (summary['images'], summary['skipped'], summary['workers']) == (COUNT, {}, 2)
     assert json.loads((out / 'summary.json').read_text()) == summary
     assert sorted(os.listdir(out)) == ['legend.png', 'manifest.jsonl', 'masks', 'summary.json']
+    with pytest.raises(ConfigError, match='Ray has 2 cores and 0 GPUs, room for 2 workers'):
+        predict_many(photos, work, out, workers=3)
 
 
-def test_other_settings_are_predicted_anew_and_predict_py_goes_on(here, work, photos, tmp_path):
+def test_an_image_that_kills_its_worker_is_skipped(work, photos, plain, tmp_path, monkeypatch):
+    names = [f'{index:02}.png' for index in range(0, 12, 2)]
+    worker = bulk._Worker(dict(model=str(work)), tmp_path, 1, False,
+                          Segmenter(work, device='cpu').fingerprint())
+    load = Segmenter.load
+
+    def deadly(self, item):
+        if str(item).endswith('04.png'):
+            os._exit(9)
+        return load(self, item)
+    monkeypatch.setattr(Segmenter, 'load', deadly)
+    monkeypatch.setattr(cv2, 'setNumThreads', lambda threads: None)
+    batch = dict(row=[pickle.dumps(Sample(str(photos / name), name[:-4], name)) for name in names])
+
+    def predict():
+        torch.set_num_threads(1)
+        (tmp_path / 'rows').write_bytes(pickle.dumps(worker(batch)['row']))
+    assert [finish(in_child(predict)) for _ in range(4)] == [9, 9, 9, 0]
+    results = [pickle.loads(row) for row in pickle.loads((tmp_path / 'rows').read_bytes())]
+    assert [result.address for result in results] == names
+    assert [bool(result.reason) for result in results] == [name == '04.png' for name in names]
+    assert results[2].reason.startswith(f'{names[2]}: its worker died three times over it')
+    assert same({**masks(tmp_path), '04.png': plain[0]['04.png']},
+                {name: plain[0][name] for name in names})
+
+
+def test_other_settings_are_predicted_anew_and_predict_py_resumes(here, work, photos, tmp_path):
     segmenter, some, out = Segmenter(work, device='cpu'), photos / '0[0-5].png', tmp_path / 'out'
-    wanted = predict_pictures(segmenter, [some], out)
+    wanted = predict_images(segmenter, [some], out)
     assert predict_many(some, work, out, overlays=True)['kept'] == 3
     os.remove(out / 'masks' / '02.png')
     summary = predict_many(some, work, out)  # an overlay more than asked for does no harm
     assert summary['kept'] == 2
     assert not (out / 'overlays' / '02.jpg').exists()
     assert predict_many(some, work, out, overlays=True)['kept'] == 2
-    assert predict_pictures(segmenter, [some], out)['kept'] == 3
-    other = predict_many(some, work, out, isr='optimal')
+    assert predict_images(segmenter, [some], out)['kept'] == 3
+    other = predict_many(some, work, out, isr_ratio='optimal')
     assert (other['kept'], other['isr_ratio']) == (0, '2211-222')
     assert not list((out / 'overlays').iterdir())
     assert other['shares'] != summary['shares'] == wanted['shares']
@@ -232,24 +253,20 @@ def test_other_settings_are_predicted_anew_and_predict_py_goes_on(here, work, ph
 def test_large_images_and_max_side(here, work, photos, tmp_path, caplog, monkeypatch):
     some = photos / '0[0-2].png'
     for name, value in dict(LARGE=128 * 160, _QUICK=0).items():
-        monkeypatch.setattr(predictor, name, value)
-    for kept in 0, 2:
-        summary = predict_many(some, work, tmp_path / 'auto')
-        assert summary['isr_ratio'] == 'auto'
-        assert summary['kept'] == kept
-    assert 'an image of 192x128 pixels takes about 0 s on cpu at ISR ratio auto' in (
+        monkeypatch.setattr(segmenters, name, value)
+    monkeypatch.setattr(Segmenter, '_estimate', lambda self, view: 7.)
+    for settings, ratio in (dict(isr_ratio='auto'), 'auto'), (dict(max_side=64), 'none'):
+        given = {} if ratio == 'auto' else settings  # auto is the default here
+        summary = predict_many(some, work, tmp_path / f'many {ratio}', **given)
+        assert (summary['isr_ratio'], summary['skipped']) == (ratio, {})
+        predict_images(Segmenter(work, device='cpu', **settings), [some], tmp_path / ratio)
+        assert same(masks(tmp_path / f'many {ratio}'), masks(tmp_path / ratio))
+    assert not same(masks(tmp_path / 'auto'), masks(tmp_path / 'none'))
+    assert 'an image of 192x128 pixels takes about 7 s on cpu at ISR ratio auto' in (
         caplog.messages[0])
-    segmenter = Segmenter(work, device='cpu', isr='auto')
-    predict_pictures(segmenter, [some], tmp_path / 'wanted')
-    assert same(masks(tmp_path / 'auto'), masks(tmp_path / 'wanted'))
-    summary = predict_many(some, work, tmp_path / 'small', max_side=64)
-    assert (summary['isr_ratio'], summary['skipped']) == ('none', {})
-    predict_pictures(Segmenter(work, device='cpu', max_side=64), [some], tmp_path / 'less')
-    assert same(masks(tmp_path / 'small'), masks(tmp_path / 'less'))
-    assert not same(masks(tmp_path / 'small'), masks(tmp_path / 'wanted'))
 
 
-def test_a_folder_with_entries_that_are_no_pictures(here, work, photos, tmp_path):
+def test_a_folder_with_entries_that_are_no_images(here, work, photos, tmp_path):
     folder, out = tmp_path / 'photos', tmp_path / 'out'
     folder.mkdir()
     for name in b'a.png', b'\xe9.png', b'n' * 251 + b'.png', b'n' * 250 + b'm.png':
@@ -259,157 +276,90 @@ def test_a_folder_with_entries_that_are_no_pictures(here, work, photos, tmp_path
     (folder / 'here').symlink_to('.')
     os.mkfifo(folder / 'pipe.png')
     first = predict_many(folder, work, out)
-    assert (first['pictures'], first['kept']) == (4, 0)
+    assert (first['images'], first['kept']) == (4, 0)
     bad = [f'../photos/{name}.png' for name in ('gone', 'loop', 'pipe')]
     assert sorted(first['skipped']) == bad
-    assert {entry['picture'] for entry in manifest(out)} >= {*bad, '../photos/\\xe9.png'}
+    assert {entry['image'] for entry in manifest(out)} >= {*bad, '../photos/\\xe9.png'}
     assert '\\ud' not in (out / 'manifest.jsonl').read_text() + (out / 'summary.json').read_text()
     again = predict_many(folder, work, out)
     assert (again['kept'], again['seconds']) == (4, first['seconds'])
-    plain = predict_pictures(Segmenter(work, device='cpu'), [folder], tmp_path / 'plain')
+    plain = predict_images(Segmenter(work, device='cpu'), [folder], tmp_path / 'plain')
     assert plain['skipped'].keys() == first['skipped'].keys()
     assert same(masks(out), masks(tmp_path / 'plain'))
 
 
 def test_shards(here, work, photos, plain, tmp_path):
-    shards = tmp_path / 'shards'
+    shards, out = tmp_path / 'shards', tmp_path / 'out'
     shards.mkdir()
-    files = sorted(photos.rglob('*.png'), key=lambda path: path.name)
+    files = sorted(photos.glob('*.png'))
     content = [path.read_bytes() for path in files]
-    wanted = [plain[0][path.relative_to(photos).as_posix()] for path in files]
-    write_tar(shards / 'a.tar', [
-        ('./one/00.cls', b'7'), ('./one/00.png', content[0]), ('one/00.seg.png', b'no picture'),
-        ('one/01.PNG', content[1]), ('02.png', b'words'), ('../03.png', content[3])])
-    write_tar(shards / 'cut.tar', [(f'{i:02}.png', content[i]) for i in (4, 5, 6)])
-    whole = (shards / 'cut.tar').read_bytes()
-    (shards / 'cut.tar').write_bytes(whole[:whole.rindex(b'06.png') + 2000])
-    (shards / 'no.tar').write_text('words' * 300)
-    (shards / 'gone.tar').symlink_to('nowhere')
-    (shards / 'no.parquet').write_text('words')
-    write_parquet(shards / 'b.parquet', [
-        dict(bytes=content[7], path='07.png'), dict(bytes=None, path='08.png'),
-        dict(bytes=b'words', path=None), dict(bytes=content[9], path='/abs/09.png'),
-        *(dict(bytes=each, path=None) for each in content[10:20])])
-    write_parquet(shards / 'c.parquet', content[20:24], label=[0, 1, 2, 3])
-    os.rename(shards / 'c.parquet', shards / os.fsdecode(b'\xe9.parquet'))  # no UTF-8
-    summary = predict_many(shards, work, tmp_path / 'out', workers=2)
-    found = masks(tmp_path / 'out')
-    assert same(found, {
-        'one/00.png': wanted[0], 'one/01.png': wanted[1], '04.png': wanted[4], '05.png': wanted[5],
-        '07.png': wanted[7], 'abs/09.png': wanted[9],
-        **{f'b/{row:06}.png': wanted[row + 6] for row in range(4, 14)},
-        **{os.fsdecode(b'\xe9/%06d.png' % row): wanted[row + 20] for row in range(4)}})
-    says = {place.removeprefix('../shards/'): reason
-            for place, reason in summary['skipped'].items()}
-    assert {place: next((part for part in (
-        'name leads out', 'its format is unknown', 'the shard ends before it does',
-        'cut off or damaged after 3 files', 'cut off or damaged after 0 files', 'is damaged (',
-        'holds no picture', 'is a broken link') if part in reason), reason)
-        for place, reason in says.items()} == {
-            'a.tar#../03.png': 'name leads out', 'a.tar#02.png': 'its format is unknown',
-            'cut.tar#06.png': 'the shard ends before it does',
-            'cut.tar': 'cut off or damaged after 3 files',
-            'no.tar': 'cut off or damaged after 0 files', 'no.parquet': 'is damaged (',
-            'gone.tar': 'is a broken link',
-            'b.parquet#1': 'holds no picture', 'b.parquet#2': 'its format is unknown'}
-    assert all(str(shards) in reason and 'sample://' not in reason
-               for reason in summary['skipped'].values())
-    entries = manifest(tmp_path / 'out')
-    assert len({entry['picture'] for entry in entries}) == len(entries) == len(found) + len(says)
-    assert summary['pictures'] == len(found) == 20
-    assert predict_many(shards, work, tmp_path / 'out', workers=2)['kept'] == 20
-    # A shard made anew is predicted anew, its neighbours are not.
-    os.utime(shards / os.fsdecode(b'\xe9.parquet'), (1, 1))
-    assert predict_many(shards, work, tmp_path / 'out', workers=2)['kept'] == 16
-
-
-def test_the_column(photos, tmp_path):
-    picture = (photos / '00.png').read_bytes()
-    write_parquet(tmp_path / 'two.parquet', [1], one=[picture], other=[picture])
-    with pytest.raises(DataError, match=r'several columns of encoded .* name one of one, other'):
-        find_samples(tmp_path / 'two.parquet')
-    assert len(find_samples(tmp_path / 'two.parquet', column='other')[0]) == 1
-    with pytest.raises(DataError, match='no column none of encoded pictures, its columns are ima'):
-        find_samples(tmp_path / 'two.parquet', column='none')
-    write_parquet(tmp_path / 'words.parquet', ['word'])
-    with pytest.raises(DataError, match=r'words.parquet has no encoded pictures'):
-        find_samples(tmp_path / 'words.parquet')
-    write_tar(tmp_path / 'two.tar', [('a.jpg', picture), ('a.png', picture)])
-    with pytest.raises(DataError, match=r'the sample a in .*two.tar has jpg and png: say with'):
-        find_samples(tmp_path / 'two.tar')
-    [sample], _ = find_samples(tmp_path / 'two.tar', column='jpg')
-    assert sample.name == 'a.jpg'
-    write_tar(tmp_path / 'none.tar', [('a.txt', b'words')])
-    with pytest.raises(DataError, match=r'none.tar holds no sample that ends in \.avif'):
-        find_samples(tmp_path / 'none.tar')
-    with pytest.raises(ConfigError, match=r'--column x is for .tar and .parquet'):
-        find_samples(photos, column='x')
-
-
-def test_hostile_names_stay_within_the_results(photos, tmp_path):
-    picture = (photos / '00.png').read_bytes()
-    write_tar(tmp_path / 'x.tar', [
-        ('../../a.png', picture), ('b/../../c.png', picture), ('/etc/d.png', picture),
-        ('e/' * 1000 + 'e.png', picture), ('f\x1b[2J.png', picture)])
-    samples, skipped = find_samples(tmp_path / 'x.tar')
-    assert [sample.name for sample in samples] == ['etc/d.png', 'f\x1b[2J.png']
-    assert len(skipped) == 3
+    write_tar(shards / 'a.tar', [('x/0.png', content[0]), ('../1.png', b''), ('2.png', b'words')])
+    write_parquet(shards / os.fsdecode(b'b\xe9.parquet'), content[3:9])
+    (shards / 'c.tar').write_text('words')
+    shutil.copy(files[9], shards / 'd.png')
+    summary = predict_many(shards, work, out, workers=2)
+    assert same(masks(out), {'a/x/0.png': plain[0][files[0].name], 'd.png': plain[0][files[9].name],
+                             **{os.fsdecode(b'b\xe9/%06d.png' % row): plain[0][path.name]
+                                for row, path in enumerate(files[3:9])}})
+    expected = {'a.tar#../1.png': 'name leads out', 'a.tar#2.png': 'is recognised in it',
+                'c.tar': 'is damaged after 0 images ('}
+    for (place, reason), (name, says) in zip(summary['skipped'].items(), expected.items()):
+        assert place == f'../shards/{name}'
+        assert str(shards / name) in reason
+        assert says in reason
+    assert [entry['image'].removeprefix('../shards/') for entry in manifest(out)] == [
+        'a.tar#x/0.png', 'a.tar#../1.png', 'a.tar#2.png',
+        *(f'b\\xe9.parquet#{row}' for row in range(6)), 'c.tar', 'd.png']
+    assert (summary['images'], summary['kept'], len(summary['skipped'])) == (8, 0, 3)
+    assert predict_many(shards, work, out, workers=2)['kept'] == 8
+    os.utime(shards / os.fsdecode(b'b\xe9.parquet'), (1, 1))  # a new shard is predicted anew
+    assert predict_many(shards, work, out, workers=2)['kept'] == 2
+    write_parquet(shards / 'e.parquet', ['words'])
+    with pytest.raises(DataError, match=r'e.parquet has no encoded images, its columns are image$'):
+        predict_many(shards, work, out)
 
 
 @pytest.mark.parametrize(('source', 'says'), [
     ('none', 'no such file or folder: .*none'),
-    ('empty', 'no picture in the folder .*empty: nothing below it ends in .*parquet'),
+    ('empty', 'no image in the folder .*empty: nothing below it ends in .*parquet'),
     ('*.webp', 'no file matches'),
-    ('page.pdf', r'page.pdf is neither a picture nor a shard, which end in .tar or .parquet$'),
-    ('x.tar.gz', r'x.tar.gz is neither .*: unpack it'),
-    ('both', 'holds pictures and shards: give a pattern'),
-    ('twice', r'a.tar#0.png and .*b.tar#0.png would be written under one name'),
-    ('again.tar', r'again.tar#0.png is there twice'),
-    ('words.tar', r'not one picture can be read: .*words.tar is cut off or damaged'),
+    ('page.pdf', 'no image can be read: .*page.pdf'),
+    ('words.tar', r'no image can be read: .*words.tar is damaged after 0 images'),
 ])
-def test_bad_input(work, photos, tmp_path, source, says):
-    picture = (photos / '00.png').read_bytes()
-    for folder in 'empty', 'both', 'twice':
-        (tmp_path / folder).mkdir()
-    for name in 'page.pdf', 'x.tar.gz', 'both/x.png', 'words.tar':
+def test_bad_input(here, work, tmp_path, source, says):
+    (tmp_path / 'empty').mkdir()
+    for name in 'page.pdf', 'words.tar':
         (tmp_path / name).write_text('words')
-    for name in 'both/x.tar', 'twice/a.tar', 'twice/b.tar':
-        write_tar(tmp_path / name, [('0.png', picture)])
-    write_tar(tmp_path / 'again.tar', [('0.png', picture), ('0.png', picture)])
     with pytest.raises(DataError, match=says):
         predict_many(tmp_path / source, work, tmp_path / 'out')
-    assert not (tmp_path / 'out').exists()
+    assert not (tmp_path / 'out' / 'summary.json').exists()
+    assert not (tmp_path / 'out' / 'manifest.jsonl').exists()
 
 
-def test_what_cannot_work_is_said_at_once(work, photos, tmp_path, monkeypatch):
+def test_bad_arguments(work, photos, tmp_path, monkeypatch):
     (tmp_path / 'file').write_text('')
     with pytest.raises(ConfigError, match='file cannot be written to'):
         predict_many(photos, work, tmp_path / 'file')
     with pytest.raises(CheckpointError, match='does not fit the model'):
         predict_many(photos, ROOT / 'configs' / 'edaformer_t_synthetic.py', tmp_path / 'out',
                      checkpoint=work / 'best_mIoU_iter_4.pth')
-    for wrong in dict(workers=0), dict(threads=0):
-        with pytest.raises(ConfigError, match='must be 1 or more'):
+    for wrong in dict(workers=0), dict(threads=0), dict(column='x'):
+        with pytest.raises(ConfigError, match=r'must be 1 or more|--column x is'):
             predict_many(photos, work, tmp_path / 'out', **wrong)
     port = free_port()
     for address in f'ray://127.0.0.1:{port}', f'127.0.0.1:{port}', 'host:word':
         with pytest.raises(ConfigError, match=f'no Ray answers at {address} .*: start one with'):
             predict_many(photos, work, tmp_path / 'out', address=address)
-    assert sorted(os.listdir(tmp_path / 'out')) == ['legend.png', 'masks']
+    assert os.listdir(tmp_path / 'out') == ['legend.png']
     monkeypatch.setitem(__import__('sys').modules, 'ray', None)
     with pytest.raises(ConfigError, match=rf'pip install -e .*{ROOT}\[cluster\]'):
         predict_many(photos, work, tmp_path / 'out')
 
 
-def test_too_many_workers(connected, work, photos, tmp_path):
-    with pytest.raises(ConfigError, match='Ray has 2 cores and 0 GPUs, room for 2 workers'):
-        predict_many(photos, work, tmp_path / 'out', workers=3)
-
-
 def test_a_machine_that_sees_nothing_or_another_model(here, work, photos, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(module, '_roots', lambda samples: ('/nowhere',))
-        with pytest.raises(ConfigError, match='does not see /nowhere: pictures, model and result'):
+        patch.setattr(bulk.os.path, 'commonpath', lambda paths: '/nowhere')
+        with pytest.raises(ConfigError, match='does not see /nowhere: images, model and results'):
             predict_many(photos, work, tmp_path / 'out')
     prints = iter(['mine', 'theirs'])
     monkeypatch.setattr(Segmenter, 'fingerprint', lambda self: next(prints))
@@ -417,36 +367,38 @@ def test_a_machine_that_sees_nothing_or_another_model(here, work, photos, tmp_pa
         predict_many(photos, work, tmp_path / 'out')
 
 
-def test_not_one_picture(here, work, tmp_path):
-    for name in 'a.png', 'b.png':
-        (tmp_path / name).write_text('words')
-    with pytest.raises(DataError, match=r'not one picture can be read: .*a.png'):
-        predict_many(tmp_path, work, tmp_path / 'out')
-    assert sorted(os.listdir(tmp_path / 'out')) == ['legend.png', 'masks']
-
-
 def test_what_does_not_fit_into_memory_is_listed(here, work, photos, tmp_path, monkeypatch):
-    own = Segmenter._labels
+    own = Segmenter._predict_labels
 
     def labels(self, batch):
         if batch[0]['inputs'].shape[2] == 193:
             raise DataError('an image of 193x128 pixels does not fit')
         return own(self, batch)
-    monkeypatch.setattr(Segmenter, '_labels', labels)
+    monkeypatch.setattr(Segmenter, '_predict_labels', labels)
     summary = predict_many(photos / '*.png', work, tmp_path / 'out', batch_size=6)
     assert len(summary['skipped']) == 4
-    assert summary['pictures'] == count_masks(tmp_path / 'out') == 8
+    assert summary['images'] == count_masks(tmp_path / 'out') == 8
 
 
-def test_a_defect_keeps_its_traceback(here, work, photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(Segmenter, '_labels', lambda self, batch: 1 / 0)
-    with pytest.raises(RuntimeError, match=r'(?s)Traceback .*ZeroDivisionError'):
-        predict_many(photos, work, tmp_path / 'out')
+def test_the_tool(here, work, photos, tmp_path):
+    def predict(source, model=work):
+        return run_tool('tools/predict_many.py', source, '--model', model, '--out', tmp_path)
+    code, text = predict(photos / '0[0-4].png')
+    assert code == 0
+    assert text.startswith(f'{work}/best_mIoU_iter_4.pth, 8 classes, on 2 CPU workers with 1 ')
+    assert '3 images at ISR ratio none' in text
+    assert f'masks, legend.png, manifest.jsonl and summary.json are in {tmp_path}\n' in text
+    (tmp_path / 'bad.png').write_text('words')
+    for arguments, says in {(tmp_path / 'bad.png',): 'no image can be read: ',
+                            (tmp_path / 'no.tar',): f'no such file or folder: {tmp_path}/no.tar',
+                            (photos, 'no.safetensors'): 'no such model: no.safetensors'}.items():
+        code, text = predict(*arguments)
+        assert code == 1
+        assert f'error: {says}' in text
 
 
 @pytest.mark.soak
-def test_a_picture_that_kills_its_worker_is_listed_and_the_others_are_done(
-        work, photos, plain, tmp_path):
+def test_with_ray_an_image_that_kills_its_worker_is_skipped(work, photos, plain, tmp_path):
     (tmp_path / 'deadly.py').write_text('''
 import os
 from mmseg.registry import TRANSFORMS
@@ -465,12 +417,12 @@ test_dataloader = dict(dataset=dict(data_root=data_root, pipeline=[
 ''')
     done = run('tools/predict_many.py', photos, '--model', tmp_path / 'mini.py', '--checkpoint',
                work / 'best_mIoU_iter_4.pth', '--out', tmp_path / 'out', '--workers', 1,
-               env=dict(os.environ, PYTHONPATH=f'{tmp_path}:{ROOT}'))  # two in a block
-    assert '23 pictures at ISR ratio none, 1 skipped\n' in done.stdout
+               env=dict(os.environ, PYTHONPATH=f'{tmp_path}:{ROOT}'))
+    assert '23 images at ISR ratio none, 1 skipped\n' in done.stdout
     assert 'Warning' not in done.stderr
     summary = json.loads((tmp_path / 'out' / 'summary.json').read_text())
     [place] = summary['skipped']
     assert os.path.samefile(tmp_path / 'out' / place, photos / 'more' / '05.png')
-    assert 'its worker died 3 times over it' in summary['skipped'][place]
-    assert summary['pictures'] == COUNT - 1
+    assert 'its worker died three times over it' in summary['skipped'][place]
+    assert summary['images'] == COUNT - 1
     assert same({**masks(tmp_path / 'out'), 'more/05.png': 0}, {**plain[0], 'more/05.png': 0})

@@ -9,7 +9,6 @@ import signal
 import socket
 import sys
 import tempfile
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -19,140 +18,24 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import pytest
-import torch
-from mmengine.config import ConfigDict
-from mmseg.apis import init_model
 from PIL import Image
 
 from mmseg_edaformer import report_isr
-from mmseg_edaformer.data import drawing as synthetic
-from mmseg_edaformer.errors import ConfigError, DataError, RatioError
+from mmseg_edaformer.errors import ConfigError
 from mmseg_edaformer.isr import ISRRatio
-from mmseg_edaformer.predict import page as demo
+from mmseg_edaformer.predict.comparison import Comparison
+from mmseg_edaformer.predict.page import describe_classes, describe_figures, serve
 from mmseg_edaformer.predict.segmenter import Segmentation, Segmenter
-from tests.conftest import ROOT, seeing_model, write_config
+from tests.conftest import ROOT
+from tests.predict.conftest import expected
 from tests.processes import finish, in_child
 
 RATIO = ISRRatio.parse('4111-111')
 
 
 @pytest.fixture(scope='module')
-def work(scenes, tmp_path_factory):
-    """A work dir with weights by which many classes are seen and distant keys matter."""
-    folder = tmp_path_factory.mktemp('work')
-    config = write_config(folder, scenes)
-    model = seeing_model(config, scenes)
-    torch.save(dict(state_dict=model.state_dict(), meta=dict(dataset_meta=dict(
-        classes=synthetic.CLASSES, palette=synthetic.PALETTE))), folder / 'best_mIoU_iter_4.pth')
-    return folder
-
-
-@pytest.fixture(scope='module')
-def segmenter(work):
-    return Segmenter(work, device='cpu')
-
-
-@pytest.fixture
-def comparer(work):
-    return demo.Comparer(Segmenter(work, device='cpu'))
-
-
-@pytest.fixture(scope='module')
-def pictures(tmp_path_factory):
-    """Three drawn scenes, a turned one, one that is broken and one with too many bytes."""
-    folder = tmp_path_factory.mktemp('pictures')
-    rng = np.random.default_rng(3)
-    for i in range(3):
-        Image.fromarray(synthetic.draw_scene(rng, (128, 192))[0]).save(folder / f'{i}.png')
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.open(folder / '0.png').save(folder / 'turned.jpg', exif=exif, quality=95)
-    (folder / 'broken.png').write_bytes((folder / '0.png').read_bytes()[:3000])
-    Image.fromarray(rng.integers(0, 256, (400, 400, 3), np.uint8)).save(folder / 'heavy.png')
-    return folder
-
-
-def expected(segmenter, path, ratio):
-    segmenter.isr = ratio
-    return segmenter(path)
-
-
-# Behind the page.
-
-def test_a_comparison_is_what_segmenter_and_report_say(comparer, segmenter, pictures):
-    path = str(pictures / '0.png')
-    found = comparer.compare(path, RATIO)
-    before, after = (expected(segmenter, path, ratio).labels for ratio in ('none', RATIO))
-    assert (found.found[0].labels == before).all()
-    assert (found.found[1].labels == after).all()
-    assert found.changed == (before != after).mean() > 0
-    assert found.gmacs == pytest.approx(
-        [macs / 1e9 for macs in report_isr(segmenter.model, RATIO, (128, 192)).macs])
-    assert found.gmacs[1] < found.gmacs[0]
-    assert min(found.milliseconds) > 0
-    assert 1 <= found.rounds <= 5
-    assert comparer.compare(path, RATIO) is found
-    same = comparer.compare(path, comparer.ratio([1] * 7))
-    assert same.changed == 0
-    assert same.gmacs[0] == same.gmacs[1] == found.gmacs[0]
-
-
-def test_requests_at_once_do_not_mix_their_ratios(comparer, segmenter, pictures):
-    ratios = [comparer.ratio([each, *[1] * 6]) for each in (2, 4, 6, 8)]
-    found = {}
-    threads = [threading.Thread(target=lambda ratio=ratio: found.update(
-        {ratio: comparer.compare(str(pictures / '1.png'), ratio)})) for ratio in ratios]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for ratio in ratios:
-        wanted = expected(segmenter, pictures / '1.png', ratio).labels
-        assert (found[ratio].found[1].labels == wanted).all()
-
-
-def test_the_windows_of_a_sliding_model_are_all_counted(comparer, segmenter, pictures):
-    comparer.segmenter.model.test_cfg = ConfigDict(
-        mode='slide', crop_size=(64, 64), stride=(64, 64))
-    found = comparer.compare(str(pictures / '0.png'), RATIO)
-    one = report_isr(segmenter.model, RATIO, (64, 64)).macs
-    assert found.gmacs == pytest.approx([6 * macs / 1e9 for macs in one])
-
-
-def test_large_pictures_are_reduced_and_turned_ones_upright(work, pictures):
-    comparer = demo.Comparer(Segmenter(work, device='cpu'), 96)
-    found = comparer.compare(str(pictures / 'turned.jpg'), RATIO)
-    assert found.found[0].labels.shape == (96, 64)
-    upright = np.array(Image.open(pictures / '0.png').rotate(-90, expand=True).resize((64, 96)))
-    assert np.abs(found.found[0].picture[..., ::-1].astype(int) - upright).mean() < 10
-    with pytest.raises(ConfigError, match='--max-side 8: give 32 or more'):
-        demo.Comparer(comparer.segmenter, 8)
-
-
-def test_what_cannot_be_read_is_named_as_it_was_uploaded(comparer, pictures, tmp_path):
-    with pytest.raises(DataError, match=r'image cannot be decoded: broken.png \(3000 bytes\)'):
-        comparer.compare(str(pictures / 'broken.png'), RATIO)
-    Image.new('1', (10000, 10000)).save(tmp_path / 'bomb.png')
-    with pytest.raises(DataError, match=r'bomb.png .* it has 10000x10000 pixels, more than 67108'):
-        comparer.compare(str(tmp_path / 'bomb.png'), RATIO)
-
-
-def test_stages_are_those_of_the_model(comparer, tmp_path):
-    assert comparer.stages == dict(encoder=(1, 2, 3, 4), decoder=(2, 3, 4))
-    assert str(comparer.ratio([2, 2, 1, 1, 3, 2, 1])) == '2211-321'
-    assert comparer.multipliers('optimal') == [2, 2, 1, 1, 2, 2, 2]
-    config = ROOT / 'configs' / 'segformer_b0_synthetic.py'
-    model = init_model(str(config), device='cpu')
-    torch.save(dict(state_dict=model.state_dict(), meta={}), tmp_path / 'b0.pth')
-    other = demo.Comparer(Segmenter(config, tmp_path / 'b0.pth', device='cpu'))
-    assert other.stages == dict(encoder=(1, 2, 3, 4))
-    assert other.ratio([1, 1, 1, 1]) == ISRRatio.parse('none')
-    assert str(other.ratio([2, 2, 1, 1])) == '2211-1'
-    assert other.multipliers('optimal') == [2, 2, 1, 1]
-    assert other.multipliers('211-1') is None
-    other.segmenter.model.backbone = torch.nn.Identity()
-    with pytest.raises(RatioError, match='holds no attention that ISR can reduce'):
-        demo.Comparer(other.segmenter)
+def segmenter(whole):
+    return Segmenter(*whole, device='cpu')
 
 
 class Cells(HTMLParser):
@@ -171,19 +54,19 @@ class Cells(HTMLParser):
 
 
 def test_names_of_classes_are_text():
-    labels = np.zeros((50, 50), np.uint8)
-    other = labels.copy()
-    other[0, 0] = other[0, 1] = 1
+    trained = np.zeros((50, 50), np.uint8)
+    chosen = trained.copy()
+    chosen[0, :2] = 1
     classes, palette = ('<script>alert(1)</script>', 'a&b'), ((255, 0, 0), (0, 1, 2))
-    found = tuple(Segmentation(each, np.zeros((50, 50, 3), np.uint8), classes, palette)
-                  for each in (labels, other))
-    comparison = demo.Comparison(RATIO, found, (10., 8.), 3, (2., 1.5))
-    cells = Cells(demo.describe_classes(comparison))
+    results = tuple(Segmentation(labels, np.zeros((50, 50, 3), np.uint8), classes, palette)
+                    for labels in (trained, chosen))
+    made = Comparison(RATIO, results, (10., 8.), 3, (2., 1.5))
+    cells = Cells(describe_classes(made))
     assert 'script' not in cells.tags
     assert cells.texts == ['class', 'trained', 'chosen', classes[0], '100.0%', '99.9%',
                            classes[1], '0.0%', '0.1%']
-    assert 'rgb(255, 0, 0)' in demo.describe_classes(comparison)
-    assert ' '.join(Cells(demo.describe_figures(comparison)).texts) == (
+    assert 'rgb(255, 0, 0)' in describe_classes(made)
+    assert ' '.join(Cells(describe_figures(made)).texts) == (
         'pixels changed 0.08% of 50 x 50 GMACs 2 →  1.5 -25% milliseconds 10 →  8 '
         '-20%, median of 3 Ratio of the right side:  --isr-ratio 4111-111')
 
@@ -191,42 +74,42 @@ def test_names_of_classes_are_text():
 def test_without_gradio_it_says_what_to_install(segmenter, monkeypatch):
     monkeypatch.setitem(sys.modules, 'gradio', None)
     with pytest.raises(ConfigError, match=rf'pip install -e .*{ROOT}\[demo\]'):
-        demo.serve(segmenter)
+        serve(segmenter)
     with pytest.raises(ConfigError, match='--max-upload 0: give a number of megabytes above 0'):
-        demo.serve(segmenter, max_upload=0)
+        serve(segmenter, max_upload=0)
 
 
 # The page in a browser.
 
 @pytest.fixture(scope='module')
-def server(work, tmp_path_factory):
+def server(whole, tmp_path_factory):
     """The tool, serving in a child: its ``pid``, ``url``, temporary ``folder`` and ``log``."""
     pytest.importorskip('gradio')
-    found = SimpleNamespace(folder=tmp_path_factory.mktemp('server'))
-    found.log = found.folder / 'log'
+    folder = tmp_path_factory.mktemp('server')
+    log = folder / 'log'
+    log.touch()
 
-    def serve():
+    def run_tool():
         os.chdir(ROOT)
-        tempfile.tempdir = str(found.folder)
-        sys.argv = ['tools/demo.py', '--model', str(work), '--device', 'cpu', '--port', '0',
-                    '--max-upload', '0.4', '--allow-host', 'Proxy.example']
+        tempfile.tempdir = str(folder)
+        sys.argv = ['tools/demo.py', '--model', str(whole[0]), '--checkpoint', str(whole[1]),
+                    '--device', 'cpu', '--port', '0', '--max-upload', '0.4',
+                    '--allow-host', 'Proxy.example']
         runpy.run_path('tools/demo.py', run_name='__main__')
 
-    found.pid = in_child(serve, log=found.log)
+    server = SimpleNamespace(folder=folder, log=log, pid=in_child(run_tool, log=log))
     try:
         for _ in range(1200):
-            if found.log.exists() and (line := re.search(r'http://127\.0\.0\.1:\d+',
-                                                         found.log.read_text())):
-                found.url = line[0]
+            if line := re.search(r'http://127\.0\.0\.1:\d+', log.read_text()):
                 break
             time.sleep(0.1)
-        else:
-            raise AssertionError(found.log.read_text())
-        yield found
+        assert line, log.read_text()
+        server.url = line[0]
+        yield server
     finally:
-        if found.pid is not None:
-            os.kill(found.pid, signal.SIGKILL)
-            finish(found.pid)
+        if server.pid is not None:
+            os.kill(server.pid, signal.SIGKILL)
+            finish(server.pid)
 
 
 @pytest.fixture(scope='module')
@@ -238,12 +121,12 @@ def browser():
     if path is None:
         pytest.skip('no Chromium is installed')
     with api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=path, args=[
+        chromium = playwright.chromium.launch(executable_path=path, args=[
             '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run',
             '--disable-background-networking', '--disable-component-update', '--disable-sync',
             '--use-fake-device-for-media-stream', '--use-fake-ui-for-media-stream'])
-        yield found
-        found.close()
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture
@@ -273,16 +156,16 @@ def wait_for(page, selector, pattern):
 
 
 def upload(page, path):
-    page.set_input_files('#eda-picture input[type=file]', path)
+    page.set_input_files('#eda-image input[type=file]', path)
 
 
 def clear(page):
-    page.click('#eda-picture button[aria-label="Remove Image"]')
-    wait_for(page, '#eda-message', 'Choose a picture')
+    page.click('#eda-image button[aria-label="Remove Image"]')
+    wait_for(page, '#eda-message', 'Choose an image')
 
 
 def shown(page):
-    """The two pictures of the comparison as the server sent them, left and right."""
+    """The two images of the comparison as the server sent them, left and right."""
     urls = page.locator('#eda-result img').evaluate_all('all => all.map(each => each.src)')
     return [cv2.imdecode(np.frombuffer(page.request.get(url).body(), np.uint8), 1)
             for url in urls]
@@ -293,8 +176,8 @@ def difference(shown, wanted):
     return np.abs(shown.astype(int) - cv2.imdecode(cv2.imencode('.jpg', wanted)[1], 1)).mean()
 
 
-def test_upload_move_a_slider_and_read_the_result(page, server, segmenter, pictures):
-    path = pictures / '0.png'
+def test_upload_move_a_slider_and_read_the_result(page, server, segmenter, files):
+    path = files / '0.png'
     trained, chosen = (expected(segmenter, path, ratio) for ratio in ('none', RATIO))
     wait_for(page, '#eda-figures', '--isr-ratio 2211-222')
     upload(page, path)
@@ -319,7 +202,7 @@ def test_upload_move_a_slider_and_read_the_result(page, server, segmenter, pictu
         (name, f'{share:.1%}') for name, share in trained.shares.items() if share >= 0.0005]
     for drawn, wanted in zip(shown(page), (trained, chosen), strict=True):
         assert difference(drawn, wanted.draw()) < 0.5
-    # Opacity changes the pictures alone, and a quick choice moves the sliders.
+    # Opacity changes the images alone, and a quick choice moves the sliders.
     page.locator('#eda-opacity input[type=range]').focus()
     page.keyboard.press('Home')
     for _ in range(50):
@@ -340,15 +223,15 @@ def test_upload_move_a_slider_and_read_the_result(page, server, segmenter, pictu
         server.url.removeprefix('http://')}
 
 
-def test_the_pictures_of_ten_uploads_are_seen(page, server, pictures):
+def test_the_images_of_ten_uploads_are_seen(page, server, files):
     page.set_viewport_size(dict(width=1280, height=900))
     for stage in page.locator('.eda-stages .block').all():
         assert stage.evaluate('each => each.scrollWidth <= each.clientWidth')
         assert stage.locator('label').bounding_box()['height'] < 35  # one line
     sizes = [f'of {64 + 32 * i} x 64' for i in range(10)]
     for i, size in enumerate(sizes):
-        path = pictures / f'upload{i}.png'
-        Image.open(pictures / '0.png').resize((64 + 32 * i, 64)).save(path)
+        path = files / f'upload{i}.png'
+        Image.open(files / '0.png').resize((64 + 32 * i, 64)).save(path)
         upload(page, path)
         wait_for(page, '.eda-changed', size)
         page.wait_for_function("""width => [...document.querySelectorAll('#eda-result img')].every(
@@ -371,25 +254,25 @@ def test_quick_moves_end_at_the_last_one(page, server):
     assert page.wrong == []
 
 
-def test_bad_files_give_a_message_and_the_next_one_works(page, server, pictures):
-    upload(page, pictures / 'broken.png')
+def test_bad_files_give_a_message_and_the_next_one_works(page, server, files):
+    upload(page, files / 'broken.png')
     wait_for(page, '#eda-message [role=alert]', r'image cannot be decoded: broken\.png')
     assert page.locator('.eda-gmacs').count() == 0
     clear(page)
-    upload(page, pictures / 'heavy.png')
+    upload(page, files / 'heavy.png')
     wait_for(page, '.toast-body', r'exceed the maximum allowed size.*heavy\.png')
-    upload(page, pictures / 'turned.jpg')
+    upload(page, files / 'turned.jpg')
     wait_for(page, '.eda-changed', 'of 128 x 192')
     assert page.locator('#eda-message [role=alert]').count() == 0
     assert 'Traceback' not in server.log.read_text()
 
 
-def test_a_webcam_frame(page, pictures):
+def test_a_webcam_frame(page, files):
     clear(page)
-    page.click('#eda-picture button[aria-label="Capture from camera"]')
+    page.click('#eda-image button[aria-label="Capture from camera"]')
     page.click('text=Click to Access Webcam')
-    page.wait_for_function('document.querySelector("#eda-picture video")?.readyState === 4')
-    page.click('#eda-picture button[aria-label="capture photo"]')
+    page.wait_for_function('document.querySelector("#eda-image video")?.readyState === 4')
+    page.click('#eda-image button[aria-label="capture photo"]')
     wait_for(page, '.eda-changed', r'of \d+ x \d+')
     assert page.wrong == []
 
@@ -430,16 +313,16 @@ def ask(server, values):
     return json.loads(found[-1].removeprefix('data: '))
 
 
-def test_what_a_page_would_not_send(server, pictures, work):
+def test_what_a_page_would_not_send(server, files, work):
     body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n' + (
-        pictures / 'heavy.png').read_bytes() + b'\r\n--x--\r\n'
+        files / 'heavy.png').read_bytes() + b'\r\n--x--\r\n'
     status, answer = post(f'{server.url}/gradio_api/upload', body,
                           'multipart/form-data; boundary=x')
     assert status == 413, answer
     uploads = next(server.folder.glob('mmseg_edaformer_demo_*')) / 'uploads'
     before = {*uploads.rglob('*')}
     with socket.create_server(('127.0.0.1', 0)) as listening:
-        for path in (str(pictures / '0.png'), f'{uploads}/../scene1.png', 'setup.py',
+        for path in (str(files / '0.png'), f'{uploads}/../scene1.png', 'setup.py',
                      f'http://127.0.0.1:{listening.getsockname()[1]}/x.png',
                      'https://192.0.2.1/x.png'):
             for values in {0: file(path)}, {1: file(path)}, {0: file(path, is_stream=True)}:
@@ -457,7 +340,7 @@ def test_what_a_page_would_not_send(server, pictures, work):
                                    'from 1 to 8'), (3, [2], 'encoder 2: [2] is not a number')):
         answer = ask(server, {0: file(str(known)), index: value})
         assert message in answer['output']['data'][3]['value'].replace('&#x27;', "'")
-    for path, status in (known, 200), (work / 'mini.py', 403), (pictures / '0.png', 403):
+    for path, status in (known, 200), (work / 'mini.py', 403), (files / '0.png', 403):
         assert post(f'{server.url}/gradio_api/file={path}', None, 'text/plain')[0] == status
 
 
@@ -492,7 +375,7 @@ def test_other_names_and_pages_of_other_sites_are_refused(server):
 def test_it_ends_cleanly_and_leaves_nothing(server, segmenter):
     port = int(server.url.rpartition(':')[2])
     with pytest.raises(ConfigError, match=f'port {port} of 127.0.0.1 is taken: give another'):
-        demo.serve(segmenter, port=port)
+        serve(segmenter, port=port)
     assert [each.name for each in server.folder.glob('mmseg_edaformer_demo_*')]
     os.kill(server.pid, signal.SIGINT)
     code, server.pid = finish(server.pid), None

@@ -54,7 +54,7 @@ def test_dist_train_hands_a_signal_on(shell, tmp_path):
     output, errors = process.communicate(timeout=20)
     assert output == 'told\n'
     assert process.returncode == 75
-    assert 'go on with --resume' in errors
+    assert 'resume with --resume' in errors
 
 
 def test_dist_test(shell):

@@ -89,7 +89,8 @@ def test_isr_flag_is_the_hook_in_the_config(trained, tmp_path):
     plain = evaluate(config, work / 'iter_4.pth', tmp_path)
     flag = evaluate(config, work / 'iter_4.pth', tmp_path, '--isr-ratio', '2')
     hooked = tmp_path / 'hooked.py'
-    hooked.write_text(f"_base_ = ['{config}']\ncustom_hooks = [dict(type='ISRHook', ratio=2)]\n")
+    hooked.write_text(f"_base_ = ['{config}']\n"
+                      "custom_hooks = [dict(type='ISRHook', isr_ratio=2)]\n")
     hook = evaluate(hooked, work / 'iter_4.pth', tmp_path)
     # On 64x96 pixels auto comes to 2 for a model trained at 32x32.
     auto = evaluate(config, work / 'iter_4.pth', tmp_path, '--isr-ratio', 'auto', '--cfg-options',
@@ -358,7 +359,7 @@ def test_a_checkpoint_for_other_classes(trained, tmp_path):
     (['tools/test.py', '{config}', '{checkpoint}', '--isr-ratio', '2211-2222'],
      '4 multipliers for the decoder, which has 3 stages'),
     (['tools/test.py', '{config}', '{checkpoint}', '--isr-ratio', 'fast'],
-     "isr_ratio 'fast' means nothing"),
+     "cannot parse isr_ratio 'fast'"),
 ])
 def test_wrong_command_lines(trained, tmp_path, command, says):
     config, work, _ = trained

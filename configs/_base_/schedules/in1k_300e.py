@@ -10,7 +10,7 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=6255),
     dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=False, begin=6255, end=375300),
 ]
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=375300, val_interval=6255)
+train_cfg = dict(type='ExactTrainLoop', max_iters=375300, val_interval=6255)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 default_hooks = dict(
@@ -18,7 +18,7 @@ default_hooks = dict(
     logger=dict(type='LoggerHook', interval=100, log_metric_by_epoch=False),
     param_scheduler=dict(type='ParamSchedulerHook'),
     checkpoint=dict(
-        type='CheckpointHook', by_epoch=False, interval=1251, max_keep_ckpts=3,
+        type='SafeCheckpointHook', by_epoch=False, interval=1251, max_keep_ckpts=3,
         save_best='accuracy/top1'),
     sampler_seed=dict(type='DistSamplerSeedHook'))
 auto_scale_lr = dict(enable=False, base_batch_size=1024)

@@ -48,29 +48,34 @@ def _place_objects(scene: Scene, place: Place, leading_away: bool) -> list[tuple
         (draw_tree, 2.2, 1, rng.integers(4, 14), 0.1, 0.5),
         (draw_tree, 2.2, 1, rng.integers(0, 3), 0.5, 0.95),
     ):
-        for right, depth in rng.uniform((0, low), (1, high), (count, 2)).tolist():
+        for right, depth in rng.uniform((0, low), (1, high), (scene.many(int(count)), 2)).tolist():
             x, y = right * scene.width, scene.horizon + depth * scene.ground
             reach = half * scene.metre(y)
             if ROAD not in scene.label[int(y), max(int(x - reach), 0) : int(x + reach) + 1]:
                 add(draw, half, gap, x, y)
-    ways = rng.uniform(0.12 * leading_away, 1 - 0.3 * leading_away, rng.integers(0, 6))
+    cars = int(rng.integers(0, 6) / scene.scale)  # they stand along a line
+    ways = rng.uniform(0.12 * leading_away, 1 - 0.3 * leading_away, cars)
     for spot in place(ways, rng.choice((-0.5, 0.5), ways.size)):
         add(draw_car, 1.3 if leading_away else 2.5, 5, *spot, leading_away)
     if rng.random() < 0.75:
         style, paint = int(rng.integers(3)), pick(rng, _POSTS)
-        posts = rng.uniform(0.16, 0.4) * (rng.random() + np.arange(6))
+        posts = rng.uniform(0.16, 0.4) * scene.scale * (
+            rng.random() + np.arange(round(6 / scene.scale)))
         side = rng.choice((-1.2, 1.2))
         for spot in place(0.8 / (1 + 3 * posts) if leading_away else posts, side):
             add(draw_lamp, 0.4, 1, *spot, style, paint)
     return sorted(things, key=lambda thing: thing[0])
 
 
-def draw_scene(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+def draw_scene(rng: np.random.Generator, size: tuple[int, int],
+               scale: float = 1.) -> tuple[np.ndarray, np.ndarray]:
     """Draw one outdoor scene and its label.
 
     Args:
         rng: Source of everything that varies; the same state draws the same scene.
         size: Height and width in pixels, each at least 32. Objects scale with it.
+        scale: Size of the objects relative to those of an ordinary scene of this size: with 0.25 a
+            scene of 1024x1024 is a larger world, whose objects are as large as at 256x256.
 
     Returns:
         The image, (H, W, 3) in RGB, and the label, (H, W) with indices into `CLASSES`.
@@ -81,7 +86,7 @@ def draw_scene(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndar
     _check_size(size)
     height, width = size
     # Twice as large, so that edges come out smooth; the label takes every second pixel.
-    scene = Scene(rng, 2 * height, 2 * width)
+    scene = Scene(rng, 2 * height, 2 * width, scale)
     draw_hills(scene)
     place, stations, leading_away = plan_road(scene)
     draw_ground(scene, place, stations)
@@ -91,11 +96,12 @@ def draw_scene(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndar
         reach = half * scene.metre(y) / 2
         middle, axes = (x / 2 - scene.side * reach * 0.6, y / 2), (reach * 2.8, reach * 0.44 + 1)
         cv2.ellipse(shade, (middle, axes, 0), 145, -1)
-    soft = cv2.resize(cv2.GaussianBlur(shade, (0, 0), 0.5 + height / 300), (2 * width, 2 * height))
+    soft = cv2.GaussianBlur(shade, (0, 0), 0.5 + height * scale / 300)
+    soft = cv2.resize(soft, (2 * width, 2 * height))
     cv2.multiply(scene.image, cv2.cvtColor(soft, cv2.COLOR_GRAY2RGB), scene.image, 1 / 255)
     for y, x, _, draw, rest in things:
         draw(scene, x, y, *rest)
-    if rng.random() < 0.55:
+    for _ in range(scene.many(rng.random() < 0.55)):
         draw_birds(scene)
     image = cv2.resize(scene.image, (width, height), interpolation=cv2.INTER_AREA)
     image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.3, 0.6))
@@ -104,7 +110,8 @@ def draw_scene(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndar
 
 
 def draw_dataset(root: str | Path, *, train: int = 400, val: int = 80,
-                 size: tuple[int, int] = (192, 256), seed: int = 0) -> Path:
+                 size: tuple[int, int] = (192, 256), seed: int = 0,
+                 scale: float = 1.) -> Path:
     """Draw a data set into a folder laid out like ADE20K, unless it is there already.
 
     The images are `images/{training,validation}/NNNNN.png`; their labels have the same names
@@ -118,6 +125,7 @@ def draw_dataset(root: str | Path, *, train: int = 400, val: int = 80,
         val: Number of validation images.
         size: Height and width of each image in pixels, each at least 32.
         seed: Seed of the drawing.
+        scale: See `draw_scene`.
 
     Returns:
         The folder.
@@ -138,12 +146,16 @@ def draw_dataset(root: str | Path, *, train: int = 400, val: int = 80,
             images.mkdir(parents=True, exist_ok=True)
             labels.mkdir(parents=True, exist_ok=True)
             for index in range(count):
-                image, label = draw_scene(np.random.default_rng((seed, split, index)), size)
+                image, label = draw_scene(np.random.default_rng((seed, split, index)), size,
+                                          scale)
                 Image.fromarray(image).save(images / f'{index:05d}.png', compress_level=1)
                 Image.fromarray(label).save(labels / f'{index:05d}.png', compress_level=1)
 
-    return draw_once(Path(root), 'synthetic.json', dict(
-        train=train, val=val, size=list(size), seed=seed, revision=_REVISION), _NAMES, draw)
+    asked: dict[str, Any] = dict(train=train, val=val, size=list(size), seed=seed,
+                                 revision=_REVISION)
+    if scale != 1:
+        asked['scale'] = scale
+    return draw_once(Path(root), 'synthetic.json', asked, _NAMES, draw)
 
 
 def draw_once(root: Path, marker: str, asked: dict[str, Any], names: re.Pattern[str],

@@ -36,12 +36,12 @@ _SEASONS = (
 class Scene:
     """A canvas of image and label, with the light and the perspective that all objects share."""
 
-    def __init__(self, rng: np.random.Generator, height: int, width: int) -> None:
-        self.rng, self.height, self.width = rng, height, width
+    def __init__(self, rng: np.random.Generator, height: int, width: int, scale: float) -> None:
+        self.rng, self.height, self.width, self.scale = rng, height, width, scale
         self.label = np.zeros((height, width), np.uint8)
         self.horizon = height * rng.uniform(0.34, 0.5)
         self.ground = height - self.horizon
-        self.camera = rng.uniform(3.6, 6.5)
+        self.camera = rng.uniform(3.6, 6.5) / scale
         self.sun = rng.uniform(0.05, 0.95)
         self.side = 1 if self.sun > 0.5 else -1
         odds = [light[0] for light in _LIGHTS]
@@ -57,6 +57,10 @@ class Scene:
     def metre(self, y: float | np.ndarray) -> np.ndarray:
         """Pixels per metre for what stands on the ground at row `y`."""
         return np.maximum(y - self.horizon, 1) / self.camera * min(1, self.width / self.height)
+
+    def many(self, count: int) -> int:
+        """How many small objects stand as densely as ``count`` that fill the image."""
+        return int(count / self.scale ** 2)
 
     def tint(self, y: float) -> tuple[np.ndarray, np.ndarray]:
         """What light and haze at row `y` do to a colour: by what to multiply it, what to add."""
@@ -83,20 +87,21 @@ class Scene:
         if self.night:
             sky[tuple(rng.integers((int(horizon), width), size=(50, 2)).T)] = (240, 236, 214)
         x, y = self.sun * width, horizon * rng.uniform(0.1, 0.8)
-        radius, orb = horizon * rng.uniform(0.07, 0.13), self.low * 0.3 + (178, 172, 150)
+        radius = horizon * rng.uniform(0.07, 0.13) * self.scale
+        orb = self.low * 0.3 + (178, 172, 150)
         if self.haze < 0.6:
             glow(sky, x, y, radius * 5, orb)
             cv2.circle(sky, (int(x), int(y)), int(radius), orb.tolist(), -1)
         cover = np.zeros((height, width), np.float32)
-        for _ in range(rng.integers(0, 6)):
-            size = rng.uniform(0.03, 0.09) * min(height, width)
+        for _ in range(self.many(int(rng.integers(0, 6)))):
+            size = rng.uniform(0.03, 0.09) * min(height, width) * self.scale
             x, y = rng.uniform(0, width), rng.uniform(0, 0.9) * horizon
             for shift in rng.uniform(-3, 3, 9):
                 puff = (1.6 - abs(shift) / 3) * size
                 cv2.circle(cover, (int(x + shift * size), int(y - puff / 2)), int(puff), 1, -1)
             cover[int(y) + 1 : int(y + 3 * size)] *= 0.6
         cloud = np.minimum(self.low * 0.5 + 128 * self.light, 255).astype(np.float32)
-        soft = cv2.GaussianBlur(cover, (0, 0), 1 + width / 100)[..., None]
+        soft = cv2.GaussianBlur(cover, (0, 0), 1 + width * self.scale / 100)[..., None]
         sky = (sky + (cloud - sky) * soft * np.float32(rng.uniform(0.5, 0.95))).astype(np.uint8)
         return cv2.resize(sky, (self.width, self.height))
 

@@ -153,7 +153,7 @@ def draw_lamp(scene: Scene, x: float, y: float, style: int, paint: np.ndarray) -
 
 
 def draw_birds(scene: Scene) -> None:
-    rng, unit = scene.rng, min(scene.height, scene.width)
+    rng, unit = scene.rng, min(scene.height, scene.width) * scene.scale
     paint = pick(rng, ((226, 226, 230),) if scene.night else ((38, 36, 44), (66, 52, 48)))
     flock = rng.uniform((0.1, 0.06), (0.9, 0.9)) * (scene.width, scene.horizon)
     for _ in range(rng.integers(1, 6)):

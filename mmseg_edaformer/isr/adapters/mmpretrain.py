@@ -6,16 +6,15 @@ import torch
 from torch import Tensor
 
 from ..key_layout import Arguments, Call, InputMap, Patches, Window
-from ..registry import AttentionRule, Irreducible, Rule
+from ..rules import AttentionRule, Irreducible, Rule
 
 
 @dataclass(frozen=True)
 class MaskedWindow(Window):
-    """Windows at the border of a map that mask their padding: Twins, in mmseg as well.
+    """Windows that mask the padding at the border of a map: Twins, here and in mmseg.
 
-    Cells there average the tokens that they have. ``shape`` is the argument that holds (h, w).
-    Padding is masked only where rows and columns are both padded: with one of them, these modules
-    mask nothing, and padding is as good a key as any.
+    Cells there average only tokens. ``shape`` is the argument that holds (h, w). These modules mask
+    padding only if both rows and columns are padded; otherwise padding is a key like any other.
     """
     shape: str = 'hw_shape'
 

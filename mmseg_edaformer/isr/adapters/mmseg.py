@@ -1,6 +1,6 @@
 """mmsegmentation's own backbones and heads."""
 from ..key_layout import Arguments, Patches, Window
-from ..registry import AttentionRule, Irreducible, Rule
+from ..rules import AttentionRule, Irreducible, Rule
 from .mmpretrain import MaskedWindow
 
 _BACKBONES = 'mmseg.models.backbones'

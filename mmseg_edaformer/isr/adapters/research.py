@@ -1,17 +1,25 @@
-"""Published research code, known by the names of its classes and the attributes they have.
+"""Published research code, recognised by the names of its classes and their attributes.
 
-Such code is copied from repository to repository, so where a class comes from says nothing.
+Such code is copied from repository to repository, so the module of a class tells nothing.
 """
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..key_layout import Arguments, Call, GridSource, InputMap, OwnMaps, Patches, Window
+from ..key_layout import (
+    Arguments,
+    Blocks,
+    Call,
+    GridSource,
+    InputMap,
+    OwnMaps,
+    Patches,
+    Unrolled,
+    Window,
+)
 from ..pooling import Grid
-from ..registry import AttentionRule, Irreducible, Rule
-from .timm import Blocks, Unrolled
+from ..rules import AttentionRule, Irreducible, Rule
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,7 @@ class WindowThenMaps(GridSource):
 
 @dataclass(frozen=True)
 class Pyramid(GridSource):
-    """Several maps behind each other: that of the arguments, pooled by each ratio (P2T)."""
+    """Several maps behind each other: the map of the arguments, pooled by each ratio (P2T)."""
     ratios: str
 
     def find(self, call: Call) -> list[Grid]:
@@ -53,7 +61,7 @@ class Regions(GridSource):
     """Windows of RegionViT, of side ``kernel_size``, behind the token of their region.
 
     The same module is called without ``patch_attn`` for the tokens of all regions, which are few
-    and stay. Padding is masked, also for the region's own token.
+    and stay. Padding is masked, for the region's own token too.
     """
     owner = '@kernel_size'
 
@@ -140,27 +148,5 @@ RULES: dict[str, tuple[tuple[tuple[str, ...], Rule], ...]] = {
         'it sums up its keys before the queries see them, at a cost linear in them')),),
     'AttentionModule': ((('conv0', 'conv3'), _CONVOLUTION),),  # SegNeXt
 }
-"""For each class the attributes, or arguments of its forward, that must be there, or must not where
-``!`` stands in front, and the rule; the first that fits counts."""
-
-
-LIBRARIES = {'mmcv', 'mmdet', 'mmpretrain', 'mmseg', 'segmentation_models_pytorch', 'timm', 'torch',
-             'torchvision', 'transformers'}
-"""They have tables of their own; what is not there must not be guessed by its name."""
-
-
-def find(module: nn.Module) -> Rule | None:
-    """The rule for a module, if it is one of these."""
-    original = getattr(type(module), 'isr_original', type(module))
-    arguments = inspect.signature(original.forward).parameters.keys()
-    for cls in type(module).__mro__:
-        if cls.__module__.partition('.')[0] in LIBRARIES:
-            continue
-        for attributes, rule in RULES.get(cls.__name__, ()):
-            grid = rule.grid if isinstance(rule, AttentionRule) else None
-            read = grid.names if isinstance(grid, Arguments) else ()
-            if set(read) <= arguments and all(
-                    (name.lstrip('!') in arguments or hasattr(module, name.lstrip('!'))) is not (
-                        name.startswith('!')) for name in attributes):
-                return rule
-    return None
+"""By class name: attributes or arguments of the forward that must exist, or after ``!`` must not,
+and the rule; the first that fits counts."""

@@ -1,79 +1,21 @@
 """timm, and mmseg's TIMMBackbone around it."""
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ..key_layout import Arguments, Call, GridSource, InputMap, OwnMaps, Patches, Unfolded, Window
+from ..key_layout import (
+    Arguments,
+    Blocks,
+    Call,
+    GridSource,
+    InputMap,
+    OwnMaps,
+    Patches,
+    Unfolded,
+    Unrolled,
+    Window,
+)
 from ..pooling import Grid
-from ..registry import AttentionRule, Irreducible, Rule
-
-
-@dataclass(frozen=True)
-class Blocks(GridSource):
-    """Square windows whose side is the attribute ``size`` of a module around (NesT)."""
-    size: str
-
-    @property
-    def owner(self) -> str:  # type: ignore[override]
-        return f'@{self.size}'
-
-    def find(self, call: Call) -> list[Grid]:
-        side = getattr(call.owners[self.owner], self.size)
-        return [(side, side)]
-
-
-@dataclass(frozen=True)
-class Unrolled(GridSource):
-    """Tokens sorted by Hiera: the place within the smallest blocks first, then in larger ones.
-
-    ``path`` is the path of the module that sorts, with the map's size and the sides of the blocks.
-    Windows are what one block of the largest size holds. Its tokens tell after how many poolings
-    the attention stands: their number alone may be that of a later map where a mask left some out.
-    """
-    path: str = 'unroll'
-
-    @property
-    def owner(self) -> str:  # type: ignore[override]
-        return self.path
-
-    def find(self, call: Call) -> list[Grid]:
-        return [grid for grid, _ in self._levels(call)]
-
-    def order(self, call: Call, grid: Grid) -> Tensor:
-        blocks = next(blocks for level, blocks in self._levels(call) if level == grid)
-        height, width = _product(blocks)
-        sides = [side for block in blocks for side in block]
-        sides += [grid[0] // height, grid[1] // width]
-        last = len(sides) - 1
-        device = next(call.module.parameters()).device
-        places = torch.arange(grid[0] * grid[1], device=device).view(sides)
-        return places.permute(*range(last - 1, -1, -2), *range(last, 0, -2)).flatten()
-
-    def _levels(self, call: Call) -> list[tuple[Grid, list[Grid]]]:
-        """Possible grids of the keys: after each pooling of the model, with the blocks left."""
-        size, schedule = self.sorting(call)
-        attn: Any = call.module
-        stride = attn.q_stride if hasattr(attn, 'q_stride') else attn.query_stride
-        levels = []
-        for done in range(len(schedule) + 1 if len(size) == 2 else 0):
-            blocks = schedule[done:]
-            grid = _product(blocks)
-            if math.prod(grid) != stride * attn.window_size:
-                continue
-            if not attn.use_mask_unit_attn:
-                height, width = _product(schedule[:done])
-                grid = size[0] // height, size[1] // width
-            levels.append((grid, blocks))
-        return levels
-
-    def sorting(self, call: Call) -> tuple[Sequence[int], list[Grid]]:
-        """Size of the map that is sorted, and the sides of the blocks."""
-        unroll: Any = call.owners[self.path]
-        return unroll.size, unroll.schedule
+from ..rules import AttentionRule, Irreducible, Rule
 
 
 @dataclass(frozen=True)
@@ -87,11 +29,6 @@ class Branches(GridSource):
                  embedding.img_size[1] // embedding.patch_size[1]) for embedding in embeddings]
 
 
-def _product(blocks: list[Grid]) -> Grid:
-    """Sides of a block of blocks of blocks."""
-    return math.prod([block[0] for block in blocks]), math.prod([block[1] for block in blocks])
-
-
 _PREFIX = ('num_prefix_tokens',)
 _PATCHES = AttentionRule(Patches('patch_embed.proj'), _PREFIX)
 _SHIFTED = AttentionRule(Window(shift='shift_size'))
@@ -99,7 +36,7 @@ _RESOLUTION = AttentionRule(Window('resolution'))
 _MAP = AttentionRule(InputMap())
 _MAP_LAST = AttentionRule(InputMap(channels_last=True))
 _BRANCHES = AttentionRule(Branches(), 1)
-_POOL = AttentionRule(InputMap(), 1)  # behind a class token, or the mean of the map
+_POOL = AttentionRule(InputMap(), 1)  # behind a class token or the mean of the map
 _CHANNELS = Irreducible('its keys are channels, not tokens')
 _LINEAR = Irreducible('it sums up its keys before the queries see them, at a cost linear in them')
 
@@ -116,7 +53,7 @@ RULES: dict[str, Rule] = {
         'timm.models.vision_transformer.DiffParallelScalingBlock',
         'timm.models.vision_transformer_relpos.RelPosAttention',
         'timm.models.eva.EvaAttention',
-        'timm.models.cait.ClassAttn',  # XCiT's as well
+        'timm.models.cait.ClassAttn',  # and XCiT's
         'timm.models.cait.TalkingHeadAttn',
         'timm.models.convit.MHSA',
     ), _PATCHES),

@@ -1,6 +1,6 @@
 """torchvision, and the encoder that segmentation-models-pytorch has of its own."""
 from ..key_layout import Arguments, Patches, Window
-from ..registry import AttentionRule, Irreducible, Rule
+from ..rules import AttentionRule, Irreducible, Rule
 
 _MODELS = 'torchvision.models'
 _VIDEO = Irreducible('its keys lie in a volume of several frames')
@@ -8,7 +8,7 @@ _VIDEO = Irreducible('its keys lie in a volume of several frames')
 RULES: dict[str, Rule] = {
     f'{_MODELS}.vision_transformer.EncoderBlock:self_attention':
         AttentionRule(Patches('conv_proj'), 1),
-    # SwinV2's as well, which is a subclass.
+    # and SwinV2's, which is a subclass
     f'{_MODELS}.swin_transformer.ShiftedWindowAttention':
         AttentionRule(Window(shift='shift_size')),
     f'{_MODELS}.maxvit.RelativePositionalMultiHeadAttention': AttentionRule(Window('size')),

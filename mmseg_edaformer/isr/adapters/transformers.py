@@ -3,10 +3,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..key_layout import Arguments, Call, InputMap, OwnMaps, Patches, Unfolded, Window
+from ..key_layout import Arguments, Call, InputMap, OwnMaps, Patches, Unfolded, Unrolled, Window
 from ..pooling import Grid
-from ..registry import AttentionRule, Irreducible, Rule
-from .timm import Unrolled
+from ..rules import AttentionRule, Irreducible, Rule
 
 
 @dataclass(frozen=True)

@@ -47,10 +47,11 @@ class LowLevelCrossAttention(nn.Module):
 
 
 class FeedFormerBlock(nn.Module):
-    """Pre-norm block of cross attention and MixFFN; the encoder's blocks stand for self-attention.
+    """Pre-norm block of cross attention and MixFFN; self-attention is left to the encoder's blocks.
 
     Args:
-        dim: As in `LowLevelCrossAttention`, and so are the next three.
+        dim: Channels of the deep level; the next three arguments are those of
+            `LowLevelCrossAttention` too.
         ffn_ratio: Expansion of the feed-forward network.
     """
 
@@ -79,13 +80,13 @@ class FeedFormerHead(FusedHead):
     Args:
         in_channels: Channels of the lowest level and of those above it.
         channels: Channels of the fuse layer.
-        in_index: Which of the backbone's maps are these levels.
+        in_index: Indices of the backbone's maps that are these levels.
         num_heads: Attention heads of each level above the lowest.
-        pool_ratios: Pool of the lowest level that is keys and values of each level above it. The
-            paper's are not known here; 8 is what MiT reduces the keys of that level by.
+        pool_ratios: Pool of the lowest level, as keys and values of each level above it. The
+            paper's pools are not known here; 8 is MiT's reduction of the keys of that level.
         ffn_ratio: Expansion of the feed-forward networks.
         norm_cfg: Norm after the fuse layer.
-        kwargs: mmseg's ``BaseDecodeHead``.
+        kwargs: Arguments of mmseg's ``BaseDecodeHead``.
 
     Raises:
         ConfigError: The lists differ in length, or heads do not divide the channels.
@@ -109,7 +110,7 @@ class FeedFormerHead(FusedHead):
         """Decode the backbone's maps.
 
         Args:
-            inputs: The backbone's maps, from which ``in_index`` selects the levels.
+            inputs: Maps of the backbone, from which ``in_index`` selects the levels.
 
         Returns:
             Logits, N x num_classes x H x W, at the size of the lowest level.

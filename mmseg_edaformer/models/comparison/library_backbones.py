@@ -1,4 +1,4 @@
-"""Backbones of timm and transformers as mmsegmentation takes them: maps, offline by default."""
+"""Backbones of timm and transformers for mmsegmentation, offline by default."""
 from typing import Any
 
 import torch
@@ -13,14 +13,14 @@ from ..layers import channels_last
 
 @MODELS.register_module()
 class TimmMaps(TIMMBackbone):
-    """mmseg's TIMMBackbone, whose maps are checked and whose weights nothing downloads unasked.
+    """mmseg's TIMMBackbone, with checked names and no download unless asked for.
 
     For models that give maps N x C x H x W at any image size, such as DaViT, MViTv2 and PVTv2.
 
     Args:
         model_name: timm's name of the model.
         pretrained: Load timm's ImageNet weights, from its cache or the network.
-        kwargs: mmseg's TIMMBackbone, then the model, such as ``drop_path_rate``.
+        kwargs: Arguments of mmseg's TIMMBackbone and of the model, such as ``drop_path_rate``.
 
     Raises:
         ConfigError: timm is missing, or has no such model.

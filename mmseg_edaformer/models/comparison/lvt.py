@@ -1,7 +1,8 @@
 """LVT, the Lite Vision Transformer (arXiv 2112.10809), written from its description.
 
-What the description leaves open is chosen so that parameters (3.4 M) and, in EDAFormer's table 7,
-multiply-adds with and without ISR come out. The released weights do not load.
+Where the description is incomplete, the choice here gives the published number of parameters
+(3.4 M) and the multiply-adds of EDAFormer's table 7, with and without ISR. The released weights do
+not load.
 
 Shapes: N batch, C channels, H x W the map, h heads, d = C / h, M keys; maps are channels-last.
 """
@@ -66,15 +67,15 @@ class RecursiveAtrousSelfAttention(nn.Module):
     """Self-attention with multi-scale queries, run twice with one set of weights (RASA).
 
     The queries are the sum of one depth-wise convolution at several dilations. The second pass
-    takes the sum of the input and of what the first gave, with two weights per channel. Keys and
-    values are reduced by a strided convolution.
+    takes the sum of the input and of the first pass's output, with two weights per channel. Keys
+    and values are reduced by a strided convolution.
 
     Args:
         dim: Channels C.
         num_heads: Heads h; must divide ``dim``.
         sr_ratio: Kernel and stride of the reduction of keys and values.
-        dilations: Of the queries' convolution.
-        num_passes: How often the attention runs.
+        dilations: Dilations of the queries' convolution.
+        num_passes: Number of passes of the attention.
     """
 
     def __init__(self, dim: int, num_heads: int, sr_ratio: int,
@@ -140,7 +141,7 @@ class LVT(BaseModule):
         init_cfg: mmengine's initialisation, such as ``dict(type='Pretrained', checkpoint=...)``.
 
     Raises:
-        ConfigError: Sizes of different lengths, or heads that do not divide the channels.
+        ConfigError: The sizes differ in length, or heads do not divide the channels.
     """
 
     def __init__(self, embed_dims: Sequence[int] = (64, 64, 160, 256),
@@ -170,7 +171,7 @@ class LVT(BaseModule):
         self.to(memory_format=torch.channels_last)
 
     def init_weights(self) -> None:
-        """Initialise as EFT, or as ``init_cfg`` says."""
+        """Initialise like EFT, or as ``init_cfg`` says."""
         if self.init_cfg is None:
             init_weights(self)
         super().init_weights()

@@ -1,5 +1,5 @@
 // What a CPU's generic kernels do slowly: attention with short heads whose values are its keys, and
-// GELU. Compiled by native.py; maps are channels-last, arithmetic is float32 throughout but for the
+// GELU. Compiled by cpu_kernels.py; maps are channels-last, arithmetic is float32 throughout but for the
 // products of bfloat16 pairs.
 #include <ATen/Parallel.h>
 

@@ -1,0 +1,325 @@
+"""A segmentor at several ISR ratios on the same images: the measurements that a sweep reports."""
+import hashlib
+import json
+import math
+import os
+import time
+import zipfile
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.dataset import BaseDataset, pseudo_collate
+from mmseg.evaluation import IoUMetric
+from mmseg.registry import DATASETS
+
+from ..engine.allocator import keep_freed_memory
+from ..errors import ConfigError, DataError
+from ..files import replacing
+from ..isr import ISRRatio, isr
+from ..isr.registry import find_attention
+from ..predict.run import progress_bar
+from .loading import count_windows, load_model
+from .memory import peak_bytes
+from .timing import milliseconds, relative, time_call
+
+_CACHE = 2**30  # bytes of loaded images that are kept for the next pass
+_LOOK = 25  # images whose sizes are looked at
+_SAVE_SECONDS = 60.
+
+
+class Measurements:
+    """Areas and times of each ratio on the first images of an order, kept in a file.
+
+    Args:
+        path: The .npz file; None to keep nothing.
+        subject: A digest of what is measured; a file of another subject is not used.
+
+    Attributes:
+        areas: Intersection and union of each class (2 x C), for each image, by ratio.
+        seconds: Of the prediction, and of that at the trained ratio in the same turn.
+    """
+
+    def __init__(self, path: Path | None = None, subject: str = '') -> None:
+        self.path, self.subject = path, subject
+        self.areas: dict[str, list[np.ndarray]] = {}
+        self.seconds: dict[str, list[tuple[float, float]]] = {}
+        self.saved = time.monotonic()
+        if path is None:
+            return
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                content = dict(file)
+        except (OSError, EOFError, ValueError, zipfile.BadZipFile):  # none, or damaged
+            return
+        if str(content.pop('subject', '')) == subject:
+            for name, areas in content.items():
+                ratio, _, kind = name.partition(' ')
+                if kind == 'areas':
+                    self.areas[ratio] = list(areas)
+                    self.seconds[ratio] = [(own, base) for own, base in
+                                           content[f'{ratio} seconds'].tolist()]
+
+    def count(self, ratio: str) -> int:
+        """Return how many images a ratio has been measured on."""
+        return len(self.areas.get(ratio, ()))
+
+    def add(self, ratio: str, areas: np.ndarray, seconds: tuple[float, float]) -> None:
+        """Note a prediction for the next image of a ratio."""
+        self.seconds.setdefault(ratio, []).append(seconds)
+        self.areas.setdefault(ratio, []).append(areas)
+
+    def save(self, interval: float = 0.) -> None:
+        """Write the file, unless it was written less than ``interval`` seconds ago."""
+        if self.path is None or not self.areas or time.monotonic() - self.saved < interval:
+            return
+        arrays: dict[str, Any] = dict(subject=np.array(self.subject))
+        for ratio, areas in self.areas.items():
+            arrays[f'{ratio} areas'] = np.stack(areas)
+            arrays[f'{ratio} seconds'] = np.array(self.seconds[ratio][:len(areas)])
+        with replacing(self.path) as partial:
+            np.savez_compressed(partial, **arrays)
+        self.saved = time.monotonic()
+
+
+class Bench:
+    """A segmentor, images, and what was measured of them.
+
+    Args:
+        model: In eval mode, on its device.
+        dataset: Its test set, with labels.
+        metric: ``classes``, ``ignore_index`` and ``nan_to_num`` of the IoUMetric.
+        samples: Number of images, drawn at random but always the same ones; by default all.
+        measured: What was measured before.
+        look: Number of images whose median size is the `size` that costs are counted for.
+
+    Raises:
+        RatioError: The model holds no attention that ISR can reduce.
+    """
+
+    def __init__(self, model: Any, dataset: BaseDataset, metric: dict[str, Any], *,
+                 samples: int | None = None, measured: Measurements | None = None,
+                 look: int = _LOOK) -> None:
+        self.model, self.dataset, self.metric = model, dataset, metric
+        self.device = next(model.parameters()).device
+        with isr(model, 1):
+            pass  # fail early if it cannot be reduced
+        self.stages = {part.kind: len(part.stages) for part in find_attention(model).parts}
+        # The first images of one order: a larger sample holds a smaller one.
+        order = np.random.default_rng(0).permutation(len(dataset))
+        self.order = [int(index) for index in order[:samples]]
+        self.measured = measured or Measurements()
+        self.cache: dict[int, Any] = {}
+        self.cached = 0
+        self.warm: set[str] = set()
+        self.macs: dict[str, float] = {}
+        self.peaks: dict[str, float] = {}
+        self.example, self.size = self._middle_image(look)
+
+    def ratio(self, value: ISRRatio | int | str) -> ISRRatio:
+        """Read a ratio for this model; ratios that do the same are the same.
+
+        Raises:
+            RatioError: It cannot be parsed, or does not fit.
+        """
+        ratio = ISRRatio.parse(value)
+        with isr(self.model, ratio):
+            pass
+        if ratio.auto:
+            return ratio
+        parts = {kind: ratio.for_stages(kind, count) for kind, count in self.stages.items()}
+        multipliers = {multiplier for part in parts.values() for multiplier in part}
+        if len(multipliers) == 1:
+            return ISRRatio.parse(multipliers.pop())
+        return ISRRatio(parts.get('encoder', (1,)), parts.get('decoder', (1,)))
+
+    def gmacs(self, ratio: ISRRatio) -> float:
+        """Return billions of multiply-adds of one image of `size`, all of its windows counted."""
+        name = str(ratio)
+        if name not in self.macs:
+            with isr(self.model, ratio):
+                self.macs[name] = count_windows(self.model, self.size) / 1e9
+        return self.macs[name]
+
+    def miou(self, ratio: ISRRatio) -> float:
+        """Return the mIoU, in percent, of the images that all have been measured on."""
+        return float(mean_iou(self.areas(ratio).sum(0), self.metric['nan_to_num']))
+
+    def areas(self, ratio: ISRRatio) -> np.ndarray:
+        """Return intersections and unions of those images, N x 2 x C."""
+        return np.stack(self.measured.areas[str(ratio)][:self.images]).astype(np.float64)
+
+    def seconds(self, ratio: ISRRatio) -> np.ndarray:
+        """Return the times on those images, and those of the trained ratio beside them, N x 2."""
+        return np.array(self.measured.seconds[str(ratio)][:self.images])
+
+    def relative(self, ratio: ISRRatio) -> float:
+        """Return the median ratio of the time to that of the trained ratio in the same turn."""
+        return relative(*self.seconds(ratio).T)
+
+    def milliseconds(self, ratio: ISRRatio) -> float:
+        """Return the time of one prediction; see `Row.ms`."""
+        trained = milliseconds(self.seconds(ISRRatio.parse('none'))[:, 0])
+        assert trained is not None
+        return self.relative(ratio) * trained
+
+    @property
+    def images(self) -> int:
+        """How many images are measured: all, or so far in the first pass."""
+        if self.measured.count('none') >= len(self.order):
+            return len(self.order)
+        return min((len(areas) for areas in self.measured.areas.values()), default=0)
+
+    @torch.no_grad()
+    def measure(self, ratios: Sequence[ISRRatio], *, title: str = '',
+                seconds: float = math.inf) -> None:
+        """Predict each image at every ratio in turn, the trained one among them for the times.
+
+        What has been measured before is not measured again. No further image begins after so many
+        ``seconds``. With a ``title`` a progress bar is shown.
+        """
+        missing = {str(ratio): ratio for ratio in ratios
+                   if self.measured.count(str(ratio)) < len(self.order)}
+        if not missing:
+            return
+        text = f'{title}: {len(missing)} ratio{"s" if len(missing) > 1 else ""}'
+        end = time.monotonic() + seconds
+        try:
+            with (progress_bar(text, len(self.order)) if title else
+                  nullcontext(lambda done: None)) as advance:
+                for position in range(len(self.order)):
+                    due = {name: ratio for name, ratio in missing.items()
+                           if self.measured.count(name) == position}
+                    if due:
+                        self._take_turns(position, due)
+                        self.measured.save(_SAVE_SECONDS)
+                    advance(position + 1)
+                    if time.monotonic() > end:
+                        break
+        finally:
+            self.measured.save()
+
+    def _take_turns(self, position: int, due: dict[str, ISRRatio]) -> None:
+        data = self._load(position)
+        turn = list({'none': ISRRatio.parse('none'), **due}.items())
+        first = position % len(turn)  # none of them is always the one after loading
+        done = {name: self._predict(data, name, ratio)
+                for name, ratio in (*turn[first:], *turn[:first])}
+        for name in due:
+            areas, seconds = done[name]
+            self.measured.add(name, areas, (seconds, done['none'][1]))
+
+    def _predict(self, data: Any, name: str, ratio: ISRRatio) -> tuple[np.ndarray, float]:
+        """Return intersections and unions of a prediction (2 x C), and the seconds it took."""
+        with isr(self.model, ratio):
+            if name not in self.warm:
+                self.model.test_step(data)
+                self.warm.add(name)
+            seconds, samples = time_call(lambda: self.model.test_step(data), self.device)
+        sample = samples[0]
+        if 'gt_sem_seg' not in sample:
+            raise DataError(f'{sample.get("img_path", "an image of the test set")} has no labels '
+                            'to compare with: its pipeline needs LoadAnnotations, and '
+                            'test_dataloader.dataset.data_prefix a seg_map_path')
+        predicted = sample.pred_sem_seg.data.squeeze()
+        areas = IoUMetric.intersect_and_union(
+            predicted, sample.gt_sem_seg.data.squeeze().to(predicted), self.metric['classes'],
+            self.metric['ignore_index'])
+        return torch.stack(areas[:2]).round().to(torch.int32).numpy(), seconds
+
+    def _load(self, position: int) -> Any:
+        """Return a batch of one image; it is kept for the next pass while there is room."""
+        if position in self.cache:
+            return self.cache[position]
+        data = pseudo_collate([self.dataset[self.order[position]]])
+        # Beside three bytes a pixel are eight of its label.
+        self.cached += 4 * data['inputs'][0].nbytes
+        if self.cached <= _CACHE:
+            self.cache[position] = data
+        return data
+
+    def _middle_image(self, look: int) -> tuple[Any, tuple[int, int]]:
+        """Return the middle one by size of the first images, with its size in the network."""
+        sized = []
+        for position in range(min(len(self.order), look)):
+            data = self._load(position)
+            inputs = self.model.data_preprocessor(data, False)['inputs']
+            sized.append((math.prod(inputs.shape[-2:]), position, tuple(inputs.shape[-2:])))
+        _, position, size = sorted(sized)[len(sized) // 2]
+        return self._load(position), size
+
+    @torch.no_grad()
+    def peak_mib(self, ratio: ISRRatio) -> float:
+        """Return the most memory at once of a prediction of `size`, with the weights."""
+        name = str(ratio)
+        if name not in self.peaks:
+            with isr(self.model, ratio):
+                self.peaks[name] = peak_bytes(
+                    lambda: self.model.test_step(self.example),
+                    [*self.model.parameters(), *self.model.buffers()], self.device) / 2**20
+        return self.peaks[name]
+
+
+def open_bench(cfg: Config, checkpoint: str, folder: Path | None = None,
+               samples: int | None = None) -> Bench:
+    """Load a checkpoint, and the test set of a config that `launch.prepare_test` has seen.
+
+    A ``folder`` keeps the measurements.
+
+    Raises:
+        UserError: The config has no IoUMetric, the checkpoint does not fit, or the model holds no
+            attention that ISR can reduce.
+    """
+    if samples is not None and samples < 1:
+        raise ConfigError(f'--samples {samples}: give 1 or more')
+    metric = _iou_metric(cfg)
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    if device.type == 'cpu':
+        keep_freed_memory()
+    torch.backends.cudnn.benchmark = bool((cfg.get('env_cfg') or {}).get('cudnn_benchmark'))
+    model = load_model(cfg, checkpoint).to(device)
+    dataset = DATASETS.build(cfg.test_dataloader.dataset)
+    measured = None
+    if folder is not None:
+        files = [os.path.abspath(dataset.get_data_info(i)['img_path'])
+                 for i in range(len(dataset))]
+        weights = os.stat(checkpoint) if os.path.exists(checkpoint) else None
+        text = json.dumps([
+            cfg.model, cfg.test_dataloader.dataset, metric, files, os.path.realpath(checkpoint),
+            weights and (weights.st_size, weights.st_mtime_ns), torch.__version__,
+            torch.get_num_threads(), str(device)], default=str, sort_keys=True)
+        measured = Measurements(folder / 'sweep.npz',
+                                hashlib.sha256(text.encode()).hexdigest()[:16])
+    return Bench(model, dataset, metric, samples=samples, measured=measured)
+
+
+def _iou_metric(cfg: Config) -> dict[str, Any]:
+    """Return settings of the config's IoUMetric, and the number of classes."""
+    evaluators = cfg.get('test_evaluator') or []
+    for evaluator in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
+        if evaluator.get('type') in ('IoUMetric', IoUMetric):
+            head = cfg.model.get('decode_head') or {}
+            head = head[-1] if isinstance(head, (list, tuple)) else head
+            return dict(classes=head.get('num_classes'),
+                        ignore_index=evaluator.get('ignore_index', 255),
+                        nan_to_num=evaluator.get('nan_to_num'))
+    raise ConfigError(f'{cfg.filename} has no IoUMetric as test_evaluator: the sweep measures '
+                      'its mIoU')
+
+
+def mean_iou(areas: np.ndarray, nan_to_num: float | None = None) -> np.ndarray:
+    """Return the mIoU in percent as mmseg's IoUMetric has it: without classes that do not occur.
+
+    Args:
+        areas: Intersection and union of each class in pixels, ... x 2 x C.
+        nan_to_num: Value of a class that does not occur, which then counts.
+    """
+    with np.errstate(invalid='ignore', divide='ignore'):
+        iou = areas[..., 0, :] / areas[..., 1, :]
+    if nan_to_num is not None:
+        iou = np.nan_to_num(iou, nan=nan_to_num)
+    return 100 * np.nanmean(iou, -1)

@@ -1,0 +1,257 @@
+"""What a run writes: masks, overlays, a legend, videos and a summary."""
+import hashlib
+import io
+import json
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+from .. import __version__
+from ..errors import ConfigError, shown
+from ..files import remove_partial_files, write_file
+from .inputs import silent_opencv
+from .segmenter import Segmentation, Segmenter, class_shares, count_pixels
+
+_TEXT = 'mmseg_edaformer'
+_SHOWN = 5  # classes, and images that were skipped
+_FILES = 'masks, overlays, legend.png and summary.json'
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Turn OSError into a ConfigError that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f'{out} cannot be written to: {error.strerror or error}: free some '
+                          'space, or give another --out') from error
+
+
+def remove_leftovers(out: Path) -> None:
+    """Remove what killed runs left half-written."""
+    for folder in out, *(Path(folder) for kind in ('masks', 'overlays')
+                         for folder, _, _ in os.walk(out / kind)):
+        remove_partial_files(folder)
+
+
+def make_note(base: str, path: str | Path, target: str) -> str:
+    """Return the note in a mask that tells what it was made from: a hash.
+
+    It depends on `base`, the fingerprint of the `Segmenter`, on the size and time of the file
+    `path`, and on `target`, the name of the results. It is '' if the file is not there, as reading
+    it will explain.
+    """
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return ''
+    return hashlib.sha256(os.fsencode(
+        f'{base} {target} {stat.st_size} {stat.st_mtime_ns}')).hexdigest()
+
+
+def read_mask(path: Path, *notes: str) -> np.ndarray | None:
+    """Return the labels of a mask if it is there and has one of these notes."""
+    try:
+        with Image.open(path) as mask:
+            return np.array(mask) if mask.info.get(_TEXT) in notes else None
+    except (OSError, SyntaxError, ValueError):
+        return None
+
+
+def write_result(out: Path, target: str, result: Segmentation, note: str,
+                 overlay: bool = True) -> None:
+    """Write the overlay and then the mask, whose note says that both are there.
+
+    Without `overlay` an old one, which would not belong to the mask, is removed.
+    """
+    path = out / 'overlays' / target
+    if overlay:
+        drawn = result.draw()
+        suffix = '.jpg' if max(drawn.shape) <= 65500 else '.png'  # the longest side of a JPEG
+        content = cv2.imencode(suffix, drawn, [cv2.IMWRITE_JPEG_QUALITY, 92])[1]
+        write_file(path.with_name(path.name + suffix), content.tobytes())
+    else:
+        for suffix in '.jpg', '.png':
+            path.with_name(path.name + suffix).unlink(missing_ok=True)
+    write_file(out / 'masks' / f'{target}.png', encode_png(result.mask, note))
+
+
+def encode_png(image: Image.Image, note: str | None = None) -> bytes:
+    """Return a PNG, with a note in it."""
+    info = PngInfo()
+    if note is not None:
+        info.add_text(_TEXT, note)
+    content = io.BytesIO()
+    image.save(content, 'PNG', pnginfo=info)
+    return content.getvalue()
+
+
+def draw_legend(segmenter: Segmenter) -> Image.Image:
+    """Draw the names of the classes beside their colours, in columns."""
+    font = ImageFont.load_default(16)
+    rows = min(len(segmenter.classes), 25)
+    width = 60 + max(int(font.getlength(name)) for name in segmenter.classes)
+    columns = -(-len(segmenter.classes) // rows)
+    legend = Image.new('RGB', (columns * width, rows * 28 + 12), 'white')
+    pen = ImageDraw.Draw(legend)
+    for index, (name, colour) in enumerate(zip(segmenter.classes, segmenter.description.palette)):
+        x, y = index // rows * width + 10, index % rows * 28 + 10
+        pen.rectangle((x, y, x + 28, y + 20), colour, (90, 90, 90))
+        pen.text((x + 38, y + 10), name, 'black', font, 'lm')
+    return legend
+
+
+class Summary:
+    """Collects what ``summary.json`` holds.
+
+    Attributes:
+        images: Mask and class shares of each image, by its path.
+        skipped: Reasons why others could not be read, by their paths.
+        counts: Pixels of each class in all images.
+        reduced: Number of large images that were predicted at auto by default.
+        kept: Number of images that an earlier run had finished.
+    """
+
+    def __init__(self, segmenter: Segmenter, out: Path) -> None:
+        self.segmenter, self.out = segmenter, out
+        self.images: dict[str, Any] = {}
+        self.skipped: dict[str, str] = {}
+        self.counts = np.zeros(len(segmenter.classes), np.int64)
+        self.reduced = 0
+        self.kept = 0
+        self.before = read_summary(out).get('seconds') or 0.
+        self.start = time.perf_counter()
+
+    def count(self, labels: np.ndarray) -> np.ndarray:
+        """Add the pixels of each class of an image, and return them."""
+        counts = count_pixels(labels, len(self.segmenter.classes))
+        self.counts += counts
+        self.reduced += self.segmenter.is_reduced(*labels.shape)
+        return counts
+
+    def add(self, path: Path, target: str, labels: np.ndarray) -> None:
+        """Add an image."""
+        self.images[str(path)] = dict(mask=f'masks/{shown(target)}.png', shares=class_shares(
+            self.count(labels), self.segmenter.classes))
+
+    def place(self, address: str) -> str:
+        """Return a path, with a place in a shard after ``#``, relative to the summary's folder."""
+        path, mark, inside = address.partition('#')
+        folder, name = os.path.split(path)
+        with suppress(ValueError):  # on another drive of Windows
+            folder = os.path.relpath(folder or '.', os.path.realpath(self.out))
+        return shown(os.path.join(folder, name) + mark + inside)
+
+    def write(self, **more: Any) -> dict[str, Any]:
+        """Write ``summary.json`` with further entries, or others instead, and return it."""
+        own = self.segmenter
+        seconds = time.perf_counter() - self.start
+        done = more.get('frames', more.get('images', len(self.images)))
+        if self.kept:  # add the run that made them; a run that predicts nothing does not count
+            seconds = self.before + seconds * (done > self.kept or not self.before)
+        ratio = str(own.isr_ratio)
+        if self.reduced:
+            ratio = 'auto' if self.reduced == done else f'none, auto for {self.reduced} of {done}'
+        summary = dict(
+            checkpoint=self.place(own.source), device=str(own.device), isr_ratio=ratio,
+            seconds=round(seconds, 3),
+            versions=dict(mmseg_edaformer=__version__, torch=torch.__version__),
+            classes={name: '#' + bytes(colour).hex()
+                     for name, colour in zip(own.classes, own.description.palette)},
+            shares=class_shares(self.counts, own.classes), kept=self.kept,
+            skipped={self.place(path): reason for path, reason in self.skipped.items()},
+            images={self.place(path): self.images[path] for path in sorted(self.images)})
+        summary.update(more)
+        with writing(self.out):
+            write_file(self.out / 'summary.json', json.dumps(summary, indent=2) + '\n')
+        return summary
+
+
+def read_summary(out: Path) -> dict[str, Any]:
+    """Return the summary in a folder; empty if there is none."""
+    try:
+        content = json.loads((out / 'summary.json').read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def describe_summary(summary: dict[str, Any], out: str | Path, files: str = _FILES) -> str:
+    """Return a few lines for a terminal: what was done, skipped and found, and where it is."""
+    lines = []
+    skipped = list(summary['skipped'].values())
+    if 'video' in summary:
+        lines.append(f'{summary["frames"]} frames at ISR ratio {summary["isr_ratio"]}')
+        if (summary['frames_expected'] or 0) > summary['frames'] + 1:
+            lines.append(f'the file states {summary["frames_expected"]} frames: it may be cut off')
+        if summary['codec'] != 'h264':
+            lines.append('the result is MPEG-4 part 2, which browsers do not play: install ffmpeg, '
+                         'remove the video and run again to get H.264')
+        place = shown(Path(out, summary['video']))
+    else:
+        images = summary['images']
+        done = images if isinstance(images, int) else len(images)
+        lines.append(f'{done} image{"s" * (done != 1)} at ISR ratio {summary["isr_ratio"]}' +
+                     (f', {summary["kept"]} of them done before' if summary['kept'] else '') +
+                     (f', {len(skipped)} skipped' if skipped else ''))
+        place = f'{files} are in {shown(out)}'
+    lines += [f'skipped: {reason}' for reason in skipped[:_SHOWN]]
+    if len(skipped) > _SHOWN:
+        lines.append(f'skipped: {len(skipped) - _SHOWN} more, see summary.json')
+    shares = [f'{name} {share:.1%}' for name, share in summary['shares'].items()]
+    lines.append('pixels: ' + ', '.join(shares[:_SHOWN]) +
+                 (f' and {len(shares) - _SHOWN} more classes' if len(shares) > _SHOWN else ''))
+    return '\n'.join([*lines, place])
+
+
+class _FFmpeg:
+    """Writes frames as H.264 through the command ffmpeg, as ``cv2.VideoWriter`` does."""
+
+    def __init__(self, path: Path, size: tuple[int, int], rate: float) -> None:
+        self.process = subprocess.Popen(
+            ['ffmpeg', '-y', '-loglevel', 'quiet', '-f', 'rawvideo', '-pix_fmt', 'bgr24',
+             '-video_size', '{}x{}'.format(*size), '-framerate', str(rate), '-i', 'pipe:',
+             '-vf', 'crop=trunc(iw/2)*2:trunc(ih/2)*2',  # browsers want two rows to share colours
+             '-c:v', 'h264', '-pix_fmt', 'yuv420p', '-movflags', '+faststart', f'file:{path}'],
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def write(self, frame: np.ndarray) -> None:
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(frame.tobytes())
+        except BrokenPipeError as error:
+            raise OSError('ffmpeg ended too early') from error
+
+    def release(self) -> None:
+        self.process.communicate()
+
+
+def open_video_writer(path: Path, size: tuple[int, int], rate: float) -> tuple[Any, str]:
+    """Return a writer of a video, and its codec: 'h264' if ffmpeg or OpenCV has it, or 'mpeg4'.
+
+    Raises:
+        ConfigError: None of them can write it.
+    """
+    with suppress(OSError):  # it may be missing, without encoder, or with one for other hardware
+        trial = _FFmpeg(path, size, rate).process
+        trial.communicate(bytes(3 * size[0] * size[1]))
+        if trial.returncode == 0:
+            return _FFmpeg(path, size, rate), 'h264'
+    name: Any = os.fsencode(path)
+    for fourcc, codec in ('avc1', 'h264'), ('mp4v', 'mpeg4'):
+        with silent_opencv():
+            writer = cv2.VideoWriter(name, cv2.VideoWriter.fourcc(*fourcc), rate, size)
+        if writer.isOpened():
+            return writer, codec
+    raise ConfigError('neither ffmpeg nor OpenCV can write a video of {}x{} pixels to {}: install '
+                      'ffmpeg'.format(*size, path.parent))

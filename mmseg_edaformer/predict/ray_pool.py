@@ -1,0 +1,148 @@
+"""Running workers with Ray Data, so that it keeps quiet and fails early."""
+import os
+import pickle
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from ..compat import install_command
+from ..errors import ConfigError, UserError
+from .shards import last_line
+
+_STORE = 2 ** 28  # bytes of shared memory for images of shards
+_BLOCK = 2 ** 21  # bytes of them that travel together
+_ANSWER = 10.  # seconds
+_ENVIRONMENT = dict(
+    RAY_USAGE_STATS_ENABLED='0', RAY_DATA_LOG_LEVEL='CRITICAL', RAY_BACKEND_LOG_LEVEL='fatal',
+    RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO='0')
+
+
+def import_ray() -> None:
+    """Import Ray Data with settings that keep it quiet.
+
+    Raises:
+        ConfigError: It is not installed.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        import ray.data  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f'Ray Data is not installed here ({error}): '
+                          f'{install_command("cluster")}') from error
+
+
+@contextmanager
+def connect(address: str | None, cores: int | None) -> Iterator[None]:
+    """Connect this process to Ray.
+
+    Args:
+        address: Address of a running Ray, such as ``auto`` or ``ray://host:10001``; by default one
+            is started here and ended. A Ray that this process is connected to is taken as it is.
+        cores: Cores of a Ray that is started here, by default all.
+
+    Raises:
+        ConfigError: None answers.
+    """
+    import ray
+    if ray.is_initialized() and address is None:
+        yield
+        return
+    settings: dict[str, Any] = dict(logging_level='ERROR', log_to_driver=False)
+    if address is None:
+        settings.update(num_cpus=cores, include_dashboard=False, object_store_memory=_STORE)
+    try:
+        if address is not None and ':' in address:  # Ray would wait for minutes
+            host, _, port = address.removeprefix('ray://').rpartition(':')
+            socket.create_connection((host, int(port)), _ANSWER).close()
+        with _silent_stderr():
+            ray.init(address or 'local', **settings)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f'no Ray answers at {address} ({last_line(error)}): start one with "ray start --head", '
+            'or leave --address out' if address is not None else
+            f'Ray cannot be started here: {last_line(error)}') from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def count_workers(workers: int | None, threads: int) -> tuple[int, int]:
+    """Return the number of workers, and of GPUs if they get one each.
+
+    Raises:
+        ConfigError: There is no room for so many.
+    """
+    import ray
+    resources = ray.cluster_resources()
+    cores, gpus = int(resources.get('CPU', 0)), int(resources.get('GPU', 0))
+    most = min(gpus, cores // threads) if gpus else cores // threads
+    if not most or (workers or 0) > most:
+        raise ConfigError(f'Ray has {cores} cores and {gpus} GPUs, room for {most} workers with '
+                          f'{threads} threads each{" and a GPU" if gpus else ""}: ask for fewer')
+    return workers or most, gpus
+
+
+def run_workers(items: Sequence[Any], expand: Callable[..., Iterator[Any]] | None, worker: type,
+                arguments: tuple[Any, ...], *, batch_size: int, workers: int,
+                **resources: Any) -> Iterator[Any]:
+    """Have workers map items; yields their results in the order of the items.
+
+    Rows of Ray Data have one column here, ``row``, which is pickled.
+
+    Args:
+        items: What can be pickled.
+        expand: A function that makes many rows of one; it runs in tasks of its own.
+        worker: A class whose objects take and return batches of rows.
+        arguments: Arguments of its constructor.
+        batch_size: Number of rows in a batch.
+        workers: Number of objects, each in a process.
+        resources: ``num_cpus`` and ``num_gpus`` of each.
+
+    Raises:
+        UserError: A worker returned it.
+        ConfigError: The workers cannot be started or were lost.
+    """
+    import pyarrow
+    import ray
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    context.target_max_block_size = _BLOCK
+    step = batch_size if expand is None else 1
+    dataset = ray.data.from_blocks([
+        pyarrow.table(dict(row=[*map(pickle.dumps, items[start:start + step])]))
+        for start in range(0, len(items), step)])
+    if expand is not None:  # without cores, for all of them belong to the workers
+        dataset = dataset.flat_map(expand, num_cpus=0)
+    dataset = dataset.map_batches(
+        worker, fn_constructor_args=arguments, batch_size=batch_size, batch_format='numpy',
+        compute=ray.data.ActorPoolStrategy(size=workers), **resources)
+    try:
+        for batch in dataset.iter_batches(batch_size=None):
+            for row in map(pickle.loads, batch['row']):
+                if isinstance(row, UserError):
+                    raise row
+                yield row
+    except ray.exceptions.RayTaskError:
+        raise  # a bug, whose traceback a report needs
+    except ray.exceptions.RayError as error:
+        raise ConfigError(
+            f'the workers cannot be started or were lost ({last_line(error)}). All machines need '
+            'mmseg_edaformer with the extra cluster, of one version, and memory for the model. '
+            'Run again to resume') from error
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Silence what Ray's C++ prints about its own log level; its errors are raised."""
+    stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(null)
