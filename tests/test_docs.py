@@ -31,7 +31,7 @@ def test_extras_in_documents_exist():
 def test_all_name_the_same_versions_of_python(monkeypatch):
     read = {name: (ROOT / name).read_text(encoding='utf-8') for name in (
         'README.md', 'setup.py', 'pyproject.toml', '.github/workflows/ci.yml')}
-    [(first, last)] = re.findall(r'Python 3\.(\d+) to 3\.(\d+)', read['README.md'])
+    [(first, last)] = {*re.findall(r'Python 3\.(\d+) to 3\.(\d+)', read['README.md'])}
     assert f"python_requires='>=3.{first}'" in read['setup.py']
     assert f"target-version = 'py3{first}'" in read['pyproject.toml']
     assert f"python_version = '3.{first}'" in read['pyproject.toml']

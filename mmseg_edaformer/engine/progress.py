@@ -4,6 +4,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -26,7 +27,9 @@ from rich.progress import (
 class ProgressHook(Hook):
     """Shows a bar with the loss, the mIoU so far, images per second and time left on a terminal.
 
-    The log lines scroll above it. If the output is not a terminal, there is no bar.
+    The log lines scroll above it. If the output is not a terminal, a line takes the place of the bar
+    at every twentieth of a training, and at least every ten minutes. The figures of each validation
+    and test are a line of the log.
 
     Args:
         interval: Number of iterations between readings of the loss, which wait for the GPU.
@@ -44,7 +47,8 @@ class ProgressHook(Hook):
         """Start the bar of the training."""
         self._start(runner, 'train', runner.max_iters, runner.iter)
         self.train_task = self.task
-        self.tick = time.perf_counter()
+        self.tick = self.printed = time.perf_counter()
+        self.begun = runner.iter
 
     def after_train(self, runner: Runner) -> None:
         """Remove the bar."""
@@ -55,7 +59,8 @@ class ProgressHook(Hook):
         self._start(runner, 'validate', len(runner.val_dataloader))
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        """Remove the bar of the validation."""
+        """Remove the bar of the validation, and log its figures."""
+        self._log_figures(runner, f'Validation at iteration {runner.iter}', metrics)
         if self.progress is None:
             return
         self.progress.remove_task(self.task)
@@ -69,14 +74,17 @@ class ProgressHook(Hook):
         """Start the bar of the test."""
         self._start(runner, 'test', len(runner.test_dataloader))
 
-    def after_test(self, runner: Runner) -> None:
-        """Remove the bar."""
+    def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        """Remove the bar, and log the figures."""
         self._stop(runner)
+        self._log_figures(runner, 'Test', metrics)
 
     def _after_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None,
                     outputs: Any = None, mode: str = 'train') -> None:
         """Advance the bar of the training, validation or test."""
         if self.progress is None:
+            if mode == 'train' and is_main_process():
+                self._print_progress(runner, outputs)
             return
         images = len(data_batch['inputs']) * runner.world_size
         if mode == 'train':
@@ -92,6 +100,21 @@ class ProgressHook(Hook):
         self.progress.update(
             self.train_task if mode == 'train' else self.task, advance=1,
             figures='  '.join(f'{name} {value}' for name, value in self.figures.items()))
+
+    def _print_progress(self, runner: Runner, outputs: Any) -> None:
+        now, done = time.perf_counter(), runner.iter + 1
+        if done % max(runner.max_iters // 20, 1) and now - self.printed < 600:
+            return
+        left = (now - self.tick) / (done - self.begun) * (runner.max_iters - done)
+        print(f'train {done}/{runner.max_iters}  loss {outputs["loss"].item():.3f}  '
+              f'{timedelta(seconds=round(left))} left', flush=True)
+        self.printed = now
+
+    @staticmethod
+    def _log_figures(runner: Runner, title: str, metrics: dict[str, float] | None) -> None:
+        if metrics:
+            runner.logger.info(f'{title}: ' + ', '.join(
+                f'{name} {value:.4g}' for name, value in metrics.items()))
 
     def _start(self, runner: Runner, title: str, total: int, completed: int = 0) -> None:
         if not is_main_process() or not sys.stdout.isatty():

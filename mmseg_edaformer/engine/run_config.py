@@ -56,6 +56,7 @@ def load_config(path: str | Path, *, cfg_options: Mapping[str, Any] | Sequence[s
     cfg.launcher = launcher
     if not verbose and 'runner_type' not in cfg:
         cfg.runner_type = 'QuietRunner'
+        add_hook(cfg, dict(type='ProgressHook'), replace=False)
     if compile:
         cfg.compile = cfg.get('compile') or True
     cfg.work_dir = str(work_dir or cfg.get('work_dir') or os.path.join('work_dirs', path.stem))
