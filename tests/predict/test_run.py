@@ -138,9 +138,9 @@ def test_odd_names_and_entries_that_are_no_images(segmenter, photos, tmp_path):
         assert summary['kept'] == kept
     reasons = {os.path.basename(path): reason for path, reason in summary['skipped'].items()}
     for name, reason in {
-            'gone.png': 'gone.png: it is a link to nowhere, which is not there',
+            'gone.png': 'gone.png: it is a link to nowhere, which does not exist',
             'pipe.png': 'pipe.png is not a regular file', 'bad.JPG': 'bad.JPG (5 bytes)',
-            'dead\\xe8.png': 'dead\\xe8.png: it is a link to \\xff, which is not there'}.items():
+            'dead\\xe8.png': 'dead\\xe8.png: it is a link to \\xff, which does not exist'}.items():
         assert reason in reasons.pop(name)
     assert not reasons
     assert describe_summary(summary, os.fsdecode(b'\xff')).endswith('are in \\xff')

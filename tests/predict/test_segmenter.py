@@ -337,7 +337,7 @@ def test_a_work_dir_without_a_best_checkpoint(work, tmp_path):
 @pytest.mark.parametrize(('source', 'says'), [
     ('none.png', 'no such file or folder: .*none.png'),
     ('*.webp', r'no file matches .*\*.webp'),
-    ('text.jpg', 'image cannot be decoded: .*text.jpg .*no picture is recognised'),
+    ('text.jpg', 'image cannot be decoded: .*text.jpg .*its format is unknown'),
     ('nothing.png', 'nothing.png .*it is empty'),
     ('cut.png', 'image cannot be decoded: .*cut.png'),
     ('void', 'no image in the folder .*void: nothing below it ends in .avif'),
