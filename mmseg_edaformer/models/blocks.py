@@ -35,11 +35,7 @@ class PatchEmbed(nn.Module):
 class MixFFN(nn.Module):
     """Feed-forward network with a depth-wise 3x3 convolution between its linear layers.
 
-    Args:
-        dim: Channels C.
-        ffn_ratio: Hidden channels are ``int(dim * ffn_ratio)``.
-        relu: Whether ReLU precedes the convolution, as in the encoder.
-        drop_rate: Dropout after GELU and after the last layer.
+    With ``relu``, as in the encoder, ReLU precedes the convolution.
     """
 
     def __init__(self, dim: int, ffn_ratio: float, *, relu: bool, drop_rate: float = 0.) -> None:
@@ -95,16 +91,9 @@ def token_mixer_layer(token_mixer: str, dim: int, num_heads: int, pool_ratio: in
 class TransformerBlock(nn.Module):
     """Pre-norm block of embedding-free attention and MixFFN, for the encoder and the decoder.
 
-    Args:
-        dim: Channels C.
-        num_heads: Attention heads.
-        pool_ratio: Pool of the keys during training.
-        ffn_ratio: Expansion of the feed-forward network.
-        decoder: The decoder's variant: norm and GELU on the keys, no ReLU in the feed-forward
-            network, LayerNorm epsilon 1e-5 instead of 1e-6.
-        token_mixer: The attention or its replacement, one of `TOKEN_MIXERS`.
-        drop_rate: Dropout in the feed-forward network.
-        drop_path_rate: Probability of dropping a residual branch.
+    ``decoder`` selects the decoder's variant: norm and GELU on the keys, no ReLU in the
+    feed-forward network, LayerNorm epsilon 1e-5 instead of 1e-6. ``token_mixer`` is one of
+    `TOKEN_MIXERS`.
     """
 
     def __init__(self, dim: int, num_heads: int, pool_ratio: int, ffn_ratio: float, *,

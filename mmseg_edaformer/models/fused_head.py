@@ -20,15 +20,8 @@ class FusedHead(BaseDecodeHead):
 
     All levels are projected to ``channels``, resized to the shallowest and added. This equals
     concatenating the resized levels before one 1x1 convolution, because that convolution commutes
-    with bilinear resizing. Its weight is one tensor, deepest level first.
-
-    Args:
-        levels: Modules of the levels.
-        in_channels: Channels of the levels.
-        channels: Channels E of the fuse layer.
-        in_index: Indices of the backbone's maps that are the levels.
-        norm_cfg: Norm after the fuse layer.
-        kwargs: Arguments of mmseg's ``BaseDecodeHead``.
+    with bilinear resizing. Its weight is one tensor, deepest level first. Arguments are those of
+    `EDAFormerHead`.
     """
 
     def __init__(self, levels: Iterable[nn.Module], in_channels: Sequence[int], channels: int, *,

@@ -24,12 +24,6 @@ def resize_cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int,
     Equals ``F.cross_entropy(F.interpolate(logits, labels.shape[1:], mode='bilinear'), labels,
     ignore_index=ignore_index, reduction='sum')`` and its gradient, in float32.
 
-    Args:
-        logits: N x C x h x w.
-        labels: N x H x W, integers.
-        ignore_index: Label of pixels that do not count.
-        align_corners: The argument of ``F.interpolate``.
-
     Returns:
         Sum of the losses of all pixels, and the number of pixels predicted correctly.
 

@@ -16,25 +16,14 @@ Axis = tuple[int, int, tuple[int, int], bool, int | None, bool, str]
 
 @dataclass(frozen=True)
 class Chain:
-    """What mmseg does to one image's logits before it takes the largest.
+    """What mmseg does to one image's logits before it takes the largest."""
 
-    Args:
-        input_size: Size of the network's input, to which the first resize goes.
-        padding: Left, right, top and bottom rows or columns to crop after it.
-        flip: 'horizontal' or 'vertical' if the input was flipped.
-        ori_shape: Size of the original image, to which the second resize goes; None for no second
-            resize.
-        align_corners: The argument of ``F.interpolate``.
-        first: Whether there is a first resize; logits of sliding windows have the network's input
-            size already.
-    """
-
-    input_size: tuple[int, int]
-    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
-    flip: str | None = None
-    ori_shape: tuple[int, int] | None = None
+    input_size: tuple[int, int]  # of the network, to which the first resize goes
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)  # left, right, top, bottom to crop after it
+    flip: str | None = None  # 'horizontal' or 'vertical' if the input was flipped
+    ori_shape: tuple[int, int] | None = None  # to which the second resize goes, if any
     align_corners: bool = False
-    first: bool = True
+    first: bool = True  # False for sliding windows, whose logits have the input's size already
 
     def resize(self, logits: Tensor) -> Tensor:
         """Resize as mmseg does, all classes at once: 1 x C x h x w -> 1 x C x H x W."""

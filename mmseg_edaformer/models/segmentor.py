@@ -32,18 +32,13 @@ class StreamedEncoderDecoder(EncoderDecoder):
     Heads with one channel, and heads that override how mmseg predicts, take mmseg's own path.
 
     Args:
-        args: Positional arguments of mmseg's EncoderDecoder.
+        args: Arguments of mmseg's EncoderDecoder.
         kwargs: Keyword arguments of mmseg's EncoderDecoder. ``test_cfg`` has three more keys:
             ``seg_logits=True`` adds mmseg's ``seg_logits`` to the results; ``memory_mib=256``
             bounds the temporary tensors of the label maps and, with ``mode='slide'``, the images
             and logits of the windows that run at once; ``window_batch`` sets the number of these
             windows instead. ``train_cfg`` has ``isr_range``, the arguments of `RatioRange`, which
             trains for many ratios at once.
-
-    Raises:
-        ConfigError: ``mode`` is neither whole nor slide, a size is not positive, or ``isr_range``
-            cannot train the head.
-        RatioError: A ratio of ``isr_range`` does not fit the model.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
