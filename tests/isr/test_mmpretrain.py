@@ -30,43 +30,70 @@ def image(*size):
     return torch.randn(1, 3, *size)
 
 
+def patches(height, width):
+    return [(height // 16, width // 16)]
+
+
+def reduced(height, width, strides=(4, 8, 16, 32), reductions=(8, 4, 2, 1)):
+    return [(math.ceil(height / stride) // reduction, math.ceil(width / stride) // reduction)
+            for stride, reduction in zip(strides, reductions)]
+
+
 ARCH = dict(embed_dims=48, num_layers=2, num_heads=4, feedforward_channels=64)
-SIZES = pytest.mark.parametrize('size', [(96, 96), (80, 112)], ids=str)
-
-
-@SIZES
-@pytest.mark.parametrize(('config', 'prefix'), [
-    (dict(type='VisionTransformer', arch=ARCH), 1),
-    (dict(type='VisionTransformer', arch=ARCH, with_cls_token=False), 0),
-    (dict(type='DistilledVisionTransformer', arch=ARCH), 2),
-    (dict(type='DeiT3', arch=ARCH), 1),
-    (dict(type='BEiTViT', arch=ARCH), 1),
-    (dict(type='ViTEVA02', arch={**ARCH, 'embed_dims': 64}), 1),
-    (dict(type='ViTSAM', arch={**ARCH, 'global_attn_indexes': (1,)}, window_size=4,
-          out_channels=0), 0),
-], ids=lambda value: value['type'] if isinstance(value, dict) else str(value))
-def test_vit(config, prefix, size):
-    model = build(img_size=size, patch_size=16, **{'out_type': 'featmap', **config} if
-                  config['type'] != 'ViTSAM' else config)
-    grid = size[0] // 16, size[1] // 16
-    grids = [(4, 4), grid] if config['type'] == 'ViTSAM' else [grid]
-    check_adapter(model, image(*size), grids, prefix=prefix, expected=2,
-                  compiled=size[0] == size[1])
-
-
 SWIN = dict(embed_dims=24, depths=(2, 2, 1, 1), num_heads=(1, 2, 3, 4))
+TWINS = dict(embed_dims=[8, 16, 32, 64], num_heads=[1, 2, 4, 8], patch_sizes=[4, 2, 2, 2],
+             strides=[4, 2, 2, 2], mlp_ratios=[2, 2, 2, 2], depths=[1, 2, 2, 2],
+             sr_ratios=[8, 4, 2, 1])
+PLAIN, PADDED = [(96, 96), (80, 112)], [(128, 192), (136, 200), (112, 136)]
+CASES = [
+    *((dict(type=name, img_size=None, patch_size=16, out_type='featmap', arch=ARCH, **more), PLAIN,
+       patches, dict(prefix=prefix, expected=2)) for name, prefix, more in (
+        ('VisionTransformer', 1, {}), ('VisionTransformer', 0, dict(with_cls_token=False)),
+        ('DistilledVisionTransformer', 2, {}), ('DeiT3', 1, {}), ('BEiTViT', 1, {}))),
+    (dict(type='ViTEVA02', img_size=None, patch_size=16, out_type='featmap',
+          arch={**ARCH, 'embed_dims': 64}), PLAIN, patches, dict(prefix=1, expected=2)),
+    (dict(type='ViTSAM', img_size=None, patch_size=16, out_channels=0, window_size=4,
+          arch={**ARCH, 'global_attn_indexes': (1,)}), PLAIN,
+     lambda *size: [(4, 4), *patches(*size)], dict(expected=2)),
+    (dict(type='DaViT', arch=dict(embed_dims=24, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8)),
+          pad_small_map=True), [(96, 96), (128, 160)], lambda *_: [(7, 7)],
+     dict(expected=5, compiled=False)),
+    (dict(type='PCPVT', arch=TWINS, out_indices=(0, 1, 2, 3), norm_after_stage=False), PADDED,
+     reduced, dict(expected=7, compiled=False)),
+    # Windows of the first stage are full, padded on both sides, and on one side.
+    (dict(type='SVT', arch=dict(TWINS, window_sizes=[7, 7, 7, 7]), out_indices=(0, 1, 2, 3),
+          norm_after_stage=False), PADDED, lambda *size: [(7, 7), *reduced(*size)],
+     dict(expected=7, masked=-500)),
+    (dict(type='MViT', arch=dict(embed_dims=16, num_layers=5, num_heads=1,
+                                 downscale_indices=[1, 3, 4]),
+          img_size=96, out_scales=(0, 1, 2, 3)), [(96, 96), (160, 96)],
+     lambda *size: [tuple(math.ceil(side / 4 / stride) for side in size) for stride in (4, 2, 1)],
+     dict(expected=5, compiled=False)),
+    # Only its class attention has tokens for keys.
+    (dict(type='XCiT', img_size=None, patch_size=16, embed_dims=48, depth=1, cls_attn_layers=2,
+          num_heads=4), PLAIN, patches, dict(prefix=1, expected=2, compiled=False)),
+]
 
 
-@pytest.mark.parametrize(('config', 'size'), [
-    (dict(type='SwinTransformer', pad_small_map=True, window_size=7), (112, 112)),
-    (dict(type='SwinTransformer', pad_small_map=True, window_size=7), (104, 120)),
-    (dict(type='SwinTransformerV2', pad_small_map=True, window_size=8), (128, 128)),
-    (dict(type='SwinTransformerV2', pad_small_map=True, window_size=8), (104, 120)),
-], ids=str)
-def test_swin(config, size):
-    extra = {} if config['type'] == 'SwinTransformer' else dict(extra_norm_every_n_blocks=0)
-    model = build(arch={**SWIN, **extra}, img_size=size, **config)
-    side = config['window_size']
+@pytest.mark.parametrize(('config', 'size', 'grids', 'checks'), [
+    pytest.param(config, size, grids, {'compiled': size == sizes[0], **checks},
+                 id=f'{config["type"]}-{number}-{size}')
+    for number, (config, sizes, grids, checks) in enumerate(CASES) for size in sizes])
+def test_reduced_exactly(config, size, grids, checks):
+    model = build(**config | (dict(img_size=size) if 'img_size' in config and
+                              config['img_size'] is None else {}))
+    check_adapter(model, image(*size), grids(*size), **checks)
+    if config['type'] == 'DaViT':
+        assert set(find_attention(model).irreducible.values()) == {
+            'ChannelAttention: its keys are channels, not tokens'}
+
+
+@pytest.mark.parametrize(('version', 'size'), [
+    ('', (112, 112)), ('', (104, 120)), ('V2', (128, 128)), ('V2', (104, 120))])
+def test_swin(version, size):
+    side, extra = (8, dict(extra_norm_every_n_blocks=0)) if version else (7, {})
+    model = build(f'SwinTransformer{version}', arch={**SWIN, **extra}, img_size=size,
+                  pad_small_map=True, window_size=side)
 
     def ratio(name, asked):
         shift = model.get_submodule(name.rpartition('.')[0]).shift_size
@@ -75,34 +102,6 @@ def test_swin(config, size):
     found = layers(model)
     check_adapter(model, image(*size), lambda name: [tuple(found[name].window_size)],
                   ratio_of=ratio, expected=6, compiled=size == (128, 128))
-
-
-@pytest.mark.parametrize('size', [(96, 96), (128, 160)], ids=str)
-def test_davit(size):
-    model = build(type='DaViT', arch=dict(embed_dims=24, depths=(1, 1, 2, 1),
-                                          num_heads=(1, 2, 4, 8)),
-                  pad_small_map=True)
-    check_adapter(model, image(*size), [(7, 7)], expected=5, compiled=False)
-    reasons = set(find_attention(model).irreducible.values())
-    assert reasons == {'ChannelAttention: its keys are channels, not tokens'}
-
-
-@pytest.mark.parametrize('size', [(128, 192), (136, 200), (112, 136)], ids=str)
-@pytest.mark.parametrize('kind', ['PCPVT', 'SVT'])
-def test_twins(kind, size):
-    """Windows of the first stage are full, padded on both sides, and on one side."""
-    sr_ratios = [8, 4, 2, 1]
-    arch = dict(embed_dims=[8, 16, 32, 64], num_heads=[1, 2, 4, 8], patch_sizes=[4, 2, 2, 2],
-                strides=[4, 2, 2, 2], mlp_ratios=[2, 2, 2, 2], depths=[1, 2, 2, 2],
-                sr_ratios=sr_ratios)
-    if kind == 'SVT':
-        arch['window_sizes'] = [7, 7, 7, 7]
-    model = build(kind, arch=arch, out_indices=(0, 1, 2, 3), norm_after_stage=False)
-    grids = [(7, 7)] * (kind == 'SVT') + [
-        tuple(math.ceil(side / stride) // reduction for side in size)
-        for stride, reduction in zip((4, 8, 16, 32), sr_ratios)]
-    check_adapter(model, image(*size), grids, expected=7, compiled=kind == 'SVT' and size[0] == 136,
-                  masked=-500 if kind == 'SVT' else None)
 
 
 @pytest.mark.parametrize('method', ['max', 'bipartite'])
@@ -116,21 +115,3 @@ def test_padding_of_twins(method):
     assert set(report.untouched.values()) == {
         f'LocallyGroupedSelfAttention: {method} would mix tokens and the padding of a window'}
     assert not report_isr(model, 2, (112, 112), method=method).untouched
-
-
-@pytest.mark.parametrize('size', [(96, 96), (160, 96)], ids=str)
-def test_mvit(size):
-    model = build(type='MViT', arch=dict(embed_dims=16, num_layers=5, num_heads=1,
-                                         downscale_indices=[1, 3, 4]),
-                  img_size=96, out_scales=(0, 1, 2, 3))
-    grids = [tuple(math.ceil(side / 4 / stride) for side in size) for stride in (4, 2, 1)]
-    check_adapter(model, image(*size), grids, expected=5, compiled=False)
-
-
-@SIZES
-def test_xcit(size):
-    """Only its class attention has tokens for keys."""
-    model = build('XCiT', img_size=size, patch_size=16, embed_dims=48, depth=1, cls_attn_layers=2,
-                  num_heads=4)
-    check_adapter(model, image(*size), [(size[0] // 16, size[1] // 16)], prefix=1, expected=2,
-                  compiled=False)
