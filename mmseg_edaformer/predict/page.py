@@ -21,7 +21,7 @@ import torch
 
 from ..compat import install_command
 from ..data.drawing import draw_scene
-from ..errors import ConfigError, UserError
+from ..errors import ConfigError, DataError, UserError
 from ..files import write_file
 from .comparison import MAX_SIDE, Comparer, Comparison
 from .segmenter import Segmenter
@@ -89,7 +89,7 @@ def build_page(comparer: Comparer, examples: Sequence[str]) -> Any:
         if path is None:
             return tell('<p class="eda-note">Choose an image, or one of the drawn scenes.</p>')
         try:
-            strength, *multipliers = values
+            strength, *multipliers = map(_nearest, (opacity, *sliders), values)
             comparison = comparer.compare(path, comparer.ratio([*map(int, multipliers)]))
         except UserError as error:
             return tell(f'<p class="eda-problem" role="alert">{escape(str(error))}</p>')
@@ -130,8 +130,8 @@ def build_page(comparer: Comparer, examples: Sequence[str]) -> Any:
                                     elem_id='eda-opacity')
                 figures = gr.HTML(elem_id='eda-figures', padding=False)
                 classes = gr.HTML(elem_id='eda-classes', padding=False)
-        for slider in opacity, *sliders:
-            slider.preprocess = functools.partial(_nearest, slider)
+        for slider in opacity, *sliders:  # _nearest reports what is wrong on the page
+            slider.preprocess = lambda value: value
         ask = gr.Button(elem_id='eda-ask')
         ask.click(show, [image, opacity, *sliders], [result, figures, classes, message],
                   trigger_mode='always_last', show_progress='minimal', show_progress_on=result,
@@ -262,9 +262,11 @@ def _listen(host: str, port: int) -> socket.socket:
         raise ConfigError(f'cannot listen on --host {host} --port {port}: {error}') from error
 
 
-def _nearest(slider: Any, value: float | None) -> float:
-    """Return the nearest number that a slider has: typed ones may lie outside, or be deleted."""
-    return min(max(value or 0, slider.minimum), slider.maximum)
+def _nearest(slider: Any, value: Any) -> float:
+    """Return the nearest number that a slider has; its lowest if the value was deleted."""
+    if not isinstance(value or 0, (int, float)) or value != value:
+        raise DataError(f'{slider.label}: give a number')
+    return float(min(max(value or 0, slider.minimum), slider.maximum))
 
 
 def _store(image: np.ndarray) -> str:
