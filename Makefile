@@ -9,7 +9,7 @@ CONFIG := configs/edaformer_t_synthetic.py
 demo: .venv/ready
 	@.venv/bin/python tools/prepare_data.py synthetic
 	@.venv/bin/python tools/train.py $(CONFIG) --work-dir $(DEMO)
-	@.venv/bin/python tools/compare_isr.py $(CONFIG) $(DEMO)/iter_600.pth \
+	@.venv/bin/python tools/compare_isr.py $(CONFIG) $(DEMO)/iter_500.pth \
 		--isr-ratio none optimal 2 auto --large 2 --picture $(DEMO)/demo.png
 
 # The runtimes of the export keep threads, and a process with such must not fork, as tests do.
