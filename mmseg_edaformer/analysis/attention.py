@@ -23,6 +23,7 @@ from ..isr.reduction import Record, recording
 from ..isr.registry import Layer, find_attention
 from ..models.attention import EmbeddingFreeAttention
 
+_UNSUPPORTED = 'its kind of attention is not supported'
 _SINGLE = 9  # numbers of single tokens in front of a map that are tried: 0 to 8
 
 
@@ -47,7 +48,7 @@ class Attended:
 
     @property
     def keys(self) -> int:
-        """Number of keys."""
+        """Return the number of keys."""
         return self.weights.shape[-1]
 
     def density(self) -> np.ndarray:
@@ -75,11 +76,9 @@ def layer_names(model: nn.Module) -> dict[str, str]:
 
 
 def choose_layers(model: nn.Module, patterns: Sequence[str] = ()) -> list[str]:
-    """Return names of attention layers: by default the last of each stage.
+    """Return names of attention layers that match names or patterns such as ``decode_head.*``.
 
-    Args:
-        model: The model.
-        patterns: Names, or patterns such as ``decode_head.*``.
+    Without patterns these are the last layers of each stage.
 
     Raises:
         ConfigError: No layer matches, or the model has no attention.
@@ -134,26 +133,15 @@ def look(model: nn.Module, inputs: Tensor, layers: Sequence[str],
     seen: dict[str, Attended] = {}
     reasons: dict[str, str] = {}
     for name in layers:
-        module = modules[name]
         try:
-            seen[name] = watch.result(name, records.get(module))
+            seen[name] = watch.runs[name].result(records.get(modules[name]))
         except _NoMapError as error:
-            reasons[name] = f'{type(module).__name__}: {error}'
+            reasons[name] = f'{type(modules[name]).__name__}: {error}'
     return seen, reasons
 
 
 class _NoMapError(Exception):
     """Why the attention of a layer cannot be laid over a map."""
-
-
-@dataclass
-class _Run:
-    """The state of a layer during a pass."""
-    module: nn.Module
-    weights: Tensor | None = None
-    place: '_Place | None' = None
-    out: Any = None
-    reason: str = 'its forward computed no attention'
 
 
 @dataclass(frozen=True)
@@ -164,14 +152,43 @@ class _Place:
     stride: int
 
     def index(self, point: tuple[float, float]) -> int:
-        """Return the query at a column and row of pixels."""
         column, row = (min(int(at / self.stride), side - 1)
                        for at, side in zip(point, self.grid[::-1]))
         return self.single + row * self.grid[1] + column
 
     def pixels(self, edges: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Convert rows and columns of tokens to pixels."""
         return edges[0] * self.stride, edges[1] * self.stride
+
+
+@dataclass
+class _Run:
+    """What was seen of a layer during a pass."""
+    module: nn.Module
+    weights: Tensor | None = None
+    place: _Place | None = None
+    out: Any = None
+    reason: str = 'its forward computed no attention'
+
+    def result(self, record: Record | None) -> Attended:
+        """Return what was observed; ``record`` is of ISR that acts from outside the layer."""
+        place = self.place
+        if self.weights is None or place is None:
+            raise _NoMapError(self.reason)
+        weights = self.weights.float().cpu()
+        if isinstance(self.module, EmbeddingFreeAttention):
+            single, pool = 0, self.module.pool_size(*place.grid)
+            edges = [np.arange(side // step + 1) * step for side, step in zip(place.grid, pool)]
+        else:
+            single, ratio, total = place.single, 1, weights.shape[-1]
+            if record is not None and record.keys is not None:
+                ratio, total = record.isr_ratio, record.keys[0]
+            edges = _key_edges(place.grid, total - single, ratio, self.module)
+        if single + math.prod(len(edge) - 1 for edge in edges) != weights.shape[-1]:
+            raise _NoMapError(f'its {weights.shape[-1]} keys are not the cells of a map')
+        features = self.out[0] if isinstance(self.out, (tuple, list)) else self.out
+        return Attended(
+            weights, single, place.pixels(edges), _as_map(features, place).float().cpu(),
+            place.pixels([np.arange(side + 1) for side in place.grid]))
 
 
 class _Watch(TorchFunctionMode):
@@ -184,7 +201,6 @@ class _Watch(TorchFunctionMode):
         self.current: _Run | None = None
 
     def hooks(self, name: str, module: nn.Module) -> Iterator[Any]:
-        """Hook into a layer, and yield the handles of the hooks."""
         run = self.runs[name] = _Run(module)
 
         def enter(*_: Any) -> None:
@@ -209,28 +225,6 @@ class _Watch(TorchFunctionMode):
                 run.reason = str(error)
         return out
 
-    def result(self, name: str, record: Record | None) -> Attended:
-        """Return what was observed; ``record`` is of ISR that acts from outside the layer."""
-        run = self.runs[name]
-        place = run.place
-        if run.weights is None or place is None:
-            raise _NoMapError(run.reason)
-        weights = run.weights.float().cpu()
-        if isinstance(run.module, EmbeddingFreeAttention):
-            single, pool = 0, run.module.pool_size(*place.grid)
-            edges = [np.arange(side // step + 1) * step for side, step in zip(place.grid, pool)]
-        else:
-            single, ratio, total = place.single, 1, weights.shape[-1]
-            if record is not None and record.keys is not None:
-                ratio, total = record.isr_ratio, record.keys[0]
-            edges = _key_edges(place.grid, total - single, ratio, run.module)
-        if single + math.prod(len(edge) - 1 for edge in edges) != weights.shape[-1]:
-            raise _NoMapError(f'its {weights.shape[-1]} keys are not the cells of a map')
-        features = run.out[0] if isinstance(run.out, (tuple, list)) else run.out
-        return Attended(
-            weights, single, place.pixels(edges), _as_map(features, place).float().cpu(),
-            place.pixels([np.arange(side + 1) for side in place.grid]))
-
     def _by_rows(self, run: _Run, out: Tensor, x: Tensor, kv: Tensor, num_heads: int) -> Tensor:
         """Handle `models.attention.attend_by_rows`."""
         q, k = (maps.flatten(2).unflatten(1, (num_heads, -1)).transpose(2, 3) for maps in (x, kv))
@@ -239,12 +233,10 @@ class _Watch(TorchFunctionMode):
     def _fused(self, run: _Run, out: Tensor, query: Tensor, key: Tensor, value: Tensor,
                attn_mask: Tensor | None = None, dropout_p: float = 0., is_causal: bool = False,
                scale: float | None = None, enable_gqa: bool = False) -> Tensor:
-        if is_causal:
-            raise _NoMapError('its attention is causal')
+        if is_causal or enable_gqa:
+            raise _NoMapError(_UNSUPPORTED)
         rows = self._rows(run, query.shape)
         q, k = query[..., rows, :].float(), key.float()
-        if enable_gqa:
-            k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
         scores = q @ k.transpose(-2, -1) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
         return _heads_first(_masked(scores, attn_mask, rows).softmax(-1))
 
@@ -253,9 +245,9 @@ class _Watch(TorchFunctionMode):
         call = {**dict(zip(_MULTI_HEAD, args)), **kwargs}
         query, key, heads, width = (call[name] for name in (
             'query', 'key', 'num_heads', 'embed_dim_to_check'))
-        if query.dim() != 3 or call.get('is_causal') or call.get('bias_k') is not None or (
-                call.get('add_zero_attn')):
-            raise _NoMapError('its kind of attention is not supported')
+        if query.dim() != 3 or call.get('is_causal') or call.get('add_zero_attn') or any(
+                call.get(name) is not None for name in ('bias_k', 'key_padding_mask')):
+            raise _NoMapError(_UNSUPPORTED)
         weight, bias = call['in_proj_weight'], call['in_proj_bias']
         weights = (call['q_proj_weight'], call['k_proj_weight']) if weight is None else (
             weight[:width], weight[width:2 * width])
@@ -265,19 +257,14 @@ class _Watch(TorchFunctionMode):
         rows = self._rows(run, q.shape)
         q = q[..., rows, :].float()
         scores = q @ k.float().transpose(-2, -1) / math.sqrt(q.shape[-1])
-        mask, padding = call.get('attn_mask'), call.get('key_padding_mask')
+        mask = call.get('attn_mask')
         if mask is not None:
             mask = mask if mask.dim() == 2 else mask.unflatten(0, (-1, heads))
-            scores = _masked(scores, ~mask if mask.dtype == torch.bool else mask, rows)
-        if padding is not None:
-            padding = padding[:, None, None]
-            scores = _masked(scores, ~padding if padding.dtype == torch.bool else padding, None)
-        return _heads_first(scores.softmax(-1))
+            mask = ~mask if mask.dtype == torch.bool else mask
+        return _heads_first(_masked(scores, mask, rows).softmax(-1))
 
     def _explicit(self, run: _Run, out: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Handle a softmax of scores that the module computes itself, ... x h x Nq x M."""
-        if out.dim() not in (3, 4):
-            raise _NoMapError('the shape of its scores is not supported')
         if out.dim() == 3:
             out = out[None]  # B h x Nq x M
         return _heads_first(out[..., self._rows(run, out.shape), :].float())
@@ -304,11 +291,11 @@ def _heads_first(weights: Tensor) -> Tensor:
     return weights[0].transpose(0, 1).clone()
 
 
-def _masked(scores: Tensor, mask: Tensor | None, rows: list[int] | None) -> Tensor:
+def _masked(scores: Tensor, mask: Tensor | None, rows: list[int]) -> Tensor:
     """Apply the rows of a mask to scores ... x P x M; True in a boolean mask keeps a score."""
     if mask is None:
         return scores
-    if rows is not None and mask.shape[-2] > 1:
+    if mask.shape[-2] > 1:
         mask = mask[..., rows, :]
     if mask.dtype == torch.bool:
         return scores.masked_fill(~mask, -math.inf)

@@ -17,13 +17,14 @@ from mmengine.dataset import BaseDataset, pseudo_collate
 from mmseg.evaluation import IoUMetric
 from mmseg.registry import DATASETS
 
+from ..engine import launch
 from ..engine.allocator import keep_freed_memory
 from ..errors import ConfigError, DataError
 from ..files import replacing
 from ..isr import ISRRatio, isr
 from ..isr.registry import find_attention
 from ..predict.run import progress_bar
-from .loading import count_windows, load_model
+from .loading import NONE, count_windows, load_model
 from .memory import peak_bytes
 from .timing import milliseconds, relative, time_call
 
@@ -64,9 +65,9 @@ class Measurements:
                     self.seconds[ratio] = [(own, base) for own, base in
                                            content[f'{ratio} seconds'].tolist()]
 
-    def count(self, ratio: str) -> int:
+    def count(self, ratio: ISRRatio | str) -> int:
         """Return how many images a ratio has been measured on."""
-        return len(self.areas.get(ratio, ()))
+        return len(self.areas.get(str(ratio), ()))
 
     def add(self, ratio: str, areas: np.ndarray, seconds: tuple[float, float]) -> None:
         """Note a prediction for the next image of a ratio."""
@@ -116,8 +117,7 @@ class Bench:
         self.cache: dict[int, Any] = {}
         self.cached = 0
         self.warm: set[str] = set()
-        self.macs: dict[str, float] = {}
-        self.peaks: dict[str, float] = {}
+        self.macs: dict[ISRRatio, float] = {}
         self.example, self.size = self._middle_image(look)
 
     def ratio(self, value: ISRRatio | int | str) -> ISRRatio:
@@ -139,11 +139,10 @@ class Bench:
 
     def gmacs(self, ratio: ISRRatio) -> float:
         """Return billions of multiply-adds of one image of `size`, all of its windows counted."""
-        name = str(ratio)
-        if name not in self.macs:
+        if ratio not in self.macs:
             with isr(self.model, ratio):
-                self.macs[name] = count_windows(self.model, self.size) / 1e9
-        return self.macs[name]
+                self.macs[ratio] = count_windows(self.model, self.size) / 1e9
+        return self.macs[ratio]
 
     def miou(self, ratio: ISRRatio) -> float:
         """Return the mIoU, in percent, of the images that all have been measured on."""
@@ -163,9 +162,7 @@ class Bench:
 
     def milliseconds(self, ratio: ISRRatio) -> float:
         """Return the time of one prediction; see `Row.ms`."""
-        trained = milliseconds(self.seconds(ISRRatio.parse('none'))[:, 0])
-        assert trained is not None
-        return self.relative(ratio) * trained
+        return self.relative(ratio) * milliseconds(self.seconds(NONE)[:, 0])
 
     @property
     def images(self) -> int:
@@ -183,7 +180,7 @@ class Bench:
         ``seconds``. With a ``title`` a progress bar is shown.
         """
         missing = {str(ratio): ratio for ratio in ratios
-                   if self.measured.count(str(ratio)) < len(self.order)}
+                   if self.measured.count(ratio) < len(self.order)}
         if not missing:
             return
         text = f'{title}: {len(missing)} ratio{"s" if len(missing) > 1 else ""}'
@@ -205,7 +202,7 @@ class Bench:
 
     def _take_turns(self, position: int, due: dict[str, ISRRatio]) -> None:
         data = self._load(position)
-        turn = list({'none': ISRRatio.parse('none'), **due}.items())
+        turn = list({'none': NONE, **due}.items())
         first = position % len(turn)  # none of them is always the one after loading
         done = {name: self._predict(data, name, ratio)
                 for name, ratio in (*turn[first:], *turn[:first])}
@@ -222,9 +219,9 @@ class Bench:
             seconds, samples = time_call(lambda: self.model.test_step(data), self.device)
         sample = samples[0]
         if 'gt_sem_seg' not in sample:
-            raise DataError(f'{sample.get("img_path", "an image of the test set")} has no labels '
-                            'to compare with: its pipeline needs LoadAnnotations, and '
-                            'test_dataloader.dataset.data_prefix a seg_map_path')
+            raise DataError(f'{sample.img_path} has no labels to compare with: its pipeline needs '
+                            'LoadAnnotations, and test_dataloader.dataset.data_prefix a '
+                            'seg_map_path')
         predicted = sample.pred_sem_seg.data.squeeze()
         areas = IoUMetric.intersect_and_union(
             predicted, sample.gt_sem_seg.data.squeeze().to(predicted), self.metric['classes'],
@@ -255,20 +252,14 @@ class Bench:
     @torch.no_grad()
     def peak_mib(self, ratio: ISRRatio) -> float:
         """Return the most memory at once of a prediction of `size`, with the weights."""
-        name = str(ratio)
-        if name not in self.peaks:
-            with isr(self.model, ratio):
-                self.peaks[name] = peak_bytes(
-                    lambda: self.model.test_step(self.example),
-                    [*self.model.parameters(), *self.model.buffers()], self.device) / 2**20
-        return self.peaks[name]
+        with isr(self.model, ratio):
+            return peak_bytes(lambda: self.model.test_step(self.example), [
+                *self.model.parameters(), *self.model.buffers()], self.device) / 2**20
 
 
 def open_bench(cfg: Config, checkpoint: str, folder: Path | None = None,
                samples: int | None = None) -> Bench:
-    """Load a checkpoint, and the test set of a config that `launch.prepare_test` has seen.
-
-    A ``folder`` keeps the measurements.
+    """Load the checkpoint and the test set of a config; a ``folder`` keeps the measurements.
 
     Raises:
         UserError: The config has no IoUMetric, the checkpoint does not fit, or the model holds no
@@ -276,6 +267,7 @@ def open_bench(cfg: Config, checkpoint: str, folder: Path | None = None,
     """
     if samples is not None and samples < 1:
         raise ConfigError(f'--samples {samples}: give 1 or more')
+    launch.prepare_test(cfg, checkpoint)
     metric = _iou_metric(cfg)
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     if device.type == 'cpu':

@@ -6,7 +6,9 @@ the machine falls on all of them alike.
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -102,6 +104,11 @@ class Contender:
                        kernels=kernels, ratios=self.ratios if ratios is None else tuple(
                            map(ISRRatio.parse, ratios)))
 
+    @property
+    def parameters(self) -> int:
+        """Return the number of parameters."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
 
 @dataclass(frozen=True)
 class Figures:
@@ -157,7 +164,7 @@ class _Cell:
     size: tuple[int, int]
     batch_size: int
     rates: Rates | None
-    pipelines: Mapping[str, float | None]
+    pipelines: Mapping[tuple[str, str, tuple[int, int]], float]
 
 
 def load_contenders(config: str, checkpoint: str | None = None, compare: Sequence[str] = (),
@@ -190,13 +197,6 @@ def load_contenders(config: str, checkpoint: str | None = None, compare: Sequenc
     return contenders
 
 
-def left_out(contenders: Sequence[Contender]) -> list[str]:
-    """Say which configs do not run at all the ratios of the first."""
-    return [f'{contender.name} holds no attention that ISR can reduce: it runs at ratio none only'
-            for contender in contenders[1:]
-            if contender.ratios != contenders[0].ratios]
-
-
 def run(contenders: Sequence[Contender], plan: Plan) -> Iterator[list[Figures]]:
     """Yield the figures of one cell after the other, each of every config at every ratio."""
     if plan.device == 'meta':
@@ -210,9 +210,11 @@ def run(contenders: Sequence[Contender], plan: Plan) -> Iterator[list[Figures]]:
     torch.backends.cudnn.benchmark = bool(
         (contenders[0].cfg.get('env_cfg') or {}).get('cudnn_benchmark'))
     device = torch.device(plan.device)
-    pipelines = {(mode, size): {contender.name: _pipeline_ms(contender.cfg, mode, size)
-                                for contender in contenders} if plan.costs else {}
-                 for mode in plan.modes for size in plan.sizes}
+    pipelines: dict[tuple[str, str, tuple[int, int]], float] = {}
+    for mode, size, contender in product(plan.modes, plan.sizes, contenders) if plan.costs else ():
+        with suppress(ConfigError):  # none that begins with a file
+            steps = measure_pipeline(contender.cfg, size, images=10, mode=mode)
+            pipelines[contender.name, mode, size] = steps[-1][1]
     for dtype in plan.dtypes:
         rates = measure_rates(device, getattr(torch, dtype)) if plan.limits else None
         for mode in plan.modes:
@@ -221,19 +223,12 @@ def run(contenders: Sequence[Contender], plan: Plan) -> Iterator[list[Figures]]:
             for size, batch_size in product(plan.sizes, plan.batch_sizes):
                 try:
                     figures = _measure(contenders, subjects, _Cell(
-                        plan, mode, dtype, size, batch_size, rates, pipelines[mode, size]))
+                        plan, mode, dtype, size, batch_size, rates, pipelines))
                 finally:
                     allow_kernels(True)
                 yield figures
             subjects.clear()
             free(device)
-
-
-def _pipeline_ms(cfg: Config, mode: str, size: tuple[int, int]) -> float | None:
-    try:
-        return measure_pipeline(cfg, size, images=10, mode=mode)[-1][1]
-    except ConfigError:  # none that begins with a file
-        return None
 
 
 class Subject:
@@ -249,60 +244,60 @@ class Subject:
         if mode == 'train':
             self.model.train()
             self.optim = build_optim_wrapper(self.model, _optim_cfg(contender))
-        elif self.autocast and _casts_inputs(self.model):
+        elif self.autocast and any(cls.__name__ == 'StreamedEncoderDecoder'
+                                   for cls in type(self.model).__mro__):
+            # It takes float32 images with bfloat16 weights.
             self.model.bfloat16()
             self.autocast, self.input_dtype = False, torch.bfloat16
         self.compiled = contender.execution != 'eager'
         if self.compiled:
-            _compile(self.model, frozen=mode == 'eval', **EXECUTIONS[contender.execution])
+            torch._dynamo.config.recompile_limit = 64  # a compiled version for each ratio
+            compile_model(self.model, frozen=mode == 'eval', **EXECUTIONS[contender.execution])
 
     def calls(self, ratio: ISRRatio, inputs: Tensor) -> dict[str, Prepare]:
         """Return what to time: the network and the whole, in training the whole only."""
         size = (inputs.shape[2], inputs.shape[3])
         views = windows(self.model, size)
         height, width = views[0]
+        precision = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=self.autocast)
+
+        def prepare() -> None:  # since others in turn may have other ones
+            set_ratio(self.model, ratio)
+            allow_kernels(self.kernels)
 
         def network() -> Callable[[], Any]:
-            self.prepare(ratio)
+            prepare()
             window = inputs[:, :, :height, :width].to(self.input_dtype)
 
             def call() -> Any:
-                with torch.no_grad(), self.precision():
+                with torch.no_grad(), precision():
                     return [self.model(window) for _ in views]
             return call
 
         def predict() -> Callable[[], Any]:
-            self.prepare(ratio)
+            prepare()
             images, samples = inputs.to(self.input_dtype), data_samples(size, len(inputs))
 
             def call() -> Any:
-                with torch.no_grad(), self.precision():
+                with torch.no_grad(), precision():
                     return self.model(images, samples, mode='predict')
             return call
 
         def train() -> Callable[[], Any]:
-            self.prepare(ratio)
+            prepare()
             self.optim.zero_grad()  # of a step that ran out of memory
             labels = torch.randint(self.model.num_classes, (len(inputs), 1, *size),
                                    device=self.device)
             samples = data_samples(size, len(inputs), labels)
 
             def call() -> None:
-                with self.optim.optim_context(self.model), self.precision():
+                with self.optim.optim_context(self.model), precision():
                     losses = self.model(inputs, samples, mode='loss')
                     loss, _ = self.model.parse_losses(losses)
                 self.optim.update_params(loss)
             return call
 
         return dict(total=train) if self.mode == 'train' else dict(network=network, total=predict)
-
-    def prepare(self, ratio: ISRRatio) -> None:
-        """Set this subject's ratio and kernels, since others in turn may have other ones."""
-        set_ratio(self.model, ratio)
-        allow_kernels(self.kernels)
-
-    def precision(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)
 
     def peak(self, prepare: Prepare, inputs: Tensor) -> int | None:
         """Return the most bytes at once of a call; None where they are too many or not seen."""
@@ -321,11 +316,6 @@ class Subject:
         return None
 
 
-def _casts_inputs(model: nn.Module) -> bool:
-    """Return whether a segmentor takes float32 images with bfloat16 weights."""
-    return any(cls.__name__ == 'StreamedEncoderDecoder' for cls in type(model).__mro__)
-
-
 def _optim_cfg(contender: Contender) -> dict[str, Any]:
     """Return the config's optimizer in a plain wrapper: the run chooses the dtype."""
     settings = contender.cfg.get('optim_wrapper')
@@ -335,14 +325,6 @@ def _optim_cfg(contender: Contender) -> dict[str, Any]:
     return dict({name: value for name, value in copy.deepcopy(settings).items()
                  if name not in ('loss_scale', 'dtype', 'use_fsdp', 'accumulative_counts')},
                 type='OptimWrapper')
-
-
-def _compile(model: nn.Module, **options: bool) -> None:
-    """Compile backbone and decoder, and keep a compiled version for each ratio."""
-    settings = torch._dynamo.config
-    limit = 'recompile_limit' if hasattr(settings, 'recompile_limit') else 'cache_size_limit'
-    setattr(settings, limit, max(getattr(settings, limit), 64))
-    compile_model(model, **options)
 
 
 def data_samples(size: tuple[int, ...], count: int,
@@ -376,15 +358,17 @@ def _measure(contenders: Sequence[Contender], subjects: Mapping[str, Subject],
     for contender, ratio in variants:
         network, total = (times.get((contender.name, ratio, phase))
                           for phase in ('network', 'total'))
-        network_ms, total_ms = milliseconds(network), milliseconds(total)
+        network_ms, total_ms = (None if seconds is None else milliseconds(seconds)
+                                for seconds in (network, total))
         peak = None if total is None else subjects[contender.name].peak(
             calls[contender.name, ratio, 'total'], inputs)
         row = _figures(
             contender, ratio, cell, status='OOM' if total is None else 'ok',
-            rounds=total and len(total), pipeline_ms=cell.pipelines.get(contender.name),
+            rounds=total and len(total),
+            pipeline_ms=cell.pipelines.get((contender.name, cell.mode, cell.size)),
             network_ms=network_ms, total_ms=total_ms,
             post_ms=network_ms and total_ms and total_ms - network_ms,
-            total_p95_ms=milliseconds(total, 0.95),
+            total_p95_ms=None if total is None else milliseconds(total, 0.95),
             images_per_s=total_ms and 1e3 * cell.batch_size / total_ms,
             time_vs_first=None if total is None or first is None else relative(total, first),
             peak_mib=peak and peak / 2**20)
@@ -400,11 +384,7 @@ def _figures(contender: Contender, ratio: ISRRatio, cell: _Cell, **measured: Any
         set_ratio(contender.model, NONE)
     return Figures(contender.name, str(ratio), cell.mode, cell.dtype, *cell.size,
                    cell.batch_size, len(windows(contender.model, cell.size)), gmacs,
-                   _parameters(contender) / 1e6, contender.execution, **measured)
-
-
-def _parameters(contender: Contender) -> int:
-    return sum(parameter.numel() for parameter in contender.model.parameters())
+                   contender.parameters / 1e6, contender.execution, **measured)
 
 
 def _with_limits(row: Figures, contender: Contender, ratio: ISRRatio, cell: _Cell) -> Figures:
@@ -419,7 +399,7 @@ def _with_limits(row: Figures, contender: Contender, ratio: ISRRatio, cell: _Cel
         activations = count_windows(contender.model, cell.size, count_activations)
         set_ratio(contender.model, NONE)
         numbers = cell.batch_size * (3 * cell.size[0] * cell.size[1] + 2 * activations)
-        memory = (numbers + _parameters(contender)) * getattr(torch, cell.dtype).itemsize / (
+        memory = (numbers + contender.parameters) * getattr(torch, cell.dtype).itemsize / (
             1e6 * cell.rates.gb_per_s)
     return replace(row, compute_limit_ms=compute, memory_limit_ms=memory,
                    network_share=row.network_ms and compute / row.network_ms,

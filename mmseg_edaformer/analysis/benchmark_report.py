@@ -26,10 +26,10 @@ def title(row: Figures) -> str:
     return f'{row.mode}, {row.dtype}, {_size(row)}, batch {row.batch_size}'
 
 
-def speed(row: Figures, first: bool) -> str:
+def speed(row: Figures) -> str:
     """Word the time against the cell's first row, with its direction."""
-    if first or row.time_vs_first is None:
-        return '(first)' if first else ''
+    if row.time_vs_first is None:
+        return ''
     if row.time_vs_first <= 1:
         return f'{1 / row.time_vs_first:.2f}x as fast'
     return f'{row.time_vs_first:.2f}x as slow'
@@ -77,13 +77,12 @@ def table(rows: Sequence[Figures]) -> str:
 
 def _tables(rows: Sequence[Figures]) -> list[PrettyTable]:
     """Make the tables of a cell: times, and limits where they were measured."""
-    columns: list[tuple[str, Callable[[Figures], str]]]
     names: list[tuple[str, Callable[[Figures], str]]] = [
         ('config', lambda row: row.config), ('ISR', lambda row: row.isr_ratio)]
     if rows[0].status == 'costs':
         return [_table(rows, [
             *names, ('params M', lambda row: f'{row.params_m:.2f}'),
-            ('GMACs', lambda row: f'{row.gmacs or 0.:.2f}'),
+            ('GMACs', lambda row: f'{row.gmacs:.2f}'),
             ('vs first', lambda row: f'x {(row.gmacs or 0.) / (rows[0].gmacs or 1.):.2f}')])]
     columns = [
         *names, ('GMACs', lambda row: '' if row.gmacs is None else f'{row.gmacs:.2f}'),
@@ -93,7 +92,7 @@ def _tables(rows: Sequence[Figures]) -> list[PrettyTable]:
         ('p95', lambda row: number(row.total_p95_ms)),
         ('images/s', lambda row: number(row.images_per_s)),
         ('MiB', lambda row: '' if row.peak_mib is None else f'{row.peak_mib:.0f}'),
-        ('speed', lambda row: speed(row, row is rows[0]))]
+        ('speed', lambda row: '(first)' if row is rows[0] else speed(row))]
     if rows[0].mode == 'train':
         columns = [column for column in columns if column[0] not in ('network', 'post')]
     tables = [_table(rows, columns)]
@@ -101,8 +100,8 @@ def _tables(rows: Sequence[Figures]) -> list[PrettyTable]:
         tables.append(_table(rows, [
             *names, ('multiply-adds', lambda row: number(row.compute_limit_ms)),
             ('bytes', lambda row: number(row.memory_limit_ms)),
-            ('of network', lambda row: _share(row.network_share)),
-            ('of total', lambda row: _share(row.total_share))]))
+            ('of network', lambda row: f'{row.network_share:.0%}' if row.network_share else ''),
+            ('of total', lambda row: f'{row.total_share:.0%}' if row.total_share else '')]))
     return tables
 
 
@@ -132,13 +131,10 @@ def write(folder: str | Path, cells: Sequence[Sequence[Figures]],
     """Write benchmark.csv, .md and .png; each file appears whole or not at all.
 
     Args:
-        folder: Folder for the files; it is made if it does not exist.
+        folder: Folder for the files.
         cells: What `benchmark.run` has yielded so far.
         environment: What `timing.environment` returns; more columns of the CSV.
         chart: Whether to draw the PNG too.
-
-    Returns:
-        The files.
     """
     text = io.StringIO(newline='')
     names = [field.name for field in fields(Figures)]
@@ -182,12 +178,10 @@ def draw(cells: Sequence[Sequence[Figures]], environment: Mapping[str, str]) -> 
             _draw_bars(axis, cell, named=axis is row_axes[0])
         if growth:
             _draw_growth(row_axes[-1], same)
-    facts = [environment['device'], f'torch {environment["torch"]}']
-    if 'cudnn_benchmark' not in environment:
-        facts.insert(1, f'threads: {environment["threads"]}')
     first = cells[0][0]
-    figure.suptitle('Multiply-adds of one image' if first.status == 'costs' else ', '.join(
-        [*facts, first.execution]), fontsize=11)
+    figure.suptitle('Multiply-adds of one image' if first.status == 'costs' else (
+        f'{environment["device"]}, threads: {environment["threads"]}, '
+        f'torch {environment["torch"]}, {first.execution}'), fontsize=11)
     buffer = io.BytesIO()
     figure.savefig(buffer, format='png', dpi=130)
     return buffer.getvalue()
@@ -269,7 +263,3 @@ def _unit(row: Figures) -> str:
 
 def _size(row: Figures) -> str:
     return f'{row.height}x{row.width}'
-
-
-def _share(value: float | None) -> str:
-    return '' if value is None else f'{value:.0%}'

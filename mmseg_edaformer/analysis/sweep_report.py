@@ -108,17 +108,15 @@ def table(rows: Sequence[Row], named: set[str]) -> str:
                 if is_best]
         pretty.add_row([
             row.isr_ratio, f'{row.miou:.2f}',
-            *(('', '') if row.isr_ratio == 'none' else (f'{row.change:+.2f}', _interval(row))),
+            *(('', '') if row.isr_ratio == 'none' else (
+                f'{row.change:+.2f}', '' if row.change_low is None else
+                f'{row.change_low:+.2f} to {row.change_high:+.2f}')),
             f'{row.gmacs:.3f}', f'{row.ms:.1f}', f'x {row.time_vs_none:.2f}',
             '' if row.peak_mib is None else f'{row.peak_mib:.0f}', ', '.join(best)])
     rest = len(rows) - len(shown)
     return pretty.get_string(fields=[name for name in columns if name not in hidden]) + (
         f'\n{rest} more ratio{"s were" if rest > 1 else " was"} tried and beaten by those shown'
         if rest else '')
-
-
-def _interval(row: Row) -> str:
-    return '' if row.change_low is None else f'{row.change_low:+.2f} to {row.change_high:+.2f}'
 
 
 def notes(bench: 'Bench', rows: Sequence[Row]) -> list[str]:
@@ -143,11 +141,8 @@ def notes(bench: 'Bench', rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def advice(rows: Sequence[Row], goal: Goal, best: Row | None,
-            command: Sequence[str]) -> list[str]:
+def advice(rows: Sequence[Row], goal: Goal, best: Row, command: Sequence[str]) -> list[str]:
     """Say which ratio to take, and the command that tests it."""
-    if best is None:
-        return []
     trained = next(row for row in rows if row.isr_ratio == 'none')
     line = shlex.join(['python', 'tools/test.py', *command[:2], *(
         [] if best is trained else ['--isr-ratio', best.isr_ratio]), *command[2:]])
@@ -176,8 +171,8 @@ def shape(bench: 'Bench') -> str:
     return f'{bench.size[0]}x{bench.size[1]}'
 
 
-def write(folder: Path, bench: 'Bench', rows: Sequence[Row], goal: Goal, best: Row | None,
-           command: Sequence[str]) -> None:
+def write(folder: Path, bench: 'Bench', rows: Sequence[Row], goal: Goal, best: str | None,
+          command: Sequence[str]) -> None:
     """Write sweep.csv and sweep.json."""
     figures = [{name: round(value, 6) if isinstance(value, float) else value
                 for name, value in asdict(row).items()} for row in rows]
@@ -190,39 +185,28 @@ def write(folder: Path, bench: 'Bench', rows: Sequence[Row], goal: Goal, best: R
         config=command[0], checkpoint=command[1], cfg_options=command[3:],
         images=bench.images, images_of_test_set=len(bench.dataset), input_size=bench.size,
         goal={flag.removeprefix('--'): value for flag, value in goal.given.items()},
-        recommended=best and best.isr_ratio, rows=figures,
-        environment=environment(bench.device.type),
+        recommended=best, rows=figures, environment=environment(bench.device.type),
     ), indent=2) + '\n')
 
 
 def draw(rows: Sequence[Row], path: str | Path, recommended: str | None = None,
-         named: Collection[str] = ('none',)) -> None:
+         named: Collection[str] = ('none',)) -> Any:
     """Draw mIoU over GMACs and over time, with what nothing beats as a line, as a PNG.
 
-    Args:
-        rows: The figures.
-        path: File to write.
-        recommended: The ratio to mark.
-        named: Ratios to label beside those on the line.
+    The ``named`` ratios are labelled beside those on the line. Returns the figure.
     """
-    figure = chart(rows, recommended, named)
-    with replacing(path) as partial:
-        figure.savefig(partial)
-
-
-def chart(rows: Sequence[Row], recommended: str | None, named: Collection[str]) -> Any:
-    """Return the figure that `draw` writes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     figure = Figure(figsize=(11, 5.2), dpi=120, layout='constrained')
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2, sharey=True)
-    for axis, cost, front, title in (
-            (axes[0], 'gmacs', 'pareto_gmacs', 'GMACs per image'),
-            (axes[1], 'ms', 'pareto_ms', 'ms per image')):
+    labels = []
+    for axis, cost, title in zip(axes, ('gmacs', 'ms'), ('GMACs per image', 'ms per image')):
         points = {row.isr_ratio: (getattr(row, cost), row.miou) for row in rows}
-        best = sorted(points[row.isr_ratio] for row in rows if getattr(row, front))
-        marked = [row.isr_ratio for row in rows if getattr(row, front) or row.isr_ratio in named]
+        front = [row.isr_ratio for row in rows if getattr(row, f'pareto_{cost}')]
+        best = sorted(points[name] for name in front)
+        marked = [name for name in points if name in front or name in named]
+        labels.append({name: points[name] for name in marked})
         others = [point for name, point in points.items() if name not in marked]
         if others:
             axis.scatter(*zip(*others), s=14, color=_TRIED, label='tried', zorder=2)
@@ -245,9 +229,10 @@ def chart(rows: Sequence[Row], recommended: str | None, named: Collection[str]) 
     figure.legend(handles, names, loc='outside lower center', ncols=4, frameon=False, fontsize=9)
     figure.canvas.draw()  # settles the layout, which the labels must not change
     figure.set_layout_engine('none')
-    for axis, cost, front in ((axes[0], 'gmacs', 'pareto_gmacs'), (axes[1], 'ms', 'pareto_ms')):
-        _label(axis, {row.isr_ratio: (getattr(row, cost), row.miou) for row in rows
-                      if getattr(row, front) or row.isr_ratio in named}, recommended, named)
+    for axis, points in zip(axes, labels):
+        _label(axis, points, recommended, named)
+    with replacing(path) as partial:
+        figure.savefig(partial)
     return figure
 
 

@@ -1,10 +1,11 @@
 """Time calls in turn, so that other load on the machine falls on all of them alike."""
+import importlib
 import platform
 import subprocess
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,10 +66,9 @@ def time_call(call: Callable[[], Any], device: torch.device) -> tuple[float, Any
     return time.perf_counter() - start, result
 
 
-def milliseconds(seconds: Sequence[float] | np.ndarray | None,
-                 quantile: float = 0.5) -> float | None:
-    """Return the median, or another quantile, in ms; None of nothing."""
-    return None if seconds is None else 1e3 * float(np.quantile(seconds, quantile))
+def milliseconds(seconds: Sequence[float] | np.ndarray, quantile: float = 0.5) -> float:
+    """Return the median, or another quantile, in ms."""
+    return 1e3 * float(np.quantile(seconds, quantile))
 
 
 def relative(seconds: Sequence[float] | np.ndarray,
@@ -127,12 +127,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype, side: int | None = N
 
 
 def environment(device: str, *, keep_memory: bool = True) -> dict[str, str]:
-    """Return where figures come from: device, threads, settings, versions, commit.
-
-    Args:
-        device: 'cpu', 'cuda' or 'meta'.
-        keep_memory: Whether freed memory is kept on the CPU.
-    """
+    """Return where figures come from: device, threads, settings, versions, commit."""
     facts = dict(device={'cuda': torch.cuda.get_device_name, 'cpu': _cpu_name,
                          'meta': lambda: 'none (costs are counted)'}[device](),
                  threads=str(torch.get_num_threads()))
@@ -144,26 +139,17 @@ def environment(device: str, *, keep_memory: bool = True) -> dict[str, str]:
             float32_conv='TF32' if torch.backends.cudnn.allow_tf32 else 'full',
             cudnn_benchmark='yes' if torch.backends.cudnn.benchmark else 'no')
     facts.update(python=platform.python_version(), torch=torch.__version__)
-    for package in ('mmengine', 'mmcv', 'mmsegmentation'):
-        facts[package] = next(filter(None, map(_version, (
-            package, f'{package}-lite', f'onedl-{package}'))), 'unknown')
+    for package in ('mmengine', 'mmcv', 'mmseg'):
+        facts[package] = importlib.import_module(package).__version__
     return dict(facts, mmseg_edaformer=__version__, commit=_commit())
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _cpu_name() -> str:
-    try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
-    return f'{names[0] if names else platform.machine()} CPU'
+    with suppress(OSError):
+        for line in Path('/proc/cpuinfo').read_text().splitlines():
+            if line.startswith('model name'):
+                return f'{line.partition(":")[2].strip()} CPU'
+    return f'{platform.machine()} CPU'
 
 
 def _commit() -> str:
