@@ -251,7 +251,7 @@ class Subject:
             self.autocast, self.input_dtype = False, torch.bfloat16
         self.compiled = contender.execution != 'eager'
         if self.compiled:
-            torch._dynamo.config.recompile_limit = 64  # a compiled version for each ratio
+            torch._dynamo.config.cache_size_limit = 64  # a compiled version for each ratio
             compile_model(self.model, frozen=mode == 'eval', **EXECUTIONS[contender.execution])
 
     def calls(self, ratio: ISRRatio, inputs: Tensor) -> dict[str, Prepare]:

@@ -10,7 +10,7 @@ from prettytable import PrettyTable, TableStyle
 
 from ..files import write_file
 from .benchmark import Figures
-from .timing import number
+from .timing import number, size_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -262,4 +262,4 @@ def _unit(row: Figures) -> str:
 
 
 def _size(row: Figures) -> str:
-    return f'{row.height}x{row.width}'
+    return size_text((row.height, row.width))

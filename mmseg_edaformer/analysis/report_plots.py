@@ -22,15 +22,9 @@ _WRONG = (60, 60, 230)  # BGR
 
 def draw_curve(points: Mapping[int, float], path: Path, title: str, *, unit: str,
                measured: bool = False) -> None:
-    """Draw a value over the steps of a training, as a PNG.
+    """Draw a value by step of a training, as a PNG.
 
-    Args:
-        points: Values by step.
-        path: File to write.
-        title: Name of the value.
-        unit: Name of a step.
-        measured: Whether to show each point and mark the highest, for values that are measured now
-            and then.
+    ``measured`` shows each point and marks the highest, for values that are measured now and then.
     """
     steps, values = np.array(list(points)), np.array(list(points.values()), float)
     with _figure(path, (5, 3)) as (_, axis):
@@ -58,13 +52,9 @@ def draw_curve(points: Mapping[int, float], path: Path, title: str, *, unit: str
 
 
 def draw_matrix(shares: np.ndarray, classes: Sequence[str], path: Path) -> None:
-    """Draw a confusion matrix, as a PNG.
+    """Draw a confusion matrix of the shares of each class (row), with names where they fit in.
 
-    Args:
-        shares: Share of the pixels of each class (row) that is predicted as each class (column),
-            C x C, 0 to 1; a row of nan for a class that does not occur.
-        classes: Names of the classes, which are shown where they fit in.
-        path: File to write.
+    The row of a class that does not occur is nan.
     """
     from matplotlib.colors import PowerNorm
     count = len(classes)

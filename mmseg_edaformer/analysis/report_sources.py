@@ -1,12 +1,12 @@
 """The sources of a run's report beside its counts: the training log and the ISR curve."""
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .sweep_report import Row
+from .timing import size_text
 
 
 @dataclass
@@ -96,12 +96,7 @@ def find_sweep(checkpoint: Path, work_dir: Path) -> Ratios | None:
                 size = tuple(content['input_size'])
                 return Ratios([Row(**row) for row in content['rows']], size, (
                     f'From {path}: {content["images"]} of {content["images_of_test_set"]} images, '
-                    f'GMACs for {size_name(size)} pixels.'))
+                    f'GMACs for {size_text(size)} pixels.'))
         except (OSError, ValueError, KeyError, TypeError):  # no sweep
             continue
     return None
-
-
-def size_name(size: Sequence[int]) -> str:
-    """Return a height and width as in 512x1024."""
-    return f'{size[0]}x{size[1]}'

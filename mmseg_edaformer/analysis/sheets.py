@@ -2,17 +2,15 @@
 
 A sheet consists of images beside and below each other, so that nothing overlaps.
 """
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import wrap
-from typing import Any
 
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from ..data.transforms import IGNORED
@@ -70,18 +68,13 @@ class Shot:
         """Return the share of pixels whose class differs from another prediction."""
         return float((self.result.labels != other.result.labels).mean())
 
-    def accuracy(self, truth: np.ndarray) -> float:
-        """Return the share of labelled pixels that are predicted correctly."""
-        known = truth != IGNORED
-        return float((self.result.labels == truth)[known].mean()) if known.any() else math.nan
-
 
 def project(features: Sequence[Tensor]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Return a view of each of several features C x H x W, and the differences to the first ones.
+    """Return a view H x W of each of several features C x H x W, and the differences to the first.
 
     The view is along the first principal component of the first features, whose largest entry is
     made positive, so that its sign is always the same. The differences are norms over the channels,
-    relative to the root mean square norm of the first tokens. All are H x W.
+    relative to the root mean square norm of the first tokens.
     """
     grid = features[0].shape[1:]
     tokens = [own.flatten(1).double() for own in features]
@@ -184,7 +177,8 @@ def draw_predictions(subject: Subject, shots: Sequence[Shot], others: Sequence[S
         if shot is not first:
             lines.append(f'{shot.changed(first):.1%} of the pixels differ from {first.title}')
         if truth is not None:
-            lines.append(f'{shot.accuracy(truth):.1%} of the labelled pixels right')
+            right = (shot.result.labels == truth)[~void].mean() if counted[-1].size else 0.
+            lines.append(f'{right:.1%} of the labelled pixels right')
         blocks.append(_captioned(_resized(shot.result.draw(), size), '\n'.join(lines), 4))
     rows = [_beside(blocks[start:start + 4]) for start in range(0, len(blocks), 4)]
     counts = np.sum([count_pixels(labels, len(first.result.classes)) for labels in counted], 0)
@@ -239,13 +233,12 @@ def draw_cross(panel: Image.Image, subject: Subject, point: tuple[int, int],
         pen.line((x, y - reach, x, y + reach), colour, thickness)
     if name:
         left, up = x < panel.width - 24, y < panel.height - 24
-        pen.text((x + (6 if left else -6), y + (5 if up else -5)), name, _CYAN, _font(16),
-                 ('l' if left else 'r') + ('a' if up else 'd'), stroke_width=2,
-                 stroke_fill='black')
+        pen.text((x + (6 if left else -6), y + (5 if up else -5)), name, _CYAN,
+                 ImageFont.load_default(16), ('l' if left else 'r') + ('a' if up else 'd'),
+                 stroke_width=2, stroke_fill='black')
 
 
 def _panel_size(subject: Subject, columns: int, longest: int = _PANEL) -> Grid:
-    """Return width and height of a panel."""
     height, width = subject.image.shape[:2]
     scale = min(longest, max(160, _WIDEST // columns)) / max(height, width)
     return max(round(width * scale), 1), max(round(height * scale), 1)
@@ -265,10 +258,6 @@ def _resized(image: np.ndarray, size: Grid) -> Image.Image:
         cv2.resize(image, size, interpolation=way)[..., ::-1]))
 
 
-def _font(size: float) -> Any:
-    return ImageFont.load_default(size)
-
-
 def _text(text: str, width: int, size: int = 14, colour: str = _DARK) -> Image.Image:
     """Draw lines of text, wrapped to the width."""
     letters = max(int(width / (0.56 * size)), 1)  # of average width
@@ -277,7 +266,7 @@ def _text(text: str, width: int, size: int = 14, colour: str = _DARK) -> Image.I
     image = _blank(width, step * len(lines) + 2)
     pen = ImageDraw.Draw(image)
     for i, line in enumerate(lines):
-        pen.text((0, i * step), line, colour, _font(size))
+        pen.text((0, i * step), line, colour, ImageFont.load_default(size))
     return image
 
 
@@ -295,14 +284,14 @@ def _bar(name: str, low: str, high: str, height: int) -> Image.Image:
     shades = _coloured(np.linspace(1, 0, height)[:, None].repeat(12, 1), name, 0., 1.)
     image.paste(Image.fromarray(shades), (0, 0))
     pen = ImageDraw.Draw(image)
-    pen.text((16, 0), high, _DARK, _font(12))
-    pen.text((16, height - 1), low, _DARK, _font(12), 'ld')
+    pen.text((16, 0), high, _DARK, ImageFont.load_default(12))
+    pen.text((16, height - 1), low, _DARK, ImageFont.load_default(12), 'ld')
     return image
 
 
 def _legend(classes: Sequence[tuple[str, tuple[int, int, int]]], width: int) -> Image.Image:
     """Draw the names of classes beside their colours, in columns."""
-    font = _font(15)
+    font = ImageFont.load_default(15)
     column = min(width, 50 + max(int(font.getlength(name)) for name, _ in classes))
     across = max(1, width // column)
     legend = _blank(width, -(-len(classes) // across) * 28)
@@ -341,7 +330,4 @@ def _below(images: Sequence[Image.Image], gap: int) -> Image.Image:
 def _sheet(title: str, note: str, rows: Sequence[Image.Image]) -> Image.Image:
     width = max(row.width for row in rows)
     head = [_text(title, width, 24), *([_text(note, width, 15, '#555555')] if note else [])]
-    content = _below([*head, *rows], 14)
-    sheet = _blank(content.width + 40, content.height + 40)
-    sheet.paste(content, (20, 20))
-    return sheet
+    return ImageOps.expand(_below([*head, *rows], 14), 20, 'white')

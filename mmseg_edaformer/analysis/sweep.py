@@ -24,10 +24,10 @@ from .sweep_report import (
     draw,
     notes,
     option_words,
-    shape,
     table,
     write,
 )
+from .timing import size_text
 
 GREEDY = 'greedy'
 """Stands for the ratios that the greedy search tries, in a list of ratios."""
@@ -81,8 +81,8 @@ def search(bench: Bench, ratios: Sequence[ISRRatio], goal: Goal, greedy: bool) -
         cheapest = min([*tried, *[most] * greedy], key=bench.gmacs)
         if bench.gmacs(cheapest) > goal.budget_gmacs:
             raise ConfigError(f'{goal}: the cheapest ratio here, {cheapest!s}, costs '
-                              f'{bench.gmacs(cheapest):.3f} GMACs for {shape(bench)} pixels. Give '
-                              'at least that, or take a smaller model')
+                              f'{bench.gmacs(cheapest):.3f} GMACs for {size_text(bench.size)} '
+                              'pixels. Give at least that, or take a smaller model')
     budget = goal.budget_gmacs or goal.budget_ms
     closed: set[tuple[str, int]] = set()
     current, steps = trained, _steps(bench, trained, closed, budget) if greedy else {}

@@ -15,7 +15,7 @@ from prettytable import PrettyTable
 from ..engine.run_config import parse_options
 from ..errors import ConfigError
 from ..files import replacing, write_file
-from .timing import environment
+from .timing import environment, size_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -136,8 +136,8 @@ def notes(bench: 'Bench', rows: Sequence[Row]) -> list[str]:
         lines.append('95 % interval: of the change, by resampling the images, the same for both.')
     where = ('what torch allocates' if bench.device.type == 'cuda' else
              "live tensors, without the kernels' scratch")
-    lines.append(f'GMACs: for {shape(bench)} pixels.' if rows[0].peak_mib is None else
-                 f'GMACs, MiB: for {shape(bench)} pixels; MiB: {where}, with the weights.')
+    lines.append(f'GMACs: for {size_text(bench.size)} pixels.' if rows[0].peak_mib is None else
+                 f'GMACs, MiB: for {size_text(bench.size)} pixels; MiB: {where}, with the weights.')
     return lines
 
 
@@ -164,11 +164,6 @@ def option_words(options: Mapping[str, Any] | Sequence[str]) -> list[str]:
              f'{key}={value}'.replace("'", '').replace(' ', '')
              for key, value in parse_options(options).items()]
     return ['--cfg-options', *words] if words else []
-
-
-def shape(bench: 'Bench') -> str:
-    """Return the size of the image whose GMACs and memory are counted."""
-    return f'{bench.size[0]}x{bench.size[1]}'
 
 
 def write(folder: Path, bench: 'Bench', rows: Sequence[Row], goal: Goal, best: str | None,

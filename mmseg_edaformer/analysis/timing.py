@@ -85,6 +85,11 @@ def number(value: float | None) -> str:
         f'{value:.2f}')
 
 
+def size_text(size: Sequence[int]) -> str:
+    """Return a height and width as in 512x1024."""
+    return f'{size[0]}x{size[1]}'
+
+
 def _synchronize(device: torch.device) -> None:
     if device.type == 'cuda':
         torch.cuda.synchronize()

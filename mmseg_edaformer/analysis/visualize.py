@@ -52,8 +52,7 @@ def visualize(segmenter: Segmenter, images: Sequence[str | Path], out: str | Pat
         reduce_zero_label: Whether 0 in the masks means no label and 1 the first class.
         say: Function that receives a text for each image.
 
-    Returns:
-        The files that were written.
+    Returns the files that were written.
 
     Raises:
         DataError: An image or a mask cannot be read, or two images have one name.
@@ -86,12 +85,11 @@ def visualize(segmenter: Segmenter, images: Sequence[str | Path], out: str | Pat
         beside = [_predict(other, subject, title) for title, other in others]
         sources = f'ISR: {segmenter.source}' + ''.join(
             f'. {title}: {other.source}' for title, other in others)
-        sheets = dict(predictions=draw_predictions(subject, shots, beside, truth, sources))
-        if shots[0].seen:
-            texts = {layer: text for layer, text in layer_names(segmenter.model).items()
-                     if layer in shots[0].seen}
-            sheets = dict(attention=draw_attention(subject, shots, texts),
-                          features=draw_features(subject, shots, texts)) | sheets
+        texts = {layer: text for layer, text in layer_names(segmenter.model).items()
+                 if layer in shots[0].seen}
+        sheets = dict(attention=draw_attention(subject, shots, texts),
+                      features=draw_features(subject, shots, texts)) if texts else {}
+        sheets['predictions'] = draw_predictions(subject, shots, beside, truth, sources)
         say(_tables(subject, shots, beside))
         for layer, reason in reasons.items():
             say(f'not drawn: {layer}: {reason}')
@@ -121,11 +119,6 @@ def parse_point(text: str, size: Grid, path: Path | str = 'the image') -> tuple[
     """Return column and row of a pixel, from ``120,80`` or from fractions, ``0.5,0.3``.
 
     Numbers with a decimal point are fractions of width and height.
-
-    Args:
-        text: The point.
-        size: Height and width of the image.
-        path: Path of the image, for the message.
 
     Raises:
         ConfigError: The text is no point, or the point lies outside of the image.
@@ -197,7 +190,6 @@ def _observe(segmenter: Segmenter, subject: Subject, ratios: Sequence[ISRRatio],
 
 
 def _predict(segmenter: Segmenter, subject: Subject, title: str) -> Shot:
-    """Predict an image at the ratio that a segmenter is set to."""
     height, width = _load(segmenter, subject.path)[1].shape[2:]
     gmacs = count_windows(segmenter.model, (height, width)) / 1e9
     return Shot(title, segmenter(subject.path), gmacs, {})
@@ -205,11 +197,7 @@ def _predict(segmenter: Segmenter, subject: Subject, title: str) -> Shot:
 
 def read_labels(labels: Path, path: Path, size: Grid, classes: int,
                 reduce_zero_label: bool) -> np.ndarray:
-    """Read the labels of an image, H x W, from a mask or a folder of masks.
-
-    Raises:
-        DataError: The mask is missing, cannot be read or does not fit.
-    """
+    """Read the labels of an image, H x W, from a mask or a folder of masks."""
     mask = labels
     if labels.is_dir():
         masks = sorted(labels.glob(f'{path.stem}.*'))
@@ -219,8 +207,7 @@ def read_labels(labels: Path, path: Path, size: Grid, classes: int,
     load = TRANSFORMS.build(dict(type='LoadSegLabels', num_classes=classes))
     results = load(dict(img_path=str(path), seg_map_path=str(mask), ori_shape=size, seg_fields=[],
                         reduce_zero_label=reduce_zero_label))
-    truth: np.ndarray = results['gt_seg_map']
-    return truth
+    return np.asarray(results['gt_seg_map'])
 
 
 @contextmanager
@@ -234,7 +221,6 @@ def _at_ratio(segmenter: Segmenter, isr_ratio: ISRRatio) -> Iterator[None]:
 
 
 def _tables(subject: Subject, shots: Sequence[Shot], others: Sequence[Shot]) -> str:
-    """Return the figures of the sheets for a terminal."""
     first = shots[0]
     table = PrettyTable([subject.path.name, 'GMACs', 'other labels'], align='r')
     table.align[subject.path.name] = 'l'

@@ -7,7 +7,7 @@ import torch
 from mmengine.utils import ManagerMixin
 
 from mmseg_edaformer.analysis import gpu_benchmark, roofline
-from mmseg_edaformer.analysis.gpu_page import page
+from mmseg_edaformer.analysis.gpu_benchmark import page
 from mmseg_edaformer.analysis.timing import Rates
 from mmseg_edaformer.errors import ConfigError
 from mmseg_edaformer.models.cpu_kernels import kernels_allowed
