@@ -32,11 +32,10 @@ class Attended:
     """What one attention layer did in one pass through the network.
 
     Attributes:
-        weights: Softmax of the query at each point, for all heads: P points x h heads x M keys,
-            float32. Each row sums to 1.
+        weights: Softmax of the query at each point, P points x h heads x M keys, float32.
         single: Number of leading keys that have no place in the image, such as a class token.
         cells: Rows and columns, in pixels of the network's input, at which the cells of the other
-            keys begin, and the end of the last one. There is no key outside.
+            keys begin, and the end of the last one.
         features: What the layer's forward returns, as C x H x W, float32.
         tokens: Rows and columns, in pixels, at which the tokens of the features begin.
     """
@@ -97,7 +96,6 @@ def choose_layers(model: nn.Module, patterns: Sequence[str] = ()) -> list[str]:
 
 
 def _layers(model: nn.Module) -> list[tuple[Layer, str, bool]]:
-    """Return each layer, where it is, and whether it is the last of its stage."""
     return [(layer, f'{part.kind} {number}, layer {i} of {len(stage)}', i == len(stage))
             for part in find_attention(model).parts for number, stage in part.stages.items()
             for i, layer in enumerate(stage, 1)]
@@ -107,8 +105,7 @@ def look(model: nn.Module, inputs: Tensor, layers: Sequence[str],
          points: Sequence[tuple[float, float]]) -> tuple[dict[str, Attended], dict[str, str]]:
     """Run an image through a model and observe some of its attention layers.
 
-    The model and its outputs stay the same bit for bit. Beside the pass itself, memory is needed
-    for the outputs of the layers and for the softmax of one query per point.
+    The model and its outputs stay the same bit for bit.
 
     Args:
         model: A segmentor, or any module that takes an image, at the ISR ratio it is set to.
@@ -141,7 +138,7 @@ def look(model: nn.Module, inputs: Tensor, layers: Sequence[str],
 
 
 class _NoMapError(Exception):
-    """Why the attention of a layer cannot be laid over a map."""
+    pass
 
 
 @dataclass(frozen=True)
@@ -226,7 +223,6 @@ class _Watch(TorchFunctionMode):
         return out
 
     def _by_rows(self, run: _Run, out: Tensor, x: Tensor, kv: Tensor, num_heads: int) -> Tensor:
-        """Handle `models.attention.attend_by_rows`."""
         q, k = (maps.flatten(2).unflatten(1, (num_heads, -1)).transpose(2, 3) for maps in (x, kv))
         return self._fused(run, out, q, k, k)
 
@@ -241,7 +237,6 @@ class _Watch(TorchFunctionMode):
         return _heads_first(_masked(scores, attn_mask, rows).softmax(-1))
 
     def _multi_head(self, run: _Run, out: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Handle ``F.multi_head_attention_forward``, which includes the projections."""
         call = {**dict(zip(_MULTI_HEAD, args)), **kwargs}
         query, key, heads, width = (call[name] for name in (
             'query', 'key', 'num_heads', 'embed_dim_to_check'))
@@ -264,7 +259,6 @@ class _Watch(TorchFunctionMode):
         return _heads_first(_masked(scores, mask, rows).softmax(-1))
 
     def _explicit(self, run: _Run, out: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Handle a softmax of scores that the module computes itself, ... x h x Nq x M."""
         if out.dim() == 3:
             out = out[None]  # B h x Nq x M
         return _heads_first(out[..., self._rows(run, out.shape), :].float())
@@ -305,8 +299,7 @@ def _masked(scores: Tensor, mask: Tensor | None, rows: list[int]) -> Tensor:
 def _find_place(size: Grid, queries: int) -> _Place | None:
     """Return the map of the image that has this number of queries.
 
-    Strides of networks are powers of two, and convolutions round up or down; patches may have
-    other sizes.
+    Strides of networks are powers of two, rounded up or down; patches may have other sizes.
     """
     longest = max(size)
     powers = [2 ** i for i in range(longest.bit_length() + 1)]
@@ -322,9 +315,8 @@ def _find_place(size: Grid, queries: int) -> _Place | None:
 def _key_edges(grid: Grid, keys: int, ratio: int, module: nn.Module) -> list[np.ndarray]:
     """Return the rows and columns of tokens at which the cells of keys begin, and the last ends.
 
-    ``keys`` is their number before ISR, which groups them into cells. A network that reduces its
-    keys itself does so by strided convolutions or pools, which drop what does not fill a step, or
-    by convolutions that round up.
+    ``keys`` is their number before ISR. A network that reduces its keys itself does so by strided
+    convolutions or pools, which drop what does not fill a step, or round up.
     """
     own = getattr(module, 'sr_ratio', None)
     steps = [step for step in (own, *range(1, max(grid) + 1)) if isinstance(step, int) and step > 0]
@@ -339,7 +331,6 @@ def _key_edges(grid: Grid, keys: int, ratio: int, module: nn.Module) -> list[np.
 
 
 def _as_map(x: Any, place: _Place) -> Tensor:
-    """Return the output of an attention layer, maps or tokens in any batch order, as C x H x W."""
     count = place.single + math.prod(place.grid)
     if isinstance(x, Tensor):
         x = x.detach()

@@ -34,11 +34,9 @@ _SAVE_SECONDS = 60.
 
 
 class Measurements:
-    """Areas and times of each ratio on the first images of an order, kept in a file.
+    """Areas and times of each ratio on the first images of an order, kept in a .npz file.
 
-    Args:
-        path: The .npz file; None to keep nothing.
-        subject: A digest of what is measured; a file of another subject is not used.
+    A file of another ``subject``, a digest of what is measured, is not used.
 
     Attributes:
         areas: Intersection and union of each class (2 x C), for each image, by ratio.
@@ -66,7 +64,7 @@ class Measurements:
                                            content[f'{ratio} seconds'].tolist()]
 
     def count(self, ratio: ISRRatio | str) -> int:
-        """Return how many images a ratio has been measured on."""
+        """Return how many images a ratio was measured on."""
         return len(self.areas.get(str(ratio), ()))
 
     def add(self, ratio: str, areas: np.ndarray, seconds: tuple[float, float]) -> None:
@@ -259,12 +257,7 @@ class Bench:
 
 def open_bench(cfg: Config, checkpoint: str, folder: Path | None = None,
                samples: int | None = None) -> Bench:
-    """Load the checkpoint and the test set of a config; a ``folder`` keeps the measurements.
-
-    Raises:
-        UserError: The config has no IoUMetric, the checkpoint does not fit, or the model holds no
-            attention that ISR can reduce.
-    """
+    """Load the checkpoint and the test set of a config; a ``folder`` keeps the measurements."""
     if samples is not None and samples < 1:
         raise ConfigError(f'--samples {samples}: give 1 or more')
     launch.prepare_test(cfg, checkpoint)
@@ -290,7 +283,6 @@ def open_bench(cfg: Config, checkpoint: str, folder: Path | None = None,
 
 
 def _iou_metric(cfg: Config) -> dict[str, Any]:
-    """Return settings of the config's IoUMetric, and the number of classes."""
     evaluators = cfg.get('test_evaluator') or []
     for evaluator in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
         if evaluator.get('type') in ('IoUMetric', IoUMetric):
@@ -304,11 +296,9 @@ def _iou_metric(cfg: Config) -> dict[str, Any]:
 
 
 def mean_iou(areas: np.ndarray, nan_to_num: float | None = None) -> np.ndarray:
-    """Return the mIoU in percent as mmseg's IoUMetric has it: without classes that do not occur.
+    """Return the mIoU in percent of intersections and unions ... x 2 x C, as mmseg's IoUMetric.
 
-    Args:
-        areas: Intersection and union of each class in pixels, ... x 2 x C.
-        nan_to_num: Value of a class that does not occur, which then counts.
+    A class that does not occur is left out, or counts as ``nan_to_num``.
     """
     with np.errstate(invalid='ignore', divide='ignore'):
         iou = areas[..., 0, :] / areas[..., 1, :]

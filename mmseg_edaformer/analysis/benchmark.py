@@ -48,17 +48,9 @@ EXECUTIONS = {'eager': {}, 'graphed': dict(graphs=True), 'compiled': dict(fixed_
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure.
+    """What to measure: the flags of `tools/benchmark.py`.
 
-    Args:
-        sizes: Heights and widths of the images in pixels.
-        modes: 'eval', 'train' or both. Training runs at the trained ratio only.
-        device: 'cpu', 'cuda', or 'meta' for costs without timing.
-        repeats: Maximum number of rounds of a cell.
-        seconds: Time after which no round starts, once there are five.
-        limits: Whether to measure the machine's rates too.
-        keep_memory: Whether to keep freed memory on the CPU, as trainings and tests do.
-        costs: Whether to count multiply-adds and to time the input pipelines.
+    Without ``costs``, neither multiply-adds are counted nor input pipelines timed.
     """
     sizes: Sequence[tuple[int, int]] = ((512, 512),)
     batch_sizes: Sequence[int] = (1,)
@@ -112,21 +104,11 @@ class Contender:
 
 @dataclass(frozen=True)
 class Figures:
-    """Figures of one variant in one cell. None is what was not measured; times are medians.
+    """Figures of one variant in one cell; None is what was not measured, times are medians.
 
-    Attributes:
-        windows: Windows that the config's sliding inference makes of the image; 1 for the whole.
-        status: 'ok', 'OOM', or 'costs' where nothing was to be timed.
-        pipeline_ms: The config's transforms, from the file on, per image.
-        network_ms: Batch of images to logits, at the resolution of the decoder.
-        total_ms: Batch of images to label maps in eval; one optimizer step in training.
-        post_ms: ``total_ms - network_ms``.
-        time_vs_first: Time relative to the cell's first variant, round by round: below 1 is faster.
-        gmacs: Billions of multiply-adds of one image, forward.
-        compute_limit_ms: Time of the batch's multiply-adds at the measured GEMM rate.
-        memory_limit_ms: Time of the batch's bytes at the measured copy rate.
-        network_share: ``compute_limit_ms / network_ms``.
-        total_share: ``compute_limit_ms / total_ms``.
+    ``status`` is 'ok', 'OOM', or 'costs' where nothing was to be timed; docs/benchmark.md has the
+    rest. The limits are the times of the multiply-adds and of the bytes at the measured rates, and
+    the shares ``compute_limit_ms`` over network and over total.
     """
     config: str
     isr_ratio: str
@@ -157,7 +139,6 @@ class Figures:
 
 @dataclass(frozen=True)
 class _Cell:
-    """What the variants that take turns share."""
     plan: Plan
     mode: str
     dtype: str
@@ -171,15 +152,9 @@ def load_contenders(config: str, checkpoint: str | None = None, compare: Sequenc
                     isr_ratios: Sequence[str] = ('none',),
                     cfg_options: Mapping[str, Any] | Sequence[str] | None = None,
                     execution: str = 'eager') -> list[Contender]:
-    """Build the models of a run.
+    """Build the models of a run; without a checkpoint, and in ``compare``, with random weights.
 
-    Args:
-        config: The config that the others are compared with.
-        checkpoint: Its weights; the others, and it without one, have random ones.
-        compare: More configs, of any mmseg segmentor. One that ISR cannot act on runs as it is.
-        isr_ratios: What `ISRRatio.parse` reads.
-        cfg_options: Settings of ``config`` to override.
-        execution: One of `EXECUTIONS`.
+    A model in ``compare`` that ISR cannot act on runs as it is. ``cfg_options`` are of ``config``.
     """
     wanted = tuple(dict.fromkeys(map(ISRRatio.parse, isr_ratios)))
     contenders: list[Contender] = []

@@ -170,7 +170,6 @@ def _dial_table(benches: Sequence[Bench], ratios: Sequence[ISRRatio]) -> str:
 
 
 def _meaning(bench: Bench, first: ISRRatio, *others: ISRRatio) -> str:
-    """Say what the fastest ratio gives and costs."""
     factor, fastest = max(((relative(bench.seconds(first)[:, 0], bench.seconds(ratio)[:, 0]), ratio)
                            for ratio in others), key=lambda pair: pair[0])
     change = bench.miou(fastest) - bench.miou(first)
@@ -211,7 +210,6 @@ def _read_results(files: Sequence[str | Path]) -> list[Result]:
 
 
 def _metrics(files: Sequence[str | Path], results: Sequence[Result], main: str) -> list[str]:
-    """Return the metrics to show: the main one, and of `_COLUMNS` what any of the results has."""
     metrics = [name for name in _COLUMNS
                if name == main or any(name in result.metrics for result in results)]
     for file, result in zip(files, results):
@@ -226,7 +224,6 @@ def _metrics(files: Sequence[str | Path], results: Sequence[Result], main: str) 
 @torch.no_grad()
 def _time_ratios(model: Any, dataset: BaseDataset,
                  settings: Sequence[Setting]) -> dict[int, list[float]]:
-    """Return the seconds of predictions by setting, one image a round, without its loading."""
     def in_turn(setting: Setting) -> Prepare:
         numbers = count()
 
@@ -251,7 +248,6 @@ def _name(result: Result, classifies: bool) -> str:
 
 
 def _chance_line(dataset: BaseDataset, classifies: bool) -> str:
-    """Say what predicting the largest class everywhere would give."""
     classes = dataset.metainfo['classes']
     if classifies:
         counts = np.bincount([dataset.get_data_info(i)['gt_label'] for i in range(len(dataset))])

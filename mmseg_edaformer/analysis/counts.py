@@ -57,9 +57,7 @@ class Evaluation:
         best: The `EXAMPLES` images with the highest mIoU, the best first.
         worst: The `EXAMPLES` images with the lowest mIoU, the worst first.
         unlabelled: Number of images without labels.
-        metrics: The metrics that the evaluator returned.
         iteration: Iteration of the training; None in a test.
-        seconds: Duration of the validation or test.
         size: Number of images of the data set.
 
     Attributes:

@@ -26,12 +26,7 @@ _FREE = (torch.ops.aten.empty_like.default, torch.ops.aten.detach.default)
 
 @dataclass(frozen=True)
 class Work:
-    """What one call of an operator does.
-
-    Attributes:
-        flops: Floating-point operations of products and convolutions; others have 0.
-        bytes: Size of inputs and outputs, each once.
-    """
+    """One call of an operator: FLOPs of products and convolutions, bytes of inputs and outputs."""
     call: Prepare
     flops: int
     bytes: int

@@ -51,14 +51,7 @@ class Subject:
 
 @dataclass(frozen=True, eq=False)
 class Shot:
-    """The prediction of an image by one model at one ratio.
-
-    Attributes:
-        title: The ratio, or the name of another model.
-        result: The prediction.
-        gmacs: Billions of multiply-adds of the prediction.
-        seen: Observations of attention layers by their names.
-    """
+    """The prediction of an image by one model at one ratio, with what its attention layers did."""
     title: str
     result: Segmentation
     gmacs: float
@@ -190,13 +183,9 @@ def draw_predictions(subject: Subject, shots: Sequence[Shot], others: Sequence[S
 
 def paint(values: np.ndarray, edges: tuple[np.ndarray, np.ndarray], size: Grid,
           step: tuple[float, float]) -> np.ndarray:
-    """Draw cells: each pixel gets the value of the cell around its centre, or NaN outside of all.
+    """Give each pixel the value of the cell around its centre, or NaN outside of all.
 
-    Args:
-        values: Rows x columns of cells.
-        edges: Rows and columns, in pixels of the inputs, at which cells begin, and the last ends.
-        size: Height and width of the result.
-        step: Pixels of the inputs per pixel of the result, down and across.
+    The edges are in pixels of the inputs, of which ``step`` make a pixel of the result.
     """
     where = [np.searchsorted(edge, (np.arange(side) + 0.5) * pixel, 'right') - 1
              for edge, side, pixel in zip(edges, size, step)]
@@ -245,7 +234,6 @@ def _panel_size(subject: Subject, columns: int, longest: int = _PANEL) -> Grid:
 
 
 def _coloured(values: np.ndarray, name: str, low: float, high: float) -> np.ndarray:
-    """Return values in the colours of a colour map, H x W x 3, uint8."""
     import matplotlib
     share = (values - low) / (high - low) if high > low else np.zeros_like(values)
     colours: np.ndarray = matplotlib.colormaps[name](np.clip(share, 0, 1), bytes=True)[..., :3]
@@ -259,7 +247,6 @@ def _resized(image: np.ndarray, size: Grid) -> Image.Image:
 
 
 def _text(text: str, width: int, size: int = 14, colour: str = _DARK) -> Image.Image:
-    """Draw lines of text, wrapped to the width."""
     letters = max(int(width / (0.56 * size)), 1)  # of average width
     lines = [line for paragraph in text.split('\n') for line in wrap(paragraph, letters) or ['']]
     step = round(1.35 * size)
@@ -279,7 +266,6 @@ def _layer_label(name: str, text: str) -> Image.Image:
 
 
 def _bar(name: str, low: str, high: str, height: int) -> Image.Image:
-    """Draw a colour map with the values of its ends."""
     image = _blank(_BAR, height)
     shades = _coloured(np.linspace(1, 0, height)[:, None].repeat(12, 1), name, 0., 1.)
     image.paste(Image.fromarray(shades), (0, 0))
@@ -290,7 +276,6 @@ def _bar(name: str, low: str, high: str, height: int) -> Image.Image:
 
 
 def _legend(classes: Sequence[tuple[str, tuple[int, int, int]]], width: int) -> Image.Image:
-    """Draw the names of classes beside their colours, in columns."""
     font = ImageFont.load_default(15)
     column = min(width, 50 + max(int(font.getlength(name)) for name, _ in classes))
     across = max(1, width // column)

@@ -43,12 +43,8 @@ def change_interval(areas: np.ndarray, trained: np.ndarray,
                     nan_to_num: float | None = None) -> tuple[float, float]:
     """Return the 95 % interval of the difference of two mIoU, by bootstrap over the images.
 
-    Each resample draws as many images with replacement, the same for both, and its mIoU is that of
-    all their pixels together.
-
-    Args:
-        areas: Intersections and unions of each image, N x 2 x C.
-        trained: Those of the trained ratio on the same images.
+    Both, as intersections and unions N x 2 x C, are of the same images. Each resample draws as many
+    with replacement, the same for both, and its mIoU is that of all their pixels together.
     """
     count = len(areas)
     drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), _RESAMPLES)
@@ -181,6 +177,8 @@ def sweep(config: str, checkpoint: str, *, isr_ratios: Sequence[str] = DEFAULT,
           say: Callable[[str], Any] = print) -> list[Row]:
     """Measure a checkpoint at many ratios, write the figures and recommend one.
 
+    A KeyboardInterrupt reports the figures of what is done, and is raised again.
+
     Args:
         config: Config of any segmentor whose attention ISR knows.
         checkpoint: Its weights.
@@ -191,9 +189,6 @@ def sweep(config: str, checkpoint: str, *, isr_ratios: Sequence[str] = DEFAULT,
             the checkpoint in the config's work dir.
         cfg_options: Settings of the config to override.
         say: Function that takes the report.
-
-    Returns:
-        The figures. A KeyboardInterrupt reports those of what is done, and is raised again.
 
     Raises:
         UserError: The config, the checkpoint, the data or a ratio cannot be used, or no ratio

@@ -32,10 +32,8 @@ _LINE, _RECOMMENDED, _TRIED = '#33658a', '#b5485d', '#b0b7bf'
 class Goal:
     """The goal of a recommendation: one of the three, or none.
 
-    Args:
-        max_drop: Largest loss of mIoU, in points, of which the cheapest ratio is recommended.
-        budget_ms: Most milliseconds per image, within which the best mIoU is recommended.
-        budget_gmacs: Most GMACs per image, within which the best mIoU is recommended.
+    With ``max_drop``, in points of mIoU, the cheapest ratio is recommended; with ``budget_ms`` or
+    ``budget_gmacs``, per image, the one of the best mIoU.
 
     Raises:
         ConfigError: More than one is given, or one is not a positive number.
@@ -70,9 +68,8 @@ class Row:
         images: Number of images it was measured on.
         miou: In percent, of these images.
         change: mIoU above that of the trained ratio, in points; below 0 is a loss.
-        change_low: Lower end of the 95 % interval of ``change``, see `change_interval`; None for
-            fewer than 10 images.
-        change_high: Its upper end.
+        change_low: Lower end of its 95 % interval; None for fewer than 10 images.
+        change_high: Upper end of its 95 % interval.
         gmacs: Billions of multiply-adds of one image, of the size that the report names.
         ms: Milliseconds of a whole prediction, from the decoded image to its labels: the median of
             the trained ratio times ``time_vs_none``.
@@ -120,7 +117,6 @@ def table(rows: Sequence[Row], named: set[str]) -> str:
 
 
 def notes(bench: 'Bench', rows: Sequence[Row]) -> list[str]:
-    """List what a reader of the table must know."""
     some = '' if bench.images == len(bench.dataset) else f' of {len(bench.dataset)}'
     threads = torch.get_num_threads()
     lines = [
