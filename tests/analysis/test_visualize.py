@@ -1,5 +1,7 @@
 """Sheets of attention, features and predictions: they show what the network computes."""
 import math
+import shutil
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -17,10 +19,9 @@ from mmseg_edaformer.analysis.visualize import (
     read_labels,
     visualize,
 )
-from mmseg_edaformer.errors import CheckpointError, ConfigError, DataError, RatioError
+from mmseg_edaformer.errors import ConfigError, DataError, RatioError
 from mmseg_edaformer.isr import ISRRatio
 from mmseg_edaformer.predict.segmenter import Segmenter
-from tests.conftest import run
 from tests.processes import run_tool
 
 
@@ -83,9 +84,8 @@ def test_points():
 
 @pytest.mark.parametrize(('point', 'says'), [
     ('20,5', 'point 20,5 lies outside of x.png, which has columns 0 to 19 and rows 0 to 9'),
-    ('5,10', 'outside of x.png'), ('-1,5', 'outside'), ('1.2,0.5', 'outside'),
+    ('-1,5', 'outside'), ('1.2,0.5', 'outside'), ('a,b', "point 'a,b'"), ('.,1', "point '.,1'"),
     ('5', "cannot parse point '5': give column and row in pixels, 120,80"),
-    ('a,b', "point 'a,b'"), ('1,2,3', "point '1,2,3'"), ('', "point ''"), ('.,1', "point '.,1'"),
 ])
 def test_points_that_are_none(point, says):
     with pytest.raises(ConfigError, match=says):
@@ -145,35 +145,24 @@ def test_the_panels_are_what_they_say(segmenter, path, mask, tmp_path):
     assert ((zero == 255) == ((truth == 0) | (truth == 255))).all()
 
 
-def test_segformer_at_every_ratio(other, path, tmp_path):
-    written = silent(other, [path], tmp_path, isr_ratio=['none', '2211-222', 'auto'],
-                     layers=['backbone.layers.[03]*'])
-    assert len(written) == 3
-
-
 @pytest.mark.parametrize(('options', 'error', 'says'), [
-    (dict(images=['none.png']), DataError, 'no such file or folder: .*none.png'),
-    (dict(images=['text.png']), DataError, 'image cannot be decoded: .*text.png'),
     (dict(images=['a.png', 'b/a.png']), DataError, 'under one name'),
     (dict(points=['96,3']), ConfigError, 'point 96,3 lies outside of .*a.png.* columns 0 to 95'),
     (dict(layers=['nothing']), ConfigError, r'no attention layer is called nothing. There are: '
      r'backbone.stages.0.blocks.0.attn, .*decode_head.levels.2.2.attn'),
-    (dict(isr_ratio=['fast']), RatioError, "isr_ratio 'fast'"),
     (dict(isr_ratio=['none', '22-222']), RatioError, '2 multipliers for the encoder'),
     (dict(out='text.png'), ConfigError, 'text.png cannot be written to'),
-    (dict(out='text.png/below'), ConfigError, 'below cannot be written to'),
-    (dict(labels='none.png'), DataError, 'mask not found: .*none.png'),
     (dict(labels='b'), DataError, 'mask .*a.png'),
     (dict(labels='void'), DataError, r'void holds 0 masks called a.\*, not one'),
     (dict(labels='a.png', images=['a.png', 'c.png']), ConfigError,
      'for several images, give the folder of their masks'),
 ])
 def test_bad_input(segmenter, path, tmp_path, options, error, says):
-    (tmp_path / 'b').mkdir()
-    (tmp_path / 'void').mkdir()
+    for name in 'b', 'void':
+        (tmp_path / name).mkdir()
     (tmp_path / 'text.png').write_text('words')
     for name in 'a.png', 'b/a.png', 'c.png':
-        Image.open(path).save(tmp_path / name)
+        shutil.copy(path, tmp_path / name)
     options = dict(images=['a.png'], out='out') | options
     images = [tmp_path / name for name in options.pop('images')]
     if 'labels' in options:
@@ -183,21 +172,19 @@ def test_bad_input(segmenter, path, tmp_path, options, error, says):
     assert not list(tmp_path.glob('out/*'))
 
 
-def test_models_that_do_not_fit(segmenter, edaformer, segformer, path, tmp_path):
-    with pytest.raises(CheckpointError, match='does not fit the model'):
-        Segmenter(segformer / 'segformer.py', edaformer / 'best_mIoU_iter_4.pth', device='cpu')
-    other = Segmenter(edaformer, device='cpu')
-    object.__setattr__(other.description, 'classes', ('one', 'two'))
+def test_models_that_do_not_fit(segmenter, other, path, tmp_path, monkeypatch):
+    monkeypatch.setattr(Segmenter, 'classes', property(lambda self: (
+        ('one', 'two') if self is other else segmenter.description.classes)))
     with pytest.raises(ConfigError, match=r'cars predicts 2 classes that are not the 8 of '):
         silent(segmenter, [path], tmp_path / 'out', others=[('cars', other)])
 
 
 def test_command_line(edaformer, segformer, path, tmp_path):
-    checkpoint = segformer / 'best_mIoU_iter_4.pth'
-    command = ('tools/visualize.py', path, '--model', edaformer, '--out', tmp_path / 'out')
+    command = ('tools/visualize.py', path, '--model', Path(edaformer[0]).parent,
+               '--out', tmp_path / 'out')
     code, output = run_tool(
-        *command, '--with', f'{segformer / "segformer.py"}:{checkpoint}', '--isr-ratio', 'none',
-        '2', '--layers', 'decode_head.*', '--device', 'cpu')
+        *command, '--with', ':'.join(segformer), '--isr-ratio', 'none', '2', '--layers',
+        'decode_head.*', '--device', 'cpu')
     assert code == 0, output
     assert len(list((tmp_path / 'out').iterdir())) == 3
     for text in 'decode_head.levels.2.2.attn', 'ISR 2', 'segformer', 'Written: ':
@@ -206,4 +193,4 @@ def test_command_line(edaformer, segformer, path, tmp_path):
     for flags, says in ((('--isr-ratios', 'none'), '--isr-ratios is now --isr-ratio'),
                         (('--with', 'none.py'), 'no such model: none.py'),
                         (('--labels', 'none.png'), 'mask not found: none.png')):
-        assert says in run(*command, *flags, check=False).stderr
+        assert says in run_tool(*command, *flags)[1]
