@@ -2,12 +2,12 @@
 import csv
 import json
 import logging
+import os
 import re
 import signal
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
-import cv2
 import numpy as np
 import pytest
 import torch
@@ -19,7 +19,6 @@ from mmseg.structures import SegDataSample
 from mmseg_edaformer.analysis import evaluation, report, report_sources
 from mmseg_edaformer.analysis.counts import EXAMPLES, Evaluation
 from mmseg_edaformer.analysis.evaluation import EvaluationHook
-from mmseg_edaformer.engine.launch import add_report
 from tests.conftest import write_config
 from tests.engine.test_resume import sending
 from tests.engine.training import train
@@ -92,8 +91,8 @@ def test_scores_and_examples():
     assert (example.predicted == predicted.numpy()).all()
 
 
-@pytest.mark.parametrize('images', [11, 12])
-def test_processes_are_summed_without_what_is_given_twice(monkeypatch, images):
+def test_processes_are_summed_without_what_is_given_twice(monkeypatch):
+    images = 11
     maps = list(draw_maps(images))
     parts = []
     for rank in range(2):
@@ -138,10 +137,8 @@ def test_kept_for_a_resumed_run(tmp_path):
     assert (again.iteration, again.metrics) == (40, {'mIoU': 3.25})
     assert [own.score for own in again.best] == [example.score for example in counts.best]
     assert (again.worst[3].labels == counts.worst[3].labels).all()
-    content = path.read_bytes()
-    for damaged in (content[:200], b'', b'{}'):
-        path.write_bytes(damaged)
-        assert Evaluation.load(path) is None
+    path.write_bytes(path.read_bytes()[:200])
+    assert Evaluation.load(path) is None
     assert Evaluation.load(tmp_path / 'none.npz') is None
 
 
@@ -239,7 +236,7 @@ def test_names_are_escaped_and_those_of_an_earlier_report_go(runner, tmp_path):
     folder.mkdir()
     for name in ('isr.png', 'mine.png'):
         (folder / name).write_bytes(b'')
-    page = check_page(report.write_report(runner, counts, 'test', 70., compiled=True))
+    page = check_page(report.Report(runner, counts, 'test', 70., compiled=True).write())
     assert 'b' not in page.tags[page.tags.index('section'):]
     for text in ('<b>&"', 'road $x^$', '<i>.png', 'a<b>.pth', '</pre><script>', '1 min 10 s',
                  'compiled anew'):
@@ -250,45 +247,31 @@ def test_names_are_escaped_and_those_of_an_earlier_report_go(runner, tmp_path):
     assert [row['class'] for row in rows] == list(CLASSES)
     assert float(rows[0]['IoU']) == pytest.approx(100 * counts.iou[0], abs=1e-3)
     assert rows[2]['IoU'] == ''
-    matrix = list(csv.reader((folder / 'confusion.csv').open(encoding='utf-8')))
-    assert [[int(cell) for cell in row[1:]] for row in matrix[1:]] == (
-        counts.matrix[:-1, :-1].tolist())
+    matrix = np.loadtxt(folder / 'confusion.csv', int, delimiter=',', skiprows=1,
+                        usecols=range(1, 6))
+    assert (matrix == counts.matrix[:-1, :-1]).all()
     assert len(read_csv(folder / 'images.csv')) == 12
 
 
 def test_many_classes(runner, tmp_path):
     names = tuple(f'class {i}' for i in range(171))
     counts = count(list(draw_maps(classes=171)), names, ((1, 2, 3),) * 171)
-    page = check_page(report.write_report(runner, counts, 'test', 1.))
+    page = check_page(report.Report(runner, counts, 'test', 1.).write())
     assert all(f'{i} {name}' in page.says for i, name in enumerate(names))
     assert 'It could not be measured' in page.says  # the data set has no images
-    image = cv2.imread(str(tmp_path / 'report' / 'confusion.png'))
-    assert min(image.shape[:2]) > 4 * 171
     assert (tmp_path / 'report.html').stat().st_size < 2 ** 20
 
 
 def test_nothing_of_a_report_ends_a_run(runner, tmp_path, monkeypatch, caplog):
-    runner.logger.propagate = True
     with monkeypatch.context() as patch:
         patch.setattr(report, 'read_curves', lambda folder: 1 / 0)
         EvaluationHook().after_success(runner)
-    assert 'the run itself is complete' in caplog.text
     assert 'ZeroDivisionError' in caplog.text
     assert caplog.records[-1].levelname == 'ERROR'
-    caplog.clear()
     (tmp_path / 'report').write_text('a file where the folder belongs')
     EvaluationHook().after_success(runner)
     assert caplog.records[-1].levelname == 'WARNING'
     assert re.search(r'the run itself is complete: .*exists', caplog.text)
-
-
-def test_the_switch():
-    for value, expected in ((True, ['EvaluationHook']), (False, [])):
-        cfg = Config(dict(report=value, custom_hooks=[], custom_imports=dict(imports=['json'])))
-        add_report(cfg)
-        assert [hook['type'] for hook in cfg.custom_hooks] == expected
-        assert cfg.custom_imports['imports'] == [
-            'json', *['mmseg_edaformer.analysis.evaluation'] * value]
 
 
 def tool(*command):
@@ -334,8 +317,7 @@ def test_a_training(trained):
     assert ratios.keys() == {'none', '2211-222', '2', '3', '4'}
     assert float(ratios['none']['miou']) == pytest.approx(float(miou), abs=0.006)
     assert {path.name for path in (work / 'report').iterdir()} >= {
-        'loss.png', 'lr.png', 'metric.png', 'confusion.png', 'isr.png', 'best_1.png',
-        'worst_2.png', 'images.csv', 'confusion.csv'}
+        'loss.png', 'lr.png', 'metric.png', 'confusion.png', 'isr.png', 'best_1.png', 'worst_2.png'}
     for text in ('data_preprocessor', 'parameters', 'ISR ratio none', 'iter_5.pth', 'waiting for'):
         assert text in page.says
 
@@ -383,16 +365,20 @@ def test_a_test_with_a_ratio(trained, tmp_path):
     assert 'Curves' not in page.says
 
 
-@pytest.mark.slow
-def test_a_sweep_of_the_checkpoint_is_shown(trained, tmp_path):
-    config, work, _ = trained
-    tool('tools/isr_sweep.py', config, work / 'iter_5.pth', '--isr-ratio', 'none', '2', '5',
-         '--out', tmp_path / 'isr_sweep_5', '--samples', '3')
-    tool('tools/test.py', config, work / 'iter_5.pth', '--work-dir', tmp_path)
-    assert f'From {tmp_path}/isr_sweep_5/sweep.json: 3 of 4 images' in Page(
-        tmp_path / 'report.html').says
-    assert {row['isr_ratio'] for row in read_csv(tmp_path / 'report' / 'isr.csv')} == {
-        'none', '2', '5'}
+def test_a_sweep_of_the_checkpoint_is_shown(tmp_path):
+    (tmp_path / 'x.pth').touch()
+    row = dict(zip(('isr_ratio', 'images', 'miou', 'change', 'change_low', 'change_high', 'gmacs',
+                    'ms', 'time_vs_none'), ('2', 3, 40., -1., None, None, 1., 2., 0.5)))
+    sweep = tmp_path / 'isr_sweep_5' / 'sweep.json'
+    sweep.parent.mkdir()
+    sweep.write_text(json.dumps(dict(checkpoint=str(tmp_path / 'x.pth'), rows=[row], images=3,
+                                     images_of_test_set=4, input_size=[64, 96])))
+    os.utime(tmp_path / 'x.pth', (1, 1))
+    ratios = report_sources.find_sweep(tmp_path / 'x.pth', tmp_path)
+    assert ratios.note == f'From {sweep}: 3 of 4 images, GMACs for 64x96 pixels.'
+    assert [row.isr_ratio for row in ratios.rows] == ['2']
+    os.utime(sweep, (0, 0))  # of an earlier checkpoint of this name
+    assert report_sources.find_sweep(tmp_path / 'x.pth', tmp_path) is None
 
 
 @pytest.mark.slow
