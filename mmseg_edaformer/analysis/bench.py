@@ -25,8 +25,7 @@ from ..isr import ISRRatio, isr
 from ..isr.registry import find_attention
 from ..predict.run import progress_bar
 from .loading import NONE, count_windows, load_model
-from .memory import peak_bytes
-from .timing import milliseconds, relative, time_call
+from .timing import milliseconds, peak_bytes, relative, time_call
 
 _CACHE = 2**30  # bytes of loaded images that are kept for the next pass
 _LOOK = 25  # images whose sizes are looked at

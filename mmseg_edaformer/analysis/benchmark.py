@@ -28,15 +28,16 @@ from ..errors import ConfigError
 from ..isr import ISRRatio
 from ..models.cpu_kernels import allow_kernels
 from .loading import NONE, can_reduce, count_windows, load_model, set_ratio
-from .memory import count_activations, peak_bytes
 from .pipeline import measure_pipeline
 from .timing import (
     Prepare,
     Rates,
+    count_activations,
     free,
     is_out_of_memory,
     measure_rates,
     milliseconds,
+    peak_bytes,
     relative,
     take_turns,
 )

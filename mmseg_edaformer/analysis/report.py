@@ -37,9 +37,8 @@ from . import report_plots as plots
 from .bench import Bench
 from .counts import EXAMPLES, FOLDER, Evaluation
 from .loading import count_windows
-from .report_sources import Ratios, find_sweep, join_curves, read_curves
 from .sweep import DEFAULT, GREEDY, make_rows
-from .sweep_report import draw
+from .sweep_report import Ratios, draw, find_sweep
 from .timing import environment, size_text
 
 _CURVE_SECONDS, _CURVE_SHARE, _LEAST_SECONDS = 60., 0.05, 10.
@@ -78,7 +77,7 @@ class Report:
         self.isr_ratio = 'none' if self.hook is None else str(self.hook.isr_ratio)
         self.other_method = '' if self.hook is None or self.hook.method == 'average' else (
             self.hook.method)
-        self.curves = read_curves(self.work_dir)
+        self.curves = plots.read_curves(self.work_dir)
         self.metric = next((name for name in ('mIoU', 'accuracy/top1')
                             if self.curves.of(name, True)), 'mIoU')
         # The tested checkpoint, or the last one of the training.
@@ -225,7 +224,7 @@ class Report:
         curves = self.curves
         charts: dict[str, bytes] = {}
         if curves.train or curves.val:
-            self._write_csv('curves.csv', *join_curves(curves))
+            self._write_csv('curves.csv', *plots.join_curves(curves))
             by_epoch = self.runner.log_processor.by_epoch
             for file, title, points, measured in (
                     ('loss.png', 'Loss', curves.of('loss'), False),

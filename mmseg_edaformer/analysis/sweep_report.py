@@ -3,9 +3,10 @@ import csv
 import io
 import json
 import math
+import os
 import shlex
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,8 +53,8 @@ class Goal:
     @property
     def given(self) -> dict[str, float]:
         """The given value by the name of its flag."""
-        return {'--' + field.name.replace('_', '-'): getattr(self, field.name)
-                for field in fields(self) if getattr(self, field.name) is not None}
+        return {f'--{name.replace("_", "-")}': value for name, value in asdict(self).items()
+                if value is not None}
 
     def __str__(self) -> str:
         return ' '.join(f'{flag} {value:g}' for flag, value in self.given.items())
@@ -74,7 +75,7 @@ class Row:
         ms: Milliseconds of a whole prediction, from the decoded image to its labels: the median of
             the trained ratio times ``time_vs_none``.
         time_vs_none: Median ratio of its time to that of the trained ratio in the same turn.
-        peak_mib: Most memory at once for that image, see `memory.peak_bytes`.
+        peak_mib: Most memory at once for that image, see `timing.peak_bytes`.
         pareto_gmacs: Whether no other ratio has both more mIoU and fewer GMACs.
         pareto_ms: Whether no other ratio has both more mIoU and less time.
     """
@@ -168,7 +169,7 @@ def write(folder: Path, bench: 'Bench', rows: Sequence[Row], goal: Goal, best: s
     figures = [{name: round(value, 6) if isinstance(value, float) else value
                 for name, value in asdict(row).items()} for row in rows]
     text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator='\n')
+    writer = csv.DictWriter(text, [one.name for one in fields(Row)], lineterminator='\n')
     writer.writeheader()
     writer.writerows(figures)
     write_file(folder / 'sweep.csv', text.getvalue())
@@ -178,6 +179,33 @@ def write(folder: Path, bench: 'Bench', rows: Sequence[Row], goal: Goal, best: s
         goal={flag.removeprefix('--'): value for flag, value in goal.given.items()},
         recommended=best, rows=figures, environment=environment(bench.device.type),
     ), indent=2) + '\n')
+
+
+@dataclass
+class Ratios:
+    """The ISR curve of a report: points, image size, and where it is from or why it lacks."""
+    rows: list[Row] = field(default_factory=list)
+    size: tuple[int, int] | None = None
+    note: str = ''
+
+
+def find_sweep(checkpoint: Path, work_dir: Path) -> Ratios | None:
+    """Return the newest sweep of a checkpoint, in the work dir or beside it, that is newer."""
+    paths = [path for folder in {work_dir.resolve(), checkpoint.resolve().parent}
+             for pattern in ('sweep.json', 'isr_sweep_*/sweep.json')
+             for path in folder.glob(pattern)]
+    for path in sorted(paths, key=lambda path: -path.stat().st_mtime):
+        try:
+            content = json.loads(path.read_text(encoding='utf-8'))
+            if (os.path.realpath(content['checkpoint']) == os.path.realpath(checkpoint) and
+                    path.stat().st_mtime > checkpoint.stat().st_mtime):
+                size = tuple(content['input_size'])
+                return Ratios([Row(**row) for row in content['rows']], size, (
+                    f'From {path}: {content["images"]} of {content["images_of_test_set"]} images, '
+                    f'GMACs for {size_text(size)} pixels.'))
+        except (OSError, ValueError, KeyError, TypeError):  # no sweep
+            continue
+    return None
 
 
 def draw(rows: Sequence[Row], path: str | Path, recommended: str | None = None,

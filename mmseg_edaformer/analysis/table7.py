@@ -136,9 +136,9 @@ def tried_table(rows: Sequence[Measured]) -> str:
     """Format the GMACs of every model at every ratio that was tried; '-' where it does not fit."""
     ratios = list(dict.fromkeys(ratio for row in rows for ratio in row.reduced))
     lines = PrettyTable(['model', 'none', *ratios, 'paper with ISR'], align='r')
+    lines.float_format = '.1'
     lines.align['model'] = 'l'
     for row in rows:
-        lines.add_row([row.published.name, f'{row.gmacs:.1f}',
-                       *(f'{row.reduced[ratio]:.1f}' if ratio in row.reduced else '-'
-                         for ratio in ratios), row.published.gflops_isr])
+        lines.add_row([row.published.name, row.gmacs, *(
+            row.reduced.get(ratio, '-') for ratio in ratios), row.published.gflops_isr])
     return str(lines)

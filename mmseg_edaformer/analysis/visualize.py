@@ -142,22 +142,15 @@ def parse_point(text: str, size: Grid, path: Path | str = 'the image') -> tuple[
 
 
 def choose_points(labels: np.ndarray, count: int = 3) -> list[tuple[int, int]]:
-    """Return points of a label map, column and row: the innermost ones of the largest classes.
-
-    If there are too few classes, the next ones lie farthest from the others and from the border.
-    """
+    """Return the innermost points, column and row, of the largest classes of a label map."""
     shares = np.bincount(labels.ravel())
-    classes = [int(label) for label in np.argsort(-shares, kind='stable') if shares[label]]
-    points: list[tuple[int, int]] = []
-    for i in range(count):
-        inside = labels == classes[i] if i < len(classes) else np.ones(labels.shape, bool)
-        region = np.pad(inside.astype(np.uint8), 1)
-        if i >= len(classes):
-            for x, y in points:
-                region[y + 1, x + 1] = 0
+    points = []
+    for label in np.argsort(-shares, kind='stable')[:count]:
+        region = np.pad((labels == label).astype(np.uint8), 1)
         depth = cv2.distanceTransform(region, cv2.DIST_L2, 5)[1:-1, 1:-1]
         y, x = divmod(int(depth.argmax()), depth.shape[1])
-        points.append((x, y))
+        if shares[label]:
+            points.append((x, y))
     return points
 
 

@@ -11,9 +11,16 @@ from torch import nn
 
 from mmseg_edaformer.analysis import benchmark, benchmark_report as report
 from mmseg_edaformer.analysis.loading import NONE, set_ratio
-from mmseg_edaformer.analysis.memory import LiveBytes, count_activations, peak_bytes
 from mmseg_edaformer.analysis.pipeline import measure_pipeline
-from mmseg_edaformer.analysis.timing import environment, milliseconds, relative, take_turns
+from mmseg_edaformer.analysis.timing import (
+    LiveBytes,
+    count_activations,
+    environment,
+    milliseconds,
+    peak_bytes,
+    relative,
+    take_turns,
+)
 from mmseg_edaformer.cost import count_macs, windows
 from mmseg_edaformer.errors import CheckpointError, ConfigError, RatioError
 from mmseg_edaformer.isr import ISRRatio, apply_isr

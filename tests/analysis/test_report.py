@@ -16,7 +16,7 @@ from mmengine.structures import PixelData
 from mmseg.evaluation import IoUMetric
 from mmseg.structures import SegDataSample
 
-from mmseg_edaformer.analysis import evaluation, report, report_sources
+from mmseg_edaformer.analysis import evaluation, report, report_plots, sweep_report
 from mmseg_edaformer.analysis.counts import EXAMPLES, Evaluation
 from mmseg_edaformer.analysis.evaluation import EvaluationHook
 from tests.conftest import write_config
@@ -161,16 +161,16 @@ def test_curves_over_a_resume(tmp_path):
     write_scalars(tmp_path, '20260101_010000', train_lines((40,), 2.))
     write_scalars(tmp_path, '20260101_020000', [dict(mIoU=7., time=1., step=40)])
     (tmp_path / '20260101_030000' / 'vis_data').mkdir(parents=True)  # a test logs none
-    curves = report_sources.read_curves(tmp_path)
+    curves = report_plots.read_curves(tmp_path)
     assert curves.of('loss') == {10: 3., 20: 3., 30: 3., 40: 2.}
     assert curves.of('mIoU', True) == {30: 5., 40: 7.}
     assert curves.starts == 3
-    header, lines = report_sources.join_curves(curves)
+    header, lines = report_plots.join_curves(curves)
     assert header == ['step', 'data_time', 'iter', 'loss', 'lr', 'time', 'val/mIoU', 'val/time']
     assert lines[2] == [30, 0.5, 30, 3., 0.1, 2., 5., 1.]
     # Another training in the same folder.
     write_scalars(tmp_path, '20260102_000000', train_lines((10,), 9.))
-    curves = report_sources.read_curves(tmp_path)
+    curves = report_plots.read_curves(tmp_path)
     assert (curves.of('loss'), curves.of('mIoU', True), curves.starts) == ({10: 9.}, {}, 1)
 
 
@@ -264,7 +264,7 @@ def test_many_classes(runner, tmp_path):
 
 def test_nothing_of_a_report_ends_a_run(runner, tmp_path, monkeypatch, caplog):
     with monkeypatch.context() as patch:
-        patch.setattr(report, 'read_curves', lambda folder: 1 / 0)
+        patch.setattr(report_plots, 'read_curves', lambda folder: 1 / 0)
         EvaluationHook().after_success(runner)
     assert 'ZeroDivisionError' in caplog.text
     assert caplog.records[-1].levelname == 'ERROR'
@@ -374,11 +374,11 @@ def test_a_sweep_of_the_checkpoint_is_shown(tmp_path):
     sweep.write_text(json.dumps(dict(checkpoint=str(tmp_path / 'x.pth'), rows=[row], images=3,
                                      images_of_test_set=4, input_size=[64, 96])))
     os.utime(tmp_path / 'x.pth', (1, 1))
-    ratios = report_sources.find_sweep(tmp_path / 'x.pth', tmp_path)
+    ratios = sweep_report.find_sweep(tmp_path / 'x.pth', tmp_path)
     assert ratios.note == f'From {sweep}: 3 of 4 images, GMACs for 64x96 pixels.'
     assert [row.isr_ratio for row in ratios.rows] == ['2']
     os.utime(sweep, (0, 0))  # of an earlier checkpoint of this name
-    assert report_sources.find_sweep(tmp_path / 'x.pth', tmp_path) is None
+    assert sweep_report.find_sweep(tmp_path / 'x.pth', tmp_path) is None
 
 
 @pytest.mark.slow

@@ -78,8 +78,7 @@ def test_points():
     chosen = choose_points(labels)
     assert [labels[y, x] for x, y in chosen] == [0, 2, 1]
     assert math.dist(chosen[1], (32, 15)) < 9
-    assert len({*choose_points(np.zeros((30, 40), np.uint8))}) == 3
-    assert choose_points(np.zeros((1, 1), np.uint8)) == [(0, 0)] * 3
+    assert choose_points(np.zeros((1, 1), np.uint8)) == [(0, 0)]
 
 
 @pytest.mark.parametrize(('point', 'says'), [
