@@ -4,6 +4,7 @@ A sheet consists of images beside and below each other, so that nothing overlaps
 """
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from textwrap import wrap
 
@@ -258,11 +259,11 @@ def _text(text: str, width: int, size: int = 14, colour: str = _DARK) -> Image.I
 
 
 def _captioned(panel: Image.Image, caption: str, gap: int = 2) -> Image.Image:
-    return _below([panel, _text(caption, panel.width)], gap)
+    return _below([panel, _text(caption, panel.width)], gap=gap)
 
 
 def _layer_label(name: str, text: str) -> Image.Image:
-    return _below([_text(text, _LABEL, 15), _text(name, _LABEL, 12, '#777777')], 2)
+    return _below([_text(text, _LABEL, 15), _text(name, _LABEL, 12, '#777777')], gap=2)
 
 
 def _bar(name: str, low: str, high: str, height: int) -> Image.Image:
@@ -292,27 +293,19 @@ def _blank(width: int, height: int) -> Image.Image:
     return Image.new('RGB', (width, height), 'white')
 
 
-def _beside(images: Sequence[Image.Image]) -> Image.Image:
-    row = _blank(sum(image.width + _GAP for image in images) - _GAP,
-                 max(image.height for image in images))
-    x = 0
-    for image in images:
-        row.paste(image, (x, 0))
-        x += image.width + _GAP
-    return row
+def _join(images: Sequence[Image.Image], gap: int, *, across: bool) -> Image.Image:
+    places = np.cumsum([0, *(image.size[not across] + gap for image in images)]).tolist()
+    total, side = places[-1] - gap, max(image.size[across] for image in images)
+    joined = _blank(total, side) if across else _blank(side, total)
+    for image, place in zip(images, places):
+        joined.paste(image, (place, 0) if across else (0, place))
+    return joined
 
 
-def _below(images: Sequence[Image.Image], gap: int) -> Image.Image:
-    column = _blank(max(image.width for image in images),
-                    sum(image.height + gap for image in images) - gap)
-    y = 0
-    for image in images:
-        column.paste(image, (0, y))
-        y += image.height + gap
-    return column
+_beside, _below = partial(_join, gap=_GAP, across=True), partial(_join, across=False)
 
 
 def _sheet(title: str, note: str, rows: Sequence[Image.Image]) -> Image.Image:
     width = max(row.width for row in rows)
     head = [_text(title, width, 24), *([_text(note, width, 15, '#555555')] if note else [])]
-    return ImageOps.expand(_below([*head, *rows], 14), 20, 'white')
+    return ImageOps.expand(_below([*head, *rows], gap=14), 20, 'white')
