@@ -26,6 +26,7 @@ from ..isr import ISRRatio, apply_isr, isr, remove_isr
 from ..isr.pooling import check_method
 from .bench import Bench, open_bench
 from .loading import count_windows, load_model
+from .sheets import below, beside, captioned, legend, resized
 from .sweep import make_rows
 from .timing import Prepare, milliseconds, number, relative, take_turns
 
@@ -39,6 +40,7 @@ _TITLES = ('test set', 'larger worlds')
 _LARGE, _ORDINARY = (1024, 1024), 192
 """Size of the larger worlds, and the height of the scenes whose objects are as large."""
 _ROUNDS = 30
+_PANEL = 260  # pixels of the width of a panel
 
 
 @dataclass(frozen=True)
@@ -266,33 +268,24 @@ def _chance_line(dataset: BaseDataset, classifies: bool) -> str:
 def _draw(model: Any, datasets: Sequence[BaseDataset],
           settings: Sequence[tuple[str, Setting]], path: str | Path) -> None:
     """Draw image, truth and the prediction at each ratio, a row for each image, as a PNG."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
     samples = [datasets[0][index] for index in (0, 2, 7) if index < len(datasets[0])]
     samples += [dataset[0] for dataset in datasets[1:]]
-    classes = datasets[0].metainfo['classes']
-    palette = np.array(datasets[0].metainfo['palette'], np.uint8)
-    colours = np.vstack([palette, np.zeros((256 - len(palette), 3), np.uint8)])
-    titles = ['image', 'truth', *(
-        'prediction' if name == 'none' else f'ISR {name}' for name, _ in settings)]
-    heights = [sample['inputs'].shape[1] / sample['inputs'].shape[2] for sample in samples]
-    figure = Figure(figsize=(2.6 * len(titles), 2.6 * sum(heights) + 0.7), layout='constrained')
-    axes = figure.subplots(len(samples), len(titles), squeeze=False,
-                           gridspec_kw=dict(height_ratios=heights))
-    for row, sample in zip(axes, samples):
+    classes, palette = (datasets[0].metainfo[name] for name in ('classes', 'palette'))
+    colours = np.zeros((256, 3), np.uint8)
+    colours[:len(palette)] = np.array(palette)[:, ::-1]
+    rows = []
+    for sample in samples:
         data = pseudo_collate([sample])
-        panels = [sample['inputs'].flip(0).permute(1, 2, 0).numpy(),
-                  colours[sample['data_samples'].gt_sem_seg.data.squeeze(0).numpy()]]
-        for _, (ratio, options) in settings:
+        panels = {'image': sample['inputs'].permute(1, 2, 0).numpy(),
+                  'truth': colours[sample['data_samples'].gt_sem_seg.data.squeeze(0).numpy()]}
+        for name, (ratio, options) in settings:
             with isr(model, ratio, **options):
-                panels.append(colours[model.test_step(data)[0].pred_sem_seg.data.squeeze(0).cpu()])
-        for axis, panel in zip(row, panels):
-            axis.imshow(panel)
-            axis.set_axis_off()
-    for axis, title in zip(axes[0], titles):
-        axis.set_title(title, fontsize=11)
-    figure.legend(handles=[Patch(color=colour / 255, label=name)
-                           for name, colour in zip(classes, palette)],
-                  loc='outside lower center', ncols=len(classes), frameon=False, fontsize=10)
+                labels = model.test_step(data)[0].pred_sem_seg.data.squeeze(0).cpu()
+            panels['prediction' if name == 'none' else f'ISR {name}'] = colours[labels]
+        height, width = panels['image'].shape[:2]
+        rows.append(beside([captioned(resized(panel, (_PANEL, _PANEL * height // width)), title)
+                            for title, panel in panels.items()]))
+    rows.append(legend([(name, (r, g, b)) for name, (r, g, b) in zip(classes, palette)],
+                       rows[0].width))
     with replacing(path) as partial:
-        figure.savefig(partial, dpi=110)
+        below(rows, gap=14).save(partial, 'PNG')

@@ -94,7 +94,7 @@ def draw_attention(subject: Subject, shots: Sequence[Shot], texts: dict[str, str
     """Draw the attention of each layer (rows) for each point and ratio (columns)."""
     size = _panel_size(subject, len(subject.points) * len(shots))
     width = len(shots) * (size[0] + _GAP) + _BAR
-    rows = [_beside([_blank(_LABEL, 1), *(
+    rows = [beside([_blank(_LABEL, 1), *(
         _text(name, width, 17) for name in subject.names)])]
     for name, text in texts.items():
         row = [_layer_label(name, text)]
@@ -109,9 +109,9 @@ def draw_attention(subject: Subject, shots: Sequence[Shot], texts: dict[str, str
                 caption = f'{shot.title}: {seen.keys} keys, up to {values.max():.1f}'
                 if seen.single:
                     caption += f', {seen.weights[i].mean(0)[:seen.single].sum():.0%} elsewhere'
-                group.append(_captioned(panel, caption))
-            row.append(_beside([*group, _bar(_HEAT, '0', f'{high:.1f}', size[1])]))
-        rows.append(_beside(row))
+                group.append(captioned(panel, caption))
+            row.append(beside([*group, _bar(_HEAT, '0', f'{high:.1f}', size[1])]))
+        rows.append(beside(row))
     return _sheet(
         f'Attention, {subject.path.name}',
         'Where the query at the cross looks: mean of the heads, per area, as a multiple of even '
@@ -129,16 +129,16 @@ def draw_features(subject: Subject, shots: Sequence[Shot], texts: dict[str, str]
         views, differences = project(features)
         low, high = (float(value) for value in np.percentile(np.stack(views), (1, 99)))
         row = [_layer_label(name, text)]
-        row += [_captioned(draw_cells(subject, size, view, tokens, _FEATURE, low, high), shot.title)
+        row += [captioned(draw_cells(subject, size, view, tokens, _FEATURE, low, high), shot.title)
                 for shot, view in zip(shots, views)]
         row.append(_bar(_FEATURE, f'{low:.2g}', f'{high:.2g}', size[1]))
         if differences:
             most = max(float(values.max()) for values in differences)
-            row += [_captioned(draw_cells(subject, size, values, tokens, _HEAT, 0., most),
+            row += [captioned(draw_cells(subject, size, values, tokens, _HEAT, 0., most),
                                f'{shot.title}: differs by {relative_error(own, features[0]):.1%}')
                     for shot, own, values in zip(shots[1:], features[1:], differences)]
             row.append(_bar(_HEAT, '0', f'{most:.2g}', size[1]))
-        rows.append(_beside(row))
+        rows.append(beside(row))
     return _sheet(
         f'Output features of the attention, {subject.path.name}',
         f'Left: along the first principal component at {shots[0].title}, the same for all ratios. '
@@ -152,17 +152,17 @@ def draw_predictions(subject: Subject, shots: Sequence[Shot], others: Sequence[S
     """Draw the image, its labels if there are any, the predictions, and a legend."""
     first, everything = shots[0], [*shots, *others]
     size = _panel_size(subject, 4, 440)
-    panel = _resized(subject.image, size)
+    panel = resized(subject.image, size)
     for i, point in enumerate(subject.points, 1):
         draw_cross(panel, subject, point, str(i))
-    blocks = [_captioned(panel, '\n'.join([subject.path.name, *subject.names]), 4)]
+    blocks = [captioned(panel, '\n'.join([subject.path.name, *subject.names]), 4)]
     counted = [shot.result.labels for shot in everything]
     if truth is not None:
         void = truth == IGNORED
         drawn = Segmentation(np.where(void, 0, truth), first.result.image, first.result.classes,
                              first.result.palette).draw()
         drawn[void] = 0
-        blocks.append(_captioned(_resized(drawn, size), 'ground truth; black: none', 4))
+        blocks.append(captioned(resized(drawn, size), 'ground truth; black: none', 4))
         counted.append(truth[~void][None])
     for shot in everything:
         lines = [shot.title, f'{shot.gmacs:.2f} GMACs']
@@ -173,10 +173,10 @@ def draw_predictions(subject: Subject, shots: Sequence[Shot], others: Sequence[S
         if truth is not None:
             right = (shot.result.labels == truth)[~void].mean() if counted[-1].size else 0.
             lines.append(f'{right:.1%} of the labelled pixels right')
-        blocks.append(_captioned(_resized(shot.result.draw(), size), '\n'.join(lines), 4))
-    rows = [_beside(blocks[start:start + 4]) for start in range(0, len(blocks), 4)]
+        blocks.append(captioned(resized(shot.result.draw(), size), '\n'.join(lines), 4))
+    rows = [beside(blocks[start:start + 4]) for start in range(0, len(blocks), 4)]
     counts = np.sum([count_pixels(labels, len(first.result.classes)) for labels in counted], 0)
-    rows.append(_legend([(first.result.classes[i], first.result.palette[i])
+    rows.append(legend([(first.result.classes[i], first.result.palette[i])
                          for i in np.argsort(-counts, kind='stable') if counts[i]],
                         max(row.width for row in rows)))
     return _sheet(f'Predictions, {subject.path.name}', note, rows)
@@ -206,7 +206,7 @@ def draw_cells(subject: Subject, size: Grid, values: np.ndarray,
     painted = paint(values, edges, (size[1], size[0]), step)
     drawn = _coloured(painted, colours, low, high)
     if photo:
-        grey = np.array(_resized(subject.image, size).convert('L').convert('RGB'))
+        grey = np.array(resized(subject.image, size).convert('L').convert('RGB'))
         mixed = (0.4 * grey + 0.6 * drawn).round().astype(np.uint8)
         drawn = np.where(np.isnan(painted)[..., None], grey, mixed)
     return Image.fromarray(drawn)
@@ -241,7 +241,8 @@ def _coloured(values: np.ndarray, name: str, low: float, high: float) -> np.ndar
     return colours
 
 
-def _resized(image: np.ndarray, size: Grid) -> Image.Image:
+def resized(image: np.ndarray, size: Grid) -> Image.Image:
+    """Make a panel of this width and height from a BGR image."""
     way = cv2.INTER_AREA if size[0] < image.shape[1] else cv2.INTER_LINEAR
     return Image.fromarray(np.ascontiguousarray(
         cv2.resize(image, size, interpolation=way)[..., ::-1]))
@@ -258,12 +259,13 @@ def _text(text: str, width: int, size: int = 14, colour: str = _DARK) -> Image.I
     return image
 
 
-def _captioned(panel: Image.Image, caption: str, gap: int = 2) -> Image.Image:
-    return _below([panel, _text(caption, panel.width)], gap=gap)
+def captioned(panel: Image.Image, caption: str, gap: int = 2) -> Image.Image:
+    """Put a text below a panel."""
+    return below([panel, _text(caption, panel.width)], gap=gap)
 
 
 def _layer_label(name: str, text: str) -> Image.Image:
-    return _below([_text(text, _LABEL, 15), _text(name, _LABEL, 12, '#777777')], gap=2)
+    return below([_text(text, _LABEL, 15), _text(name, _LABEL, 12, '#777777')], gap=2)
 
 
 def _bar(name: str, low: str, high: str, height: int) -> Image.Image:
@@ -276,17 +278,18 @@ def _bar(name: str, low: str, high: str, height: int) -> Image.Image:
     return image
 
 
-def _legend(classes: Sequence[tuple[str, tuple[int, int, int]]], width: int) -> Image.Image:
+def legend(classes: Sequence[tuple[str, tuple[int, int, int]]], width: int) -> Image.Image:
+    """Draw the names of classes beside their colours, in columns."""
     font = ImageFont.load_default(15)
     column = min(width, 50 + max(int(font.getlength(name)) for name, _ in classes))
     across = max(1, width // column)
-    legend = _blank(width, -(-len(classes) // across) * 28)
-    pen = ImageDraw.Draw(legend)
+    image = _blank(width, -(-len(classes) // across) * 28)
+    pen = ImageDraw.Draw(image)
     for i, (name, colour) in enumerate(classes):
         x, y = i % across * column, i // across * 28
         pen.rectangle((x, y + 2, x + 26, y + 20), colour, (90, 90, 90))
         pen.text((x + 34, y + 11), name, _DARK, font, 'lm')
-    return legend
+    return image
 
 
 def _blank(width: int, height: int) -> Image.Image:
@@ -302,10 +305,10 @@ def _join(images: Sequence[Image.Image], gap: int, *, across: bool) -> Image.Ima
     return joined
 
 
-_beside, _below = partial(_join, gap=_GAP, across=True), partial(_join, across=False)
+beside, below = partial(_join, gap=_GAP, across=True), partial(_join, across=False)
 
 
 def _sheet(title: str, note: str, rows: Sequence[Image.Image]) -> Image.Image:
     width = max(row.width for row in rows)
     head = [_text(title, width, 24), *([_text(note, width, 15, '#555555')] if note else [])]
-    return ImageOps.expand(_below([*head, *rows], gap=14), 20, 'white')
+    return ImageOps.expand(below([*head, *rows], gap=14), 20, 'white')
