@@ -27,20 +27,9 @@ from ..engine.run_config import load_config
 from ..errors import ConfigError
 from ..isr import ISRRatio
 from ..models.cpu_kernels import allow_kernels
+from . import timing
 from .loading import NONE, can_reduce, count_windows, load_model, set_ratio
 from .pipeline import measure_pipeline
-from .timing import (
-    Prepare,
-    Rates,
-    count_activations,
-    free,
-    is_out_of_memory,
-    measure_rates,
-    milliseconds,
-    peak_bytes,
-    relative,
-    take_turns,
-)
 
 DTYPES = ('float32', 'bfloat16')
 EXECUTIONS = {'eager': {}, 'graphed': dict(graphs=True), 'compiled': dict(fixed_size=True)}
@@ -145,7 +134,7 @@ class _Cell:
     dtype: str
     size: tuple[int, int]
     batch_size: int
-    rates: Rates | None
+    rates: timing.Rates | None
     pipelines: Mapping[tuple[str, str, tuple[int, int]], float]
 
 
@@ -192,7 +181,7 @@ def run(contenders: Sequence[Contender], plan: Plan) -> Iterator[list[Figures]]:
             steps = measure_pipeline(contender.cfg, size, images=10, mode=mode)
             pipelines[contender.name, mode, size] = steps[-1][1]
     for dtype in plan.dtypes:
-        rates = measure_rates(device, getattr(torch, dtype)) if plan.limits else None
+        rates = timing.measure_rates(device, getattr(torch, dtype)) if plan.limits else None
         for mode in plan.modes:
             subjects = {contender.name: Subject(contender, mode, dtype, device)
                         for contender in contenders}
@@ -204,7 +193,7 @@ def run(contenders: Sequence[Contender], plan: Plan) -> Iterator[list[Figures]]:
                     allow_kernels(True)
                 yield figures
             subjects.clear()
-            free(device)
+            timing.free(device)
 
 
 class Subject:
@@ -230,7 +219,7 @@ class Subject:
             torch._dynamo.config.cache_size_limit = 64  # a compiled version for each ratio
             compile_model(self.model, frozen=mode == 'eval', **EXECUTIONS[contender.execution])
 
-    def calls(self, ratio: ISRRatio, inputs: Tensor) -> dict[str, Prepare]:
+    def calls(self, ratio: ISRRatio, inputs: Tensor) -> dict[str, timing.Prepare]:
         """Return what to time: the network and the whole, in training the whole only."""
         size = (inputs.shape[2], inputs.shape[3])
         views = windows(self.model, size)
@@ -275,7 +264,7 @@ class Subject:
 
         return dict(total=train) if self.mode == 'train' else dict(network=network, total=predict)
 
-    def peak(self, prepare: Prepare, inputs: Tensor) -> int | None:
+    def peak(self, prepare: timing.Prepare, inputs: Tensor) -> int | None:
         """Return the most bytes at once of a call; None where they are too many or not seen."""
         if self.compiled:
             return None
@@ -284,11 +273,11 @@ class Subject:
             resident += [value for state in self.optim.optimizer.state.values()
                          for value in state.values() if isinstance(value, Tensor)]
         try:
-            return peak_bytes(prepare(), resident, self.device)
+            return timing.peak_bytes(prepare(), resident, self.device)
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            if not timing.is_out_of_memory(error):
                 raise
-        free(self.device)
+        timing.free(self.device)
         return None
 
 
@@ -327,14 +316,14 @@ def _measure(contenders: Sequence[Contender], subjects: Mapping[str, Subject],
     calls = {(contender.name, ratio, phase): prepare for contender, ratio in variants
              for phase, prepare in subjects[contender.name].calls(ratio, inputs).items()}
     # A CUDA graph is compiled in the first round, and recorded in the next ones.
-    times = take_turns(calls, device, repeats=cell.plan.repeats, seconds=cell.plan.seconds,
-                       warm_up=4 if compiled else 2)
+    times = timing.take_turns(calls, device, repeats=cell.plan.repeats, seconds=cell.plan.seconds,
+                              warm_up=4 if compiled else 2)
     first = times.get((variants[0][0].name, variants[0][1], 'total'))
     rows = []
     for contender, ratio in variants:
         network, total = (times.get((contender.name, ratio, phase))
                           for phase in ('network', 'total'))
-        network_ms, total_ms = (None if seconds is None else milliseconds(seconds)
+        network_ms, total_ms = (None if seconds is None else timing.milliseconds(seconds)
                                 for seconds in (network, total))
         peak = None if total is None else subjects[contender.name].peak(
             calls[contender.name, ratio, 'total'], inputs)
@@ -344,9 +333,9 @@ def _measure(contenders: Sequence[Contender], subjects: Mapping[str, Subject],
             pipeline_ms=cell.pipelines.get((contender.name, cell.mode, cell.size)),
             network_ms=network_ms, total_ms=total_ms,
             post_ms=network_ms and total_ms and total_ms - network_ms,
-            total_p95_ms=None if total is None else milliseconds(total, 0.95),
+            total_p95_ms=None if total is None else timing.milliseconds(total, 0.95),
             images_per_s=total_ms and 1e3 * cell.batch_size / total_ms,
-            time_vs_first=None if total is None or first is None else relative(total, first),
+            time_vs_first=None if total is None or first is None else timing.relative(total, first),
             peak_mib=peak and peak / 2**20)
         rows.append(_with_limits(row, contender, ratio, cell))
     return rows
@@ -372,7 +361,7 @@ def _with_limits(row: Figures, contender: Contender, ratio: ISRRatio, cell: _Cel
     compute, memory = 1e3 * gmacs / cell.rates.gmacs_per_s, None
     if cell.mode == 'eval':
         set_ratio(contender.model, ratio)
-        activations = count_windows(contender.model, cell.size, count_activations)
+        activations = count_windows(contender.model, cell.size, timing.count_activations)
         set_ratio(contender.model, NONE)
         numbers = cell.batch_size * (3 * cell.size[0] * cell.size[1] + 2 * activations)
         memory = (numbers + contender.parameters) * getattr(torch, cell.dtype).itemsize / (

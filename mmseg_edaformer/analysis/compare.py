@@ -28,7 +28,7 @@ from .bench import Bench, open_bench
 from .loading import count_windows, load_model
 from .sheets import below, beside, captioned, legend, resized
 from .sweep import make_rows
-from .timing import Prepare, milliseconds, number, relative, take_turns
+from .timing import Prepare, milliseconds, number, relative, take_turns, thread_text
 
 Setting = tuple[ISRRatio, Mapping[str, Any]]
 """A ratio, and other arguments of `isr`."""
@@ -92,7 +92,7 @@ def compare_results(files: Sequence[str | Path], picture: str | Path | None = No
         _draw(model, [dataset], list(zip(names, settings)), picture)
     return '\n'.join([
         str(table), _chance_line(dataset, classifies),
-        f'{len(dataset)} images, batch 1, {_threads()}, '
+        f'{len(dataset)} images, batch 1, {thread_text()}, '
         f'torch {torch.__version__}; time is the median ratio to the first row.',
         *([f'Picture: {picture}'] if picture else [])])
 
@@ -136,7 +136,7 @@ def compare_checkpoint(config: str, checkpoint: str, isr_ratios: Sequence[str], 
     return '\n'.join([
         *lines,
         f'ms: median and quartiles, image to labels, batch 1, {bench.device.type}, '
-        f'{_threads()}; the ratios take turns on each image.',
+        f'{thread_text()}; the ratios take turns on each image.',
         f'time: median ratio to {ratios[0]!s} in the same turn.',
         *([f'Picture: {picture}'] if picture else [])])
 
@@ -178,11 +178,6 @@ def _meaning(bench: Bench, first: ISRRatio, *others: ISRRatio) -> str:
     return (f'All rows have the same weights. At {bench.size[0]},{bench.size[1]} pixels '
             f'--isr-ratio {fastest!s} is {factor:.2f} times as fast as '
             f'{first!s}, at {change:+.1f} mIoU.')
-
-
-def _threads() -> str:
-    count = torch.get_num_threads()
-    return f'{count} thread{"s" if count > 1 else ""}'
 
 
 def _read_results(files: Sequence[str | Path]) -> list[Result]:

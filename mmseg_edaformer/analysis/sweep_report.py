@@ -16,7 +16,7 @@ from prettytable import PrettyTable
 from ..engine.run_config import parse_options
 from ..errors import ConfigError
 from ..files import replacing, write_file
-from .timing import environment, size_text
+from .timing import environment, size_text, thread_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -119,11 +119,10 @@ def table(rows: Sequence[Row], named: set[str]) -> str:
 
 def notes(bench: 'Bench', rows: Sequence[Row]) -> list[str]:
     some = '' if bench.images == len(bench.dataset) else f' of {len(bench.dataset)}'
-    threads = torch.get_num_threads()
     lines = [
         f'{bench.images}{some} images, batch 1, '
         f'{torch.cuda.get_device_name() if bench.device.type == "cuda" else "CPU"}, '
-        f'{threads} thread{"s" if threads > 1 else ""}, torch {torch.__version__}.',
+        f'{thread_text()}, torch {torch.__version__}.',
         'best: no other ratio gives more mIoU for fewer GMACs, or for less time.',
         'time: median ratio to none, turn by turn; ms: that times the median of none, image to '
         'labels.']

@@ -95,6 +95,12 @@ def size_text(size: Sequence[int]) -> str:
     return f'{size[0]}x{size[1]}'
 
 
+def thread_text() -> str:
+    """Return the number of torch's threads in words."""
+    count = torch.get_num_threads()
+    return f'{count} thread{"s" if count > 1 else ""}'
+
+
 def _synchronize(device: torch.device) -> None:
     if device.type == 'cuda':
         torch.cuda.synchronize()

@@ -18,16 +18,9 @@ from ..isr.pooling import Grid
 from ..predict.inputs import find_images, name_targets
 from ..predict.outputs import writing
 from ..predict.segmenter import Segmenter
+from . import sheets
 from .attention import choose_layers, layer_names, look
 from .loading import count_windows
-from .sheets import (
-    Shot,
-    Subject,
-    draw_attention,
-    draw_features,
-    draw_predictions,
-    relative_error,
-)
 
 
 def visualize(segmenter: Segmenter, images: Sequence[str | Path], out: str | Path, *,
@@ -87,13 +80,13 @@ def visualize(segmenter: Segmenter, images: Sequence[str | Path], out: str | Pat
             f'. {title}: {other.source}' for title, other in others)
         texts = {layer: text for layer, text in layer_names(segmenter.model).items()
                  if layer in shots[0].seen}
-        sheets = dict(attention=draw_attention(subject, shots, texts),
-                      features=draw_features(subject, shots, texts)) if texts else {}
-        sheets['predictions'] = draw_predictions(subject, shots, beside, truth, sources)
+        drawn = dict(attention=sheets.draw_attention(subject, shots, texts),
+                     features=sheets.draw_features(subject, shots, texts)) if texts else {}
+        drawn['predictions'] = sheets.draw_predictions(subject, shots, beside, truth, sources)
         say(_tables(subject, shots, beside))
         for layer, reason in reasons.items():
             say(f'not drawn: {layer}: {reason}')
-        for kind, sheet in sheets.items():
+        for kind, sheet in drawn.items():
             written.append(out / f'{name}_{kind}.png')
             with writing(out), replacing(written[-1]) as partial:
                 sheet.save(partial)
@@ -102,7 +95,7 @@ def visualize(segmenter: Segmenter, images: Sequence[str | Path], out: str | Pat
 
 
 def find_subject(segmenter: Segmenter, path: Path, points: Sequence[str],
-                 isr_ratio: ISRRatio) -> Subject:
+                 isr_ratio: ISRRatio) -> sheets.Subject:
     """Load an image, with the given points, or points that the prediction at a ratio suggests."""
     image, inputs, (rows, columns) = _load(segmenter, path)
     height, width = image.shape[:2]
@@ -112,7 +105,7 @@ def find_subject(segmenter: Segmenter, path: Path, points: Sequence[str],
         choose_points(labels))
     names = [f'point {i} at {x},{y}: {segmenter.classes[labels[y, x]]}'
              for i, (x, y) in enumerate(chosen, 1)]
-    return Subject(path, image, inputs, chosen, names, (rows / height, columns / width))
+    return sheets.Subject(path, image, inputs, chosen, names, (rows / height, columns / width))
 
 
 def parse_point(text: str, size: Grid, path: Path | str = 'the image') -> tuple[int, int]:
@@ -163,8 +156,8 @@ def _load(segmenter: Segmenter, path: Path) -> tuple[np.ndarray, Tensor, Grid]:
     return image, batch['inputs'], data['inputs'].shape[1:]
 
 
-def _observe(segmenter: Segmenter, subject: Subject, ratios: Sequence[ISRRatio],
-             layers: Sequence[str]) -> tuple[list[Shot], dict[str, str]]:
+def _observe(segmenter: Segmenter, subject: sheets.Subject, ratios: Sequence[ISRRatio],
+             layers: Sequence[str]) -> tuple[list[sheets.Shot], dict[str, str]]:
     """Return the image at each ratio, and the reasons why layers cannot be drawn."""
     shots = []
     reasons: dict[str, str] = {}
@@ -182,10 +175,10 @@ def _observe(segmenter: Segmenter, subject: Subject, ratios: Sequence[ISRRatio],
     return shots, reasons
 
 
-def _predict(segmenter: Segmenter, subject: Subject, title: str) -> Shot:
+def _predict(segmenter: Segmenter, subject: sheets.Subject, title: str) -> sheets.Shot:
     height, width = _load(segmenter, subject.path)[1].shape[2:]
     gmacs = count_windows(segmenter.model, (height, width)) / 1e9
-    return Shot(title, segmenter(subject.path), gmacs, {})
+    return sheets.Shot(title, segmenter(subject.path), gmacs, {})
 
 
 def read_labels(labels: Path, path: Path, size: Grid, classes: int,
@@ -213,7 +206,8 @@ def _at_ratio(segmenter: Segmenter, isr_ratio: ISRRatio) -> Iterator[None]:
         segmenter.isr_ratio = before
 
 
-def _tables(subject: Subject, shots: Sequence[Shot], others: Sequence[Shot]) -> str:
+def _tables(subject: sheets.Subject, shots: Sequence[sheets.Shot],
+            others: Sequence[sheets.Shot]) -> str:
     first = shots[0]
     table = PrettyTable([subject.path.name, 'GMACs', 'other labels'], align='r')
     table.align[subject.path.name] = 'l'
@@ -226,7 +220,7 @@ def _tables(subject: Subject, shots: Sequence[Shot], others: Sequence[Shot]) -> 
         table.align['layer'] = 'l'
         for name, before in first.seen.items():
             table.add_row([name, f'{before.keys} keys', *(
-                f'{after.keys} keys, {relative_error(after.features, before.features):.1%}'
+                f'{after.keys} keys, {sheets.relative_error(after.features, before.features):.1%}'
                 for after in (shot.seen[name] for shot in shots[1:]))])
         if len(shots) > 1:
             lines.append(f'Percentages: how far the output features are from {first.title}')
