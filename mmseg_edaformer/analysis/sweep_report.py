@@ -208,10 +208,10 @@ def find_sweep(checkpoint: Path, work_dir: Path) -> Ratios | None:
 
 
 def draw(rows: Sequence[Row], path: str | Path, recommended: str | None = None,
-         named: Collection[str] = ('none',)) -> Any:
+         named: Collection[str] = ('none',)) -> None:
     """Draw mIoU over GMACs and over time, with what nothing beats as a line, as a PNG.
 
-    The ``named`` ratios are labelled beside those on the line. Returns the figure.
+    The ``named`` ratios are labelled beside those on the line.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -251,7 +251,6 @@ def draw(rows: Sequence[Row], path: str | Path, recommended: str | None = None,
         _label(axis, points, recommended, named)
     with replacing(path) as partial:
         figure.savefig(partial)
-    return figure
 
 
 def _label(axis: 'Axes', points: Mapping[str, tuple[float, float]], recommended: str | None,

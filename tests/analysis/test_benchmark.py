@@ -141,9 +141,9 @@ def test_windows_are_mmsegs(configs):
 
 
 def test_a_sliding_config_counts_all_its_windows(configs):
-    slid, whole = measure(load(configs, 'slide', 'mini'), device='meta')[0]
+    contenders = load(configs, 'slide', 'mini')
+    [[slid, whole], [row, _]] = measure(contenders, sizes=[(64, 64), (64, 160)], device='meta')
     assert slid.gmacs == whole.gmacs
-    [[row]] = measure(load(configs, 'slide'), sizes=[(64, 160)], device='meta')
     assert row.windows == 3
     assert row.gmacs == pytest.approx(3 * slid.gmacs)
     assert 'slides its window: 3 windows on 64x160' in '\n'.join(report.notes([row]))
@@ -160,7 +160,6 @@ def test_calls_take_turns():
                        repeats=3, warm_up=1)
     assert log == 4 * ['ready a', 'a', 'ready b', 'b']
     assert {name: len(seconds) for name, seconds in times.items()} == clock
-    assert milliseconds([0.1, 0.3, 0.2]) == pytest.approx(200)
     assert milliseconds([0.1, 0.2, 0.3], 0.25) == pytest.approx(150)
     assert relative([1., 4., 9.], [1., 2., 3.]) == 2  # round by round, not of the medians
 

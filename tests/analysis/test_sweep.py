@@ -5,18 +5,17 @@ import os
 import re
 import shlex
 import signal
-from itertools import combinations, product
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
-from matplotlib.text import Text
 from mmengine.config import Config
 from mmseg.evaluation import IoUMetric
 from mmseg.registry import MODELS
 from PIL import Image
 
-from mmseg_edaformer.analysis import bench as bench_module, sweep, sweep_report
+from mmseg_edaformer.analysis import bench as bench_module, sweep
 from mmseg_edaformer.analysis.bench import Bench, mean_iou
 from mmseg_edaformer.analysis.sweep import Goal, Row
 from mmseg_edaformer.cost import count_macs
@@ -193,12 +192,7 @@ def test_search_ends(known):
         assert sweep.recommend(rows, goal).isr_ratio == best
 
 
-def test_budgets_that_cannot_be_met(known):
-    known.size = (64, 96)
-    with pytest.raises(ConfigError, match=r'--budget-gmacs 4: the cheapest ratio here, 4, costs '
-                                          r'4\.750 GMACs'):
-        sweep.search(known, [], Goal(budget_gmacs=4), greedy=True)
-    assert not known.passes
+def test_a_time_that_cannot_be_met_ends_the_search(known):
     goal = Goal(budget_ms=20)
     tried = sweep.search(known, [], goal, greedy=True)
     assert len(known.passes) == 1
@@ -307,24 +301,6 @@ def test_a_killed_sweep_resumes(edaformer, tmp_path, monkeypatch):
     assert [row.miou for row in silent(*edaformer, isr_ratios=['2'], out=tmp_path)] == [
         row.miou for row in rows]
     assert len(done) == 10
-
-
-def test_labels_do_not_overlap(tmp_path):
-    rng = np.random.default_rng(1)
-    names = [f'{i}{j}11-{k}22' for i, j, k in product(range(1, 4), repeat=3)]
-    costs = rng.uniform(2, 3, (len(names), 2))
-    mious = 40 + 3 * np.log(costs[:, 0]) + rng.normal(0, 0.05, len(names))
-    fronts = [sweep.pareto(list(zip(cost, mious))) for cost in costs.T]
-    rows = [Row(name, 9, miou, 0., None, None, *cost, 1., None, *front) for name, miou, cost, *front
-            in zip(names, mious, costs, *fronts)]
-    named = {names[0], names[5], names[-1]}
-    figure = sweep_report.draw(rows, tmp_path / 'x.png', names[5], named)
-    for axis in figure.axes:
-        boxes = {text.get_text(): Text.get_window_extent(text) for text in axis.texts}
-        assert named <= set(boxes)
-        assert len(boxes) >= 6
-        for one, other in combinations(boxes.values(), 2):
-            assert not one.overlaps(other)
 
 
 def test_command_line(edaformer, tmp_path):
