@@ -10,7 +10,7 @@ from prettytable import PrettyTable, TableStyle
 
 from ..files import write_file
 from .benchmark import Figures
-from .timing import number, size_text
+from .timing import number, render, size_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,37 +37,11 @@ def speed(row: Figures) -> str:
 
 def notes(rows: Sequence[Figures]) -> list[str]:
     """List what a reader of the tables must know, for what is in them."""
-    if rows[0].status == 'costs':
-        lines = ['GMACs: billions of multiply-adds of one image; "vs first": relative to the first '
-                 'row.']
-    else:
-        lines = ['Times are medians in ms: pipeline for one image, in one thread; network, post '
-                 'and total for the batch, in turn with all other rows of the table. Speed: total '
-                 'against the first row, round by round; "2.00x as fast" is half its time, "2.00x '
-                 'as slow" twice. GMACs: billions of multiply-adds of one image, forward.']
-    modes = {row.mode for row in rows}
-    if 'eval' in modes:
-        lines.append('eval: network is images to logits, total is images to label maps, post is '
-                     'total - network.')
-    if 'train' in modes:
-        lines.append('train: total is one optimizer step (forward, loss, backward, update), at '
-                     'the trained pools.')
-    if any(row.peak_mib is not None for row in rows):
-        lines.append('MiB: most memory at once, weights included (bytes that torch allocates on '
-                     'the GPU; bytes of live tensors, without the kernels\' own scratch, on the '
-                     'CPU).')
-    slid = {(row.config, _size(row)): row.windows for row in rows if row.windows > 1}
-    lines += [f'{config} slides its window: {count} windows on {size}, all counted. With '
-              '--cfg-options model.test_cfg.mode=whole the first config takes the image at once.'
-              for (config, size), count in slid.items()]
-    if any(row.compute_limit_ms is not None for row in rows):
-        lines.append(
-            'Limits: multiply-adds (in training three times those of the forward pass) at the '
-            'rate of a large matrix product in the same dtype, and bytes at the rate of a large '
-            'copy. The bytes are weights and images read once, and the outputs of all innermost '
-            'modules written once and read once; attention, pooling, resizing and other functions '
-            'that no module wraps are left out. Shares: multiply-add limit over network and total.')
-    return lines
+    return render(
+        'benchmark_notes.jinja', status=rows[0].status, modes={row.mode for row in rows},
+        memory=any(row.peak_mib is not None for row in rows),
+        slid={(row.config, _size(row)): row.windows for row in rows if row.windows > 1},
+        limits=any(row.compute_limit_ms is not None for row in rows)).splitlines()
 
 
 def table(rows: Sequence[Figures]) -> str:

@@ -28,7 +28,7 @@ from .benchmark import Contender, Plan, Subject
 from .loading import NONE
 from .pipeline import draw_files
 from .roofline import Work, rooflines
-from .timing import Rates, environment, measure_rates, number
+from .timing import Rates, environment, measure_rates, number, render
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = {
@@ -291,16 +291,11 @@ def train_from_files(config: Path, folder: Path, batch_size: int, workers: int, 
 
 def page(content: dict[str, Any]) -> str:
     """Write the Markdown page of a ``content``."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    templates = Environment(loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True,
-                            lstrip_blocks=True, undefined=StrictUndefined)
-    templates.filters['number'] = number
     rows = content['rows']
     predicted = sorted((row for row in rows if row['mode'] == 'eval'), key=lambda row: (
         row['dtype'], row['height'] * row['width'], row['batch_size']))
-    return templates.get_template('gpu.md.jinja').render(
-        content, table=_table, fastest=_fastest(rows), predicted=predicted,
-        trained=[row for row in rows if row['mode'] == 'train'])
+    return render('gpu.md.jinja', **content, number=number, table=_table, predicted=predicted,
+                  fastest=_fastest(rows), trained=[row for row in rows if row['mode'] == 'train'])
 
 
 def _fastest(rows: Sequence[Row]) -> list[Row]:

@@ -12,7 +12,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, astuple
 from pathlib import Path
@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from mmengine.dataset import pseudo_collate
 from mmengine.hooks import EMAHook
 from mmengine.model import BaseTTAModel, is_model_wrapper
@@ -39,7 +38,7 @@ from .counts import EXAMPLES, FOLDER, Evaluation
 from .loading import count_windows
 from .sweep import DEFAULT, GREEDY, make_rows
 from .sweep_report import Ratios, draw, find_sweep
-from .timing import environment, size_text
+from .timing import environment, render, size_text
 
 _CURVE_SECONDS, _CURVE_SHARE, _LEAST_SECONDS = 60., 0.05, 10.
 _CURVE_IMAGES = 50
@@ -113,8 +112,9 @@ class Report:
                  **environment('cuda' if torch.cuda.is_available() else 'cpu'), **collect_env()}
         facts.pop('numpy_random_seed', None)  # not that of the run
         path = self.work_dir / 'report.html'
-        write_file(path, _template().render(
-            report=self, runner=self.runner, cfg=cfg, evaluation=self.evaluation,
+        write_file(path, render(
+            'report.html.jinja', filters=_FILTERS, report=self, runner=self.runner, cfg=cfg,
+            evaluation=self.evaluation,
             date=time.strftime('%Y-%m-%d %H:%M'), folder=FOLDER, named=plots.NAMED,
             best=self._best(), curves=self._curves(), isr=self._isr(), steps=self._steps(),
             memory=_peak_memory(),
@@ -313,16 +313,6 @@ def _peak_memory() -> dict[str, str]:
     return peaks
 
 
-def _template() -> Any:
-    templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True,
-                            trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    templates.filters.update(
-        uri=_data_uri, duration=_duration, file_name=lambda path: Path(path).name,
-        file_stem=lambda path: Path(path).stem,
-        figure=lambda value: '–' if math.isnan(value) else f'{value:.2f}')
-    return templates.get_template('report.html.jinja')
-
-
 def _data_uri(content: bytes) -> str:
     kind = 'png' if content.startswith(b'\x89PNG') else 'jpeg'
     return f'data:image/{kind};base64,{base64.b64encode(content).decode()}'
@@ -334,3 +324,9 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f'{hours} h {minutes} min' if hours else f'{minutes} min {rest} s'
+
+
+_FILTERS: dict[str, Callable[[Any], str]] = dict(
+    uri=_data_uri, duration=_duration, file_name=lambda path: Path(path).name,
+    file_stem=lambda path: Path(path).stem,
+    figure=lambda value: '–' if math.isnan(value) else f'{value:.2f}')

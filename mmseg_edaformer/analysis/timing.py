@@ -101,6 +101,17 @@ def thread_text() -> str:
     return f'{count} thread{"s" if count > 1 else ""}'
 
 
+def render(template: str, filters: Mapping[str, Callable[[Any], str]] | None = None,
+           **values: Any) -> str:
+    """Fill a jinja2 template of this folder; values in HTML are escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    templates = Environment(loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True,
+                            lstrip_blocks=True, undefined=StrictUndefined,
+                            autoescape='.html' in template)
+    templates.filters.update(filters or {})
+    return templates.get_template(template).render(values)
+
+
 def _synchronize(device: torch.device) -> None:
     if device.type == 'cuda':
         torch.cuda.synchronize()
