@@ -6,7 +6,7 @@ import pytest
 import torch
 from mmengine.utils import ManagerMixin
 
-from mmseg_edaformer.analysis import gpu_benchmark, roofline
+from mmseg_edaformer.analysis import benchmark, gpu_benchmark, roofline
 from mmseg_edaformer.analysis.gpu_benchmark import page
 from mmseg_edaformer.analysis.timing import Rates
 from mmseg_edaformer.errors import ConfigError
@@ -25,6 +25,9 @@ _base_ = ['{ROOT}/configs/edaformer_t_ade.py']
 model = dict(backbone=dict({", ".join(f"{name}={value}" for name, value in MINI.items())}),
              decode_head=dict(in_channels=(32, 64, 128), channels=32))
 """)
+    if not torch.cuda.is_available():  # it takes minutes on a CPU, and tests/engine compiles there
+        monkeypatch.setattr(benchmark, 'compile_model', lambda *_, **__: None)
+        monkeypatch.setattr(gpu_benchmark, 'measure_rates', lambda *_: Rates(1., 1.))
     monkeypatch.setattr(gpu_benchmark, 'CONFIGS', dict.fromkeys(gpu_benchmark.CONFIGS, config))
     yield gpu_benchmark.Settings([(64, 64), (64, 96)], [1], 2, 1e4, 0, 1, 3, 256,
                                  tmp_path / 'gpu.json')
