@@ -5,7 +5,7 @@ In a classification data set these are the images in the folders of its classes,
 """
 import errno
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,22 +64,19 @@ def inner_datasets(cfg: Any, key: str = 'dataset') -> Iterator[tuple[str, Any]]:
 
 
 def audit(cfg: Config, splits: Sequence[str] = ('train', 'val', 'test'), *,
-          workers: int | None = None, cache: Path | None = None, fresh: bool = False,
-          guard: Callable[[Sequence[Part]], None] = lambda parts: None,
-          advance: Callable[[int, int], None] = lambda done, total: None) -> Audit:
+          workers: int | None = None, out: Path | None = None, fresh: bool = False) -> Audit:
     """Look at every file of the data sets of a config.
 
     Args:
         cfg: Any config of mmsegmentation, or of a classifier of mmpretrain.
         splits: Splits to look at, where the config has them.
-        workers: Number of processes, see `examine_files`.
-        cache: File with the facts of earlier runs, see `examine_files`.
+        workers: Number of processes; by default one for each core.
+        out: Folder for the facts, which spare a second run the files that have not changed.
         fresh: Whether to read every file again.
-        guard: Called with the data sets before any file is read or written.
-        advance: Called with the number of files done and the number of files to read.
 
     Raises:
-        ConfigError: A data set cannot be built from the config, or mmpretrain is missing.
+        ConfigError: A data set cannot be built from the config, ``out`` lies within one, or
+            mmpretrain is missing.
         DataError: A process was killed, or a list of images cannot be read.
     """
     if is_classifier(cfg):
@@ -95,25 +92,23 @@ def audit(cfg: Config, splits: Sequence[str] = ('train', 'val', 'test'), *,
             if not dataset_cfg:
                 continue
             part, own = _part(name, split, f'{split}_dataloader.{key}', dataset_cfg, heads)
-            if part is None:
-                findings += own
-                continue
-            twin = next((other for other in parts if 'train' not in (split, other.split)
-                         and other.split != split and _same(part, other)), None)
-            if twin is None:
-                findings += own
-            else:
+            twin = part and next((other for other in parts if 'train' not in (split, other.split)
+                                  and other.split != split and _same(part, other)), None)
+            if part and twin:
                 part.same_as = twin.name
-            parts.append(part)
-    guard(parts)
+            else:
+                findings += own
+            if part:
+                parts.append(part)
+    if out is not None:
+        _check_output(parts, out)
     facts, files_read = examine_files(
         [(kind, path) for part in parts for pair in part.pairs
          for kind, path in zip(('image', 'mask'), pair) if path is not None],
-        workers=workers, cache=cache, fresh=fresh, advance=advance)
+        workers=workers, cache=out and out / 'files.cache', fresh=fresh)
     own_parts = [part for part in parts if part.same_as is None]
     for part in own_parts:
-        findings += judge_part(part, facts)
-        findings += check_classes(part, heads)
+        findings += judge_part(part, facts) + check_classes(part, heads)
     findings += compare_splits(own_parts)
     findings += find_duplicates(own_parts, facts)
     findings.sort(key=lambda finding: finding.level)
@@ -129,7 +124,7 @@ def check_samples(cfg: Config, split: str, dataset: BaseSegDataset, *, alone: bo
     Args:
         cfg: The config of the run.
         split: Name of the split, for messages.
-        dataset: Data set, built if with ``lazy_init``; it is not changed.
+        dataset: Data set, built with ``lazy_init``; it is not changed.
         alone: Whether the split has no other data set, which could have labels that it lacks.
 
     Raises:
@@ -169,6 +164,29 @@ def check_samples(cfg: Config, split: str, dataset: BaseSegDataset, *, alone: bo
         if finding.level == 'error' and not harmless:
             raise DataError(text)
         print_log(text, logger='current', level=30)
+
+
+def _check_output(parts: Sequence[Part], out: Path) -> None:
+    """Check that what is written does not become part of the data.
+
+    Raises:
+        ConfigError: The folder lies within a data set, or a data set in what ``fix`` replaces.
+    """
+    real, fixed = out.resolve(), (out / 'fixed').resolve()
+    for part in parts:
+        folders = [part.dataset.data_prefix.get(kind) for kind in ('img_path', 'seg_map_path')]
+        root = part.dataset.data_root
+        if root and not Path.cwd().is_relative_to(Path(root).resolve()):
+            folders.append(root)
+        for folder in folders:
+            if folder is None:
+                continue
+            if real.is_relative_to(Path(folder).resolve()):
+                raise ConfigError(f'--out {out} lies within {folder or "."}, the folder of the '
+                                  f'{part.name} set: choose a folder outside of the data')
+            if Path(folder).resolve().is_relative_to(fixed):
+                raise ConfigError(f'the {part.name} set is in {fixed}, which this run would '
+                                  'replace: choose another --out')
 
 
 def _part(name: str, split: str, key: str, dataset_cfg: Any, heads: dict[str, Any]

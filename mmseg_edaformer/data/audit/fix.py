@@ -3,7 +3,6 @@ import io
 import os
 import shutil
 import struct
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,61 +27,35 @@ class Fixed:
 
     Attributes:
         folder: Folder with ``images`` and ``masks``; sound files are links there.
+        options: Settings for ``--cfg-options`` that make the config read the folder.
         files: Files that were written, and what was wrong with them.
         left_out: Files of pairs that cannot be fixed, and why.
-        options: Settings for ``--cfg-options`` that make the config read the folder.
     """
 
     part: str
     folder: Path
+    options: list[str]
     files: list[tuple[str, str]] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
-    options: list[str] = field(default_factory=list)
 
 
 class _NotFixableError(Exception):
-    """Says why."""
-
-
-def check_output(parts: Sequence[Part], out: Path) -> None:
-    """Check that what is written does not become part of the data.
-
-    Raises:
-        ConfigError: The folder lies within a data set, or a data set in what ``fix`` replaces.
-    """
-    real, fixed = out.resolve(), (out / 'fixed').resolve()
-    if not fixed.is_relative_to(real):
-        raise ConfigError(f'{out / "fixed"} is a link that leads out of {out}: remove it')
-    for part in parts:
-        folders = [part.dataset.data_prefix.get(kind) for kind in ('img_path', 'seg_map_path')]
-        root = part.dataset.data_root
-        if root and not Path.cwd().is_relative_to(Path(root).resolve()):
-            folders.append(root)
-        for folder in folders:
-            if folder is None:
-                continue
-            if real.is_relative_to(Path(folder).resolve()):
-                raise ConfigError(f'--out {out} lies within {folder or "."}, the folder of the '
-                                  f'{part.name} set: choose a folder outside of the data')
-            if Path(folder).resolve().is_relative_to(fixed):
-                raise ConfigError(f'the {part.name} set is in {fixed}, which this run would '
-                                  'replace: choose another --out')
+    """A file, and the reason why it cannot be fixed."""
 
 
 def fix(audit: Audit, out: Path) -> list[Fixed]:
     """Write data sets in which everything that can be fixed safely is fixed.
 
     Args:
-        audit: What was found.
+        audit: What was found, with the same ``out``.
         out: Folder whose subfolder ``fixed`` gets a folder for each data set that is fixed.
 
     Returns:
         What was done for each of them; the originals are as before.
 
     Raises:
-        ConfigError: As `check_output`, or there is something foreign where it would write.
+        ConfigError: There is something foreign where it would write.
     """
-    check_output(audit.parts, out)
     done = {part.name: _fix_part(part, out / 'fixed' / part.name) for part in audit.parts
             if any({*checks} & {*_OF_MASK, _OF_IMAGE} for checks in part.verdicts.values())}
     for part in audit.parts:
@@ -98,22 +71,17 @@ def _fix_part(part: Part, folder: Path) -> Fixed:
         raise ConfigError(f'{folder} holds what --fix did not write: move it away')
     if folder.is_dir():
         shutil.rmtree(folder)
-    fixed = Fixed(part.name, folder, options=_options(part, folder))
+    fixed = Fixed(part.name, folder, _options(part, folder))
     for image, mask in dict.fromkeys(part.pairs):
         try:
             fixed.files += _fix_pair(part, image, mask, folder)
         except _NotFixableError as error:
-            file, reason = error.args
-            fixed.left_out.append((file, reason))
+            fixed.left_out.append(error.args)  # type: ignore[arg-type]
     return fixed
 
 
 def _fix_pair(part: Part, image: str, mask: str | None, folder: Path) -> list[tuple[str, str]]:
-    """Write or link a pair; the files that were written, and what was wrong with them.
-
-    Raises:
-        _NotFixableError: It cannot be fixed: the file, and the reason.
-    """
+    """Write or link a pair; the files that were written, and what was wrong with them."""
     checks, prefix = part.verdicts[image, mask], part.dataset.data_prefix
     sources, targets = [], []
     for path, kind, name in ((image, 'img_path', 'images'), (mask, 'seg_map_path', 'masks')):

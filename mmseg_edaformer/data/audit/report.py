@@ -1,7 +1,6 @@
 """The results of an audit on the terminal and as JSON."""
 import json
 import shlex
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,17 +10,15 @@ import numpy as np
 from mmengine.config import Config
 from prettytable import PrettyTable
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ...errors import ConfigError, shown
 from ...files import write_file
 from ..classification import is_classifier
 from . import Audit, audit
-from .fix import Fixed, check_output, fix
+from .fix import Fixed, fix
 from .rules import CHECKS, Part, printable
 
-SHOWN = 3
-"""Number of files of each finding that are named on the terminal."""
+_SHOWN = 3  # files of each finding that are named on the terminal
 
 
 def check(cfg: Config, out: str | Path, splits: Sequence[str] | None = None, *,
@@ -32,17 +29,15 @@ def check(cfg: Config, out: str | Path, splits: Sequence[str] | None = None, *,
         cfg: Any config of mmsegmentation, or of a classifier of mmpretrain.
         out: Folder for report.json, classes.png, samples.png and the cache.
         splits: 'train', 'val', 'test' or several; by default those that the config has.
-        workers: Number of processes; by default one for each core.
-        fresh: Whether to read files again that have not changed since the last time.
+        workers: Number of processes, by default one for each core.
+        fresh: Whether to read unchanged files again.
         with_fixes: Whether to write fixed copies to ``fixed`` in the folder.
 
     Returns:
         Number of findings that are errors.
 
     Raises:
-        ConfigError: A split is not in the config, the folder lies within the data, or images of a
-            classifier are to be fixed.
-        DataError: A process was killed.
+        ConfigError: A split is not in the config, or images of a classifier are to be fixed.
     """
     from .figures import draw_figures
     if with_fixes and is_classifier(cfg):
@@ -55,20 +50,13 @@ def check(cfg: Config, out: str | Path, splits: Sequence[str] | None = None, *,
         raise ConfigError(f'the config has no {lacking[0] if lacking else "train"}_dataloader: it '
                           f'has {", ".join(known) or "none"}')
     start = time.perf_counter()
-    with Progress(TextColumn('reading'), BarColumn(), MofNCompleteColumn(), TextColumn('left'),
-                  TimeRemainingColumn(), transient=True,
-                  disable=not sys.stdout.isatty()) as progress:
-        bar = progress.add_task('', total=None)
-        done = audit(cfg, splits or known, workers=workers, cache=out / 'files.cache', fresh=fresh,
-                     guard=lambda parts: check_output(parts, out),
-                     advance=lambda n, total: progress.update(bar, completed=n, total=total))
-    seconds = time.perf_counter() - start
+    done = audit(cfg, splits or known, workers=workers, out=out, fresh=fresh)
     fixed = fix(done, out) if with_fixes else []
     write_file(out / 'report.json', json.dumps(_as_json(cfg, done, fixed), indent=1) + '\n')
     written = ['report.json', *draw_figures(done.parts, out)]
     console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     console.print(f'{cfg.filename}: {len(done.facts):,} files, {done.files_read:,} of them read now'
-                  f', in {seconds:.1f} s\n')
+                  f', in {time.perf_counter() - start:.1f} s\n')
     _print_parts(console, done.parts, is_classifier(cfg))
     for finding in done.findings:
         style = 'bold red' if finding.level == 'error' else 'yellow'
@@ -140,10 +128,10 @@ def _print_fixed(console: Console, fixed: Fixed) -> None:
 
 
 def _print_items(console: Console, items: Sequence[tuple[str, str]]) -> None:
-    for name, note in items[:SHOWN]:
+    for name, note in items[:_SHOWN]:
         console.print(f'    {printable(name)}{": " if note else ""}{printable(note)}')
-    if len(items) > SHOWN:
-        console.print(f'    ... and {len(items) - SHOWN:,} more')
+    if len(items) > _SHOWN:
+        console.print(f'    ... and {len(items) - _SHOWN:,} more')
 
 
 def _as_json(cfg: Config, done: Audit, fixed: Sequence[Fixed]) -> dict[str, Any]:

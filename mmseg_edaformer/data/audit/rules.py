@@ -65,9 +65,9 @@ CHECKS = {
 OF_ALL = frozenset(('mask of 0 and 255', 'no label in any mask'))
 """Checks that fail only if all masks of a data set fail them."""
 
-EXTREME = 8
-"""A size is extreme when one side is more than this many times the other, or when width and height
-are this many times more or less than those of the median, by area."""
+# A size is extreme when one side is more than this many times the other, or when width and height
+# are this many times more or less than those of the median, by area.
+_EXTREME = 8
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Finding:
 
     @property
     def level(self) -> str:
-        """'error' or 'warning'."""
+        """Its level in `CHECKS`."""
         return CHECKS[self.check][0]
 
 
@@ -152,13 +152,7 @@ class Part:
 
 def judge(part: Part, image: Facts, mask: Facts | None, binary: bool = False
           ) -> Iterator[tuple[str, bool, str]]:
-    """Check one pair.
-
-    Args:
-        part: The data set.
-        image: Result of `examine` or `header`.
-        mask: Result of `examine`.
-        binary: Whether the masks of this data set hold 0 and 255 alone.
+    """Check one pair; in a ``binary`` data set all masks hold 0 and 255 alone.
 
     Yields:
         A key of `CHECKS`, whether it is about the mask, and a note.
@@ -275,8 +269,8 @@ def _judge_classes(part: Part, targets: Sequence[int], facts: dict[File, Facts],
         if number not in range(len(part.classes)):
             part.verdicts[image, None].append('label out of range')
             items['label out of range'][image, str(number)] = None
-        if size and (max(size) > EXTREME * min(size) or not
-                     median <= EXTREME ** 2 * size[0] * size[1] <= EXTREME ** 4 * median):
+        if size and (max(size) > _EXTREME * min(size) or not
+                     median <= _EXTREME ** 2 * size[0] * size[1] <= _EXTREME ** 4 * median):
             items['extreme size'][image, f'{_by(size)} pixels, the area of the median is '
                                   f'{_by([round(median ** 0.5)] * 2)}'] = None
     for name, n in zip(part.folders, part.counts):
