@@ -4,8 +4,6 @@ import json
 import os
 import runpy
 import shutil
-import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -13,14 +11,9 @@ from mmengine.config import Config
 from mmseg.registry import DATASETS
 from PIL import Image
 
-from mmseg_edaformer.data.audit import (
-    audit,
-    check_samples,
-    files as audit_files,
-    inner_datasets,
-    report as audit_report,
-)
-from mmseg_edaformer.data.drawing import CLASSES, PALETTE
+from mmseg_edaformer.data.audit import audit, check_samples, inner_datasets, report as audit_report
+from mmseg_edaformer.data.audit.files import examine_files
+from mmseg_edaformer.data.drawing import PALETTE
 from mmseg_edaformer.errors import ConfigError, DataError, clear_errors
 from tests.conftest import ROOT, write_config
 
@@ -81,16 +74,6 @@ def deep(path):
     Image.fromarray(array(path).astype(np.uint16)).save(path)
 
 
-def bomb(path):
-    """A file of 100 bytes that says it is of 100,000 x 100,000 pixels."""
-    def chunk(kind, body):
-        return (struct.pack('>I', len(body)) + kind + body +
-                struct.pack('>I', zlib.crc32(kind + body)))
-    path.write_bytes(b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack(
-        '>IIBBBBB', 100000, 100000, 8, 2, 0, 0, 0)) + chunk(b'IDAT', zlib.compress(b'')) +
-        chunk(b'IEND', b''))
-
-
 def cut(path):
     path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
 
@@ -99,33 +82,14 @@ def smaller(path):
     save(path, array(path)[:-1])
 
 
-def text(path):
-    path.write_text('version https://git-lfs.github.com/spec/v1\n')
-
-
 def out_of_range(path):
     labels = array(path)
     labels[3, 4:6] = 9
     save(path, labels)
 
 
-DEFECTS = {
-    'mask gone': (MASKS, os.remove, 'mask missing', MASKS),
-    'image gone': (IMAGES, os.remove, 'image missing', MASKS),
-    'image cut': (IMAGES, cut, 'image unreadable', IMAGES),
-    'mask cut': (MASKS, cut, 'mask unreadable', MASKS),
-    'image bomb': (IMAGES, bomb, 'image unreadable', IMAGES),
-    'mask noise': (MASKS, lambda path: path.write_bytes(bytes(range(256))), 'mask unreadable',
-                   MASKS),
-    'sizes': (MASKS, smaller, 'sizes differ', IMAGES),
-    'exif': (IMAGES, turned, 'image turned by EXIF', IMAGES),
-    'colours': (MASKS, colours, 'mask of colours', MASKS),
-    'recoloured': (MASKS, recoloured, 'palette of other indices', MASKS),
-    'deep': (MASKS, deep, 'more than 8 bits', MASKS),
-    'range': (MASKS, out_of_range, 'label out of range', MASKS),
-    'unlabelled': (MASKS, lambda path: save(path, np.full((64, 96), 255, np.uint8)), 'no label',
-                   MASKS),
-}
+def unlabelled(path):
+    save(path, np.full((64, 96), 255, np.uint8))
 
 
 def names(folder, *indices):
@@ -142,9 +106,19 @@ def test_sound_data_has_no_finding(cfg, data):
         assert found(cfg) == {}
 
 
-@pytest.mark.parametrize('defect', DEFECTS)
-def test_defect_is_named(defect, cfg, data):
-    where, spoil, check, named = DEFECTS[defect]
+@pytest.mark.parametrize(('where', 'spoil', 'check', 'named'), [
+    (MASKS, os.remove, 'mask missing', MASKS),
+    (IMAGES, os.remove, 'image missing', MASKS),
+    (IMAGES, cut, 'image unreadable', IMAGES),
+    (MASKS, cut, 'mask unreadable', MASKS),
+    (MASKS, smaller, 'sizes differ', IMAGES),
+    (IMAGES, turned, 'image turned by EXIF', IMAGES),
+    (MASKS, colours, 'mask of colours', MASKS),
+    (MASKS, recoloured, 'palette of other indices', MASKS),
+    (MASKS, deep, 'more than 8 bits', MASKS),
+    (MASKS, out_of_range, 'label out of range', MASKS),
+    (MASKS, unlabelled, 'no label', MASKS)])
+def test_defect_is_named(where, spoil, check, named, cfg, data):
     for index in (3, 7):
         spoil(data / where / f'{index:05d}.png')
     assert found(cfg) == {('train', check): names(named, 3, 7)}
@@ -372,7 +346,7 @@ def test_writes_nowhere_else(cfg, data, tmp_path):
     colours(data / MASKS / '00001.png')
     (tmp_path / 'out').mkdir()
     (tmp_path / 'out/fixed').symlink_to(data)
-    with pytest.raises(ConfigError, match='a link that leads out'):
+    with pytest.raises(ConfigError, match='which this run would replace'):
         audit_report.check(cfg, tmp_path / 'out', workers=1, with_fixes=True)
     (data / IMAGES / 'sub').mkdir()
     for folder in (IMAGES, MASKS):
@@ -387,36 +361,28 @@ def test_writes_nowhere_else(cfg, data, tmp_path):
     assert digests(data) == before
 
 
-def test_unchanged_files_are_not_read_again(cfg, data, tmp_path, monkeypatch):
-    calls, cache = [], tmp_path / 'out/files.cache'
-    examine = audit_files.examine
-    monkeypatch.setattr(audit_files, 'examine', lambda *file: calls.append(file) or examine(*file))
-    first = audit(cfg, workers=1, cache=cache)
-    assert len(calls) == first.files_read == 32  # test has the files of val
-    calls.clear()
-    again = audit(cfg, workers=1, cache=cache)
-    assert not calls
+def test_unchanged_files_are_not_read_again(cfg, data, tmp_path):
+    out = tmp_path / 'out'
+    first = audit(cfg, workers=1, out=out)
+    assert first.files_read == 32  # test has the files of val
+    again = audit(cfg, workers=1, out=out)
+    assert again.files_read == 0
     assert again.facts == first.facts
     out_of_range(data / MASKS / '00003.png')
-    changed = audit(cfg, workers=1, cache=cache)
-    assert calls == [('mask', str(data / MASKS / '00003.png'))]
+    changed = audit(cfg, workers=1, out=out)
+    assert changed.files_read == 1
     assert [f.check for f in changed.findings] == ['label out of range']
-    for damage in (lambda b: b[:len(b) // 2], lambda b: b.replace(b'"size":[96', b'"size":[95'),
-                   lambda b: b''):
-        calls.clear()
-        cache.write_bytes(damage(cache.read_bytes()))
-        assert found(cfg, cache=cache) == {('train', 'label out of range'): names(MASKS, 3)}
-        assert len(calls) == 32
-    calls.clear()
-    audit(cfg, workers=1, cache=cache, fresh=True)
-    assert len(calls) == 32
+    assert audit(cfg, workers=1, out=out, fresh=True).files_read == 32
+    cache = out / 'files.cache'
+    for content in (cache.read_bytes()[:-9], cache.read_bytes().replace(b'[3,', b'[2,', 1), b''):
+        cache.write_bytes(content)
+        assert audit(cfg, workers=1, out=out).files_read == 32
 
 
 def test_processes_find_the_same(cfg, data):
     files = [(kind, str(path)) for kind, folder in (('image', IMAGES), ('mask', MASKS))
              for path in (data / folder).iterdir()]
-    assert audit_files.examine_files(files, workers=2) == audit_files.examine_files(
-        files, workers=1)
+    assert examine_files(files, workers=2) == examine_files(files, workers=1)
 
 
 def build(cfg, split='train'):
@@ -433,8 +399,7 @@ def told(monkeypatch):
 
 
 @pytest.mark.parametrize(('spoil', 'check'), [
-    (colours, 'mask of colours'), (out_of_range, r'label out of range: .*: 9 \(2 pixels\)'),
-    (smaller, 'sizes differ'), (cut, 'mask unreadable')])
+    (out_of_range, r'label out of range: .*: 9 \(2 pixels\)'), (cut, 'mask unreadable')])
 def test_samples_stop_a_run(spoil, check, cfg, data):
     check_samples(cfg, 'train', build(cfg))
     spoil(data / MASKS / '00000.png')
@@ -449,7 +414,7 @@ def test_samples_warn(cfg, data, told):
     cfg.train_dataloader.dataset.reduce_zero_label = False
     deep(data / MASKS / '00000.png')
     recoloured(data / MASKS / '00001.png')
-    save(data / MASKS / '00002.png', np.full((64, 96), 255, np.uint8))
+    unlabelled(data / MASKS / '00002.png')
     check_samples(cfg, 'train', build(cfg))
     assert [text.split(':')[1].strip() for text in told] == [
         'more than 8 bits', 'palette of other indices', 'no label']
@@ -504,19 +469,6 @@ def test_samples_that_a_run_skips_or_cannot_read(cfg, data, tmp_path, told):
     assert found(cfg, 'train') == {('train', 'not audited'): {'SyntheticDataset'}}
 
 
-def test_pictures_of_many_classes(cfg, tmp_path):
-    classes = (*CLASSES, *(f'class {i}, of a long name' for i in range(142)))
-    colours = np.random.default_rng(0).integers(0, 255, (150, 3)).tolist()
-    for loader in (cfg.train_dataloader, cfg.val_dataloader):
-        loader.dataset.update(type='BaseSegDataset', img_suffix='.png', metainfo=dict(
-            classes=classes, palette=colours))
-    audit_report.check(cfg, tmp_path / 'out', workers=1)
-    for name in ('classes', 'samples'):
-        width, height = Image.open(tmp_path / f'out/{name}.png').size
-        assert 900 < width < 3000
-        assert 300 < height < 3000
-
-
 def test_names_that_would_steer_a_terminal(cfg, data, tmp_path, capsys):
     for index, name in enumerate(('[red]$x_1$', 'a\nb\x1b[31m', os.fsdecode(b'\xff'))):
         for folder in (IMAGES, MASKS):
@@ -534,7 +486,7 @@ def test_command_line(data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     config = str(write_config(tmp_path, data))
     main = runpy.run_path(f'{ROOT}/tools/check_data.py')['main']
-    save(data / MASKS / '00003.png', np.full((64, 96), 255, np.uint8))
+    unlabelled(data / MASKS / '00003.png')
     with pytest.raises(SystemExit) as ended:
         main([config, '--out', 'out', '--workers', '1'])
     assert ended.value.code == 0
@@ -606,7 +558,6 @@ def stretch(path, *size):
     (lambda root: stretch(root / 'car/00001.png', 10, 80), None, {}),
     (lambda root: stretch(root / 'car/00001.png', 7, 9), 'extreme size', {'car/00001.png'}),
     (lambda root: stretch(root / 'car/00001.png', 520, 512), 'extreme size', {'car/00001.png'}),
-    (lambda root: stretch(root / 'car/00001.png', 512, 512), None, {}),
     (lambda root: (root / 'car/notes.txt').write_text(''), 'passed over', {'car/notes.txt'}),
     (lambda root: (root / 'car/00001.png').rename(root / 'x.png'), 'passed over', {'train/x.png'}),
     (lambda root: (root / 'car/.hidden').write_text(''), None, {}),
@@ -684,7 +635,7 @@ def test_report_of_classes(crops_cfg, crops, tmp_path, capsys):
         audit_report.check(crops_cfg, crops / 'train/car/out', workers=1)
 
 
-def test_pictures_of_more_classes_than_can_be_named(crops, tmp_path):
+def test_figures_of_more_classes_than_can_be_named(crops, tmp_path):
     for split in ('train', 'val'):
         for number in range(301):
             folder = tmp_path / 'many' / split / f'n{number:08d}'

@@ -6,6 +6,7 @@ import re
 import shutil
 import struct
 import zlib
+from pathlib import Path
 
 import cv2
 import mmcv
@@ -16,7 +17,6 @@ from mmcv.transforms import Compose, LoadImageFromFile
 from mmengine.config import Config, ConfigDict
 from mmengine.dataset import pseudo_collate
 from mmengine.runner import Runner
-from mmseg.datasets.transforms import LoadAnnotations
 from mmseg.registry import TRANSFORMS
 from PIL import Image, ImageOps
 
@@ -29,8 +29,13 @@ from tests.conftest import ROOT, write_config
 SEED = 0
 
 
+@pytest.fixture(scope='module')
+def picture(scenes):
+    return Image.open(scenes / 'images' / 'training' / '00000.png').convert('RGB')
+
+
 def encoded(image, format, **options):
-    """The bytes of a picture."""
+    """The bytes of an image."""
     stream = io.BytesIO()
     image.save(stream, format, **options)
     return stream.getvalue()
@@ -53,7 +58,7 @@ def turned(orientation):
 
 
 def deep(image):
-    """A 16-bit picture of it."""
+    """The image in 16 bits."""
     return np.array(image).astype(np.uint16) * 256 + 57
 
 
@@ -129,81 +134,32 @@ def _thumbnail(picture):
     return exif
 
 
-def flipped(content, rng, count):
-    """Copies of which one bit is another."""
-    for _ in range(count):
-        copy, place = bytearray(content), int(rng.integers(len(content)))
-        copy[place] ^= 1 << int(rng.integers(8))
-        yield place, bytes(copy)
-
-
-def corpus(scenes):
-    """200 pictures: kind ('image', 'mask'), name, bytes, and whether it 'loads'; else 'either'."""
-    rng = np.random.default_rng(SEED)
-    files = sorted((scenes / 'images' / 'training').iterdir())
-    picture = Image.open(files[0]).convert('RGB')
-    found = [('image', name, content, 'loads') for name, content in good_images(picture)]
-    found += [('image', name, content, 'refused') for name, content in bad_images(picture, rng)]
-    label = Image.open(scenes / 'annotations' / 'training' / files[0].name)
-    found += [('mask', *mask) for mask in masks(label, rng)]
-    for _, (file, format) in zip(range(len(found), 200), _cycle(files)):
-        source = Image.open(file).convert('RGB')
-        if format == 'P':
-            source, format = source.convert('P'), 'PNG'
-        [(place, content)] = flipped(encoded(source, format), rng, 1)
-        found.append(('image', f'flip{place} {format} {file.stem}', content, 'either'))
-    return found
-
-
-def _cycle(files):
-    while True:
-        for file in files:
-            for format in ('PNG', 'JPEG', 'P'):
-                yield file, format
-
-
 def masks(label, rng):
-    """Names, bytes and fate of masks."""
+    """Names and bytes of masks, and whether they must be read."""
     array = np.array(label)
     paletted = Image.fromarray(array)
     paletted.putpalette(rng.bytes(768))
-    yield 'L', encoded(label, 'PNG'), 'loads'
-    yield 'P', encoded(paletted, 'PNG'), 'loads'
-    yield '1', encoded(Image.fromarray(array > 0), 'PNG'), 'loads'
-    yield '16', encoded(Image.fromarray(array.astype(np.uint16)), 'PNG'), 'loads'
-    yield '32 TIFF', encoded(Image.fromarray(array.astype(np.int32)), 'TIFF'), 'loads'
-    yield 'whole floats', encoded(Image.fromarray(array.astype(np.float32)), 'TIFF'), 'loads'
-    for format in ('BMP', 'GIF', 'TIFF'):
-        yield format, encoded(label, format), 'loads'
+    for name, array_, format in (
+            ('L', array, 'PNG'), ('1', array > 0, 'PNG'), ('16', array.astype(np.uint16), 'PNG'),
+            ('32', array.astype(np.int32), 'TIFF'), ('float', array.astype(np.float32), 'TIFF'),
+            ('L', array, 'BMP'), ('L', array, 'GIF'), ('L', array, 'TIFF')):
+        yield f'{name} {format}', encoded(Image.fromarray(array_), format), True
+    yield 'P', encoded(paletted, 'PNG'), True
     for size in ((1, 1), (1, 20000), (20000, 1)):
-        yield f'{size}', encoded(label.resize(size), 'PNG'), 'loads'
+        yield f'{size}', encoded(label.resize(size), 'PNG'), True
     for mode in ('RGB', 'RGBA', 'LA'):
-        yield mode, encoded(label.convert(mode), 'PNG'), 'refused'
-    yield '16 large', encoded(Image.fromarray(array.astype(np.uint16) + 300), 'PNG'), 'refused'
-    yield 'half', encoded(Image.fromarray(array.astype(np.float32) + .5), 'TIFF'), 'refused'
-    yield 'nan', encoded(Image.fromarray(np.full((4, 4), np.nan, np.float32)), 'TIFF'), 'refused'
-    yield 'bomb', png(60000, 60000), 'refused'
-    yield 'empty', b'', 'refused'
-    yield 'page', b'<html>', 'refused'
-    yield 'no label', encoded(Image.fromarray(array + 40), 'PNG'), 'refused'
+        yield mode, encoded(label.convert(mode), 'PNG'), False
+    for name, array_, format in (
+            ('16 large', array.astype(np.uint16) + 300, 'PNG'), ('no label', array + 40, 'PNG'),
+            ('half', array.astype(np.float32) + .5, 'TIFF'),
+            ('nan', np.full((4, 4), np.nan, np.float32), 'TIFF')):
+        yield name, encoded(Image.fromarray(array_), format), False
+    for name, content in (('bomb', png(60000, 60000)), ('empty', b''), ('page', b'<html>')):
+        yield name, content, False
     for source, name in ((label, 'L'), (paletted, 'P')):
         whole = encoded(source, 'PNG')
         for cut in rng.integers(1, len(whole) - 12, 4):
-            yield f'cut{cut} {name}', whole[:cut], 'refused'
-        for place, content in flipped(whole, rng, 8):
-            yield f'flip{place} {name}', content, 'either'
-
-
-@pytest.fixture(scope='module')
-def drawn(scenes, tmp_path_factory):
-    """The corpus on disk, with paths in place of bytes."""
-    folder = tmp_path_factory.mktemp('corpus')
-    found = []
-    for number, (kind, name, content, fate) in enumerate(corpus(scenes)):
-        path = folder / f'{number:03}.png'
-        path.write_bytes(content)
-        found.append((kind, name, str(path), fate))
-    return found
+            yield f'cut{cut} {name}', whole[:cut], False
 
 
 def by_pillow(path):
@@ -228,21 +184,20 @@ def read(kind, path):
         return str(error) if path in str(error) else pytest.fail(f'{path} is not named: {error}')
 
 
-def test_200_files_are_read_rightly_or_named(drawn):
-    assert len(drawn) == 200
-    unnoticed, refused = [], 0
-    for kind, name, path, fate in drawn:
+def test_files_are_read_rightly_or_named(picture, scenes, tmp_path):
+    rng, path = np.random.default_rng(SEED), str(tmp_path / 'file.png')
+    label = Image.open(scenes / 'annotations' / 'training' / '00000.png')
+    files = [('image', *each, True) for each in good_images(picture)]
+    files += [('image', *each, False) for each in bad_images(picture, rng)]
+    files += [('mask', *each) for each in masks(label, rng)]
+    for kind, name, content, loads in files:
+        Path(path).write_bytes(content)
         got = read(kind, path)
-        if isinstance(got, str):
-            assert fate != 'loads', (name, got)
-            refused += 1
+        assert isinstance(got, str) != loads, (name, got)
+        if not loads:
             continue
-        assert fate != 'refused', name
         if kind == 'mask':
             assert np.array_equal(got, np.array(Image.open(path))), name
-            expected = LoadAnnotations().transform(dict(
-                seg_map_path=path, seg_fields=[], reduce_zero_label=False))['gt_seg_map']
-            assert np.array_equal(got, expected if expected.ndim == 2 else got), name
             continue
         assert np.array_equal(got, LoadImageFromFile().transform(dict(img_path=path))['img']), name
         other = by_pillow(path).astype(int)
@@ -250,12 +205,6 @@ def test_200_files_are_read_rightly_or_named(drawn):
         # JPEG's inverse transform and CMYK are rounded, and so are 16 bits in a TIFF.
         tolerance = 3 if any(word in name for word in ('JPEG', 'progr', 'WEBP', 'tiff')) else 0
         assert abs(got - other).max() <= tolerance, name
-        if name.startswith('flip'):
-            unnoticed.append(name)
-    # A JPEG has no checksum: such a flip gives another picture, to any decoder. A PNG has one.
-    assert all('JPEG' in name for name in unnoticed)
-    assert 0 < len(unnoticed) < 20
-    assert refused > 80
 
 
 def test_no_bit_of_a_png_flips_unnoticed(scenes, tmp_path):
@@ -288,13 +237,12 @@ def damaged(content, rng, count):
         yield bytes(copy)
 
 
-def test_damaged_jpegs(scenes, tmp_path, monkeypatch):
+def test_damaged_jpegs(picture, tmp_path, monkeypatch):
     """Half are refused, and most of those with many wrong pixels: OpenCV reads every one."""
     pytest.importorskip('simplejpeg')
     path = tmp_path / 'file.jpg'
     noise = np.random.default_rng(SEED).normal(0, 20, (160, 240, 3))
-    with Image.open(scenes / 'images' / 'training' / '00000.png') as picture:
-        grainy = np.array(picture.convert('RGB').resize((240, 160))) + noise
+    grainy = np.array(picture.resize((240, 160))) + noise
     whole = encoded(Image.fromarray(grainy.clip(0, 255).astype(np.uint8)), 'JPEG', quality=90)
     path.write_bytes(whole)
     right = read('image', str(path)).astype(int)
@@ -317,10 +265,10 @@ def test_damaged_jpegs(scenes, tmp_path, monkeypatch):
     assert 3 * wrong < wrong_before
 
 
-def test_sloppy_jpegs_are_read(scenes, tmp_path):
+def test_sloppy_jpegs_are_read(picture, tmp_path):
     """What libjpeg warns of, but whose pixels are right."""
     path = tmp_path / 'file.jpg'
-    whole = encoded(Image.open(scenes / 'images' / 'training' / '00000.png').convert('RGB'), 'JPEG')
+    whole = encoded(picture, 'JPEG')
     path.write_bytes(whole)
     right, table = read('image', str(path)), whole.index(b'\xff\xdb')
     for content in (whole + b'more' * 99, whole[:-2] + b'\0\0\xff\xd9',
@@ -345,20 +293,6 @@ def test_what_is_no_file(kind, tmp_path):
                           (large / 'below.png', 'cannot be read: .*below.png .Not a directory')):
         with pytest.raises(DataError, match=message):
             raise DataError(read(kind, str(path)))
-
-
-def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
-    path = tmp_path / 'secret.png'
-    Image.new('L', (4, 4)).save(path)
-    path.chmod(0)
-    if os.geteuid() == 0:  # root reads all
-        os.seteuid(65534)
-    try:
-        message = read('image', str(path))
-    finally:
-        if os.getuid() == 0:
-            os.seteuid(0)
-    assert f'image cannot be read: {path} (Permission denied): check its permissions' in message
 
 
 def test_large_images_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
@@ -394,31 +328,6 @@ def test_a_mask_that_was_not_turned_with_its_image(scenes, tmp_path, orientation
         LoadSegLabels(num_classes=8).transform(dict(results, seg_fields=[]))
 
 
-def predict(model, path, pipeline):
-    """The label map of a test."""
-    steps = Compose([TRANSFORMS.build(step) for step in pipeline])
-    with torch.no_grad():
-        [sample] = model.test_step(pseudo_collate([steps(dict(img_path=path))]))
-    return sample.pred_sem_seg.data[0].numpy()
-
-
-def test_all_that_can_be_read_is_predicted(drawn, segmentor):
-    segmentor.test_cfg = ConfigDict(mode='whole')
-    pipeline = [dict(type='LoadSegImage'),
-                dict(type='SegResize', scale=(64, 64), keep_ratio=True),
-                dict(type='ResizeToMultiple', size_divisor=32), dict(type='PackSegInputs')]
-    done = 0
-    for kind, name, path, _ in drawn:
-        image = read('image', path) if kind == 'image' else ''
-        if isinstance(image, str):
-            continue
-        labels = predict(segmentor, path, pipeline)
-        assert labels.shape == image.shape[:2], name
-        assert labels.max() < 8, name
-        done += 1
-    assert done > 50
-
-
 @pytest.mark.parametrize('size', [(1, 1), (20000, 1), (1, 20000)])
 @pytest.mark.parametrize('name', ['ade', 'cityscapes'])
 def test_thin_images_in_the_test_pipelines(name, size, segmentor, tmp_path):
@@ -426,29 +335,30 @@ def test_thin_images_in_the_test_pipelines(name, size, segmentor, tmp_path):
     path = str(tmp_path / 'thin.png')
     Image.new('RGB', size, (90, 120, 30)).save(path)
     segmentor.test_cfg = cfg.model.get('test_cfg') or ConfigDict(mode='whole')
-    pipeline = [step for step in cfg.test_pipeline if step['type'] != 'LoadAnnotations']
-    assert predict(segmentor, path, pipeline).shape == size[::-1]
+    steps = Compose([TRANSFORMS.build(step) for step in cfg.test_pipeline
+                     if step['type'] != 'LoadAnnotations'])
+    with torch.no_grad():
+        [sample] = segmentor.test_step(pseudo_collate([steps(dict(img_path=path))]))
+    assert sample.pred_sem_seg.data[0].shape == size[::-1]
 
 
-def append(path, number):
-    bad = SkipList(path)
-    for file in range(90):
-        bad.add(f'{number}/{file}\n', DataError('x' * 500))
+def list_files(path, names, reason):
+    bad = SkipList(str(path))
+    for name in names:
+        bad.add(name, DataError(reason))
         bad.in_a_row = 0
 
 
 def test_several_processes_write_whole_lines(tmp_path):
-    path = str(tmp_path / 'new' / 'skipped.txt')
-    context = multiprocessing.get_context('fork')
-    workers = [context.Process(target=append, args=(path, number)) for number in range(3)]
+    path, context = tmp_path / 'new' / 'skipped.txt', multiprocessing.get_context('fork')
+    workers = [context.Process(target=list_files, args=(
+        path, [f'{number}/{file}\n' for file in range(90)], 'x' * 500)) for number in range(3)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    with open(path) as file:
-        lines = file.read().splitlines()
-    assert sorted(lines) == sorted(f'{worker}/{file}\t{"x" * 500}' for worker in range(3)
-                                   for file in range(90))
+    assert sorted(path.read_text().splitlines()) == sorted(
+        f'{worker}/{file}\t{"x" * 500}' for worker in range(3) for file in range(90))
 
 
 def test_a_process_lists_a_file_once_and_ends_when_all_are_bad(tmp_path):
@@ -480,21 +390,24 @@ def planted(scenes, tmp_path):
     return root, [str(path) for path in (cut, wrong[0])], [str(path) for path in (empty, wrong[1])]
 
 
-@pytest.fixture
-def _plain_config_text(monkeypatch):
-    """The Runner formats its config four times, each of which takes seconds."""
-    monkeypatch.setattr(Config, 'pretty_text', property(lambda cfg: repr(cfg)))
-
-
-def runner_of(folder, data, name, run='train', skip=True):
+def runner_of(folder, data, name, run='train', skip=True, tta=False):
     """A runner of the mini config that skips bad files."""
     folder.mkdir(exist_ok=True)
     cfg = Config.fromfile(write_config(folder, data, iterations=7))
+    if tta:
+        cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+        cfg.model = dict(cfg.tta_model, module=cfg.model)
     cfg.work_dir, cfg.experiment_name = str(folder / 'work'), f'{folder.name}_{name}'
     cfg.launcher = 'none'
     if skip:
         skip_bad_files(cfg, cfg.work_dir, run)
     return Runner.from_cfg(cfg)
+
+
+@pytest.fixture
+def _plain_config_text(monkeypatch):
+    """The Runner formats its config four times, each of which takes seconds."""
+    monkeypatch.setattr(Config, 'pretty_text', property(lambda cfg: repr(cfg)))
 
 
 def listed(path):
@@ -543,16 +456,9 @@ def test_a_test_is_that_of_the_good_files(planted, tmp_path):
 @pytest.mark.usefixtures('_plain_config_text')
 def test_a_test_with_augmentation(planted, tmp_path):
     data, _, validation = planted
-    folder = tmp_path / 'tta'
-    folder.mkdir()
-    cfg = Config.fromfile(write_config(folder, data))
-    cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
-    cfg.model = dict(cfg.tta_model, module=cfg.model)
-    cfg.work_dir, cfg.experiment_name, cfg.launcher = str(folder), 'tta', 'none'
-    skip_bad_files(cfg, cfg.work_dir, 'test')
-    runner = Runner.from_cfg(cfg)
+    runner = runner_of(tmp_path / 'tta', data, 'tta', 'test', tta=True)
     assert runner.test()['mIoU'] >= 0
-    assert listed(folder / 'skipped_test.txt') == validation[::-1]
+    assert listed(tmp_path / 'tta' / 'work' / 'skipped_test.txt') == validation[::-1]
     [hook] = [hook for hook in runner.hooks if isinstance(hook, SkippedFilesHook)]
     assert hook.samples == 4
 
@@ -568,25 +474,18 @@ class Fake:
         self.messages.append(message)
 
 
-def list_files(path, *numbers):
-    bad = SkipList(str(path))
-    for number in numbers:
-        bad.add(f'{number}.png', DataError(f'mask {number}.png is bad'))
-        bad.in_a_row = 0
-
-
 def test_the_hook_looks_every_50_iterations_and_stops_when_too_many_are_bad(tmp_path):
     path, batch = tmp_path / 'skipped.txt', dict(inputs=[None])
     hook, runner = SkippedFilesHook(str(path)), Fake()
     hook.before_run(runner)
-    list_files(path, *range(10))
+    list_files(path, map(str, range(10)), 'is bad')
     for index in range(49):
         hook.after_train_iter(runner, index, batch)
     assert runner.messages == []
     hook.after_train_iter(runner, 49, batch)
-    assert runner.messages == [f'skipped: mask {number}.png is bad' for number in range(10)]
+    assert runner.messages == ['skipped: is bad'] * 10
     with path.open('a') as file:
-        file.write('3.png\tby another process\nhalf a li')
+        file.write('3\tby another process\nhalf a li')
     hook.after_train(runner)
     assert runner.messages[10:] == [f'10 files were skipped, listed in {path}']
     with path.open('a') as file:
@@ -594,31 +493,23 @@ def test_the_hook_looks_every_50_iterations_and_stops_when_too_many_are_bad(tmp_
     with pytest.raises(DataError, match=r'11 files were skipped in 100 samples, more than 10%'):
         hook.after_train(runner)
     assert runner.messages[11:] == ['skipped: bad']
-
-
-def test_the_hook_does_not_flood_the_log(tmp_path):
-    path = tmp_path / 'skipped.txt'
-    hook, runner = SkippedFilesHook(str(path)), Fake()
-    list_files(path, *range(30))
-    hook.after_val(runner)
-    assert len(runner.messages) == 11
-    assert runner.messages[-1] == f'skipped: 20 more, see {path}'
+    list_files(path, map(str, range(10, 40)), 'is bad')
+    runner.world_size = 100
+    for index in range(50):  # the log is not flooded
+        hook.after_train_iter(runner, index, batch)
+    assert runner.messages[12:] == ['skipped: is bad'] * 10 + [f'skipped: 20 more, see {path}']
 
 
 def test_a_new_run_starts_a_new_list_and_a_resumed_one_goes_on(tmp_path):
-    path = tmp_path / 'skipped.txt'
-    list_files(path, 1, 2)
-    resumed = Fake(resume=True)
+    path, resumed = tmp_path / 'skipped.txt', Fake(resume=True)
+    list_files(path, '12', 'is bad')
     hook = SkippedFilesHook(str(path))
     hook.before_run(resumed)
-    list_files(path, 2, 3)
+    list_files(path, '23', 'is bad')
     hook.after_train(resumed)
-    assert resumed.messages == ['skipped: mask 3.png is bad',
-                                f'3 files were skipped, listed in {path}']
-    hook = SkippedFilesHook(str(path))
-    hook.before_run(Fake(resume=False))
+    assert resumed.messages == ['skipped: is bad', f'3 files were skipped, listed in {path}']
+    SkippedFilesHook(str(path)).before_run(Fake(resume=False))
     assert not path.exists()
-    hook.after_train(Fake())
 
 
 def test_the_config_of_every_loader(tmp_path):
@@ -656,18 +547,18 @@ def test_what_would_write_a_blank_image(settings, flag):
 
 
 @pytest.mark.soak
-def test_50000_flips_and_cuts(scenes, tmp_path):
-    """Every reading ends in a picture or a message; PNGs come out whole or not at all."""
-    rng = np.random.default_rng(SEED)
-    picture = Image.open(scenes / 'images' / 'training' / '00003.png').convert('RGB')
-    path = tmp_path / 'file'
+def test_50000_flips_and_cuts(picture, tmp_path):
+    """Every reading ends in an image or a message; PNGs come out whole or not at all."""
+    rng, path = np.random.default_rng(SEED), tmp_path / 'file'
     for format, options in (('PNG', {}), ('JPEG', {}), ('JPEG', dict(progressive=True)),
                             ('TIFF', dict(compression='tiff_deflate')), ('BMP', {}), ('WEBP', {}),
                             ('GIF', {}), ('JPEG2000', {}), ('PPM', {})):
         whole = encoded(picture, format, **options)
         path.write_bytes(whole)
         right = read('image', str(path))
-        for _, content in flipped(whole, rng, 5000):
+        for place in rng.integers(0, len(whole), 5000):
+            content = bytearray(whole)
+            content[place] ^= 1 << int(rng.integers(8))
             path.write_bytes(content)
             got = read('image', str(path))
             if format == 'PNG':

@@ -15,7 +15,7 @@ from mmengine.registry import FUNCTIONS, MODELS, TRANSFORMS, init_default_scope
 from mmseg_edaformer.data.drawing import draw_scene
 from mmseg_edaformer.errors import ConfigError
 from mmseg_edaformer.pretraining import PackForDevice, augment_collate
-from mmseg_edaformer.pretraining.rand_augment import _grey, augment_batch, draw_augmentation
+from mmseg_edaformer.pretraining.rand_augment import augment_batch, draw_augmentation
 from tests.conftest import ROOT
 
 SIZE = 96, 80
@@ -31,10 +31,14 @@ def _scope():
 
 
 @pytest.fixture
-def recipe():
+def steps():
+    return Config.fromfile(ROOT / 'configs' / 'eft_t_in1k.py').train_pipeline[-1].transforms
+
+
+@pytest.fixture
+def recipe(steps):
     """The two transforms of the recipe."""
-    pipeline = Config.fromfile(ROOT / 'configs' / 'eft_t_in1k.py').train_pipeline
-    return [TRANSFORMS.build(transform) for transform in pipeline[-1].transforms]
+    return [TRANSFORMS.build(transform) for transform in steps]
 
 
 def pictures():
@@ -89,13 +93,6 @@ def test_each_operation_is_that_of_mmpretrain(recipe, index, name):
     assert_close(found, np.stack(expected), any(index in moved for moved in MOVED))
 
 
-def test_grey_is_that_of_opencv():
-    levels = np.arange(0, 256, 3, np.uint8)
-    colours = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(1, -1, 3)
-    np.testing.assert_array_equal(_grey(batch([colours]))[0, 0].numpy(),
-                                  cv2.cvtColor(colours, cv2.COLOR_BGR2GRAY))
-
-
 def test_the_recipe_is_that_of_mmpretrain(recipe):
     """The same numbers choose the same operations, of which one follows the other."""
     count, image = 300, pictures()[1]
@@ -130,20 +127,20 @@ def test_the_recipe_is_that_of_mmpretrain(recipe):
     assert after_a_move > 10
 
 
-def test_fixed_values():
-    """What a policy says of itself instead of a range."""
-    policies = [dict(type='Rotate', angle=20., prob=1.), dict(type='Posterize', bits=3, prob=1.),
-                dict(type='Contrast', magnitude=0.4, prob=1.)]
-    augment = TRANSFORMS.build(dict(
-        type='RandAugment', num_policies=3, magnitude_level=9, policies=policies,
-        hparams=dict(pad_val=(9, 9, 9), interpolation='bicubic')))
+@pytest.mark.parametrize('settings', [
+    dict(type='RandAugment', num_policies=3, magnitude_level=9,  # no ranges
+         policies=[dict(type='Rotate', angle=20., prob=1.), dict(type='Posterize', bits=3, prob=1.),
+                   dict(type='Contrast', magnitude=0.4, prob=1.)],
+         hparams=dict(pad_val=(9, 9, 9), interpolation='bicubic')),
+    dict(type='RandomErasing', erase_prob=1., mode='const', fill_color=[9.9, 20, 30])])
+def test_fixed_values(settings):
+    augment, image = TRANSFORMS.build(settings), pictures()[1]
     augment.random_policy_indices = lambda: [2, 1, 0]
-    image = pictures()[1]
     np.random.seed(3)
     expected = augment(dict(img=image.copy()))['img']
     np.random.seed(3)
     found = augment_batch(batch([image]), [list(draw_augmentation(augment, SIZE))])
-    assert_close(images_of(found)[0], expected, moved=True)
+    assert_close(images_of(found)[0], expected, moved='policies' in settings)
 
 
 def packed(recipe_steps, count=6, seed=0):
@@ -152,11 +149,6 @@ def packed(recipe_steps, count=6, seed=0):
     rng = np.random.default_rng(seed)
     return [step(dict(img=rng.integers(0, 256, (*SIZE, 3), np.uint8), gt_label=number))
             for number in range(count)]
-
-
-@pytest.fixture
-def steps():
-    return Config.fromfile(ROOT / 'configs' / 'eft_t_in1k.py').train_pipeline[-1].transforms
 
 
 def test_batches_are_those_of_mmpretrain(steps):
@@ -178,6 +170,8 @@ def test_batches_are_those_of_mmpretrain(steps):
     assert [int(sample.gt_label) for sample in found['data_samples']] == list(range(6))
     # Batches without draws, as for validation, pass through.
     assert torch.equal(ours(plain)['inputs'], expected['inputs'])
+    with pytest.raises(ConfigError, match='AugmentingPreProcessor'):
+        theirs(data, training=True)  # which would leave out the augmentations
 
 
 def test_an_image_does_not_depend_on_its_batch(steps):
@@ -194,13 +188,6 @@ def test_an_image_does_not_depend_on_its_batch(steps):
         assert torch.equal(augment_batch(images.clone(), drawn), together)
 
 
-def test_another_preprocessor_is_refused(steps):
-    """Without it, images would go without their augmentations."""
-    plain = MODELS.build(dict(type='ClsDataPreprocessor', num_classes=7))
-    with pytest.raises(ConfigError, match='AugmentingPreProcessor'):
-        plain(augment_collate(packed(steps)), training=True)
-
-
 @pytest.mark.parametrize(('transform', 'says'), [
     (dict(type='RandomFlip', prob=0.5), 'cannot do RandomFlip'),
     (dict(type='RandomErasing', mode='rand'), 'needs a fill_std'),
@@ -211,14 +198,3 @@ def test_another_preprocessor_is_refused(steps):
 def test_what_the_device_cannot_do(transform, says):
     with pytest.raises(ConfigError, match=says):
         PackForDevice([transform])
-
-
-def test_constant_erasing():
-    step = TRANSFORMS.build(dict(type='RandomErasing', erase_prob=1., mode='const',
-                                 fill_color=[9.9, 20, 30]))
-    image = pictures()[0]
-    np.random.seed(0)
-    expected = step(dict(img=image.copy()))['img']
-    np.random.seed(0)
-    found = augment_batch(batch([image]), [list(draw_augmentation(step, SIZE))])
-    np.testing.assert_array_equal(images_of(found)[0], expected)
