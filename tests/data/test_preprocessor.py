@@ -15,7 +15,7 @@ from mmseg_edaformer.data import RandomSegCrop, stack_collate
 from mmseg_edaformer.data.photometric import Distortion, distort, distort_batch, draw_distortions
 from mmseg_edaformer.engine.checks import check_data
 from mmseg_edaformer.errors import ConfigError
-from mmseg_edaformer.pretraining.rand_augment import Operation, augment_batch
+from mmseg_edaformer.pretraining.augmentation import Operation, augment_batch
 from tests.conftest import ROOT
 
 DRAWS = 1000
@@ -198,7 +198,7 @@ AUGMENTATIONS = dict(
 
 @pytest.mark.gpu
 def test_augmentations_on_the_device_are_those_of_a_cpu(device):
-    """RandAugment and RandomErasing: `test_rand_augment` compares a CPU with mmpretrain."""
+    """RandAugment and RandomErasing: `test_augmentation` compares a CPU with mmpretrain."""
     drawn = [[Operation(kind, values)] for kind, values in AUGMENTATIONS.items()]
     drawn += [[], [*drawn[1], *drawn[3], *drawn[7]]]
     images = as_batch(*(picture(seed) for seed in range(len(drawn)))) // 2 + 20

@@ -28,9 +28,10 @@ from mmseg_edaformer.analysis.pipeline import measure_pipeline
 from mmseg_edaformer.cost import count_macs
 from mmseg_edaformer.engine import checks, launch
 from mmseg_edaformer.engine.loop import CountedBatches, SeededIndices
-from mmseg_edaformer.errors import ConfigError, DataError
+from mmseg_edaformer.errors import ConfigError, DataError, RatioError
+from mmseg_edaformer.isr import ISRRatio
 from mmseg_edaformer.pretraining import crops as drawn, folders
-from mmseg_edaformer.pretraining.rand_augment import augment_batch, draw_augmentation
+from mmseg_edaformer.pretraining.augmentation import augment_batch, draw_augmentation
 from tests.conftest import MINI, ROOT
 from tests.engine.training import differences, run_to_end, state, train
 from tests.processes import finish, in_child, run_tool
@@ -344,6 +345,13 @@ def test_isr(classifier, whole, tmp_path):
     assert 'on 64x64 pixels' in output
     keys = [line.split('|')[4].strip() for line in output.splitlines() if '| encoder' in line]
     assert keys == ['4 -> 1', '4 -> 1', '4', '4']
+
+
+def test_ratios_of_an_encoder():
+    assert ISRRatio.parse_encoder('2,2,1,1') == ISRRatio.parse_encoder('optimal')
+    for text in ('22x1', '0', ''):
+        with pytest.raises(RatioError):
+            ISRRatio.parse_encoder(text)
 
 
 def test_flags_of_segmentation(classifier, whole):
