@@ -143,13 +143,17 @@ def options(default: str, root: Path) -> str:
     if root.resolve() == Path(default).resolve():
         return ''
     place = str(root.absolute())
-    # mmengine drops spaces from the values of --cfg-options and reads lists into the others.
-    if set(place) & set(' ,()[]\'"'):
+    if not fits_options(root):
         return (f' after: ln -s {shlex.quote(place)} {default}\n'
                 '  (--cfg-options cannot carry this path)')
     return '\n  with --cfg-options ' + ' '.join(
         f'{split}_dataloader.dataset.data_root={shlex.quote(place)}'
         for split in ('train', 'val', 'test'))
+
+
+def fits_options(path: Path) -> bool:
+    """Return whether --cfg-options can carry a path: mmengine drops spaces and reads lists."""
+    return not set(str(path.absolute())) & set(' ,()[]\'"')
 
 
 def _check(layout: Layout, root: Path, *, converted: bool = False) -> tuple[list[str], int]:

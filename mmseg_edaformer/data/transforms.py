@@ -151,7 +151,7 @@ def _is_sequence(header: Image.Image) -> bool:
 
 
 class _CheckedReader:
-    """What `LoadSegImage` and `LoadSegLabels` share: checks, and skipping bad files."""
+    """What `LoadSegImage` and `LoadSegLabels` share."""
 
     backend_args: dict[str, Any] | None
     imdecode_backend: str
@@ -254,8 +254,7 @@ class LoadSegLabels(_CheckedReader, LoadAnnotations):
         num_classes: Number of classes; labels after ``reduce_zero_label`` and ``label_map`` lie
             below it or are 255. None checks no range.
         max_pixels: Largest number of pixels that is decoded.
-        skip_list: Text file to which bad masks are appended instead of raising an error, see
-            `SkipList`; the sample is then None, so that mmengine draws another one.
+        skip_list: Text file for bad masks, see `LoadSegImage`.
         blank: With ``skip_list``, return a mask without any label, all 255, instead of None.
 
     Raises:

@@ -96,10 +96,13 @@ def _fix_pair(part: Part, image: str, mask: str | None, folder: Path) -> list[tu
         contents.append(_fix_mask(part, mask, checks))
     for path, target, content in zip(sources, targets, contents):
         target.parent.mkdir(parents=True, exist_ok=True)
-        if content is None:
-            _link(path, target)
-        else:
+        if content is not None:
             write_file(target, content)
+        elif not target.is_symlink():  # two names of one file; a copy would go through the link
+            try:
+                target.symlink_to(os.path.abspath(path))
+            except OSError:  # Windows, and file systems without links
+                shutil.copyfile(path, target)
     if any(contents):
         facts = [examine(kind, str(target)) for kind, target in zip(('image', 'mask'), targets)]
         wrong = next((check for check, _, _ in judge(part, facts[0], (*facts, None)[1])
@@ -187,15 +190,6 @@ def _from_colours(part: Part, path: str, image: Image.Image) -> np.ndarray:
     if todo.any():
         raise _NotFixableError(path, f'the colour {colours[todo][0].tolist()} belongs to no class')
     return labels
-
-
-def _link(path: str, target: Path) -> None:
-    if target.is_symlink():  # two names of one file; a copy would go through the link
-        return
-    try:
-        target.symlink_to(os.path.abspath(path))
-    except OSError:  # Windows, and file systems without links
-        shutil.copyfile(path, target)
 
 
 def _options(part: Part, folder: Path) -> list[str]:

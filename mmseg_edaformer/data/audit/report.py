@@ -14,6 +14,7 @@ from rich.console import Console
 from ...errors import ConfigError, shown
 from ...files import write_file
 from ..classification import is_classifier
+from ..preparing import fits_options
 from . import Audit, audit
 from .fix import Fixed, fix
 from .rules import CHECKS, Part, printable
@@ -81,7 +82,6 @@ def _print_parts(console: Console, parts: Sequence[Part], classify: bool) -> Non
         ['classes', 'fewest in a class', 'median', 'most'] if classify else
         ['masks', 'classes seen', 'no label', 'label 0', 'reduce_zero_label'])], align='r')
     table.align.update({'split': 'l', 'data set': 'l'})
-    lines = []
     for part in parts:
         name = f'the same as {part.same_as}' if part.same_as else type(part.dataset).__name__
         row = [part.name, name, f'{len(part.pairs):,}']
@@ -94,21 +94,8 @@ def _print_parts(console: Console, parts: Sequence[Part], classify: bool) -> Non
             row += [f'{np.count_nonzero(part.counts)} of {len(part.classes)}',
                     f'{part.unlabelled / sum(part.raw.values()):.1%}', f'{part.zero_share:.1%}',
                     str(part.zero_is_no_label)]
-            lines.append(f'{part.name}: {_zero_line(part)}')
         table.add_row([*row, *[''] * (len(table.field_names) - len(row))])
     console.print(str(table))
-    if lines:
-        console.print('\n' + '\n'.join(lines))
-
-
-def _zero_line(part: Part) -> str:
-    share, table = part.zero_share, part.table()
-    if part.zero_is_no_label:
-        return (f'0 means no label, {share:.1%} of the pixels; with reduce_zero_label=False it '
-                'would be a class, and every label one higher')
-    name = part.classes[table[0]] if table[0] < len(part.classes) else 'no label'
-    return (f'0 is {printable(name)}, {share:.1%} of the pixels; with reduce_zero_label=True they '
-            'would be lost, and every label one lower')
 
 
 def _print_fixed(console: Console, fixed: Fixed) -> None:
@@ -120,9 +107,8 @@ def _print_fixed(console: Console, fixed: Fixed) -> None:
         _print_items(console, fixed.left_out)
     if fixed.files:
         options = ' '.join(map(shlex.quote, fixed.options))
-        # mmengine drops these characters or splits at them.
-        carried = not set(str(fixed.folder.resolve())) & set(' ,()[]\'"')
-        console.print(f'  use it with: --cfg-options {options}' if carried else
+        console.print('  use it with: --cfg-options ' + options
+                      if fits_options(fixed.folder.resolve()) else
                       '  use it with these settings in the config, because --cfg-options cannot '
                       f'carry the path: {options}')
 
@@ -135,15 +121,17 @@ def _print_items(console: Console, items: Sequence[tuple[str, str]]) -> None:
 
 
 def _as_json(cfg: Config, done: Audit, fixed: Sequence[Fixed]) -> dict[str, Any]:
+    def listed(items: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
+        return [{'name': shown(name), 'note': shown(note)} for name, note in items]
+
     return dict(
         config=str(cfg.filename), errors=done.count('error'), warnings=done.count('warning'),
         splits={part.name: _part_as_json(part) for part in done.parts},
         findings=[dict(level=finding.level, split=finding.split, check=finding.check,
-                       remedy=CHECKS[finding.check][1], items=_items_as_json(finding.items))
+                       remedy=CHECKS[finding.check][1], items=listed(finding.items))
                   for finding in done.findings],
-        fixed=[dict(split=one.part, folder=str(one.folder), files=_items_as_json(one.files),
-                    left_out=_items_as_json(one.left_out), cfg_options=one.options)
-               for one in fixed])
+        fixed=[dict(split=one.part, folder=str(one.folder), files=listed(one.files),
+                    left_out=listed(one.left_out), cfg_options=one.options) for one in fixed])
 
 
 def _part_as_json(part: Part) -> dict[str, Any]:
@@ -157,7 +145,3 @@ def _part_as_json(part: Part) -> dict[str, Any]:
                 pixels_without_label=part.unlabelled,
                 pixels=dict(zip(part.classes, part.counts.tolist())),
                 pixels_as_stored={str(label): n for label, n in sorted(part.raw.items())})
-
-
-def _items_as_json(items: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
-    return [{'name': shown(name), 'note': shown(note)} for name, note in items]
