@@ -124,19 +124,10 @@ def test_defect_is_named(where, spoil, check, named, cfg, data):
     assert found(cfg) == {('train', check): names(named, 3, 7)}
 
 
-def test_says_of_what_size_and_which_label(cfg, data):
-    turned(data / IMAGES / '00001.png')
-    (data / IMAGES / '00003.png').write_text('<html>\n')
-    out_of_range(data / MASKS / '00002.png')
-    notes = {note for finding in audit(cfg, ['train'], workers=1).findings
-             for _, note in finding.items}
-    foreign, = (note for note in notes if 'format is unknown' in note)
-    assert '<html>' in foreign
-    assert notes - {foreign} == {'96x64 pixels like its mask, but read as 64x96', '9 (2 pixels)'}
-
-
 def test_exif_that_fits_is_a_warning(cfg, data):
     turned(data / IMAGES / '00001.png')
+    [finding] = audit(cfg, ['train'], workers=1).findings
+    assert finding.items[0][1] == '96x64 pixels like its mask, but read as 64x96'
     save(data / MASKS / '00001.png', array(data / MASKS / '00001.png').T)
     assert found(cfg) == {('train', 'EXIF orientation'): names(IMAGES, 1)}
     cfg.train_dataloader.dataset.pipeline[0].color_type = 'color_ignore_orientation'
@@ -421,14 +412,6 @@ def test_samples_warn(cfg, data, told):
     assert found(cfg, 'train').keys() == {('train', text.split(':')[1].strip()) for text in told}
 
 
-def test_a_list_of_nothing_stops_a_run(cfg, data):
-    (data / 'none.txt').touch()
-    cfg.train_dataloader.dataset.ann_file = 'none.txt'
-    assert found(cfg, 'train').keys() == {('train', 'no images')}
-    with pytest.raises(DataError, match=r'the train set: no images: .*none\.txt\. What to do'):
-        check_samples(cfg, 'train', build(cfg))
-
-
 @pytest.mark.parametrize(('change', 'check'), [
     (lambda labels: 255 * (labels == 3), 'mask of 0 and 255'),
     (lambda labels: 255 + 0 * labels, 'no label in any mask')])
@@ -463,7 +446,11 @@ def test_samples_that_a_run_skips_or_cannot_read(cfg, data, tmp_path, told):
     check_samples(cfg, 'train', build(cfg))
     assert len(told) == 1
     assert '00000.png: image file is truncated' in told[0]
-    cfg.train_dataloader.dataset.update(data_root=None, data_prefix=dict(
+    (data / 'none.txt').touch()
+    cfg.train_dataloader.dataset.ann_file = 'none.txt'
+    with pytest.raises(DataError, match=r'the train set: no images: .*none\.txt\. What to do'):
+        check_samples(cfg, 'train', build(cfg))
+    cfg.train_dataloader.dataset.update(data_root=None, ann_file='', data_prefix=dict(
         img_path='s3://x/images', seg_map_path='s3://x/masks'))
     check_samples(cfg, 'train', build(cfg))
     assert found(cfg, 'train') == {('train', 'not audited'): {'SyntheticDataset'}}
@@ -622,17 +609,11 @@ def test_report_of_classes(crops_cfg, crops, tmp_path, capsys):
         ('| train', '| val'))] == [['train', 'CustomDataset', '37', '10', '1', '4', '4'],
                                    ['val', 'CustomDataset', '20', '10', '2', '2', '2']]
     assert 'error: train: image unreadable (1)' in told
-    report = json.loads((out / 'report.json').read_text())
-    counts = report['splits']['train']['images_of_class']
+    counts = json.loads((out / 'report.json').read_text())['splits']['train']['images_of_class']
     assert (len(counts), counts['car'], counts['sky']) == (10, 1, 4)
-    for name in ('classes', 'samples'):
-        width, height = Image.open(out / f'{name}.png').size
-        assert 700 < width < 2000
-        assert 300 < height < 1000
+    assert (out / 'samples.png').exists()
     with pytest.raises(ConfigError, match='--fix is for masks'):
         audit_report.check(crops_cfg, out, workers=1, with_fixes=True)
-    with pytest.raises(ConfigError, match='lies within'):
-        audit_report.check(crops_cfg, crops / 'train/car/out', workers=1)
 
 
 def test_figures_of_more_classes_than_can_be_named(crops, tmp_path):

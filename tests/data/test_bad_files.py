@@ -170,16 +170,12 @@ def by_pillow(path):
     return np.array(image.convert('RGB'))[..., ::-1]
 
 
-def read_mask(path, num_classes=8, **options):
-    results = dict(seg_map_path=path, img_path='x', seg_fields=[], reduce_zero_label=False)
-    return LoadSegLabels(num_classes=num_classes, **options).transform(results)['gt_seg_map']
-
-
 def read(kind, path):
     """What a transform makes of a file, or the message with which it refuses it."""
+    results = dict(seg_map_path=path, img_path=path, seg_fields=[], reduce_zero_label=False)
     try:
-        return (LoadSegImage().transform(dict(img_path=path))['img'] if kind == 'image'
-                else read_mask(path))
+        return (LoadSegImage().transform(results)['img'] if kind == 'image'
+                else LoadSegLabels(num_classes=8).transform(results)['gt_seg_map'])
     except DataError as error:
         return str(error) if path in str(error) else pytest.fail(f'{path} is not named: {error}')
 
@@ -297,19 +293,13 @@ def test_what_is_no_file(kind, tmp_path):
 
 def test_large_images_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
     path = tmp_path / 'bomb.png'
-    path.write_bytes(png(60000, 60000))
+    path.write_bytes(png(20000, 20000))
     monkeypatch.setattr(mmcv, 'imfrombytes', None)
     for kind in ('image', 'mask'):
-        assert 'more than 268435456 pixels' in read(kind, str(path))
-    path.write_bytes(png(20000, 20000))
-    assert 'it has 20000x20000 pixels, more than 268435456 (max_pixels' in read('mask', str(path))
+        assert 'it has 20000x20000 pixels, more than 268435456 (max_pixels' in read(kind, str(path))
     monkeypatch.undo()
     # Pillow alone refuses 178,956,970 pixels.
     transforms.check_header('mask', '', png(15000, 13000), max_pixels=2 ** 28)
-    Image.new('L', (10, 10)).save(path)
-    assert read_mask(str(path), max_pixels=100).shape == (10, 10)
-    with pytest.raises(DataError, match='10x10 pixels, more than 99 '):
-        LoadSegImage(max_pixels=99).transform(dict(img_path=str(path)))
 
 
 @pytest.mark.parametrize('orientation', [6, 3, 1])

@@ -205,34 +205,22 @@ def test_a_cut_mask_without_annotation_is_refused(tmp_path, no_converter):
 
 
 @pytest.mark.usefixtures('cityscapesscripts')
-def test_an_interrupted_conversion_of_cityscapes_is_finished_by_mmseg(tmp_path, capsys):
-    root = build('cityscapes', tmp_path / 'data', converted=False)
+def test_a_failed_conversion_of_cityscapes_is_noticed_and_finished_by_mmseg(tmp_path, capsys):
+    layout, root = LAYOUTS['cityscapes'], build('cityscapes', tmp_path / 'data', converted=False)
     first = root / 'gtFine/train/town/town_0_gtFine_labelTrainIds.png'
     save(first)
     first.write_bytes(first.read_bytes()[:20])
-    prepare(LAYOUTS['cityscapes'], root)
-    out = capsys.readouterr().out
-    assert '  train: 2 images, 1 masks, 2 to convert\n' in out
-    assert '  train: 2 images, 2 masks\n' in out
-    assert 'ready: ' in out
-    masks = [np.array(Image.open(mask)) for mask in root.rglob('*_gtFine_labelTrainIds.png')]
-    assert len(masks) == 4
-    assert all(mask.shape == (4, 6) and mask[1, 1] == 0 for mask in masks)
-
-
-@pytest.mark.usefixtures('cityscapesscripts')
-def test_a_failed_conversion_is_noticed_at_once_and_next_time(tmp_path):
-    layout = LAYOUTS['cityscapes']
-    root = build('cityscapes', tmp_path / 'data', converted=False)
     broken = root / 'gtFine/val/town/town_1_gtFine_polygons.json'
     broken.write_text('{')
     with pytest.raises(DataError, match=r'cityscapes\.py of mmseg stopped with exit code 1'):
         prepare(layout, root)
+    assert '  train: 2 images, 1 masks, 2 to convert\n' in capsys.readouterr().out
     with pytest.raises(DataError, match=r'val: . not converted: .*town_1_gtFine_labelTrainIds'):
         prepare(layout, root, check_only=True)
     broken.write_text(json.dumps(POLYGONS))
     prepare(layout, root)
-    prepare(layout, root, check_only=True)
+    masks = [np.array(Image.open(mask)) for mask in root.rglob('*_gtFine_labelTrainIds.png')]
+    assert [(mask.shape, mask[1, 1]) for mask in masks] == [((4, 6), 0)] * 4
 
 
 @pytest.mark.parametrize(('name', 'message'), [
@@ -300,11 +288,8 @@ def test_command_line(tmp_path, capsys):
     with pytest.raises(SystemExit, match=rf'error: Cityscapes in {root} is not converted:\n'), (
             clear_errors()):
         TOOL['main'](['cityscapes', '--root', str(root), '--check'])
-    assert 'ready:' not in capsys.readouterr().out
-    assert not list(root.rglob('*labelTrainIds*'))
     with pytest.raises(SystemExit):  # there is nothing to draw
         TOOL['main'](['ade', '--seed', '1'])
-    assert '--seed' in capsys.readouterr().err
 
 
 def test_synthetic_is_drawn_but_not_by_a_check(tmp_path, capsys):

@@ -86,18 +86,6 @@ def test_equal_to_mmseg_when_the_draws_are(mmseg_distort, device):
         assert (one > 0).float().mean() < 1e-3, drawn
 
 
-def test_hsv_is_that_of_opencv_for_every_colour(mmseg_distort):
-    """An eighth of them."""
-    levels = np.arange(256, dtype=np.uint8)
-    colours = np.stack(np.meshgrid(levels[::2], levels[::2], levels[1::2], indexing='ij'), -1)
-    colours = colours.reshape(-1, 2048, 3)
-    drawn = Distortion(saturation=1.21)
-    expected = as_batch(mmseg_distort(colours, drawn)).float()
-    difference = (distort_batch(as_batch(colours).float(), [drawn]) - expected).abs()
-    assert difference.max() <= 1
-    assert (difference > 0).float().mean() < 1e-4
-
-
 def statistics(images):
     """Of each image of N x H x W x 3: mean and deviation of the channels, mean saturation."""
     images = images.astype(float)
@@ -128,21 +116,12 @@ def test_the_distribution_is_that_of_mmseg(function):
     assert np.abs(shares[0] - shares[1]).max() < 0.006
 
 
-def test_draws():
-    drawn = draw_distortions(4000)
-    for name, low, high in (('brightness', -32, 32), ('contrast', 0.5, 1.5),
-                            ('saturation', 0.5, 1.5), ('hue', -18, 17)):
-        values = [value for each in drawn if (value := getattr(each, name)) is not None]
-        assert 0.47 < len(values) / len(drawn) < 0.53
-        assert low <= min(values) < low + 0.1
-        assert high - 0.1 < max(values) <= high
-    assert {each.hue for each in drawn} == {None, *range(-18, 18)}
-    assert 0.47 < sum(each.contrast_first for each in drawn) / len(drawn) < 0.53
+def test_draws_follow_the_seed_and_the_ranges():
     torch.manual_seed(3)
-    first = draw_distortions(5, brightness_delta=1, contrast_range=(1, 1))
+    first = draw_distortions(99, hue_delta=1)
     torch.manual_seed(3)
-    assert draw_distortions(5, brightness_delta=1, contrast_range=(1, 1)) == first
-    assert {each.hue for each in draw_distortions(99, hue_delta=1)} == {None, -1, 0}
+    assert draw_distortions(99, hue_delta=1) == first
+    assert {drawn.hue for drawn in first} == {None, -1, 0}
 
 
 def packed(*sizes):
