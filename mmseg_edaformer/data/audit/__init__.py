@@ -89,28 +89,26 @@ def audit(cfg: Config, splits: Sequence[str] = ('train', 'val', 'test'), *,
         inner = list(inner_datasets((cfg.get(f'{split}_dataloader') or {}).get('dataset') or {}))
         for index, (key, dataset_cfg) in enumerate(inner):
             name = split if len(inner) == 1 else f'{split}[{index}]'
-            if not dataset_cfg:
-                continue
-            part, own = _part(name, split, f'{split}_dataloader.{key}', dataset_cfg, heads)
-            twin = part and next((other for other in parts if 'train' not in (split, other.split)
-                                  and other.split != split and _same(part, other)), None)
-            if part and twin:
-                part.same_as = twin.name
-            else:
+            key, settings = f'{split}_dataloader.{key}', {**dataset_cfg, 'pipeline': None}
+            twin = next((part for part in parts if 'train' not in (split, part.split)
+                         and part.split != split and part.settings == settings), None)
+            if twin:
+                twin.keys.append(key)
+            elif dataset_cfg:
+                part, own = _part(name, split, key, dataset_cfg, heads)
                 findings += own
-            if part:
-                parts.append(part)
+                if part:
+                    part.settings = settings
+                    parts.append(part)
     if out is not None:
         _check_output(parts, out)
     facts, files_read = examine_files(
         [(kind, path) for part in parts for pair in part.pairs
          for kind, path in zip(('image', 'mask'), pair) if path is not None],
         workers=workers, cache=out and out / 'files.cache', fresh=fresh)
-    own_parts = [part for part in parts if part.same_as is None]
-    for part in own_parts:
+    for part in parts:
         findings += judge_part(part, facts) + check_classes(part, heads)
-    findings += compare_splits(own_parts)
-    findings += find_duplicates(own_parts, facts)
+    findings += compare_splits(parts) + find_duplicates(parts, facts)
     findings.sort(key=lambda finding: finding.level)
     return Audit(parts, findings, facts, files_read)
 
@@ -143,7 +141,7 @@ def check_samples(cfg: Config, split: str, dataset: BaseSegDataset, *, alone: bo
     ignored = {head['ignore_index'] for _, head in _heads(cfg)}
     facts: dict[File, Facts] = {}
     for count in _SAMPLES:
-        part = Part(split, split, '', dataset, labels, ignored)
+        part = Part(split, split, [], dataset, labels, ignored)
         part.pairs = [pairs[i] for i in sorted(
             {*np.linspace(0, len(pairs) - 1, count).astype(int)})]
         for image, mask in part.pairs:
@@ -206,7 +204,7 @@ def _part(name: str, split: str, key: str, dataset_cfg: Any, heads: dict[str, An
     classifies = getattr(dataset, 'with_label', False) and hasattr(dataset, 'is_valid_file')
     if not (classifies or isinstance(dataset, BaseSegDataset)) or _is_remote(dataset):
         return None, finding('not audited', (type(dataset).__name__, ''))
-    part = Part(name, split, key, dataset, _labels(dataset, heads),
+    part = Part(name, split, [key], dataset, _labels(dataset, heads),
                 {value['ignore_index'] for value in heads.values()} |
                 {getattr(dataset, 'ignore_index', IGNORED)}, targets=[] if classifies else None)
     folders = [path for kind in ('img_path', 'seg_map_path')
@@ -331,10 +329,3 @@ def _heads(cfg: Config) -> Iterator[tuple[str, dict[str, Any]]]:
             yield (f'{path}.{kind}.{index}' if several else f'{path}.{kind}',
                    dict(num_classes=head.get('num_classes'),
                         ignore_index=head.get('ignore_index', IGNORED)))
-
-
-def _same(part: Part, other: Part) -> bool:
-    return (part.pairs == other.pairs and part.classes == other.classes
-            and part.dataset.data_prefix == other.dataset.data_prefix
-            and part.targets == other.targets
-            and (part.targets is not None or bool((part.table() == other.table()).all())))

@@ -24,7 +24,7 @@ _WIDTH = 360  # width of an image in pixels; half as much without masks
 
 def draw_figures(parts: Sequence[Part], out: Path) -> list[str]:
     """Draw classes.png and samples.png, where there is something to draw; returns their names."""
-    parts = [part for part in parts if part.raw and part.same_as is None]
+    parts = [part for part in parts if part.raw]
     counted = [part for part in parts if part.classes == parts[0].classes and part.counts.any()]
     written = []
     for name, drawn, draw in (('classes.png', counted, _draw_classes),

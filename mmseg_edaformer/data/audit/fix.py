@@ -56,13 +56,8 @@ def fix(audit: Audit, out: Path) -> list[Fixed]:
     Raises:
         ConfigError: There is something foreign where it would write.
     """
-    done = {part.name: _fix_part(part, out / 'fixed' / part.name) for part in audit.parts
-            if any({*checks} & {*_OF_MASK, _OF_IMAGE} for checks in part.verdicts.values())}
-    for part in audit.parts:
-        if part.same_as in done:
-            twin = done[part.same_as]
-            twin.options += _options(part, twin.folder)
-    return list(done.values())
+    return [_fix_part(part, out / 'fixed' / part.name) for part in audit.parts
+            if any({*checks} & {*_OF_MASK, _OF_IMAGE} for checks in part.verdicts.values())]
 
 
 def _fix_part(part: Part, folder: Path) -> Fixed:
@@ -198,4 +193,4 @@ def _options(part: Part, folder: Path) -> list[str]:
         values['data_prefix.seg_map_path'] = 'masks'
     if part.dataset.ann_file:
         values['ann_file'] = ''
-    return [f'{part.key}.{name}={value}' for name, value in values.items()]
+    return [f'{key}.{name}={value}' for key in part.keys for name, value in values.items()]

@@ -83,11 +83,11 @@ def _print_parts(console: Console, parts: Sequence[Part], classify: bool) -> Non
         ['masks', 'classes seen', 'no label', 'label 0', 'reduce_zero_label'])], align='r')
     table.align.update({'split': 'l', 'data set': 'l'})
     for part in parts:
-        name = f'the same as {part.same_as}' if part.same_as else type(part.dataset).__name__
-        row = [part.name, name, f'{len(part.pairs):,}']
+        row = [', '.join([part.name, *(key.partition('_')[0] for key in part.keys[1:])]),
+               type(part.dataset).__name__, f'{len(part.pairs):,}']
         if part.targets is None:
             row.append(f'{sum(mask is not None for _, mask in part.pairs):,}')
-        if part.targets is not None and part.counts.size and not part.same_as:
+        if part.targets is not None and part.counts.size:
             row += [f'{len(part.classes):,}', *(
                 f'{of(part.counts):,.0f}' for of in (np.min, np.median, np.max))]
         elif part.targets is None and part.raw:
@@ -135,10 +135,8 @@ def _as_json(cfg: Config, done: Audit, fixed: Sequence[Fixed]) -> dict[str, Any]
 
 
 def _part_as_json(part: Part) -> dict[str, Any]:
-    common = dict(data_set=type(part.dataset).__name__, same_as=part.same_as,
+    common = dict(data_set=type(part.dataset).__name__, config_keys=part.keys,
                   folders=dict(part.dataset.data_prefix), images=len(part.pairs))
-    if part.same_as:
-        return common
     if part.targets is not None:
         return dict(common, images_of_class=dict(zip(part.classes, part.counts.tolist())))
     return dict(common, reduce_zero_label=part.zero_is_no_label, share_of_label_0=part.zero_share,

@@ -96,7 +96,8 @@ class Part:
 
     Attributes:
         name: Name as in `Finding.split`.
-        key: Place in the config, such as 'train_dataloader.dataset'.
+        keys: Places in the config, such as 'train_dataloader.dataset'; several where the test set
+            is that of validation.
         pairs: Images and their masks; None without a folder of masks.
         targets: Number of the class of each image of a classification data set, otherwise None.
         folders: Names of the folders that are the classes, if they are.
@@ -105,12 +106,12 @@ class Part:
         unlabelled: Pixels without a label.
         raw: Pixels of each label as stored.
         verdicts: Checks that each pair fails.
-        same_as: Name of the part that holds the same files and is audited in its place.
+        settings: Its config without the pipeline.
     """
 
     name: str
     split: str
-    key: str
+    keys: list[str]
     dataset: BaseDataset
     labels: LoadSegLabels
     ignored: set[int]
@@ -121,7 +122,7 @@ class Part:
     unlabelled: int = 0
     raw: dict[int, int] = field(default_factory=dict)
     verdicts: dict[tuple[str, str | None], list[str]] = field(default_factory=dict)
-    same_as: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -301,8 +302,8 @@ def check_classes(part: Part, heads: dict[str, Any]) -> list[Finding]:
                   for name, head in heads.items() if head['num_classes'] not in (None, len(classes))
                   and (part.folders or named is not None))
     if part.folders and named and len(named) != len(classes):
-        wrong = ((f'{part.key}.type={type(part.dataset).__name__}', f'has {len(named)} classes, '
-                  f'there are {len(classes)} folders: CustomDataset takes any number'), *wrong)
+        wrong = ((f'{part.keys[0]}.type={type(part.dataset).__name__}',
+                  f'has {len(named)} classes, there are {len(classes)} folders: CustomDataset takes any number'), *wrong)
     same: dict[tuple[int, ...], list[str]] = defaultdict(list)
     for name, colour in zip(classes, part.dataset.metainfo.get('palette') or ()):
         same[tuple(colour)].append(name)
