@@ -310,25 +310,16 @@ def test_killed_and_resumed(classifier, whole, tmp_path):
 
 
 @pytest.mark.soak
-def test_it_learns(tmp_path):
+def test_it_learns(classifier, tmp_path):
     """The whole recipe with a small encoder: far from chance, a tenth, after 150 steps."""
-    data = drawn.draw_crops(tmp_path / 'data', train=24, val=10)
-    config = tmp_path / 'learns.py'
-    config.write_text(f'''
-_base_ = ['{ROOT}/configs/eft_t_crops.py']
-model = dict(backbone=dict(**{MINI}), head=dict(in_channels=128))
-data_root = '{data}'
-train_dataloader = dict(batch_size=32, num_workers=0, persistent_workers=False,
-                        dataset=dict(data_root=data_root))
-val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(data_root=data_root))
-test_dataloader = val_dataloader
-optim_wrapper = dict(optimizer=dict(lr=2e-3))
-param_scheduler = [dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=False, T_max=150)]
-auto_scale_lr = dict(base_batch_size=32)
-''')
-    log = run_to_end(config, tmp_path / 'work', options={
-        'train_cfg.max_iters': 150, 'train_cfg.val_interval': 150,
-        'default_hooks.checkpoint.interval': 150})
+    data = str(drawn.draw_crops(tmp_path / 'data', train=24, val=10))
+    log = run_to_end(classifier, tmp_path / 'work', options={
+        'train_dataloader.batch_size': 32, 'train_dataloader.dataset.data_root': data,
+        'val_dataloader.dataset.data_root': data, 'optim_wrapper.optimizer.lr': 2e-3,
+        'param_scheduler': [
+            dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=False, T_max=150)],
+        'auto_scale_lr.base_batch_size': 32, 'train_cfg.max_iters': 150,
+        'train_cfg.val_interval': 150, 'default_hooks.checkpoint.interval': 150})
     top1, = map(float, re.findall(r'accuracy/top1: ([\d.]+)', log))
     assert top1 > 25
 

@@ -284,11 +284,9 @@ def _doubt_zero(part: Part) -> str | None:
     classes = len(part.dataset.METAINFO.get('classes') or part.classes)
     highest = max((label for label in part.raw if label != IGNORED), default=0)
     share = part.zero_share
-    if part.zero_is_no_label and highest < classes and share > 0.05:
-        return (f'0 is no label then, and {share:.1%} of the pixels are lost, but the labels go up '
-                f'to {highest} for {classes} classes, as they do where 0 is a class')
-    if part.zero_is_no_label and share > 0.5:
-        return f'0 is no label then, and {share:.1%} of the pixels are lost'
+    if part.zero_is_no_label and share > (0.05 if highest < classes else 0.5):
+        return (f'0 is no label then, and {share:.1%} of the pixels are lost; the labels go up to '
+                f'{highest} for {classes} classes')
     if not part.zero_is_no_label and highest == classes:
         return (f'0 is a class then, with {share:.1%} of the pixels, but the labels go up to '
                 f'{highest} for {classes} classes, as they do where 0 means no label')
@@ -303,7 +301,8 @@ def check_classes(part: Part, heads: dict[str, Any]) -> list[Finding]:
                   and (part.folders or named is not None))
     if part.folders and named and len(named) != len(classes):
         wrong = ((f'{part.keys[0]}.type={type(part.dataset).__name__}',
-                  f'has {len(named)} classes, there are {len(classes)} folders: CustomDataset takes any number'), *wrong)
+                  f'has {len(named)} classes, there are {len(classes)} folders: CustomDataset '
+                  'takes any number'), *wrong)
     same: dict[tuple[int, ...], list[str]] = defaultdict(list)
     for name, colour in zip(classes, part.dataset.metainfo.get('palette') or ()):
         same[tuple(colour)].append(name)
