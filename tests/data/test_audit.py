@@ -142,7 +142,7 @@ def test_duplicates_and_leaks(cfg, data):
     assert {(f.check, f.items[0][0].split('/')[-1], f.items[0][1].split(str(data))[0])
             for f in done.findings} == {
         ('duplicate', '00005.png', 'the same pixels as '),
-        ('train image in val or test', '00001.png', 'the same file as ')}
+        ('train image in val or test', '00001.png', 'the same pixels as ')}
     assert [f.split for f in done.findings if f.check != 'duplicate'] == ['val']
 
 

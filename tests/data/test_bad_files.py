@@ -19,6 +19,7 @@ from mmengine.dataset import pseudo_collate
 from mmengine.runner import Runner
 from mmseg.registry import TRANSFORMS
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 import mmseg_edaformer.data.transforms as transforms
 from mmseg_edaformer.data import LoadSegImage, LoadSegLabels
@@ -64,38 +65,33 @@ def deep(image):
 
 def good_images(picture):
     """Names and bytes of what must be read."""
-    grey, other = picture.convert('L'), picture.rotate(180)
+    grey = picture.convert('L')
     for format in ('JPEG', 'PNG', 'BMP', 'TIFF', 'WEBP', 'PPM', 'JPEG2000'):
         yield format, encoded(picture, format)
     for mode in ('1', 'L', 'LA', 'P', 'RGBA'):
-        yield f'{mode} PNG', encoded(picture.convert(mode), 'PNG')
-        yield f'{mode} TIFF', encoded(picture.convert(mode), 'TIFF')
+        for format in ('PNG', 'TIFF'):
+            yield f'{mode} {format}', encoded(picture.convert(mode), format)
     yield 'P transparent', encoded(picture.convert('P'), 'PNG', transparency=3)
     yield 'L JPEG', encoded(grey, 'JPEG')
     yield 'CMYK JPEG', encoded(picture.convert('CMYK'), 'JPEG')
     yield 'progressive', encoded(picture, 'JPEG', progressive=True)
     yield 'interlaced', cv2.imencode('.png', np.array(picture)[..., ::-1])[1].tobytes()
-    yield 'grey16 PNG', encoded(Image.fromarray(deep(grey)), 'PNG')
-    yield 'grey16 TIFF', encoded(Image.fromarray(deep(grey)), 'TIFF')
-    for suffix in ('png', 'tiff'):
+    for format in ('PNG', 'TIFF'):
+        yield f'grey16 {format}', encoded(Image.fromarray(deep(grey)), format)
+        suffix = format.lower()
         yield f'rgb16 {suffix}', cv2.imencode(f'.{suffix}', deep(picture)[..., ::-1])[1].tobytes()
     for orientation in range(1, 9):
         yield f'turned{orientation} JPEG', encoded(picture, 'JPEG', exif=turned(orientation))
     yield 'turned6 PNG', encoded(picture, 'PNG', exif=turned(6))
     yield 'trailing JPEG', encoded(picture, 'JPEG') + b'\xff\xdamore' * 9
-    yield 'two JPEGs', encoded(picture, 'MPO', save_all=True, append_images=[other])
-    yield 'previews TIFF', _with_preview(picture)
-    for size in ((1, 1), (1, 20000), (20000, 1), (2, 3)):
-        for format in ('PNG', 'JPEG'):
-            yield f'{size} {format}', encoded(picture.resize(size), format)
-
-
-def _with_preview(picture):
-    from PIL.TiffImagePlugin import ImageFileDirectory_v2
+    yield 'two JPEGs', encoded(picture, 'MPO', save_all=True, append_images=[picture.rotate(180)])
     small, preview = picture.resize((8, 8)), ImageFileDirectory_v2()
     preview[254] = 1
     small.encoderinfo = dict(tiffinfo=preview)
-    return encoded(picture, 'TIFF', save_all=True, append_images=[small])
+    yield 'previews TIFF', encoded(picture, 'TIFF', save_all=True, append_images=[small])
+    for size in ((1, 1), (1, 20000), (20000, 1), (2, 3)):
+        for format in ('PNG', 'JPEG'):
+            yield f'{size} {format}', encoded(picture.resize(size), format)
 
 
 def bad_images(picture, rng):
@@ -115,23 +111,14 @@ def bad_images(picture, rng):
     moving = dict(save_all=True, append_images=[picture.rotate(180)])
     for format in ('GIF', 'TIFF', 'PNG', 'WEBP'):
         yield f'moving {format}', encoded(picture, format, **moving)
-    for format, count in dict(JPEG=16, PNG=10, BMP=3, TIFF=3, WEBP=3, GIF=3).items():
-        whole = encoded(picture, format)
-        for cut in rng.integers(1, len(whole) - 2, count):
+    thumbnail = Image.Exif()
+    thumbnail[0x9c9b] = encoded(picture.resize((32, 16)), 'JPEG')  # ends as the image should
+    for format, count, options in (
+            ('JPEG', 16, {}), ('PNG', 10, {}), ('BMP', 3, {}), ('TIFF', 3, {}), ('WEBP', 3, {}),
+            ('GIF', 3, {}), ('JPEG', 8, dict(exif=thumbnail)), ('JPEG', 4, dict(progressive=True))):
+        whole = encoded(picture, format, **options)
+        for cut in rng.integers(len(whole) // 2 if options else 1, len(whole) - 2, count):
             yield f'cut{cut} {format}', whole[:cut]
-    whole = encoded(picture, 'JPEG', exif=_thumbnail(picture))
-    for cut in rng.integers(len(whole) // 2, len(whole) - 2, 8):
-        yield f'cut{cut} thumbnail', whole[:cut]
-    whole = encoded(picture, 'JPEG', progressive=True)
-    for cut in rng.integers(len(whole) // 2, len(whole) - 2, 4):
-        yield f'cut{cut} progressive', whole[:cut]
-
-
-def _thumbnail(picture):
-    """EXIF data that holds a whole JPEG."""
-    exif = Image.Exif()
-    exif[0x9c9b] = encoded(picture.resize((32, 16)), 'JPEG')
-    return exif
 
 
 def masks(label, rng):

@@ -45,8 +45,8 @@ def examine(kind: str, path: str) -> Facts:
         ``problem`` ('missing' or 'unreadable') and ``detail`` for a bad file. Otherwise ``size``
         (width and height as stored) and ``format``, and
 
-        - for an image ``orientation`` (EXIF's, 1 is upright), ``bytes`` and ``pixels`` (hashes of
-          the file and of the upright image);
+        - for an image ``orientation`` (EXIF's, 1 is upright) and ``pixels`` (a hash of the upright
+          image);
         - for a mask ``values`` (labels and their pixels), ``bits``, and ``palette`` (index, red,
           green, blue of what it uses) where it has one; or ``channels``, if there are several.
     """
@@ -64,8 +64,7 @@ def examine(kind: str, path: str) -> Facts:
                 image.load()
                 if kind == 'mask':
                     return {**facts, **_labels(image)}
-                return {**facts, 'orientation': orientation(image), 'pixels': _hash_pixels(image),
-                        'bytes': _hash(content)}
+                return {**facts, 'orientation': orientation(image), 'pixels': _hash_pixels(image)}
     except DataError as error:  # training refuses it, too
         return dict(problem='unreadable', detail=str(error).partition(' bytes): ')[2] or str(error))
     except Exception as error:  # damaged files raise anything
@@ -107,10 +106,7 @@ def _hash_pixels(image: Image.Image) -> str:
     upright = ImageOps.exif_transpose(image) if orientation(image) != 1 else image
     if not upright.mode.startswith(('I', 'F')):  # of 16 bits and more, which RGB would clip
         upright = upright.convert('RGB')
-    return _hash(upright.tobytes() + f'{upright.mode} {upright.size}'.encode())
-
-
-def _hash(content: bytes) -> str:
+    content = upright.tobytes() + f'{upright.mode} {upright.size}'.encode()
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 

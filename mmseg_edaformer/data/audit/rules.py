@@ -355,20 +355,19 @@ def find_duplicates(parts: Sequence[Part], facts: dict[File, Facts]) -> list[Fin
         first: dict[str, str] = {}
         for split, image in group:
             if split in first:
-                items[split, 'duplicate'].append((image, _likeness(image, first[split], facts)))
+                items[split, 'duplicate'].append((image, _likeness(image, first[split])))
             elif split != 'train' and learned is not None:
                 items[split, 'train image in val or test'].append(
                     (image, 'the path is in both' if image == learned else
-                     _likeness(image, learned, facts)))
+                     _likeness(image, learned)))
             first.setdefault(split, image)
     return [Finding(split, check, tuple(named)) for (split, check), named in items.items()]
 
 
-def _likeness(image: str, other: str, facts: dict[File, Facts]) -> str:
+def _likeness(image: str, other: str) -> str:
     if os.path.realpath(image) == os.path.realpath(other):
         return 'listed twice' if image == other else f'is {other}'
-    same = facts['image', image]['bytes'] == facts['image', other]['bytes']
-    return f'the same {"file" if same else "pixels"} as {other}'
+    return f'the same pixels as {other}'
 
 
 def printable(text: str) -> str:

@@ -18,12 +18,11 @@ from PIL import Image
 
 from ...errors import DataError
 from ...files import write_file
-from .canvas import BIRD, CAR, CLASSES, HOUSE, LAMP, MEADOW, PALETTE, ROAD, TREE, Scene, pick
+from .canvas import BIRD, CLASSES, LAMP, PALETTE, ROAD, Scene, pick
 from .ground import Place, draw_ground, draw_hills, plan_road
 from .objects import draw_birds, draw_car, draw_house, draw_lamp, draw_tree
 
-__all__ = ['BIRD', 'CAR', 'CLASSES', 'HOUSE', 'LAMP', 'MEADOW', 'PALETTE', 'ROAD', 'TREE',
-           'draw_dataset', 'draw_scene']
+__all__ = ['BIRD', 'CLASSES', 'LAMP', 'PALETTE', 'draw_dataset', 'draw_once', 'draw_scene']
 
 _POSTS = ((58, 62, 70), (150, 154, 158), (56, 84, 74), (214, 210, 200))
 # Raise it when the images change, so that folders drawn before are drawn again.
