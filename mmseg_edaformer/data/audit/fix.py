@@ -19,6 +19,7 @@ from .rules import CHECKS, Part, judge
 _LOSSLESS = {'.png': 'PNG', '.bmp': 'BMP', '.tif': 'TIFF', '.tiff': 'TIFF'}
 _OF_IMAGE = 'image turned by EXIF'
 _OF_MASK = {'mask of colours', 'palette of other indices', 'mask of 0 and 255', 'more than 8 bits'}
+_FIXABLE = {*_OF_MASK, _OF_IMAGE}
 
 
 @dataclass
@@ -57,7 +58,7 @@ def fix(audit: Audit, out: Path) -> list[Fixed]:
         ConfigError: There is something foreign where it would write.
     """
     return [_fix_part(part, out / 'fixed' / part.name) for part in audit.parts
-            if any({*checks} & {*_OF_MASK, _OF_IMAGE} for checks in part.verdicts.values())]
+            if any({*checks} & _FIXABLE for checks in part.verdicts.values())]
 
 
 def _fix_part(part: Part, folder: Path) -> Fixed:
@@ -78,6 +79,10 @@ def _fix_part(part: Part, folder: Path) -> Fixed:
 def _fix_pair(part: Part, image: str, mask: str | None, folder: Path) -> list[tuple[str, str]]:
     """Write or link a pair; the files that were written, and what was wrong with them."""
     checks, prefix = part.verdicts[image, mask], part.dataset.data_prefix
+    for check in checks:
+        if CHECKS[check][0] == 'error' and check not in _FIXABLE:
+            of_image = check.startswith('image') or check == 'sizes differ' or mask is None
+            raise _NotFixableError(image if of_image else mask, check)
     sources, targets = [], []
     for path, kind, name in ((image, 'img_path', 'images'), (mask, 'seg_map_path', 'masks')):
         if path is not None:
@@ -106,15 +111,12 @@ def _fix_pair(part: Part, image: str, mask: str | None, folder: Path) -> list[tu
             for target in targets:
                 target.unlink()
             raise _NotFixableError(mask or image, f'still {wrong} after fixing')
-    wrong = ', '.join(check for check in checks if check in {*_OF_MASK, _OF_IMAGE})
+    wrong = ', '.join(check for check in checks if check in _FIXABLE)
     return [(path, wrong) for path, content in zip(sources, contents) if content]
 
 
 def _fix_image(path: str, checks: list[str]) -> bytes | None:
     """Return the file without its EXIF orientation, the pixels as they are."""
-    for check in ('image missing', 'image unreadable', 'sizes differ'):
-        if check in checks:
-            raise _NotFixableError(path, check)
     if _OF_IMAGE not in checks:
         return None
     content = Path(path).read_bytes()
@@ -139,9 +141,6 @@ def _fix_image(path: str, checks: list[str]) -> bytes | None:
 
 def _fix_mask(part: Part, path: str, checks: list[str]) -> bytes | None:
     """Return the mask as an encoded file of indices in 8 bits."""
-    for check in ('mask missing', 'mask unreadable', 'label out of range'):
-        if check in checks:
-            raise _NotFixableError(path, check)
     if not {*checks} & _OF_MASK:
         return None
     if 'mask of 0 and 255' in checks and (part.zero_is_no_label or len(part.classes) != 2):
