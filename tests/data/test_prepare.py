@@ -66,17 +66,12 @@ def files(root):
 
 @pytest.fixture
 def cityscapesscripts(tmp_path, monkeypatch):
-    if importlib.util.find_spec('cityscapesscripts'):
-        return
-    folder = tmp_path / 'packages' / 'cityscapesscripts' / 'preparation'
-    folder.mkdir(parents=True)
-    (folder.parent / '__init__.py').touch()
-    (folder / '__init__.py').touch()
-    (folder / 'json2labelImg.py').write_text(STAND_IN)
-    packages = str(folder.parents[1])
-    monkeypatch.syspath_prepend(packages)
-    before = os.environ.get('PYTHONPATH')
-    monkeypatch.setenv('PYTHONPATH', os.pathsep.join(filter(None, [packages, before])))
+    if not importlib.util.find_spec('cityscapesscripts'):
+        folder = tmp_path / 'packages' / 'cityscapesscripts' / 'preparation'
+        folder.mkdir(parents=True)
+        (folder / 'json2labelImg.py').write_text(STAND_IN)
+        monkeypatch.syspath_prepend(folder.parents[1])
+        monkeypatch.setenv('PYTHONPATH', str(folder.parents[1]), prepend=os.pathsep)
 
 
 @pytest.fixture
@@ -97,6 +92,7 @@ def test_ready(name, tmp_path, capsys, no_converter):
     assert '  train: 2 images, 2 masks\n' in out
     assert '  val: 2 images, 2 masks\n' in out
     assert f'ready: use configs/edaformer_t_{name}.py' in out
+    assert ('warning: val has officially' in out) == (name != 'synthetic')
     assert files(root) == before
 
 
@@ -114,14 +110,6 @@ def test_mmseg_finds_the_same_pairs(name, dataset, tmp_path):
             assert Path(item['img_path']).is_file()
             assert Path(item['seg_map_path']).is_file()
             assert item['seg_map_path'].endswith(LAYOUTS[name].mask_suffix)
-
-
-def test_counts_against_the_official_ones(tmp_path, capsys):
-    train, val = LAYOUTS['ade'].splits
-    prepare(replace(LAYOUTS['ade'], splits=(replace(train, official=2), val)),
-            build('ade', tmp_path))
-    warnings = [line for line in capsys.readouterr().out.splitlines() if 'warning' in line]
-    assert warnings == ['  warning: val has officially 2,000 images']
 
 
 @pytest.mark.parametrize('name', LAYOUTS)

@@ -26,17 +26,15 @@ def draw_figures(parts: Sequence[Part], out: Path) -> list[str]:
     """Draw classes.png and samples.png, where there is something to draw; returns their names."""
     parts = [part for part in parts if part.raw]
     counted = [part for part in parts if part.classes == parts[0].classes and part.counts.any()]
-    written = []
-    for name, drawn, draw in (('classes.png', counted, _draw_classes),
-                              ('samples.png', parts, _draw_samples)):
-        figure = draw(drawn) if drawn else None
+    figures = {'classes.png': _draw_classes(counted) if counted else None,
+               'samples.png': _draw_samples(parts) if parts else None}
+    for name, figure in figures.items():
         if figure is None:
             (out / name).unlink(missing_ok=True)  # of an earlier run
-            continue
-        with replacing(out / name) as path:
-            figure.savefig(path, dpi=_DPI)
-        written.append(name)
-    return written
+        else:
+            with replacing(out / name) as path:
+                figure.savefig(path, dpi=_DPI)
+    return [name for name, figure in figures.items() if figure]
 
 
 def _draw_classes(parts: Sequence[Part]) -> Figure:
