@@ -157,7 +157,7 @@ def fits_options(path: Path) -> bool:
 
 
 def _check(layout: Layout, root: Path, *, converted: bool = False) -> tuple[list[str], int]:
-    """Print what is there, and name what a conversion has to make.
+    """Print what is there, and return what a conversion has to make.
 
     Args:
         layout: The data set.

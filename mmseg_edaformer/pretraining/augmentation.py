@@ -98,7 +98,7 @@ class Operation(NamedTuple):
 
 
 def draw_augmentation(transform: Any, shape: tuple[int, int]) -> Iterator[Operation]:
-    """Draw what mmpretrain's RandAugment or RandomErasing would do to an image of a shape.
+    """Draw what mmpretrain's RandAugment or RandomErasing would do to an image of height x width.
 
     It leaves numpy's generator as the transform does, except for the noise of RandomErasing, which
     comes from the generator of the device.
@@ -145,7 +145,7 @@ def _matrix(step: Any, value: float, shape: tuple[int, int]) -> np.ndarray:
 
 
 def _find_limit(transform: Any) -> str | None:
-    """Return what `augment_batch` cannot do of a transform, if there is anything."""
+    """Return why `augment_batch` cannot do a transform; None if it can."""
     name = type(transform).__name__
     if name == 'RandomErasing':
         return ('RandomErasing with mode="rand" needs a fill_std'

@@ -89,7 +89,11 @@ def check_same_classes(splits: dict[str, list[str]]) -> None:
 
 
 def prepare(folders: Folders, root: str | Path | None = None) -> None:
-    """Do for a classification data set what `mmseg_edaformer.data.preparing.prepare` does."""
+    """Check a classification data set, and print what to do next.
+
+    Raises:
+        DataError: It is not ready; says what is missing, where, and what to do.
+    """
     root = Path(root or folders.root)
     print(f'{folders.title} in {root}')
     splits, wrong = {}, []

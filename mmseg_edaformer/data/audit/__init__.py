@@ -71,7 +71,7 @@ def audit(cfg: Config, splits: Sequence[str] = ('train', 'val', 'test'), *,
         cfg: Any config of mmsegmentation, or of a classifier of mmpretrain.
         splits: Splits to look at, where the config has them.
         workers: Number of processes; by default one for each core.
-        out: Folder for the facts, which spare a second run the files that have not changed.
+        out: Folder for the cache, with which a second run reads only what has changed.
         fresh: Whether to read every file again.
 
     Raises:
