@@ -7,16 +7,10 @@ CONFIG := configs/edaformer_t_synthetic.py
 .PHONY: demo test soak test-fork test-isr test-kernels test-gpu bench-gpu lint env clean
 
 demo: .venv/ready
-	.venv/bin/python tools/prepare_data.py synthetic
-	.venv/bin/python tools/train.py $(CONFIG) --work-dir $(DEMO)
-	.venv/bin/python tools/test.py $(CONFIG) $(DEMO)/iter_1200.pth --work-dir $(DEMO)/test \
-		--json $(DEMO)/none.json
-	.venv/bin/python tools/test.py $(CONFIG) $(DEMO)/iter_1200.pth --work-dir $(DEMO)/test \
-		--json $(DEMO)/optimal.json --isr-ratio optimal
-	.venv/bin/python tools/test.py $(CONFIG) $(DEMO)/iter_1200.pth --work-dir $(DEMO)/test \
-		--json $(DEMO)/2.json --isr-ratio 2
-	.venv/bin/python tools/compare_isr.py $(DEMO)/none.json $(DEMO)/optimal.json $(DEMO)/2.json \
-		--picture $(DEMO)/demo.png
+	@.venv/bin/python tools/prepare_data.py synthetic
+	@.venv/bin/python tools/train.py $(CONFIG) --work-dir $(DEMO)
+	@.venv/bin/python tools/compare_isr.py $(CONFIG) $(DEMO)/iter_500.pth \
+		--isr-ratio none optimal 2 auto --large 2 --picture $(DEMO)/demo.png
 
 # The runtimes of the export keep threads, and a process with such must not fork, as tests do.
 test: .venv/libraries

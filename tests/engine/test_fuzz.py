@@ -170,7 +170,7 @@ def test_ratios(seconds):
             longest = max(longest, len(str(error)))
         else:
             counts['read'] += 1
-            assert ISRRatio.parse(str(ratio)) == ratio, value
+            assert str(ratio) == 'none' or ISRRatio.parse(str(ratio)) == ratio, value
             assert max(*ratio.encoder, *ratio.decoder) >= 1
         assert time.process_time() - before < 1
     print(counts)
