@@ -102,13 +102,9 @@ def markdown(cells: Sequence[Sequence[Figures]], environment: Mapping[str, str])
 
 def write(folder: str | Path, cells: Sequence[Sequence[Figures]],
           environment: Mapping[str, str], *, chart: bool = True) -> list[Path]:
-    """Write benchmark.csv, .md and .png; each file appears whole or not at all.
+    """Write benchmark.csv, .md and .png; return their paths.
 
-    Args:
-        folder: Folder for the files.
-        cells: What `benchmark.run` has yielded so far.
-        environment: What `timing.environment` returns; more columns of the CSV.
-        chart: Whether to draw the PNG too.
+    ``cells`` are what `benchmark.run` has yielded so far; the CSV shows the ``environment`` too.
     """
     text = io.StringIO(newline='')
     names = [field.name for field in fields(Figures)]

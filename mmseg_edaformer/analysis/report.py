@@ -31,7 +31,7 @@ from ..data.classification import is_classifier
 from ..engine.isr_hook import ISRHook
 from ..errors import RatioError, UserError
 from ..files import write_file
-from ..isr import ISRRatio, isr
+from ..isr import isr
 from . import report_plots as plots
 from .bench import Bench
 from .counts import EXAMPLES, FOLDER, Evaluation
@@ -139,7 +139,11 @@ class Report:
                 bench = Bench(self.model, self.dataset, dict(
                     classes=len(counted.classes), ignore_index=counted.ignore_index,
                     nan_to_num=counted.nan_to_num), samples=_CURVE_IMAGES, look=1)
-                ratios = self._choose_ratios(bench)
+                ratios = []
+                for value in dict.fromkeys((*DEFAULT, self.isr_ratio)):
+                    with suppress(RatioError):  # the model may have other stages than the paper's
+                        ratios += [] if value == GREEDY else [bench.ratio(value)]
+                ratios = list(dict.fromkeys(ratios))
                 limit = max(min(_CURVE_SECONDS, _CURVE_SHARE * self.seconds), _LEAST_SECONDS)
                 image = counted.seconds * self.runner.world_size / counted.size
                 if 2 * len(ratios) * image > 1.5 * limit:
@@ -179,13 +183,6 @@ class Report:
             return ('Not measured, because EMAHook has put the averaged weights away: use '
                     'tools/isr_sweep.py.')
         return '' if self.final else 'Measured when the run ends.'
-
-    def _choose_ratios(self, bench: Bench) -> list[ISRRatio]:
-        ratios = []
-        for value in (*DEFAULT, self.hook.isr_ratio if self.hook else 'none'):
-            with suppress(RatioError):  # the model may have other stages than the paper's
-                ratios += [] if value == GREEDY else [bench.ratio(value)]
-        return list(dict.fromkeys(ratios))
 
     def _count_gmacs(self) -> tuple[float, str] | None:
         """Return the GMACs in effect, and for which image size."""
