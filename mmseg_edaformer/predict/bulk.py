@@ -70,9 +70,10 @@ def predict_many(source: str | Path, model: str | Path, out: str | Path, *,
     if column is not None and not shards:
         raise ConfigError(f'--column {column} is for shards: {source} holds none')
     first = next(read_samples(samples[0], column, IMAGES))  # fail early if there is no such column
-    settings: dict[str, Any] = dict(
-        model=_absolute(model), checkpoint=_absolute(checkpoint), isr_ratio=isr_ratio,
-        max_side=max_side, batch_size=batch_size)
+    settings: dict[str, Any] = {  # with absolute paths, for workers elsewhere
+        name: os.path.abspath(path) if path is not None and os.path.exists(path) else path
+        for name, path in (('model', model), ('checkpoint', checkpoint))}
+    settings |= dict(isr_ratio=isr_ratio, max_side=max_side, batch_size=batch_size)
     segmenter = Segmenter(device='cpu', **settings)
     summary = Summary(segmenter, out)
     token = out / f'.{socket.gethostname()}.{os.getpid()}.partial'
@@ -101,11 +102,6 @@ def predict_many(source: str | Path, model: str | Path, out: str | Path, *,
                              images=done)
     finally:
         remove_leftovers(out)
-
-
-def _absolute(path: str | Path | None) -> str | Path | None:
-    """Return the absolute path of a file, for workers elsewhere; an address stays as it is."""
-    return os.path.abspath(path) if path is not None and os.path.exists(path) else path
 
 
 def _tell_cost(segmenter: Segmenter, sample: Sample, threads: int) -> None:

@@ -10,10 +10,6 @@ from ..compat import install_command
 from ..errors import ConfigError, UserError
 from .shards import last_line
 
-_STORE = 2 ** 28  # bytes of shared memory for images of shards
-_BLOCK = 2 ** 21  # bytes of them that travel together
-_ANSWER = 10.  # seconds
-
 
 def import_ray() -> None:
     """Import Ray Data with settings that keep it quiet."""
@@ -39,11 +35,12 @@ def connect(address: str | None, cores: int | None) -> Iterator[None]:
         return
     settings: dict[str, Any] = dict(logging_level='ERROR', log_to_driver=False)
     if address is None:
-        settings.update(num_cpus=cores, include_dashboard=False, object_store_memory=_STORE)
+        settings.update(num_cpus=cores, include_dashboard=False,
+                        object_store_memory=2 ** 28)  # bytes, for images of shards
     try:
         if address is not None and ':' in address:  # Ray would wait for minutes
             host, _, port = address.removeprefix('ray://').rpartition(':')
-            socket.create_connection((host, int(port)), _ANSWER).close()
+            socket.create_connection((host, int(port)), 10.).close()
         with _silent_stderr():
             ray.init(address or 'local', **settings)
     except (OSError, RuntimeError, ValueError) as error:
@@ -83,7 +80,7 @@ def run_workers(items: Sequence[Any], expand: Callable[..., Iterator[Any]] | Non
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
-    context.target_max_block_size = _BLOCK
+    context.target_max_block_size = 2 ** 21  # bytes
     step = batch_size if expand is None else 1
     dataset = ray.data.from_blocks([
         pyarrow.table(dict(row=[*map(pickle.dumps, items[start:start + step])]))

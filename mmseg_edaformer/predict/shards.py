@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 from ..errors import DataError, UserError
 from ..files import shorten
 
-SHARDS = frozenset({'.parquet', '.tar', '.tgz'})
-"""Endings of the files of a folder that hold many images each."""
+SHARDS = frozenset({'.parquet', '.tar', '.tgz'})  # endings of the files that hold many images
 
 _MOST_BYTES = 2 ** 30  # four for each pixel that an image may have
 _ROWS = 16  # rows of a .parquet in memory at once
@@ -48,11 +47,8 @@ def is_shard(path: str | Path) -> bool:
 def read_samples(source: Sample, column: str | None, endings: Set[str]) -> Iterator[Sample]:
     """Yield the images of a file, a shard or not, and the reasons for those that cannot be read.
 
-    Args:
-        source: The file. The masks of a shard lie in a folder named after it.
-        column: The column of a .parquet that holds the images, by default ``image``, or else the
-            only one that can; for a .tar, the ending of the images' names, in place of ``endings``.
-        endings: Endings of images in a .tar.
+    ``column`` is the one of a .parquet that holds the images, by default ``image``, or else the
+    only one that can; for a .tar it is the ending of the images' names, in place of ``endings``.
     """
     if not is_shard(source.file):
         yield source
@@ -75,8 +71,12 @@ def read_samples(source: Sample, column: str | None, endings: Set[str]) -> Itera
                     raise DataError(f'the sample {stem} in {path} has {taken[stem][1:]} and '
                                     f'{ending[1:]}: select one with --column {ending[1:]}')
                 stem = name  # a.jpg beside a.png
-            address, reason = f'{path}#{place}', _refuse(stem, content)
-            if not reason and stem in taken:
+            address, reason = f'{path}#{place}', ''
+            if content is None:
+                reason = f'it holds no image, or one of more than {_MOST_BYTES} bytes'
+            elif '\0' in stem or stem.split('/')[0] in ('.', '..'):
+                reason = 'its name leads out of the folder of the results'
+            elif stem in taken:
                 reason = 'another image in this shard has the same name'
             taken.setdefault(stem, ending)
             target = posixpath.join(source.target, *map(shorten, stem.split('/')))
@@ -106,15 +106,6 @@ def expand(row: dict[str, bytes], column: str | None, endings: Set[str]
 def last_line(error: BaseException) -> str:
     """Return what an error of a library says, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
-
-
-def _refuse(stem: str, content: bytes | None) -> str:
-    """Return why a sample gets no mask."""
-    if content is None:
-        return f'it holds no image, or one of more than {_MOST_BYTES} bytes'
-    if '\0' in stem or stem.split('/')[0] in ('.', '..'):
-        return 'its name leads out of the folder of the results'
-    return ''
 
 
 def _read_tar(path: str, endings: Set[str]) -> Iterator[tuple[str, str, bytes | None]]:
