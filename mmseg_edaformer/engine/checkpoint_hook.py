@@ -46,9 +46,6 @@ class SafeCheckpointHook(CheckpointHook):
 
     ``last_checkpoint`` holds a path relative to the work dir, so a work dir can be moved. When the
     disk is full, the run logs it, keeps the old checkpoint and tries again at the next interval.
-
-    Raises:
-        CheckpointError: The last checkpoint of a training cannot be written.
     """
 
     keep_ckpt_ids: deque[int]
@@ -92,9 +89,6 @@ class SafeCheckpointHook(CheckpointHook):
 
         Returns:
             Whether a run resumes from here; one that counts epochs resumes from the last epoch.
-
-        Raises:
-            CheckpointError: The checkpoint cannot be written.
         """
         if self.by_epoch:
             return False
@@ -238,9 +232,6 @@ def find_checkpoint(work_dir: str | Path, since: float = 0.) -> str | None:
     Args:
         work_dir: Folder of the run.
         since: Time in seconds since 1970; older files are ignored.
-
-    Raises:
-        CheckpointError: There are checkpoints, but none can be resumed.
     """
     skipped = []
     for path in _candidates(Path(work_dir), since):

@@ -26,9 +26,6 @@ class ISRHook(Hook):
         isr_ratio: What `ISRRatio.parse` reads.
         crop_size: As for `apply_isr`.
         method: As for `apply_isr`.
-
-    Raises:
-        RatioError: The ratio makes no sense, or not for this model.
     """
 
     def __init__(self, isr_ratio: int | str = 1, crop_size: tuple[int, int] | None = None,

@@ -116,10 +116,6 @@ class FiniteLossHook(Hook):
     Args:
         skip: Number of such steps to skip before the run ends. A skipped step changes no weight, no
             moment of the optimizer and no buffer.
-
-    Raises:
-        NotFinite: It names the files of the batch, the last good checkpoint and what to try.
-        ConfigError: Steps are to be skipped, and the optim wrapper cannot skip them.
     """
 
     def __init__(self, skip: int = 0) -> None:

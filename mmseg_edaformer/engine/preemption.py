@@ -43,10 +43,6 @@ class PreemptionHook(Hook):
     All ranks agree after every step, over a process group on the CPU. So a rank without a signal
     stops at the same step, and a rank whose peer is gone fails instead of waiting in a collective
     on a GPU.
-
-    Raises:
-        Preempted: The run was told to stop; the checkpoint is written.
-        LostPeer: A peer is gone.
     """
 
     priority = 'LOWEST'  # after the checkpoint hook

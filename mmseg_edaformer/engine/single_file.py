@@ -81,11 +81,6 @@ def pack_file(source: str | Path, target: str | Path, cfg: Config) -> Descriptio
         source: A checkpoint of a training, or one that the authors released.
         target: A .safetensors file, which is written whole or not at all.
         cfg: The config that the checkpoint was trained with.
-
-    Raises:
-        CheckpointError: The source is not a whole checkpoint of that config, or the target has
-            another suffix.
-        ConfigError: The config is not a segmentor's, or names classes that a file may not name.
     """
     target = Path(target)
     if target.suffix != '.safetensors':
@@ -109,11 +104,7 @@ def pack_file(source: str | Path, target: str | Path, cfg: Config) -> Descriptio
 
 
 def read_description(path: str | Path) -> Description:
-    """Read what `pack_file` wrote besides the weights; nothing in it is executed.
-
-    Raises:
-        CheckpointError: The file has no description, or names what a file may not name.
-    """
+    """Read what `pack_file` wrote besides the weights; nothing in it is executed."""
     try:
         with safe_open(path, 'pt') as file:
             text = (file.metadata() or {}).get(_KEY)
@@ -134,9 +125,6 @@ def describe(cfg: Config, meta: Mapping[str, Any]) -> Description:
     """Return what a prediction needs of a config, and of the ``meta`` of its checkpoint.
 
     The class names are the checkpoint's, or else those of the config's test set.
-
-    Raises:
-        ConfigError: The config is not a segmentor's, or has no test pipeline.
     """
     # Test-time augmentation wraps the model, also in the config that it writes to a work dir.
     model = (cfg.get('model') or {}).get('module') or cfg.get('model') or {}
@@ -168,11 +156,7 @@ def describe(cfg: Config, meta: Mapping[str, Any]) -> Description:
 
 
 def load_model(description: Description, content: Mapping[str, Any]) -> nn.Module:
-    """Build the described segmentor with the weights of a checkpoint, in eval mode on the CPU.
-
-    Raises:
-        CheckpointError: The weights are not those of this model.
-    """
+    """Build the described segmentor with the weights of a checkpoint, in eval mode on the CPU."""
     init_default_scope('mmseg')
     config = dict(description.model)
     if config['type'] == 'EncoderDecoder':  # the same labels, in less time and memory
@@ -189,11 +173,7 @@ def load_model(description: Description, content: Mapping[str, Any]) -> nn.Modul
 
 
 def _parse(data: Any) -> Description:
-    """Return a description from JSON.
-
-    Raises:
-        ValueError: It is no description, or names a class outside of `_DESCRIBED`.
-    """
+    """Return a description from JSON."""
     if not isinstance(data, dict) or not isinstance(data.get('format'), int):
         raise ValueError('it does not say its format')
     if data['format'] > DESCRIPTION_FORMAT:
@@ -217,12 +197,7 @@ def _parse(data: Any) -> Description:
 
 
 def _checked(value: Any, name: str = '') -> Any:
-    """Return JSON with tuples for lists, as mmseg needs them; ``name`` is the argument's name.
-
-    Raises:
-        ValueError: It names a class outside of `_DESCRIBED`, has an argument of `_TRAINING`, or a
-            value that breaks `_RULES` or `_LIMITS`.
-    """
+    """Return JSON with tuples for lists, as mmseg needs them; ``name`` is the argument's name."""
     allowed, (low, high) = _RULES.get(name), _LIMITS.get(name, (-1e6, 1e6))
     word = allowed is not None and isinstance(allowed[0], str)
     if isinstance(value, list) and not word:
