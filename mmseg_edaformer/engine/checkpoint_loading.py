@@ -14,7 +14,6 @@ from urllib.parse import urlparse
 import torch
 import torch.distributed
 from mmengine.dist import get_dist_info
-from mmengine.fileio import get_file_backend
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
@@ -215,9 +214,7 @@ def load_from_zoo(filename: str, map_location: Any = None) -> dict[str, Any]:
     """Read weights that mmengine knows by name, such as ``open-mmlab://resnet50_v1c``."""
     scheme, _, name = filename.partition('://')
     try:
-        if scheme == 'mmcls':
-            sources = zoo.get_mmcls_models()
-        elif scheme in ('torchvision', 'modelzoo'):
+        if scheme in ('torchvision', 'modelzoo'):
             sources = zoo.get_torchvision_models()
         else:
             sources = zoo.get_external_models()
@@ -228,34 +225,20 @@ def load_from_zoo(filename: str, map_location: Any = None) -> dict[str, Any]:
         raise CheckpointError(f'{filename} is not known to mmengine')
     source = sources[name]
     if source.startswith(('http://', 'https://')):
-        content = load_from_http(source, map_location)
-    else:
-        content = load_from_file(Path(zoo._get_mmengine_home(), source), map_location)
-    if scheme == 'mmcls':  # the encoder of a classifier
-        content['state_dict'] = {name.removeprefix('backbone.'): tensor
-                                 for name, tensor in content['state_dict'].items()
-                                 if name.startswith('backbone.')}
-    return content
+        return load_from_http(source, map_location)
+    return load_from_file(Path(zoo._get_mmengine_home(), source), map_location)
 
 
-def load_from_storage(filename: str, map_location: Any = None) -> dict[str, Any]:
-    """Read a checkpoint through mmengine's petrel backend."""
-    backend = get_file_backend(filename, backend_args=dict(backend='petrel'))
-    with backend.get_local_path(filename) as path:
-        return load_from_file(path, map_location)
-
-
-def load_from_pavi(filename: str, map_location: Any = None) -> dict[str, Any]:
-    """Refuse: PAVI's reader may run code."""
+def refuse_scheme(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """Refuse what needs mmengine's own readers, which may run code."""
     raise CheckpointError(f'{filename} cannot be read: download it and give the file')
 
 
 LOADERS: dict[str, Callable[..., dict[str, Any]]] = {
     **dict.fromkeys(('http://', 'https://'), load_from_http),
-    **dict.fromkeys(('torchvision://', 'modelzoo://', 'open-mmlab://', 'openmmlab://', 'mmcls://'),
+    **dict.fromkeys(('torchvision://', 'modelzoo://', 'open-mmlab://', 'openmmlab://'),
                     load_from_zoo),
-    **dict.fromkeys((r'(\S+\:)?s3://', r'(\S+\:)?petrel://'), load_from_storage),
-    'pavi://': load_from_pavi,
+    **dict.fromkeys(('mmcls://', r'(\S+\:)?s3://', r'(\S+\:)?petrel://', 'pavi://'), refuse_scheme),
     '': load_from_file}
 """What reads a checkpoint, by a pattern for the start of its name; mmengine has the same ones."""
 

@@ -114,12 +114,7 @@ def check_classifier_flags(flags: Mapping[str, Any]) -> None:
 
 
 def check_data(cfg: Config, *splits: str) -> None:
-    """Check that the data of the splits is there and has the classes that the model predicts.
-
-    Args:
-        cfg: The config of the run.
-        splits: Of 'train', 'val', 'test'.
-    """
+    """Check that the data of the splits is there and has the classes that the model predicts."""
     if is_classifier(cfg):
         check_library()
     model = cfg.model.get('module', cfg.model)  # test-time augmentation wraps it
@@ -142,22 +137,18 @@ def check_data(cfg: Config, *splits: str) -> None:
             except ValueError as error:  # such as classes that the data set does not have
                 raise ConfigError(f'the {split} set cannot be built: {error}') from error
             if isinstance(dataset, BaseSegDataset):
-                _check_classes(split, dataset, num_classes)
+                classes = dataset.metainfo.get('classes')
+                if None not in (classes, num_classes) and len(classes) != num_classes:
+                    raise ConfigError(
+                        f'the {split} set {type(dataset).__name__} has {len(classes)} classes, the '
+                        f'model {num_classes}: set model.decode_head.num_classes={len(classes)}, '
+                        "or the data set's metainfo.classes")
                 if os.environ.get('RANK', '0') == '0':
                     _check_files(split, dataset)
                     check_samples(cfg, split, dataset, alone=len(inner) == 1)
             elif is_classifier(cfg) and os.environ.get('RANK', '0') == '0':
                 folders[split] = check_folders(split, dataset, num_classes)
     check_same_classes(folders)
-
-
-def _check_classes(split: str, dataset: BaseSegDataset, num_classes: int | None) -> None:
-    classes = dataset.metainfo.get('classes')
-    if classes is None or num_classes is None or len(classes) == num_classes:
-        return
-    raise ConfigError(f'the {split} set {type(dataset).__name__} has {len(classes)} classes, the '
-                      f'model {num_classes}: set model.decode_head.num_classes={len(classes)}, or '
-                      'the data set\'s metainfo.classes')
 
 
 def _check_colours(split: str, loader: Any, dataset_cfg: Any) -> None:
@@ -198,7 +189,6 @@ def _check_files(split: str, dataset: BaseSegDataset) -> None:
 
 
 def _stems(folder: str, suffix: str) -> set[str]:
-    """Names of the files below a folder that end in a suffix, without it."""
     return {os.path.relpath(os.path.join(where, name), folder).removesuffix(suffix)
             for where, _, names in os.walk(folder) for name in names if name.endswith(suffix)}
 

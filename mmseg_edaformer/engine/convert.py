@@ -203,7 +203,7 @@ def stored_classes(meta: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def _ffn_ratio(dim: int, hidden: int) -> float:
-    """Return the ratio of one decimal that gives a width, such as 3.8 for int(32 * 3.8) = 121."""
+    # One decimal that gives the width, such as 3.8 for int(32 * 3.8) = 121.
     return next((tenths / 10 for tenths in range(1, 200) if int(dim * tenths / 10) == hidden),
                 hidden / dim)
 

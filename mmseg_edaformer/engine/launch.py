@@ -44,10 +44,7 @@ def add_report(cfg: Config) -> None:
 
 
 def build_runner(cfg: Config) -> Runner:
-    """Start the process group where there is one, and build the runner that the config names.
-
-    The config's ``compile`` is True, or the arguments of `compile_model`.
-    """
+    """Start the process group where there is one, and build the runner that the config names."""
     if cfg.get('custom_imports'):  # some were added after the config was read
         import_modules_from_strings(**cfg.custom_imports)
     if cfg.launcher == 'pytorch':
@@ -156,7 +153,7 @@ def train(cfg: Config) -> int:
                  f'({error}): the last lines of that one say why. Continue with --resume')
     finally:
         if watchdog is not None:
-            watchdog.stop()  # the others may leave now, and wait while the first one writes
+            watchdog.stopped.set()  # the others may leave now, and wait while the first one writes
     runner.call_hook('after_success')
     return 0
 
