@@ -103,8 +103,8 @@ class ExportReport:
             f'{self.timed[1]} in turn (with quartiles), {self.threads} '
             f'thread{"s" if self.threads > 1 else ""}' +
             (f'; mIoU of {self.labelled} labelled images' if self.labelled else '') + '.']
-        lines += [f'The times of {row.name} are useless, because their ratio to PyTorch differs too '
-                  'much from turn to turn: export again while nothing else runs here, or with '
+        lines += [f'The times of {row.name} are useless, because their ratio to PyTorch differs '
+                  'too much from turn to turn: export again while nothing else runs here, or with '
                   'fewer --threads.' for row in self.rows if row.spread[1] > 1.5 * row.spread[0]]
         if metadata['output'] == 'labels':
             lines.append("Logits apart: where labels differ, PyTorch's logit of its own label less "
