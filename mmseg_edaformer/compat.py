@@ -1,7 +1,4 @@
-"""All that exists only because of a dependency's version.
-
-Each piece names the upstream problem and when it can go.
-"""
+"""Workarounds for versions of dependencies. Each names its upstream cause and when it can go."""
 import atexit
 import functools
 import getpass
@@ -36,10 +33,10 @@ _torchvision: Any = None  # keeps the declarations alive
 
 
 def check_environment() -> None:
-    """See that what this package stands on is there and new enough.
+    """Check that the required packages are installed in versions that fit.
 
     Raises:
-        ImportError: What is missing or of a wrong version, and the command that mends it.
+        ImportError: A package is missing or does not fit; the message has the command to run.
     """
     stack = installed_stack()
     wanted: dict[str, tuple[str, str | None]] = {'torch': ('2.4', None), **STACKS[stack]}

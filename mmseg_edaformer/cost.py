@@ -29,7 +29,7 @@ def count_macs(model: nn.Module, input_size: tuple[int, int] = (512, 512), *,
 
     Args:
         model: A segmentor, a backbone or any module that takes one N x 3 x H x W tensor; wrapped
-            by DDP or compiled just as well.
+            by DDP or compiled too.
         input_size: Height and width in pixels.
         compute: Whether a model that asks for values on the way may run; otherwise its error is
             raised.

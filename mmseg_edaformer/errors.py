@@ -1,4 +1,4 @@
-"""Errors that a user can mend, and how the command lines show them."""
+"""Errors that a user can fix, and how the command lines show them."""
 import difflib
 import errno
 import inspect
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 
 class UserError(ValueError):
-    """Something that the user can mend: the message says what is wrong, where, and what to do."""
+    """An error that the user can fix: the message says what is wrong, where, and what to do."""
 
     def __init__(self, message: str) -> None:
         # A DataLoader worker's error arrives as "Caught X in DataLoader worker ... X: message",
@@ -50,11 +50,10 @@ def shown(name: object) -> str:
 
 @contextmanager
 def clear_errors() -> Iterator[None]:
-    """End a command line with one clear message and exit code 1 for what the user can mend.
+    """End a command line with one clear message and exit code 1 on errors that the user can fix.
 
-    Everything else keeps its traceback: it is a defect, and the traceback is what a report needs.
-    What the terminal's encoding cannot show, such as a class name in an ASCII locale or a file name
-    that is not UTF-8, is printed as an escape.
+    Other errors keep their traceback, which the report of a defect needs. Characters that the
+    terminal's encoding lacks are printed as escapes.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -72,7 +71,7 @@ def clear_errors() -> Iterator[None]:
 
 
 def _message(error: Exception) -> str | None:
-    """What to show of an error that the user can mend; None for a defect."""
+    """Return the message of an error that the user can fix, or None for a defect."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError):
@@ -92,10 +91,9 @@ def _message(error: Exception) -> str | None:
 
 
 def _end_torchrun() -> None:
-    """Have torchrun not start a run again whose error would come again.
+    """Stop torchrun, which would restart a run whose error would come again.
 
-    It starts all processes again whatever the error of one was, unless it is told to end itself. It
-    ends the other processes then. One after the other, so that an error of all is shown once.
+    The ranks do it one after the other, so that an error of all is shown once.
     """
     if int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0)) < 1:
         return
@@ -106,7 +104,7 @@ def _end_torchrun() -> None:
 
 
 def _explain_misspelling(error: TypeError) -> str:
-    """Name the class of the config whose argument is unknown, and the nearest that it has."""
+    """Name the class in the config that lacks the argument, and its nearest one."""
     argument = str(error).rpartition('argument ')[2].split("'")[1]
     frame, built = error.__traceback__, None
     while frame is not None:  # mmengine's registry holds the class in a local name

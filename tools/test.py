@@ -1,7 +1,8 @@
-"""Test a segmentor or classifier, with the flags of mmsegmentation's own tool and the ISR ratio."""
+"""Test a segmentor or a classifier, at any ISR ratio."""
 import argparse
 
 from mmseg_edaformer.command_line import (
+    add_isr_ratio,
     add_run_arguments,
     check_checkpoint,
     find_config,
@@ -14,21 +15,18 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='the config that the checkpoint was trained with')
     parser.add_argument('checkpoint', help='.pth or .safetensors')
-    parser.add_argument('--isr-ratio', metavar='RATIO',
-                        help='pool the keys further: one integer for all stages (2), multipliers '
-                        'of encoder and decoder stages, shallow to deep (2211-222; 2211 for a '
-                        'classifier), optimal, or '
-                        'auto, which keeps the keys per query near those of training')
+    add_isr_ratio(parser, default=None, note=', or 2211 for a classifier (default: as the config '
+                  'says)')
     parser.add_argument('--isr-method', default='average', metavar='METHOD',
                         help='how keys are reduced: average (default), max, overlap or bipartite')
     parser.add_argument('--tta', action='store_true', help='test-time augmentation')
     parser.add_argument('--bf16', action='store_true', help='compute in bfloat16')
     parser.add_argument('--out', metavar='DIR', help='write the predicted labels there as PNG')
-    parser.add_argument('--json', metavar='FILE', help='write the figures there')
+    parser.add_argument('--json', metavar='FILE', help='write metrics, ratio and time to this file')
     parser.add_argument('--show', action='store_true', help='show each prediction in a window')
-    parser.add_argument('--show-dir', metavar='DIR', help='paint the predictions there')
+    parser.add_argument('--show-dir', metavar='DIR', help='write each prediction there as an image')
     parser.add_argument('--wait-time', type=float, default=2., metavar='SECONDS',
-                        help='how long --show shows each')
+                        help='time that --show shows each image')
     add_run_arguments(parser)
     return parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""Train a segmentor or classifier, with the flags of mmsegmentation's own tool and some more."""
+"""Train a segmentor or a classifier."""
 import argparse
 import os
 import signal
@@ -29,9 +29,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='such as configs/edaformer_t_ade.py')
     parser.add_argument('--resume', action='store_true',
-                        help='go on from the newest checkpoint in the work dir that loads')
+                        help='resume from the newest checkpoint in the work dir that loads')
     parser.add_argument('--load-from', metavar='CHECKPOINT',
-                        help='start from these weights; those that do not fit are initialised')
+                        help='start from these weights; those of other shapes stay as initialised')
     parser.add_argument('--backbone-weights', metavar='FILE',
                         help='start the encoder from these: the authors\' EFT_T.pth, a checkpoint '
                         'of configs/eft_t_in1k.py, or .safetensors')
@@ -40,8 +40,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--auto-scale-lr', action='store_true',
                         help='scale the learning rate with the images per step')
     parser.add_argument('--skip-nonfinite', type=int, metavar='N',
-                        help='leave out up to N steps whose loss or gradient is nan or infinite; '
-                        'the first one ends the run otherwise')
+                        help='skip up to N steps whose loss or gradient is nan or infinite '
+                        '(default: the first one ends the run)')
     add_run_arguments(parser)
     return parser.parse_args()
 

@@ -412,8 +412,9 @@ def with_checks(step: Mapping[str, Any]) -> dict[str, Any]:
 
 def without_checks(step: Mapping[str, Any]) -> dict[str, Any]:
     """Return a step of a pipeline with the name of mmcv or mmseg in place of our class."""
-    names = {cls.__name__: name for name, cls in REPLACES.items()}
-    return {**step, 'type': names.get(step['type'], step['type'])}
+    names = {**{cls.__name__: name for name, cls in REPLACES.items()},
+             **{name: name for name in REPLACES}}
+    return {**step, 'type': names.get(str(step['type']).rpartition('.')[2], step['type'])}
 
 
 def _count_labels(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -20,7 +20,7 @@ from mmseg.registry import TRANSFORMS
 from PIL import Image
 
 from ..cost import count_macs, windows
-from ..data.transforms import MAX_PIXELS, allow_pixels
+from ..data.transforms import MAX_PIXELS, allow_pixels, with_checks
 from ..errors import CheckpointError, ConfigError, DataError, shown
 from ..isr import ISRRatio, apply_isr, remove_isr
 from ..isr.registry import find_attention
@@ -170,8 +170,9 @@ class Segmenter:
         self._told: dict[ISRRatio, int] = {}
         self._reduced: dict[tuple[int, int], bool] = {}
         try:
-            self._read_file = TRANSFORMS.build(self.description.pipeline[0])
-            steps: list[Any] = self.description.pipeline[1:]
+            first, *rest = map(with_checks, self.description.pipeline)
+            self._read_file = TRANSFORMS.build(first)
+            steps: list[Any] = rest
             if max_side is not None:  # after what resizes for good, before multiples of 32
                 resized = [index for index, step in enumerate(steps, 1)
                            if 'Resize' in str(step['type']) and 'Multiple' not in str(step['type'])]

@@ -109,6 +109,7 @@ def test_each_class_has_its_own_name():
         step = dict(type=name, scale=8)
         assert with_checks(step) == dict(step, type=cls.__name__)
         assert without_checks(with_checks(step)) == step
+        assert without_checks(dict(step, type=f'mmseg.{cls.__name__}')) == step
     assert with_checks(dict(type='PackSegInputs')) == dict(type='PackSegInputs')
 
 

@@ -142,10 +142,10 @@ def test_entries_that_are_no_images_are_listed(segmenter, odd_photos, tmp_path):
     summary = predict_images(segmenter, [odd_photos], tmp_path / 'out')
     reasons = {os.path.basename(path): reason for path, reason in summary['skipped'].items()}
     for name, reason in {
-            'gone.png': 'gone.png: it is a link to nowhere, which is not there',
+            'gone.png': 'gone.png: it is a link to nowhere, which does not exist',
             'loop.png': 'loop.png (Too many levels of symbolic links)',
             'pipe.png': 'pipe.png is not a regular file',
-            'dead\\xe8.png': 'dead\\xe8.png: it is a link to \\xff, which is not there',
+            'dead\\xe8.png': 'dead\\xe8.png: it is a link to \\xff, which does not exist',
             'bad.JPG': 'bad.JPG (5 bytes)'}.items():
         assert reason in reasons.pop(name)
     assert not reasons
@@ -155,7 +155,7 @@ def test_entries_that_are_no_images_are_listed(segmenter, odd_photos, tmp_path):
     assert len(text.splitlines()) == 8
     assert describe_summary(dict(summary, skipped=dict.fromkeys(range(9), 'why')), '.').count(
         'skipped: ') == 6
-    with pytest.raises(DataError, match=r'gone.png: it is a link to nowhere, which is not there'):
+    with pytest.raises(DataError, match=r'gone.png: it is a link to nowhere, which does not exist'):
         predict_images(segmenter, [odd_photos / 'gone.png'], tmp_path / 'out')
 
 
