@@ -3,6 +3,8 @@ import dataclasses
 import importlib.util
 import json
 import re
+import resource
+import signal
 from argparse import Namespace
 
 import numpy as np
@@ -15,11 +17,12 @@ from PIL import Image
 from mmseg_edaformer import export as package
 from mmseg_edaformer.engine.single_file import pack_file
 from mmseg_edaformer.errors import CheckpointError, ConfigError, DataError
-from mmseg_edaformer.export import FORMATS, Exported, export, parity
+from mmseg_edaformer.export import FORMATS, Exported, export, parity, runtimes
 from mmseg_edaformer.export.runtimes import placing
+from mmseg_edaformer.models import EDAFormerHead
 from mmseg_edaformer.predict.segmenter import Segmenter
 from tests.conftest import ROOT, run, seeing_model, write_config
-from tests.processes import run_tool
+from tests.processes import finish, in_child, run_tool
 
 NEEDS = {'onnx': ('onnxscript', 'onnxruntime'), 'openvino': ('onnxscript', 'openvino'), 'pt2': ()}
 RATIO = '2211-222'
@@ -121,7 +124,6 @@ def test_a_file_predicts_as_the_model_at_any_size_and_number(work, scenes, files
     assert near.relative < 1e-3
     assert len({shape[0] for shape in near.inputs}) == len({shape[1] for shape in near.inputs}) == 2
     assert report.rows[0].relative == 1
-    assert report.rows[1].ms > 0
     assert f'ISR {ratio}' in str(report)
     assert ('Smaller images were enlarged.' in report.notes) == (ratio == RATIO)
 
@@ -175,9 +177,8 @@ def test_useless_times_are_named(files):
         rows = report.rows[0], dataclasses.replace(report.rows[1], relative=0.95, spread=spread)
         text = str(dataclasses.replace(report, rows=rows))
         assert f'x 0.95 ({spread[0]} to {spread[1]})' in text
-        assert ('The times of pt2 are useless: their ratio' in text) != steady
-    low, middle, high = report.rows[1].spread[0], report.rows[1].relative, report.rows[1].spread[1]
-    assert low <= middle <= high
+        assert ('The times of pt2 are useless, ' in text) != steady
+    assert report.rows[1].spread[0] <= report.rows[1].relative <= report.rows[1].spread[1]
 
 
 @pytest.mark.slow
@@ -332,31 +333,21 @@ def test_differences_are_measured(monkeypatch, change, equal):
 def test_a_full_disk(work, tmp_path):
     """Simulated by a limit on the size of files, in a process of its own."""
     pytest.importorskip('openvino')
-    output = run('-c', """
-import resource, signal, sys
-from pathlib import Path
-import numpy as np
-from mmseg_edaformer.errors import UserError
-from mmseg_edaformer.export import export, runtimes
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (200000, 200000))
-work, out = map(Path, sys.argv[1:])
-try:
-    export(work, out / 'model.pt2', format='pt2', size=(64, 96))
-except OSError as error:
-    print('pt2:', error)
-openvino = runtimes._openvino()
-ops = openvino.opset13
-large = ops.result(ops.constant(np.zeros(100000, np.float32)))
-try:
-    with runtimes.placing(out / 'model.xml') as partial:
-        runtimes._save_openvino(openvino.Model([large], []), partial, '{}')
-except UserError as error:
-    print('openvino:', error)
-""", work, tmp_path).stdout
-    assert re.search('^pt2: .*File too large', output, re.M)
-    assert re.search('^openvino: OpenVINO cannot write to .*free some space', output, re.M)
-    assert not list(tmp_path.iterdir())
+    openvino = runtimes._openvino()
+    ops, out = openvino.opset13, tmp_path / 'out'
+
+    def write():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200000, 200000))
+        with pytest.raises(OSError, match='File too large'):
+            export(work, out / 'model.pt2', format='pt2', size=(64, 96))
+        large = ops.result(ops.constant(np.zeros(100000, np.float32)))
+        with pytest.raises(ConfigError, match=r'OpenVINO cannot write to .*free some space'):
+            with placing(out / 'model.xml') as partial:
+                runtimes._save_openvino(openvino.Model([large], []), partial, '{}')
+
+    assert finish(in_child(write, log=tmp_path / 'log')) == 0, (tmp_path / 'log').read_text()
+    assert not list(out.iterdir())
 
 
 def test_weights_never_stand_beside_the_graph_of_another(tmp_path):
@@ -411,10 +402,8 @@ def test_a_missing_package_is_named(work, tmp_path, monkeypatch, untraced):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name, *rest: None if name in (
         'onnxruntime', 'openvino', 'nncf', 'onnx', 'onnxscript') else find(name, *rest))
-    for kind, named in (('onnx', 'onnx, onnxscript, onnxruntime'),
-                        ('openvino', 'onnx, onnxscript, openvino')):
-        with pytest.raises(ConfigError, match=named + r' is missing .*\[export\]'):
-            export(work, tmp_path / f'm{FORMATS[kind].suffix}', format=kind)
+    with pytest.raises(ConfigError, match=r'onnx, onnxscript, openvino is missing .*\[export\]'):
+        export(work, tmp_path / 'm.xml', format='openvino')
     path = tmp_path / 'm.onnx'
     path.write_bytes(b'x')
     with pytest.raises(ConfigError, match='onnxruntime is missing'):
@@ -428,7 +417,6 @@ def test_a_missing_package_is_named(work, tmp_path, monkeypatch, untraced):
     (dict(int8=True, calibrate='.'), '--int8 does not work with --format pt2: use onnx or'),
     (dict(calibrate='.'), '--calibrate is for --int8: give both or none'),
     (dict(size=(16, 64)), r'--size 16,64: give height and width in pixels from 32 up'),
-    (dict(samples=0), '--samples 0: give 1 or more'),
     (dict(threads=0), '--threads 0: give 1 or more'),
     (dict(isr_ratio='auto'), '--isr-ratio auto follows the size .* with --size H,W'),
 ])
@@ -446,14 +434,13 @@ def test_models_and_images_that_cannot_work(work, scenes, tmp_path, untraced, mo
     (tmp_path / 'empty').mkdir()
     with pytest.raises(DataError, match='no image in the folder'):
         export(work, out, format='pt2', images=tmp_path / 'empty')
-    for kind in ('onnx', 'openvino'):
-        monkeypatch.setattr(importlib.util, 'find_spec', lambda name, *_: name)
-        wanted = dict(out=out.with_suffix(FORMATS[kind].suffix), format=kind, int8=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, 'find_spec', lambda name, *_: name)
+        wanted = dict(out=out.with_suffix('.onnx'), format='onnx', int8=True)
         with pytest.raises(ConfigError, match='--int8 needs --calibrate FOLDER'):
             export(work, **wanted)
         with pytest.raises(DataError, match='no image in the folder'):
             export(work, **wanted, calibrate=tmp_path / 'empty')
-    monkeypatch.undo()
     other = tmp_path / 'other.pth'
     torch.save(dict(state_dict={'backbone.weight': torch.zeros(2)}, meta=dict()), other)
     with pytest.raises(CheckpointError):
@@ -472,7 +459,6 @@ def test_models_and_images_that_cannot_work(work, scenes, tmp_path, untraced, mo
 
 
 def test_a_model_that_looks_at_values_cannot_be_traced(work, tmp_path, monkeypatch):
-    from mmseg_edaformer.models import EDAFormerHead
     forward = EDAFormerHead.forward
     monkeypatch.setattr(EDAFormerHead, 'forward', lambda self, maps: forward(
         self, maps) * (2 if maps[0].mean().item() > 0 else 1))
@@ -491,11 +477,8 @@ def test_the_command_line(work, scenes, tmp_path):
     assert '8 classes, ISR 2, labels, images of 64x96, any number at once' in output
     assert 'Warning' not in output
     assert Exported(out).metadata['isr_ratio'] == '2'
-    assert json.dumps(Exported(out).metadata)
     for wrong, expected, message in (
-            (('--format', 'tflite'), 2, "invalid choice: 'tflite'"),
             (('--format', 'pt2', '--size', '64x96'), 2, "'64x96' is no image size"),
-            (('--format', 'pt2', '--size', '16'), 1, '--size 16,16: give height and width'),
             (('--format', 'pt2', '--images', tmp_path / 'gone'), 1, 'gone does not exist'),
             (('--format', 'onnx'), 1, 'ends in .onnx')):
         code, output = run_tool('tools/export.py', '--model', work, '--out', out, *wrong)
