@@ -5,7 +5,7 @@ import re
 import tarfile
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
@@ -250,6 +250,24 @@ def load_checkpoint(filename: str | Path, map_location: Any = 'cpu') -> dict[str
     return loader(name, map_location)
 
 
+def compare_weights(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return what of a checkpoint does not fit a model, by name, other shapes first."""
+    given, wanted = ({name: tensor for name, tensor in weights.items()
+                      if not name.endswith('num_batches_tracked')} for weights in (given, wanted))
+    return {
+        **{name: f'{name} is {_shape(given[name])} in the checkpoint and {_shape(tensor)} in the '
+           'model' for name, tensor in wanted.items()
+           if name in given and given[name].shape != tensor.shape},
+        **{name: f'{name} is not in it' for name in wanted if name not in given},
+        **{name: f'{name} is not in the model' for name in given if name not in wanted}}
+
+
+def join_problems(problems: Mapping[str, str]) -> str:
+    """Return the first problems as a text."""
+    more = f' and {len(problems) - 6} more' if len(problems) > 6 else ''
+    return '; '.join([*problems.values()][:6]) + more
+
+
 def check_weights(model: nn.Module, checkpoint: dict[str, Any], *,
                   fine_tune: bool = False) -> list[str]:
     """Check that a loaded checkpoint fits a model; mmengine only logs that it does not.
@@ -269,37 +287,32 @@ def check_weights(model: nn.Module, checkpoint: dict[str, Any], *,
             fits. Without ``fine_tune``: a weight is missing or has another shape.
     """
     model = cast(Any, model).module if is_model_wrapper(model) else model
-    wanted = {name.removeprefix('module.'): tensor for name, tensor in model.state_dict().items()
-              if not name.endswith('num_batches_tracked')}
+    wanted = {name.removeprefix('module.'): tensor for name, tensor in model.state_dict().items()}
     state = checkpoint['state_dict']
-    given = {name.removeprefix('module.'): tensor for name, tensor in state.items()}
+    given = {name.removeprefix('module.'): tensor for name, tensor in state.items()
+             if name.removeprefix('module.') in wanted}
     parameters = {name for name, _ in model.named_parameters()}
-    for name in wanted.keys() & given.keys():  # a buffer may be a mask of -inf
+    for name in given:  # a buffer may be a mask of -inf
         wrong = ~given[name].isfinite() if name in parameters else given[name].isnan()
         if wrong.any():
             raise CheckpointError(
                 f'{name} has {int(wrong.sum())} of {wrong.numel()} numbers in the checkpoint '
                 'that are nan or infinite: the training diverged or the file is damaged. Use an '
                 'older checkpoint')
-    missing = [name for name in wanted if name not in given]
-    other = [name for name in wanted if name in given and given[name].shape != wanted[name].shape]
-    if len(missing) == len(wanted):
+    if not given:
         hint = ('. It is the authors\' release: run tools/convert_checkpoint.py on it first'
-                if any('.attn.sr.' in name for name in given) else '')
+                if any('.attn.sr.' in name for name in state) else '')
         raise CheckpointError('the checkpoint has no weight of this model' + hint)
-    shapes = [f'{name} is {_shape(given[name])} in the checkpoint and {_shape(wanted[name])} '
-              'in the model' for name in other]
-    if fine_tune:
-        for name in other:
-            state.pop(name, state.pop(f'module.{name}', None))
-        return [*shapes, *(f'{name} is not in it' for name in missing)]
-    if missing or other:
-        advice = ('' if not other else '. A classifier of another size means another number of '
-                  'classes: use the config that the checkpoint was trained with, or fine-tune it '
-                  'with tools/train.py CONFIG --load-from CHECKPOINT')
-        raise CheckpointError('the checkpoint does not fit the model: ' + '; '.join(
-            [*shapes[:6], *(f'{name} is not in it' for name in missing[:6])]) + advice)
-    return []
+    problems = compare_weights(given, wanted)
+    if problems and not fine_tune:
+        advice = ('' if given.keys().isdisjoint(problems) else '. A classifier of another size '
+                  'means another number of classes: use the config that the checkpoint was trained '
+                  'with, or fine-tune it with tools/train.py CONFIG --load-from CHECKPOINT')
+        raise CheckpointError(f'the checkpoint does not fit the model: {join_problems(problems)}'
+                              f'{advice}')
+    for name in given.keys() & problems.keys():
+        state.pop(name, state.pop(f'module.{name}', None))
+    return [*problems.values()]
 
 
 @HOOKS.register_module()

@@ -22,7 +22,7 @@ from ..errors import CheckpointError
 from ..files import replacing
 from ..models import EFT, EDAFormerHead
 from ..models.eft import ARCHITECTURES
-from .checkpoint_loading import load_from_file
+from .checkpoint_loading import compare_weights, join_problems, load_from_file
 
 _RENAMED: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r'^patch_embed(\d)\.', lambda m: f'stages.{int(m[1]) - 1}.patch_embed.'),
@@ -87,20 +87,14 @@ def convert_state_dict(source: Mapping[str, Tensor]) -> Conversion:
             weights[new] = tensor
     sizes = infer_sizes(weights)
     prefix = 'backbone.' if segmentor else ''
-    wanted = {f'{prefix}{name}': tensor.shape for name, tensor in _on_meta(EFT, sizes['eft'])}
+    wanted = {f'{prefix}{name}': tensor for name, tensor in _on_meta(EFT, sizes['eft'])}
     if segmentor:
-        wanted.update({f'decode_head.{name}': tensor.shape
+        wanted.update({f'decode_head.{name}': tensor
                        for name, tensor in _on_meta(EDAFormerHead, sizes['head'])})
-    problems = [f'{name} is missing' for name in wanted if name not in weights]
-    problems += [f'{old} is not known' for old, new in renamed.items()
-                 if new not in wanted and not new.endswith('num_batches_tracked')]
-    problems += [f'{name} is {tuple(weights[name].shape)}, not {tuple(shape)}'
-                 for name, shape in wanted.items()
-                 if name in weights and weights[name].shape != shape]
+    problems = compare_weights(weights, wanted)
     if problems:
-        raise CheckpointError('the weights are not those of an EDAFormer: ' +
-                              '; '.join(problems[:8]) +
-                              (f' and {len(problems) - 8} more' if len(problems) > 8 else ''))
+        raise CheckpointError(f'the weights are not those of an EDAFormer: '
+                              f'{join_problems(problems)}')
     return Conversion(weights, renamed, dropped, sizes)
 
 
@@ -210,8 +204,7 @@ def _ffn_ratio(dim: int, hidden: int) -> float:
 
 def _on_meta(build: type, arguments: dict[str, Any]) -> list[tuple[str, Tensor]]:
     with torch.device('meta'):
-        return [(name, tensor) for name, tensor in build(**arguments).state_dict().items()
-                if not name.endswith('num_batches_tracked')]
+        return [*build(**arguments).state_dict().items()]
 
 
 def load_backbone(backbone: nn.Module, filename: str | Path) -> str:
@@ -234,19 +227,10 @@ def load_backbone(backbone: nn.Module, filename: str | Path) -> str:
             left_out.append(name)
         else:
             weights[rename_key(inner) if isinstance(backbone, EFT) else inner] = tensor
-    wanted = {name: tensor.shape for name, tensor in backbone.state_dict().items()
-              if not name.endswith('num_batches_tracked')}
-    problems = [f'{name} is {"x".join(map(str, weights[name].shape))} in it and '
-                f'{"x".join(map(str, shape))} in the config' for name, shape in wanted.items()
-                if name in weights and weights[name].shape != shape]
-    problems += [f'{name} is not in it' for name in wanted if name not in weights]
-    problems += [f'{name} is not in the config' for name in weights
-                 if name not in wanted and not name.endswith('num_batches_tracked')]
+    problems = compare_weights(weights, backbone.state_dict())
     if problems:
-        more = f' and {len(problems) - 4} more' if len(problems) > 4 else ''
         raise CheckpointError(f'{filename} does not fit the backbone {type(backbone).__name__} of '
-                              f'the config: {"; ".join(problems[:4])}{more}'
-                              f'{_advice(backbone, weights)}')
+                              f'the config: {join_problems(problems)}{_advice(backbone, weights)}')
     backbone.load_state_dict(weights, strict=False)
     parts = Counter('.'.join(name.split('.')[:2]) for name in weights)
     return (f'Backbone from {filename}: {len(weights)} weights used (' +

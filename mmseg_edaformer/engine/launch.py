@@ -90,9 +90,6 @@ def prepare_train(cfg: Config, *, resume: bool = False, load_from: str | None = 
             cfg.resume, cfg.load_from = True, found
     add_hook(cfg, dict(type='PreemptionHook'), replace=False)
     add_report(cfg)
-    if skip_nonfinite is not None and skip_nonfinite < 0:
-        raise ConfigError(f'--skip-nonfinite {skip_nonfinite} is negative: give a number of '
-                          'steps, 0 or more')
     if skip_nonfinite is None:
         add_hook(cfg, dict(type='FiniteLossHook'), replace=False)
     else:

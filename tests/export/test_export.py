@@ -333,18 +333,19 @@ def test_differences_are_measured(monkeypatch, change, equal):
 def test_a_full_disk(work, tmp_path):
     """Simulated by a limit on the size of files, in a process of its own."""
     pytest.importorskip('openvino')
-    openvino = runtimes._openvino()
-    ops, out = openvino.opset13, tmp_path / 'out'
+    out = tmp_path / 'out'
 
     def write():
+        openvino = runtimes._openvino()
+        ops = openvino.opset13
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (200000, 200000))
         with pytest.raises(OSError, match='File too large'):
             export(work, out / 'model.pt2', format='pt2', size=(64, 96))
         large = ops.result(ops.constant(np.zeros(100000, np.float32)))
-        with pytest.raises(ConfigError, match=r'OpenVINO cannot write to .*free some space'):
-            with placing(out / 'model.xml') as partial:
-                runtimes._save_openvino(openvino.Model([large], []), partial, '{}')
+        with (pytest.raises(ConfigError, match=r'OpenVINO cannot write to .*free some space'),
+              placing(out / 'model.xml') as partial):
+            runtimes._save_openvino(openvino.Model([large], []), partial, '{}')
 
     assert finish(in_child(write, log=tmp_path / 'log')) == 0, (tmp_path / 'log').read_text()
     assert not list(out.iterdir())
