@@ -80,14 +80,14 @@ def prepare_train(cfg: Config, *, resume: bool = False, load_from: str | None = 
     cfg.resume = False
     if resume or restart:
         since = started.stat().st_mtime if restart and started.is_file() else 0.
-        found = find_checkpoint(cfg.work_dir, since)
+        newest = find_checkpoint(cfg.work_dir, since)
         again = f' (start {restart + 1} of this run)' if restart else ''
-        if found is None:
+        if newest is None:
             print_log(f'Nothing to resume in {cfg.work_dir}: training starts from the beginning'
                       f'{again}', logger='current', level=logging.WARNING)
         else:
-            print_log(f'Resuming from {found}{again}', logger='current')
-            cfg.resume, cfg.load_from = True, found
+            print_log(f'Resuming from {newest}{again}', logger='current')
+            cfg.resume, cfg.load_from = True, newest
     add_hook(cfg, dict(type='PreemptionHook'), replace=False)
     add_report(cfg)
     if skip_nonfinite is None:

@@ -25,8 +25,7 @@ from ..errors import CheckpointError, ConfigError
 from .checkpoint_loading import check_weights, load_from_file
 from .convert import convert_state_dict, stored_classes, write_weights
 
-DESCRIPTION_FORMAT = 1
-"""Version of the descriptions written here; a larger one comes from a newer package."""
+DESCRIPTION_FORMAT = 1  # of what is written here; a larger one comes from a newer package
 
 _KEY = 'mmseg_edaformer'
 _DESCRIBED = {
@@ -37,10 +36,9 @@ _DESCRIBED = {
 """Classes that a file may name; mmengine imports and calls anything that a ``type`` names."""
 _TRAINING = ('init_cfg', 'pretrained', 'train_cfg', 'loss_decode', 'auxiliary_head')
 """Arguments for training alone; most can name files, some of which would be unpickled."""
+# Arguments that a described LoadImageFromFile may have, and what may follow it: the last one ends.
 _READING = ('type', 'to_float32', 'color_type', 'imdecode_backend')
-"""Arguments that a described LoadImageFromFile may have."""
 _STEPS = ('Resize', 'ResizeToMultiple', 'PackSegInputs')
-"""Transforms that may follow it; the last one is at the end."""
 _RULES: dict[str, tuple[Any, ...] | range] = {
     **dict.fromkeys(('align_corners', 'keep_ratio', 'to_float32', 'bgr_to_rgb', 'rgb_to_bgr',
                      'qkv_bias', 'seg_logits'), (False, True)),
@@ -53,21 +51,14 @@ _RULES: dict[str, tuple[Any, ...] | range] = {
     **dict.fromkeys(('depths', 'num_layers', 'num_heads', 'pool_ratios', 'sr_ratios',
                      'patch_sizes', 'strides'), range(1, 257)),
     **dict.fromkeys(('in_index', 'out_indices'), range(4))}
-"""Allowed values by argument name; unless they are words, also None and lists of them.
-
-2^14 x 2^14 pixels is the largest image that is read.
-"""
+"""Allowed values by argument name; unless they are words, also None and lists of them."""
 _LIMITS = dict(std=(1e-6, 1e6), scale_factor=(1e-3, 4), ffn_ratios=(.1, 64), mlp_ratio=(.1, 64))
 """Lowest and highest number by argument name; for all others -1e6 and 1e6."""
 
 
 @dataclass(frozen=True)
 class Description:
-    """What a prediction needs besides weights.
-
-    ``model`` is the config of the segmentor without its training settings, ``pipeline`` the test
-    pipeline without labels; ``classes`` are names, ``palette`` their colours as RGB.
-    """
+    """What a prediction needs besides weights: a config without its settings for training."""
     model: dict[str, Any]
     pipeline: list[dict[str, Any]]
     classes: tuple[str, ...]
