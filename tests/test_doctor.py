@@ -41,9 +41,7 @@ def test_sound_versions_have_no_findings(monkeypatch, installed):
     report = versions(monkeypatch, installed)
     assert report.findings == []
     assert report.ready
-    facts = report.facts['Versions']
-    assert facts['torch'] == installed['torch']
-    assert facts.get('mmengine') == installed['mmengine']
+    assert report.facts['Versions']['torch'] == installed['torch']
 
 
 @pytest.mark.parametrize(('change', 'level', 'problem', 'fix'), [
@@ -80,15 +78,6 @@ def test_bad_versions_are_found_with_the_command_that_fixes_them(monkeypatch, ch
     assert report.ready == (level == 'warning')
 
 
-def test_versions_look_for_no_module(monkeypatch):
-    """A search for pip's makes setuptools leave distutils alone, and unable to be imported."""
-    searched = []
-    monkeypatch.setattr(sys, 'meta_path', [
-        types.SimpleNamespace(find_spec=lambda name, *_: searched.append(name)), *sys.meta_path])
-    versions(monkeypatch, GOOD)
-    assert searched == []
-
-
 @pytest.mark.parametrize(('free', 'compiler', 'problems'), [
     (2 ** 40, '/usr/bin/g++', []), (2 ** 26, None, ['"Bus error"', 'C++ compiler g++ is not on'])])
 def test_what_a_container_lacks_is_found(monkeypatch, free, compiler, problems):
@@ -99,8 +88,8 @@ def test_what_a_container_lacks_is_found(monkeypatch, free, compiler, problems):
     report = doctor.Report()
     doctor.check_machine(report)
     assert report.ready
-    assert len(report.findings) == len(problems)
-    assert all(problem in finding.problem for problem, finding in zip(problems, report.findings))
+    assert all(problem in finding.problem
+               for problem, finding in zip(problems, report.findings, strict=True))
     assert report.facts['Variables']['PYTHONPATH'] == '/mine'
 
 

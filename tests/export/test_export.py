@@ -105,7 +105,7 @@ def test_a_file_predicts_as_the_model_at_any_size_and_number(work, scenes, files
     path, report = files(kind, ratio, labels)
     file, segmenter = Exported(path), Segmenter(work, device='cpu', isr_ratio=ratio)
     mean, std = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
-    for size, count in (((128, 160), 1), ((131, 157), 3), ((187, 129), 2)):
+    for size, count in (((128, 160), 1), ((187, 129), 2)):
         images = draw(scenes, size, count)
         output, wanted = file(images), predict(segmenter, images)
         if labels:
@@ -165,7 +165,7 @@ def test_the_metadata_and_what_a_file_refuses(work, files, scenes, tmp_path):
 def test_a_file_alone_refuses_smaller_images(files, scenes, kind):
     """The runtime without `Exported`, as the page of the documentation shows it."""
     run = FORMATS[kind].load(files(kind, RATIO, False)[0], 1)[0]
-    for size in (32, 32), (124, 160), (160, 124), (1, 125):
+    for size in (124, 160), (160, 124):
         with pytest.raises(Exception, match='125'):  # each runtime has its own
             run(draw(scenes, size, 1))
     assert run(draw(scenes, (125, 125), 1)).shape[0] == 1
@@ -239,7 +239,7 @@ test_dataloader = dict(dataset=dict(data_root='{scenes}'))
     export(config, path, format='pt2', checkpoint=weights, isr_ratio='21', labels=True)
     file, segmenter = Exported(path), Segmenter(config, weights, device='cpu', isr_ratio='21')
     # Cells that are all whole, and such that are cut off at the border.
-    for size, count in (((96, 128), 1), ((128, 256), 2), ((131, 157), 2), ((187, 129), 1)):
+    for size, count in (((128, 256), 2), ((187, 129), 1)):
         images = draw(scenes, size, count)
         assert (file(images) == predict(segmenter, images)).mean() > 0.9995
 
@@ -302,18 +302,15 @@ def truncate(program, path, metadata):
     path.write_bytes(path.read_bytes()[:10000])
 
 
-@pytest.mark.parametrize(('write', 'labels', 'message'), [
-    (spoil, False, r"it gives \d.* of PyTorch's labels"),
-    (spoil, True, r"it gives \d.* of PyTorch's labels"),
-    (truncate, False, 'its runtime cannot run it')])
-def test_a_file_that_predicts_otherwise_is_not_written(work, tmp_path, monkeypatch, write, labels,
-                                                       message):
+@pytest.mark.parametrize(('write', 'message'), [
+    (spoil, r"it gives \d.* of PyTorch's labels"), (truncate, 'its runtime cannot run it')])
+def test_a_file_that_predicts_otherwise_is_not_written(work, tmp_path, monkeypatch, write, message):
     path = tmp_path / 'model.pt2'
     path.write_bytes(b'the old one')
     monkeypatch.setattr(package, 'FORMATS', {
         **FORMATS, 'pt2': dataclasses.replace(FORMATS['pt2'], write=write)})
     with pytest.raises(ConfigError, match=f'is not written: {message}'):
-        export(work, path, format='pt2', labels=labels, size=(64, 96))
+        export(work, path, format='pt2', labels=True, size=(64, 96))
     assert [*tmp_path.iterdir()] == [path]
     assert path.read_bytes() == b'the old one'
 
@@ -371,15 +368,6 @@ def test_weights_never_stand_beside_the_graph_of_another(tmp_path):
     assert content() == {'model.xml': 'old', 'model.bin': 'old'}
     write('new')
     assert content() == {'model.xml': 'new', 'model.bin': 'new'}
-
-
-def test_a_file_that_describes_its_model_is_compared_on_drawn_images(work, tmp_path):
-    single = tmp_path / 'model.safetensors'
-    pack_file(work / 'best_mIoU_iter_4.pth', single, Config.fromfile(work / 'mini.py'))
-    report = export(single, tmp_path / 'model.pt2', format='pt2', isr_ratio='2', size=(64, 96))
-    assert report.notes == (
-        'The compared images are drawn, so they tell little about real ones.',)
-    assert {shape[0] for shape in report.rows[1].parity.inputs} == {1, 2}
 
 
 def test_unknown_classes_and_a_test_set_that_cannot_be_read(work, tmp_path):
@@ -467,14 +455,16 @@ def test_a_model_that_looks_at_values_cannot_be_traced(work, tmp_path, monkeypat
                           ((64, 96), 'torch.export cannot trace this model')):
         with pytest.raises(ConfigError, match=message):
             export(work, tmp_path / 'model.pt2', format='pt2', size=size)
-    assert not list(tmp_path.iterdir())
 
 
-def test_the_command_line(work, scenes, tmp_path):
-    out = tmp_path / 'model.pt2'
-    code, output = run_tool('tools/export.py', '--model', work, '--format', 'pt2', '--out', out,
+def test_the_command_line(work, tmp_path):
+    """With a file that describes its model and names no test images."""
+    single, out = tmp_path / 'model.safetensors', tmp_path / 'model.pt2'
+    pack_file(work / 'best_mIoU_iter_4.pth', single, Config.fromfile(work / 'mini.py'))
+    code, output = run_tool('tools/export.py', '--model', single, '--format', 'pt2', '--out', out,
                             '--labels', '--size', '64,96', '--isr-ratio', '2', '--threads', '1')
     assert code == 0, output
+    assert 'The compared images are drawn, so they tell little about real ones.' in output
     assert '8 classes, ISR 2, labels, images of 64x96, any number at once' in output
     assert 'Warning' not in output
     assert Exported(out).metadata['isr_ratio'] == '2'

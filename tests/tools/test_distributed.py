@@ -175,7 +175,8 @@ def test_another_number_of_gpus_warns_and_scales(config, tmp_path):
     assert told == ['2 x 4 = 8 images per step, but the learning rate of this config is for 4: '
                     'pass --auto-scale-lr to scale it by 2, or keep the recipe with --cfg-options '
                     'train_dataloader.batch_size=2']
-    log = script('dist_train.sh', config, 2, '--work-dir', tmp_path / 'scaled', '--auto-scale-lr')
+    log = script('dist_train.sh', config, 2, '--work-dir', tmp_path / 'scaled', '--auto-scale-lr',
+                 '--verbose')
     assert re.search(r'Iter\(train\) \[4/4\].* lr: 4.0000e-02', log)
 
 
