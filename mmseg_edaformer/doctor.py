@@ -279,11 +279,7 @@ def as_json(report: Report) -> str:
 
 
 def show(report: Report) -> None:
-    """Print the report, in colours on a terminal."""
-    def paint(text: str, level: str) -> str:
-        colour = dict(ready=32, warning=33, error=31)[level]
-        return f'\033[{colour}m{text}\033[0m' if sys.stdout.isatty() else text
-
+    """Print the report."""
     width = max(60, min(100, shutil.get_terminal_size((100, 24)).columns))
     column = max(len(name) for facts in report.facts.values() for name in facts) + 2
     for section, facts in report.facts.items():
@@ -292,12 +288,11 @@ def show(report: Report) -> None:
             print(f'  {name:{column}}{value}')
         print()
     for finding in sorted(report.findings, key=lambda finding: finding.level):
-        text = textwrap.fill(f'{finding.level:9}{finding.problem}', width,
-                             subsequent_indent=' ' * 9, break_long_words=False,
-                             break_on_hyphens=False)
-        print(paint(text[:9], finding.level) + text[9:])
+        print(textwrap.fill(f'{finding.level:9}{finding.problem}', width,
+                            subsequent_indent=' ' * 9, break_long_words=False,
+                            break_on_hyphens=False))
         if finding.fix:
             print(f'{"":9}how to fix: {finding.fix}')  # one line: it is to be copied
         print()
-    print(paint('Training and testing can run here.', 'ready') if report.ready else
-          paint('Training or testing cannot run here: fix each error above.', 'error'))
+    print('Training and testing can run here.' if report.ready else
+          'Training or testing cannot run here: fix each error above.')

@@ -222,7 +222,6 @@ def test_a_broken_library_is_named(tmp_path, broken, problem):
     assert 'how to fix: unset PYTHONPATH' in text
     assert 'Training or testing cannot run here' in done.stdout.splitlines()[-1]
     assert 'Traceback' not in done.stdout + done.stderr
-    assert '\x1b' not in done.stdout
 
 
 def test_it_starts_where_nothing_is_installed(tmp_path):

@@ -38,6 +38,7 @@ _RENAMED: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r'^decode_head\.linear_fuse\.bn\.', 'decode_head.fuse_norm.'),
     (r'^decode_head\.linear_pred\.', 'decode_head.conv_seg.'),
 ]
+_LETTERS = {'tiny': 't', 'base': 'b'}  # in the names of configs
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Conversion:
     def advice(self) -> str:
         """The model's sizes and the config to use."""
         arch = self.sizes['arch']
-        letter = {'tiny': 't', 'base': 'b'}.get(arch)
+        letter = _LETTERS.get(arch)
         if 'head' not in self.sizes:
             return (f'EFT {arch}, an encoder: train edaformer_{letter or "t"}_*.py with '
                     '--backbone-weights FILE')
@@ -269,6 +270,6 @@ def _advice(backbone: nn.Module, weights: Mapping[str, Tensor]) -> str:
         arch = infer_sizes(weights)['arch']
     except CheckpointError:
         return '. It is not an EFT: give an encoder of the kind that the config names'
-    letter = {'tiny': 't', 'base': 'b'}.get(arch)
+    letter = _LETTERS.get(arch)
     return f'. It is EFT {arch}' + (f': train configs/edaformer_{letter}_*.py with it' if letter
                                     else f': set model.backbone.arch={arch}')
