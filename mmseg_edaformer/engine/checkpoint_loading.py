@@ -37,10 +37,6 @@ def load_from_file(filename: str | Path, map_location: Any = None) -> dict[str, 
     logs. torch does not notice damaged tensors, so the checksums of .pth files are verified first;
     .safetensors and old .pth files, which are no zip archives, have none.
 
-    Args:
-        filename: A local file.
-        map_location: The argument of ``torch.load``; for .safetensors a device, else the CPU.
-
     Returns:
         A dict in mmengine's form, with ``state_dict`` and ``meta``, and more if the file has it.
 
@@ -272,15 +268,8 @@ def check_weights(model: nn.Module, checkpoint: dict[str, Any], *,
                   fine_tune: bool = False) -> list[str]:
     """Check that a loaded checkpoint fits a model; mmengine only logs that it does not.
 
-    Args:
-        model: The model, or a wrapper such as DDP around it.
-        checkpoint: Its ``state_dict`` is compared. With ``fine_tune``, weights of other shapes are
-            removed from it.
-        fine_tune: Whether weights that do not fit, such as the classifier of other classes, may
-            stay as initialised.
-
-    Returns:
-        The weights that stay as initialised, with reasons; empty without ``fine_tune``.
+    With ``fine_tune``, weights that do not fit, such as the classifier of other classes, may stay
+    as initialised: they are removed from the checkpoint, and returned with reasons.
 
     Raises:
         CheckpointError: A weight is nan or infinite, as a diverged training leaves it, or no weight

@@ -68,11 +68,7 @@ class Conversion:
 
 
 def convert_state_dict(source: Mapping[str, Tensor]) -> Conversion:
-    """Rename the weights of a released segmentor or encoder, and check each against the model.
-
-    Raises:
-        CheckpointError: A key is unknown or missing, or its shape does not fit the others.
-    """
+    """Rename the weights of a released segmentor or encoder, and check each against the model."""
     source = {name.removeprefix('module.'): tensor for name, tensor in source.items()}
     segmentor = any(name.startswith('decode_head.') for name in source)
     weights: dict[str, Tensor] = {}
@@ -248,11 +244,7 @@ def check_backbone(cfg: Config, filename: str | Path) -> None:
 
 @HOOKS.register_module()
 class BackboneWeightsHook(Hook):
-    """Starts the backbone from a pretrained encoder; a resumed run has its weights already.
-
-    Args:
-        checkpoint: A .pth or .safetensors of the authors, of this project or of mmpretrain.
-    """
+    """Starts the backbone from a pretrained encoder; a resumed run has its weights already."""
 
     def __init__(self, checkpoint: str) -> None:
         self.checkpoint = checkpoint

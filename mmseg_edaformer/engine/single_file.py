@@ -66,12 +66,9 @@ class Description:
 
 
 def pack_file(source: str | Path, target: str | Path, cfg: Config) -> Description:
-    """Write weights, config, classes and palette to one file, from which `Segmenter` predicts.
+    """Write weights, config, classes and palette to one .safetensors, whole or not at all.
 
-    Args:
-        source: A checkpoint of a training, or one that the authors released.
-        target: A .safetensors file, which is written whole or not at all.
-        cfg: The config that the checkpoint was trained with.
+    The source is a checkpoint of a training with ``cfg``, or one that the authors released.
     """
     target = Path(target)
     if target.suffix != '.safetensors':
