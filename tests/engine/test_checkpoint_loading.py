@@ -26,7 +26,7 @@ def test_what_mmengine_writes(tmp_path):
 @pytest.mark.parametrize(('name', 'content', 'message'), [
     ('none.pth', None, 'checkpoint not found'),
     ('empty.pth', b'', 'damaged'),
-    ('text.pth', b'<html>404</html>', 'not a checkpoint, or it is damaged'),
+    ('text.pth', b'<html>404</html>', 'damaged, or not a checkpoint'),
     ('short.safetensors', b'\x10\x00\x00\x00\x00\x00\x00\x00{"w"', 'damaged or cut short'),
     ('list.pth', [1, 2], 'holds a list'),
     ('numbers.pth', dict(a=1), 'holds no weights: its entries are a'),

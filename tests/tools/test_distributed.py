@@ -134,7 +134,7 @@ env_cfg = dict(cudnn_benchmark=False)
 default_hooks = dict(checkpoint=dict(interval=1))
 """)
     # cuDNN and cuBLAS take no TF32 then; in this process the fixture sees to that.
-    log = script('dist_train.sh', path, processes, '--work-dir', tmp_path / 'ranks',
+    log = script('dist_train.sh', path, processes, '--work-dir', tmp_path / 'ranks', '--verbose',
                  '--cfg-options', f'train_dataloader.batch_size={4 // processes}',
                  NVIDIA_TF32_OVERRIDE='0')
     has_gpu = gpus and 'passes for a GPU' not in torch.cuda.get_device_name()
