@@ -263,7 +263,7 @@ def test_int8_is_near_and_says_what_it_costs(work, scenes, tmp_path, kind, monke
                             '--work-dir', tmp_path / 'test', '--json', tmp_path / 'test' / 'json')
     assert code == 0, output
     assert report.rows[0].miou == pytest.approx(
-        json.loads((tmp_path / 'test' / 'json').read_text())['mIoU'], abs=0.01)
+        json.loads((tmp_path / 'test' / 'json').read_text())['metrics']['mIoU'], abs=0.01)
     assert report.rows[1].miou == pytest.approx(report.rows[0].miou, abs=0.05)
     assert 'mIoU' in str(report)
     assert {file.name for file in tmp_path.iterdir()} == {'test', path.name, *(

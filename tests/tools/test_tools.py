@@ -298,7 +298,7 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason='works on a G
     ('tools/train.py configs/none.py', 'config not found: configs/none.py'),
     (TRAIN + '--load-from none.pth', 'checkpoint not found: none.pth'),
     (TEST + 'none.pth', 'checkpoint not found: none.pth'),
-    (TEST + '{checkpoint} --isr-ratio 0', 'isr_ratio 0 is not an integer from 1 up'),
+    (TEST + '{checkpoint} --isr-ratio 0', 'isr_ratio 0 is not an integer from 1'),
     (TEST + '{checkpoint} --isr-ratio 2211-2222',
      '4 multipliers for the decoder, which has 3 stages'),
     pytest.param(TEST + '{checkpoint} --compile', 'no-such-compiler is not on the PATH',
