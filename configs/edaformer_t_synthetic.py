@@ -9,7 +9,7 @@ model = dict(
     decode_head=dict(num_classes=8, drop_path_rate=0.))
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-2, by_epoch=False, begin=0, end=50),
-    dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=50, end=1200),
+    dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=50, end=500),
 ]
-train_cfg = dict(max_iters=1200, val_interval=1200)
-default_hooks = dict(checkpoint=dict(interval=1200))
+train_cfg = dict(max_iters=500, val_interval=500)
+default_hooks = dict(checkpoint=dict(interval=500))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the package is not installed
 
+from mmseg_edaformer.command_line import find_config
 from mmseg_edaformer.errors import clear_errors
 
 
@@ -21,6 +22,8 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    if args.config:
+        find_config(args.config)
     from mmseg_edaformer import doctor
     if sys.stderr.isatty():
         print('Importing and trying the libraries takes some seconds.', file=sys.stderr)

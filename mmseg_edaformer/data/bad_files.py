@@ -13,8 +13,7 @@ from mmengine.runner import Runner
 
 from ..errors import ConfigError, DataError
 
-IN_A_ROW = 100
-"""This many unreadable files one after the other suggest a broken disk or path."""
+_IN_A_ROW = 100  # this many unreadable files one after the other suggest a broken disk or path
 
 # Transforms that read files, and the class that can skip them.
 _LOADERS = {'LoadImageFromFile': 'LoadSegImage', 'LoadSegImage': 'LoadSegImage',
@@ -29,9 +28,6 @@ class SkipList:
 
     A line is the file's path, a tab, and the reason. One write per line keeps lines whole. A
     process lists a file once, however often it is drawn; several processes may list the same one.
-
-    Args:
-        path: The text file; it is made when the first line is written.
     """
 
     def __init__(self, path: str) -> None:
@@ -43,7 +39,7 @@ class SkipList:
         """List a file.
 
         Raises:
-            DataError: `IN_A_ROW` files were bad, and none was good in between.
+            DataError: A hundred files were bad, and none was good in between.
         """
         self.in_a_row += 1
         if file not in self.listed:
@@ -55,7 +51,7 @@ class SkipList:
                 os.write(handle, os.fsencode(line))
             finally:
                 os.close(handle)
-        if self.in_a_row >= IN_A_ROW:
+        if self.in_a_row >= _IN_A_ROW:
             raise DataError(f'{self.in_a_row} files in a row could not be read, which suggests a '
                             f'broken disk or path: see {self.path}. The last: {error}')
 
@@ -76,8 +72,8 @@ def skip_bad_files(cfg: Config, work_dir: str, run: str = 'train') -> None:
         ConfigError: Predictions are written or painted, and a blank image would be among them.
     """
     for evaluators in (cfg.get('val_evaluator'), cfg.get('test_evaluator')):
-        for evaluator in evaluators if isinstance(evaluators, Sequence) else [evaluators]:
-            if (evaluator or {}).get('output_dir'):
+        for evaluator in evaluators if isinstance(evaluators, Sequence) else [evaluators or {}]:
+            if evaluator.get('output_dir'):
                 raise ConfigError('--skip-bad-files and --out (output_dir of an evaluator) do not '
                                   'go together: a label map would be written for a skipped image. '
                                   'Fix or remove the bad files, or leave one of the two out')
@@ -125,7 +121,7 @@ class SkippedFilesHook(Hook):
     def __init__(self, skip_list: str) -> None:
         self.skip_list = skip_list
         self.files: dict[str, str] = {}
-        self.earlier = self.place = self.samples = 0
+        self.earlier = self.samples = 0
 
     def before_run(self, runner: Runner) -> None:
         """Start the list, before any process reads a file."""
@@ -147,7 +143,7 @@ class SkippedFilesHook(Hook):
             self._log_new(runner)
 
     def after_val(self, runner: Runner) -> None:
-        """Log what the validation skipped."""
+        """Log the files that the validation skipped."""
         self._log_new(runner)
 
     def after_train(self, runner: Runner) -> None:
@@ -164,10 +160,9 @@ class SkippedFilesHook(Hook):
         if not is_main_process():
             return
         new = self._read()
-        for reason in new[:_SHOWN]:
+        more = [f'{len(new) - _SHOWN} more, see {self.skip_list}'] if len(new) > _SHOWN else []
+        for reason in new[:_SHOWN] + more:
             runner.logger.warning(f'skipped: {reason}')
-        if len(new) > _SHOWN:
-            runner.logger.warning(f'skipped: {len(new) - _SHOWN} more, see {self.skip_list}')
         bad = len(self.files) - self.earlier
         if self.samples >= 100 and bad > _SHARE * self.samples:
             raise DataError(f'{bad} files were skipped in {self.samples} samples, more than '
@@ -177,14 +172,9 @@ class SkippedFilesHook(Hook):
     def _read(self) -> list[str]:
         """Return the reasons of the files that are new in the list."""
         path = Path(self.skip_list)
-        if not path.is_file() or path.stat().st_size <= self.place:
-            return []
-        with path.open('rb') as lines:
-            lines.seek(self.place)
-            content = lines.read()
-        content = content[:content.rfind(b'\n') + 1]
-        self.place += len(content)
-        listed = dict(os.fsdecode(line).split('\t', 1) for line in content.splitlines())
+        content = path.read_bytes() if path.is_file() else b''
+        lines = content[:content.rfind(b'\n') + 1].splitlines()
+        listed = dict(os.fsdecode(line).split('\t', 1) for line in lines)
         new = {file: reason for file, reason in listed.items() if file not in self.files}
         self.files.update(new)
         return list(new.values())

@@ -14,18 +14,17 @@ _LEVELS = np.arange(256, dtype=np.float32)
 
 
 class Distortion(NamedTuple):
-    """The changes of one image; None leaves a step out."""
+    """The changes of one image; None leaves a step out.
+
+    Brightness is added to every channel and hue to H, in units of two degrees; contrast and
+    saturation are factors. ``contrast_first`` has contrast before saturation, not after hue.
+    """
 
     brightness: float | None = None
-    """Added to every channel, in levels of 255."""
     contrast: float | None = None
-    """Factor of every channel."""
     contrast_first: bool = False
-    """Whether contrast comes before saturation instead of after hue."""
     saturation: float | None = None
-    """Factor of S in HSV."""
     hue: int | None = None
-    """Added to H in HSV, in units of two degrees."""
 
 
 def draw_distortions(count: int, *, brightness_delta: float = 32,
@@ -39,8 +38,7 @@ def draw_distortions(count: int, *, brightness_delta: float = 32,
         brightness_delta: Largest shift, in levels of 255.
         contrast_range: Smallest and largest factor.
         saturation_range: Smallest and largest factor.
-        hue_delta: Bound of the shift, which is -hue_delta to hue_delta - 1, in units of two
-            degrees.
+        hue_delta: The shift is -hue_delta to hue_delta - 1, in units of two degrees.
     """
     ranges = ((-brightness_delta, brightness_delta), contrast_range, saturation_range,
               (-hue_delta, hue_delta))
@@ -62,11 +60,8 @@ def distort(images: Tensor, distortions: Sequence[Distortion]) -> Tensor:
     than 1 of 10,000 values.
 
     Args:
-        images: N x 3 x H x W, uint8, BGR.
+        images: N x 3 x H x W, uint8, BGR; the result is float32.
         distortions: Draws of each image.
-
-    Returns:
-        The distorted levels as float32.
     """
     if images.device.type != 'cpu':
         return distort_batch(images.float(), distortions)
@@ -78,7 +73,6 @@ def distort(images: Tensor, distortions: Sequence[Distortion]) -> Tensor:
 
 
 def _distort_image(image: np.ndarray, drawn: Distortion) -> np.ndarray:
-    """Distort one image, H x W x 3, uint8, BGR, by look-ups."""
     if drawn.brightness is not None:
         image = cv2.LUT(image, _table(_LEVELS + drawn.brightness))
     contrast = None if drawn.contrast is None else _table(_LEVELS * drawn.contrast)

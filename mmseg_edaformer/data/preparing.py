@@ -3,27 +3,18 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from ..errors import DataError
 
-PNG_END = b'IEND\xaeB`\x82'
-SHOWN = 3
 DOWNLOADS = 'what belongs there (nothing is downloaded for you):'
 
 
 @dataclass(frozen=True)
 class Split:
-    """One part of a data set.
-
-    Attributes:
-        images: Folder of the images, below the root.
-        masks: Folder of the masks, below the root.
-        official: Number of pairs of the published data set, if it is published.
-    """
+    """Folders of one part of a data set, and the number of pairs if it is published."""
 
     name: str
     images: str
@@ -124,32 +115,6 @@ LAYOUTS = {layout.name: layout for layout in (
 )}
 
 
-@dataclass(frozen=True)
-class _Files:
-    """The files of one split that are on disk, by name without folder and suffix.
-
-    Attributes:
-        cut: Masks whose end is missing, because a conversion was interrupted.
-        sources: Annotations from which masks can be made.
-    """
-
-    split: Split
-    images: set[str]
-    masks: set[str]
-    cut: set[str]
-    sources: set[str]
-
-    @property
-    def bare(self) -> set[str]:
-        """Images without a usable mask."""
-        return self.images - (self.masks - self.cut)
-
-    @property
-    def waiting(self) -> set[str]:
-        """Images whose mask the converter can make."""
-        return self.bare & self.sources
-
-
 def prepare(layout: Layout, root: str | Path | None = None, *, check_only: bool = False) -> None:
     """Check a data set, convert its masks where some are missing, and print what to do next.
 
@@ -163,31 +128,22 @@ def prepare(layout: Layout, root: str | Path | None = None, *, check_only: bool 
     """
     root = Path(root or layout.root)
     print(f'{layout.title} in {root}')
-    splits = _survey(layout, root)
-    _refuse(layout, root, splits, _problems(layout, splits))
-    lines = _unconverted(layout, splits)
+    lines, annotations = _check(layout, root)
     if lines and check_only:
         raise DataError('\n  '.join([f'{layout.title} in {root} is not converted:', *lines,
                                      f'run: {_command(layout, root)}']))
     if layout.converter and lines:
-        _convert(layout, layout.converter, root, splits)
-        splits = _survey(layout, root)
-        _refuse(layout, root, splits, _problems(layout, splits) + _unconverted(layout, splits))
+        _convert(layout, layout.converter, root, annotations)
+        _check(layout, root, converted=True)
     print(f'ready: use {" or ".join(layout.configs)}{options(layout.root, root)}')
 
 
 def options(default: str, root: Path) -> str:
-    """Return what must follow the name of a config that looks for its data in another folder.
-
-    Args:
-        default: Folder that the config expects.
-        root: Folder of the data.
-    """
+    """Return what must follow the name of a config whose data is not in its default folder."""
     if root.resolve() == Path(default).resolve():
         return ''
     place = str(root.absolute())
-    # mmengine drops spaces from the values of --cfg-options and reads lists into the others.
-    if set(place) & set(' ,()[]\'"'):
+    if not fits_options(root):
         return (f' after: ln -s {shlex.quote(place)} {default}\n'
                 '  (--cfg-options cannot carry this path)')
     return '\n  with --cfg-options ' + ' '.join(
@@ -195,62 +151,75 @@ def options(default: str, root: Path) -> str:
         for split in ('train', 'val', 'test'))
 
 
-def _survey(layout: Layout, root: Path) -> list[_Files]:
-    """List what a data set has on disk, one entry per split; absent folders count as empty."""
-    splits = []
+def fits_options(path: Path) -> bool:
+    """Return whether --cfg-options can carry a path: mmengine drops spaces and reads lists."""
+    return not set(str(path.absolute())) & set(' ,()[]\'"')
+
+
+def _check(layout: Layout, root: Path, *, converted: bool = False) -> tuple[list[str], int]:
+    """Print what is there, and return what a conversion has to make.
+
+    Args:
+        layout: The data set.
+        root: Its folder; absent folders count as empty.
+        converted: Whether a conversion has been tried.
+
+    Returns:
+        A line for each split with masks to make, and the number of annotations of all splits.
+
+    Raises:
+        DataError: Folders are empty, or files lack a partner that no conversion makes.
+    """
+    problems, to_convert, annotations = [], [], 0
     for split in layout.splits:
-        folder = root / split.masks
-        masks = _names(folder, layout.mask_suffix)
-        cut: set[str] = set()
+        images = _names(root / split.images, layout.image_suffix)
+        masks = whole = _names(root / split.masks, layout.mask_suffix)
         sources: set[str] = set()
+        end = layout.mask_suffix
         if layout.converter:
             end = layout.converter.source
-            cut = {name for name in masks if not _is_whole(folder / (name + layout.mask_suffix))}
+            whole = {name for name in masks
+                     if _is_whole(root / split.masks / (name + layout.mask_suffix))}
             # COCO-Stuff: the masks end like the annotations they were made from.
-            sources = {name for name in _names(folder, end)
+            sources = {name for name in _names(root / split.masks, end)
                        if not (name + end).endswith(layout.mask_suffix)}
-        images = _names(root / split.images, layout.image_suffix)
-        splits.append(_Files(split, images, masks, cut, sources))
-    return splits
-
-
-def _problems(layout: Layout, splits: Sequence[_Files]) -> list[str]:
-    """Name what a conversion cannot fix: empty folders, and files without their partner."""
-    lines = []
-    for files in splits:
-        split = files.split
-        if not files.images:
-            lines.append(f'{split.name}: no *{layout.image_suffix} in {split.images}')
-        if not files.masks | files.sources:
-            suffix = layout.converter.source if layout.converter else layout.mask_suffix
-            lines.append(f'{split.name}: no *{suffix} in {split.masks}')
-        if not files.images or not files.masks | files.sources:
-            continue
+            annotations += len(sources)
+        waiting = (images - whole) & sources
+        print(f'  {split.name}: {len(images):,} images, {len(masks):,} masks'
+              f'{f", {len(waiting):,} to convert" if waiting else ""}')
+        if images and split.official not in (None, len(images)):
+            print(f'  warning: {split.name} has officially {split.official:,} images')
+        if not images:
+            problems.append(f'{split.name}: no *{layout.image_suffix} in {split.images}')
+        if not masks | sources:
+            problems.append(f'{split.name}: no *{end} in {split.masks}')
         for names, lack, folder, suffix in (
-                (files.bare - files.waiting, 'without a complete mask', split.images,
+                (images - whole - sources, 'without a complete mask', split.images,
                  layout.image_suffix),
-                (files.masks - files.images, 'without an image', split.masks,
-                 layout.mask_suffix)):
-            if names:
-                lines.append(f'{split.name}: {len(names):,} {lack}: {_some(names, folder, suffix)}')
-    return lines
+                (masks - images, 'without an image', split.masks, layout.mask_suffix)):
+            if names and images and masks | sources:
+                problems.append(
+                    f'{split.name}: {len(names):,} {lack}: {_some(names, folder, suffix)}')
+        if waiting:
+            to_convert.append(f'{split.name}: {len(waiting):,} not converted: '
+                              f'{_some(waiting, split.masks, layout.mask_suffix)}')
+    if converted:
+        problems += to_convert
+    if problems:
+        heading = f'{layout.title} in {root} is not complete:'
+        raise DataError('\n  '.join([heading, *problems]) + '\n' + _downloads(layout, root))
+    return to_convert, annotations
 
 
-def _unconverted(layout: Layout, splits: Sequence[_Files]) -> list[str]:
-    return [f'{files.split.name}: {len(files.waiting):,} not converted: '
-            f'{_some(files.waiting, files.split.masks, layout.mask_suffix)}'
-            for files in splits if files.waiting]
-
-
-def _convert(layout: Layout, converter: Converter, root: Path, splits: Sequence[_Files]) -> None:
+def _convert(layout: Layout, converter: Converter, root: Path, annotations: int) -> None:
     """Run mmseg's converter, which makes all masks again and writes next to the annotations.
 
     Raises:
         DataError: The converter, a package or an annotation that it needs is missing, or it failed.
     """
     spec = find_spec('mmseg')
-    folders = (spec and spec.submodule_search_locations) or []
-    scripts = [Path(at, '.mim/tools/dataset_converters', converter.script) for at in folders]
+    scripts = [Path(at, '.mim/tools/dataset_converters', converter.script)
+               for at in (spec and spec.submodule_search_locations) or []]
     script = next((path for path in scripts if path.is_file()), None)
     if not script:
         raise DataError(
@@ -260,13 +229,14 @@ def _convert(layout: Layout, converter: Converter, root: Path, splits: Sequence[
     if converter.package and not find_spec(converter.package):
         raise DataError(f'converting {layout.title} needs the package {converter.package}, which '
                         f'is not installed: pip install {converter.package}')
-    total = sum(len(files.sources) for files in splits)
-    if converter.exact not in (None, total):
+    if converter.exact not in (None, annotations):
+        folders = ', '.join(split.masks for split in layout.splits)
         raise DataError(
             f'mmseg converts {layout.title} only as a whole, from {converter.exact:,} files '
-            f'*{converter.source}; {", ".join(files.split.masks for files in splits)} below {root} '
-            f'hold {total:,}. Unpack all of them; to use fewer, remove images and '
-            f'*{layout.mask_suffix} after the conversion.\n{_downloads(layout, root)}')
+            f'*{converter.source}; {folders} below {root} hold {annotations:,}. Unpack '
+            f'all of them; to use fewer, remove images and *{layout.mask_suffix} after the '
+            'conversion.\n'
+            f'{_downloads(layout, root)}')
     for folder in converter.folders:
         (root / folder).mkdir(parents=True, exist_ok=True)
     nproc = min(16, os.cpu_count() or 1)
@@ -276,18 +246,6 @@ def _convert(layout: Layout, converter: Converter, root: Path, splits: Sequence[
     if done.returncode:
         raise DataError(f'{script.name} of mmseg stopped with exit code {done.returncode}; its own '
                         f'message is above. Fix that, then run: {_command(layout, root)}')
-
-
-def _refuse(layout: Layout, root: Path, splits: Sequence[_Files], lines: Sequence[str]) -> None:
-    """Print the counts, then raise if there is a line to complain about."""
-    for files in splits:
-        count = f'  {files.split.name}: {len(files.images):,} images, {len(files.masks):,} masks'
-        print(count + (f', {len(files.waiting):,} to convert' if files.waiting else ''))
-        if files.images and files.split.official not in (None, len(files.images)):
-            print(f'  warning: {files.split.name} has officially {files.split.official:,} images')
-    if lines:
-        heading = f'{layout.title} in {root} is not complete:'
-        raise DataError('\n  '.join([heading, *lines]) + '\n' + _downloads(layout, root))
 
 
 def _downloads(layout: Layout, root: Path) -> str:
@@ -301,7 +259,7 @@ def _command(layout: Layout, root: Path) -> str:
 
 
 def _names(folder: Path, suffix: str) -> set[str]:
-    """Return the files below a folder that end in a suffix, without it, hidden ones left out."""
+    """Return the files below a folder that end in a suffix, without it; no hidden ones."""
     names: set[str] = set()
     for place, _, files in os.walk(folder, followlinks=True):
         inside = Path(place).relative_to(folder).as_posix()
@@ -313,10 +271,10 @@ def _names(folder: Path, suffix: str) -> set[str]:
 
 def _is_whole(png: Path) -> bool:
     with png.open('rb') as file:
-        file.seek(max(0, png.stat().st_size - len(PNG_END)))
-        return file.read() == PNG_END
+        file.seek(max(0, png.stat().st_size - 8))
+        return file.read() == b'IEND\xaeB`\x82'
 
 
 def _some(names: set[str], folder: str, suffix: str) -> str:
-    shown = ', '.join(f'{folder}/{name}{suffix}' for name in sorted(names)[:SHOWN])
-    return shown + (f' and {len(names) - SHOWN:,} more' if len(names) > SHOWN else '')
+    shown = ', '.join(f'{folder}/{name}{suffix}' for name in sorted(names)[:3])
+    return shown + (f' and {len(names) - 3:,} more' if len(names) > 3 else '')

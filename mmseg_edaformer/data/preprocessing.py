@@ -40,18 +40,14 @@ def stack_collate(samples: Sequence[dict[str, Any]],
     labels = []
     for image, sample in zip(batch['inputs'], batch['data_samples']):
         sample.set_metainfo(dict(img_shape=tuple(image.shape[-2:])))
-        labels.append(_small(sample.gt_sem_seg.data[0]))
+        label = sample.gt_sem_seg.data[0]
+        low, high = label.aminmax()
+        labels.append(label.to(torch.uint8) if low >= 0 and high <= 255 else label)
         del sample.gt_sem_seg
     batch.update(inputs=_stack(batch['inputs']), labels=_stack(labels))
     if photometric is not None:
         batch['distortions'] = draw_distortions(len(samples), **photometric)
     return batch
-
-
-def _small(labels: Tensor) -> Tensor:
-    """Return labels as uint8 if it holds all of them."""
-    low, high = labels.aminmax()
-    return labels.to(torch.uint8) if low >= 0 and high <= 255 else labels
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
@@ -77,12 +73,7 @@ class BatchPreProcessor(SegDataPreProcessor):
         self._swap = swaps_channels(self)
 
     def forward(self, data: dict[str, Any], training: bool = False) -> dict[str, Any]:
-        """Move a batch to the device, distort, normalise and pad it.
-
-        Args:
-            data: Batch of the dataloader.
-            training: Whether the batch is for training.
-        """
+        """Move a batch to the device, distort, normalise and pad it."""
         if not training or 'labels' not in data:
             return super().forward(data, training)
         data = self.cast_data(data)
@@ -94,8 +85,10 @@ class BatchPreProcessor(SegDataPreProcessor):
             images = images.sub_(self.mean).div_(self.std)
         images, labels = (self._pad(tensor) for tensor in (images, data['labels'].long()))
         for image, label, sample in zip(images, labels, samples):
-            self._blank(image, sample.img_shape, self.pad_val)
-            self._blank(label, sample.img_shape, self.seg_pad_val)
+            bottom, right = sample.img_shape
+            for tensor, value in ((image, self.pad_val), (label, self.seg_pad_val)):
+                tensor[..., bottom:, :] = value
+                tensor[..., :bottom, right:] = value
             sample.gt_sem_seg = PixelData(data=label[None])
             height, width = (whole - part for whole, part in zip(label.shape, sample.img_shape))
             sample.set_metainfo(dict(pad_shape=tuple(label.shape),
@@ -110,12 +103,3 @@ class BatchPreProcessor(SegDataPreProcessor):
         size = self.size or [-(-side // step) * step for side in batch.shape[-2:]]
         height, width = (max(wanted - side, 0) for wanted, side in zip(size, batch.shape[-2:]))
         return F.pad(batch, (0, width, 0, height)) if height or width else batch
-
-    @staticmethod
-    def _blank(tensor: Tensor, shape: tuple[int, int], value: float) -> None:
-        """Fill the area below and to the right of an image."""
-        height, width = shape
-        if height < tensor.shape[-2]:
-            tensor[..., height:, :] = value
-        if width < tensor.shape[-1]:
-            tensor[..., :height, width:] = value

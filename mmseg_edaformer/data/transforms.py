@@ -8,7 +8,8 @@ import os
 import re
 import stat
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import cv2
@@ -47,13 +48,7 @@ _REMEDY = 'replace it or remove it'
 
 def read_file(kind: str, path: str, backend_args: dict[str, Any] | None = None,
               max_pixels: int = MAX_PIXELS) -> bytes:
-    """Read a file, unless it is no regular file or too large to be an image.
-
-    Args:
-        kind: 'image' or 'mask', for messages.
-        path: Path or address of the file.
-        backend_args: Backend of mmengine's fileio.
-        max_pixels: A quarter of the bytes that the file may have.
+    """Read a file of at most four bytes for each of ``max_pixels``.
 
     Raises:
         DataError: It cannot be read, or it is a folder, a pipe or the like.
@@ -89,15 +84,13 @@ def check_header(kind: str, path: str, content: bytes, max_pixels: int = MAX_PIX
                  checksums: bool = False) -> str:
     """Check by its header that an image can be decoded, and at what cost.
 
-    Pillow's limit on pixels is raised to ``max_pixels`` for the whole process.
-
     Args:
         kind: 'image' or 'mask', for messages.
         path: Path of the file, for messages.
         content: The whole file.
-        max_pixels: Largest number of pixels that is decoded.
-        checksums: Whether to check those of a PNG. Pillow does not when it decodes, and takes
-            damage in the last bytes for pixels; OpenCV does.
+        max_pixels: Largest number of pixels that is decoded; see `allow_pixels`.
+        checksums: Whether to check those of a PNG. OpenCV does when it decodes; Pillow does not,
+            and takes damage in the last bytes for pixels.
 
     Returns:
         Pillow's mode of the image: 'RGB', 'L', 'P', ..., 'F' for floats.
@@ -158,17 +151,26 @@ def _is_sequence(header: Image.Image) -> bool:
 
 
 class _CheckedReader:
-    """What `LoadSegImage` and `LoadSegLabels` share: checks, and skipping bad files."""
+    """What `LoadSegImage` and `LoadSegLabels` share."""
 
-    max_pixels: int
-    skip_list: SkipList | None
-    blank: bool
     backend_args: dict[str, Any] | None
     imdecode_backend: str
 
     def _set_up(self, max_pixels: int, skip_list: str | None, blank: bool) -> None:
         self.max_pixels, self.blank = max_pixels, blank
         self.skip_list = SkipList(skip_list) if skip_list else None
+
+    @contextmanager
+    def _listing(self, path: str) -> Iterator[None]:
+        """List a bad file instead of raising its error, if there is a list."""
+        try:
+            yield
+            if self.skip_list is not None:
+                self.skip_list.in_a_row = 0
+        except DataError as error:
+            if self.skip_list is None:
+                raise
+            self.skip_list.add(path, error)
 
     def _decode(self, kind: str, path: str, flag: str) -> np.ndarray:
         content = read_file(kind, path, self.backend_args, self.max_pixels)
@@ -221,16 +223,14 @@ class LoadSegImage(_CheckedReader, LoadImageFromFile):
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any] | None:
         """Read the image into ``img`` (H x W x 3, BGR), and set ``img_shape`` and ``ori_shape``."""
-        path = results['img_path']
+        path, image = results['img_path'], None
         try:
-            image = self._decode('image', path, self.color_type)
-            if self.skip_list is not None:
-                self.skip_list.in_a_row = 0
-        except DataError as error:
-            if self.skip_list is not None:
-                self.skip_list.add(path, error)
-            elif not self.ignore_empty:
+            with self._listing(path):
+                image = self._decode('image', path, self.color_type)
+        except DataError:
+            if self.skip_list is not None or not self.ignore_empty:
                 raise
+        if image is None:
             if self.skip_list is None or not self.blank:
                 return None
             results['skipped'] = True
@@ -245,9 +245,7 @@ class LoadSegImage(_CheckedReader, LoadImageFromFile):
 class LoadSegLabels(_CheckedReader, LoadAnnotations):
     """mmseg's LoadAnnotations that checks what it reads.
 
-    Otherwise a label out of range is an assertion deep in CUDA, a 16-bit label wraps around
-    silently, and a coloured mask fails far from its cause. Where no data set gives a mask, as in
-    mmseg's inferencers, it does nothing.
+    Where no data set gives a mask, as in mmseg's inferencers, it does nothing.
 
     Args:
         reduce_zero_label: Whether 0 means no label; by default what the data set says.
@@ -256,8 +254,7 @@ class LoadSegLabels(_CheckedReader, LoadAnnotations):
         num_classes: Number of classes; labels after ``reduce_zero_label`` and ``label_map`` lie
             below it or are 255. None checks no range.
         max_pixels: Largest number of pixels that is decoded.
-        skip_list: Text file to which bad masks are appended instead of raising an error, see
-            `SkipList`; the sample is then None, so that mmengine draws another one.
+        skip_list: Text file for bad masks, see `LoadSegImage`.
         blank: With ``skip_list``, return a mask without any label, all 255, instead of None.
 
     Raises:
@@ -281,15 +278,8 @@ class LoadSegLabels(_CheckedReader, LoadAnnotations):
                     return results
                 raise DataError(f'{results["img_path"]} has no mask: set data_prefix.seg_map_path '
                                 f'of the data set, or remove {type(self).__name__}')
-            try:
-                results = super().transform(results)
-                if self.skip_list is not None:
-                    self.skip_list.in_a_row = 0
-                return results
-            except DataError as error:
-                if self.skip_list is None:
-                    raise
-                self.skip_list.add(results['seg_map_path'], error)
+            with self._listing(results['seg_map_path']):
+                return super().transform(results)
             if not self.blank:
                 return None
         results['gt_seg_map'] = np.full(results['ori_shape'], IGNORED, np.uint8)
@@ -297,20 +287,14 @@ class LoadSegLabels(_CheckedReader, LoadAnnotations):
         return results
 
     def table(self, results: Mapping[str, Any]) -> np.ndarray:
-        """Return the label of each of the 256 values of a mask.
-
-        Args:
-            results: ``reduce_zero_label`` and ``label_map`` of the data set.
-        """
+        """Return the label of each value of a mask, with ``label_map`` and the like of results."""
         table = np.arange(256)
         if self.zero_is_no_label(results):
             table = np.where((table == 0) | (table == IGNORED), IGNORED, table - 1)
-        if results.get('label_map') is not None:
-            mapped = table.copy()
-            for old, new in results['label_map'].items():
-                mapped[table == old] = new
-            table = mapped
-        return table.astype(np.uint8)
+        mapped = table.copy()
+        for old, new in (results.get('label_map') or {}).items():
+            mapped[table == old] = new
+        return mapped.astype(np.uint8)
 
     def zero_is_no_label(self, results: Mapping[str, Any]) -> bool:
         """Return ``reduce_zero_label``, that of the data set unless this transform has its own."""
@@ -327,10 +311,13 @@ class LoadSegLabels(_CheckedReader, LoadAnnotations):
                             'class indices, not colours')
         shape = results.get('ori_shape', mask.shape)
         if mask.shape != tuple(shape):
-            orientation = _orientation(results) if mask.shape == tuple(shape[::-1]) else 1
-            cause = (f': its EXIF orientation, {orientation}, turns the image and not the mask: '
-                     'save the image upright, without EXIF'
-                     if orientation > 4 else ': they do not belong together')
+            cause, image_path = ': they do not belong together', results.get('img_path') or ''
+            if mask.shape == tuple(shape[::-1]) and os.path.isfile(image_path):
+                with Image.open(image_path) as image:
+                    turned = orientation(image)
+                if turned > 4:
+                    cause = (f': its EXIF orientation, {turned}, turns the image and not the mask: '
+                             'save the image upright, without EXIF')
             raise DataError(f'mask {path} is {mask.shape[1]}x{mask.shape[0]} pixels, its image '
                             f'{shape[1]}x{shape[0]}{cause}')
         table = self.table(results)
@@ -376,10 +363,7 @@ class SegResize(Resize):
 
 @TRANSFORMS.register_module()
 class RandomSegCrop(RandomCrop):
-    """mmseg's RandomCrop, which draws the same crops and counts their labels without sorting.
-
-    With ``cat_max_ratio`` it counts the labels of up to ten crops per image.
-    """
+    """mmseg's RandomCrop, which draws the same crops and counts their labels without sorting."""
 
     @cache_randomness
     def crop_bbox(self, results: dict[str, Any]) -> tuple[int, int, int, int]:
@@ -426,10 +410,10 @@ def _count_labels(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return present, counts[present]
 
 
-def _orientation(results: dict[str, Any]) -> int:
-    """Return the EXIF orientation of the image, 1 to 8."""
-    path = results.get('img_path') or ''
-    if not os.path.isfile(path):
+def orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation of an image, 1 (upright) to 8."""
+    try:
+        number = image.getexif().get(ORIENTATION)
+    except Exception:  # EXIF can hold anything, and decoders ignore what they do not understand
         return 1
-    with Image.open(path) as image:
-        return image.getexif().get(ORIENTATION, 1)
+    return number if isinstance(number, int) and 1 <= number <= 8 else 1

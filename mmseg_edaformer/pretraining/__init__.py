@@ -1,5 +1,4 @@
 """Pretraining of the encoder on ImageNet; importing it registers what its configs name."""
-from .image_crop import RandomResizedCrop
-from .rand_augment import PackForDevice, augment_collate
+from .augmentation import PackForDevice, RandomResizedCrop, augment_collate
 
 __all__ = ['PackForDevice', 'RandomResizedCrop', 'augment_collate']

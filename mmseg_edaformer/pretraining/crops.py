@@ -12,7 +12,6 @@ from ..errors import DataError
 
 CROPS: tuple[str, ...] = ('bird', 'car', 'horizon', 'house', 'lamp', 'meadow', 'road', 'roadside',
                           'sky', 'tree')
-"""The classes that `draw_crops` draws."""
 
 # The least and the greatest share of a window.
 _STUFF: dict[str, dict[str, tuple[float, float]]] = {
@@ -31,9 +30,8 @@ def draw_crops(root: str | Path, *, train: int = 80, val: int = 20, size: int = 
                seed: int = 0) -> Path:
     """Draw ten classes in ImageNet's layout, unless they are there already.
 
-    The images are windows of the scenes that `mmseg_edaformer.data.drawing` draws: five kinds of
-    objects, and five of ground and sky. The arguments are recorded in ``crops.json``, as by
-    `draw_dataset`. Each image depends on the seed, its split, class and number alone.
+    The images are windows of drawn scenes: five kinds of objects, and five of ground and sky. Each
+    image depends on the seed, its split, class and number alone.
 
     Args:
         root: Folder of the data set; it is made if missing, and may hold nothing else.
@@ -42,11 +40,8 @@ def draw_crops(root: str | Path, *, train: int = 80, val: int = 20, size: int = 
         size: Height and width of each image in pixels.
         seed: Seed of the drawing.
 
-    Returns:
-        The folder.
-
     Raises:
-        DataError: A number is too small, or the folder holds something else.
+        DataError: A number is too small, or see `draw_once`.
     """
     if min(train, val) < 1 or size < 32 or seed < 0:
         raise DataError(f'train={train}, val={val}, size={size}, seed={seed}: ask for at least one '
@@ -73,9 +68,8 @@ def draw_crop(rng: np.random.Generator, kind: str, size: int) -> np.ndarray:
         window = _stuff(rng, label, kind) if kind in _STUFF else _object(rng, label, kind)
         if window is not None:
             crop = image[window]
-            shrinks = crop.shape[0] > size
-            return cv2.resize(crop, (size, size),
-                              interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+            filter_ = cv2.INTER_AREA if crop.shape[0] > size else cv2.INTER_LINEAR
+            return cv2.resize(crop, (size, size), interpolation=filter_)
 
 
 def _stuff(rng: np.random.Generator, label: np.ndarray, kind: str) -> tuple[slice, slice] | None:

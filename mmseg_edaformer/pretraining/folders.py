@@ -10,8 +10,8 @@ from ..data.classification import class_folders
 from ..data.preparing import DOWNLOADS, options
 from ..errors import ConfigError, DataError
 
-SUFFIXES = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif')
-"""What mmpretrain takes for images, in either case."""
+# What mmpretrain takes for images, in either case.
+_SUFFIXES = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif')
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,7 @@ FOLDERS = {folders.name: folders for folders in (
 
 
 def check_folders(split: str, dataset: Any, num_classes: int | None) -> list[str]:
-    """Check that a data set of folders is there, with as many classes as the model.
-
-    Args:
-        split: Name of the split, for messages.
-        dataset: A data set of mmpretrain that is read from folders or from a list of files.
-        num_classes: Number of classes of the model.
+    """Check that a data set of mmpretrain is there, with as many classes as the model.
 
     Returns:
         The names of the class folders; empty where a list of files names the classes.
@@ -57,17 +52,15 @@ def check_folders(split: str, dataset: Any, num_classes: int | None) -> list[str
     if root is None or '://' in root:
         return []
     if dataset.ann_file:
-        if not os.path.isfile(dataset.ann_file):
-            raise DataError(f'the list of images of the {split} set does not exist: '
-                            f'{dataset.ann_file}')
-        return []
+        if os.path.isfile(dataset.ann_file):
+            return []
+        raise DataError(f'the list of images of the {split} set is missing: {dataset.ann_file}')
     folders = class_folders(root)
     if not folders:
         raise DataError(
-            f'the {split} set needs one folder per class in {root} (from '
-            f'{os.getcwd()}), and there is none: set {split}_dataloader.dataset.data_root with '
-            '--cfg-options, or link your data there; tools/prepare_data.py imagenet says what '
-            'belongs where')
+            f'the {split} set needs one folder per class in {root} (from {os.getcwd()}), and there '
+            f'is none: set {split}_dataloader.dataset.data_root with --cfg-options, or link your '
+            'data there; tools/prepare_data.py imagenet says what belongs where')
     if num_classes is not None and len(folders) != num_classes:
         raise ConfigError(f'the {split} set has {len(folders)} classes, the folders in {root}, the '
                           f'model {num_classes}: complete the folders, or set '
@@ -84,9 +77,6 @@ def check_folders(split: str, dataset: Any, num_classes: int | None) -> list[str
 def check_same_classes(splits: dict[str, list[str]]) -> None:
     """Check that the splits have the same class folders, whose order numbers the classes.
 
-    Args:
-        splits: Class folders of each split.
-
     Raises:
         DataError: They differ.
     """
@@ -99,7 +89,7 @@ def check_same_classes(splits: dict[str, list[str]]) -> None:
 
 
 def prepare(folders: Folders, root: str | Path | None = None) -> None:
-    """Check a classification data set and print what to do next.
+    """Check a classification data set, and print what to do next.
 
     Raises:
         DataError: It is not ready; says what is missing, where, and what to do.
@@ -125,4 +115,4 @@ def prepare(folders: Folders, root: str | Path | None = None) -> None:
 
 def _images(folder: Path) -> Iterator[str]:
     for _, _, names in os.walk(folder, followlinks=True):
-        yield from (name for name in names if name.lower().endswith(SUFFIXES))
+        yield from (name for name in names if name.lower().endswith(_SUFFIXES))

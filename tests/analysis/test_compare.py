@@ -37,7 +37,7 @@ def segmentor(scenes, tmp_path_factory):
 def classifier(tmp_path_factory):
     """The same of a classifier of drawn images, of which those of cars are the most."""
     pytest.importorskip('mmpretrain', reason='mmpretrain is not there')
-    from mmseg_edaformer.pretraining.folders import draw_crops
+    from mmseg_edaformer.pretraining.crops import draw_crops
     folder = tmp_path_factory.mktemp('classifier')
     data = draw_crops(folder / 'data', train=1, val=2)
     for i in range(20):

@@ -1,454 +1,37 @@
-"""Damaged, foreign and odd files: read rightly or named, skipped on request, counted."""
-import io
+"""Bad files that are skipped on request, listed and counted."""
 import multiprocessing
 import os
-import re
 import shutil
-import struct
-import zlib
 
-import cv2
-import mmcv
 import numpy as np
 import pytest
-import torch
-from mmcv.transforms import Compose, LoadImageFromFile
-from mmengine.config import Config, ConfigDict
-from mmengine.dataset import pseudo_collate
+from mmengine.config import Config
 from mmengine.runner import Runner
-from mmseg.datasets.transforms import LoadAnnotations
-from mmseg.registry import TRANSFORMS
-from PIL import Image, ImageOps
+from PIL import Image
 
-import mmseg_edaformer.data.transforms as transforms
-from mmseg_edaformer.data import LoadSegImage, LoadSegLabels
+from mmseg_edaformer.data import LoadSegImage
 from mmseg_edaformer.data.bad_files import SkipList, SkippedFilesHook, skip_bad_files
 from mmseg_edaformer.errors import ConfigError, DataError
-from tests.conftest import ROOT, write_config
-
-SEED = 0
+from tests.conftest import write_config
 
 
-def encoded(image, format, **options):
-    """The bytes of a picture."""
-    stream = io.BytesIO()
-    image.save(stream, format, **options)
-    return stream.getvalue()
-
-
-def png(width, height, data=b'', depth=8):
-    """A PNG of any claimed size."""
-    def chunk(name, content):
-        return (struct.pack('>I', len(content)) + name + content +
-                struct.pack('>I', zlib.crc32(name + content)))
-    return (b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, depth, 0,
-                                                              0, 0, 0)) +
-            chunk(b'IDAT', zlib.compress(data or b'\0' * 999)) + chunk(b'IEND', b''))
-
-
-def turned(orientation):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return exif
-
-
-def deep(image):
-    """A 16-bit picture of it."""
-    return np.array(image).astype(np.uint16) * 256 + 57
-
-
-def good_images(picture):
-    """Names and bytes of what must be read."""
-    grey, other = picture.convert('L'), picture.rotate(180)
-    for format in ('JPEG', 'PNG', 'BMP', 'TIFF', 'WEBP', 'PPM', 'JPEG2000'):
-        yield format, encoded(picture, format)
-    for mode in ('1', 'L', 'LA', 'P', 'RGBA'):
-        yield f'{mode} PNG', encoded(picture.convert(mode), 'PNG')
-        yield f'{mode} TIFF', encoded(picture.convert(mode), 'TIFF')
-    yield 'P transparent', encoded(picture.convert('P'), 'PNG', transparency=3)
-    yield 'L JPEG', encoded(grey, 'JPEG')
-    yield 'CMYK JPEG', encoded(picture.convert('CMYK'), 'JPEG')
-    yield 'progressive', encoded(picture, 'JPEG', progressive=True)
-    yield 'interlaced', cv2.imencode('.png', np.array(picture)[..., ::-1])[1].tobytes()
-    yield 'grey16 PNG', encoded(Image.fromarray(deep(grey)), 'PNG')
-    yield 'grey16 TIFF', encoded(Image.fromarray(deep(grey)), 'TIFF')
-    for suffix in ('png', 'tiff'):
-        yield f'rgb16 {suffix}', cv2.imencode(f'.{suffix}', deep(picture)[..., ::-1])[1].tobytes()
-    for orientation in range(1, 9):
-        yield f'turned{orientation} JPEG', encoded(picture, 'JPEG', exif=turned(orientation))
-    yield 'turned6 PNG', encoded(picture, 'PNG', exif=turned(6))
-    yield 'trailing JPEG', encoded(picture, 'JPEG') + b'\xff\xdamore' * 9
-    yield 'two JPEGs', encoded(picture, 'MPO', save_all=True, append_images=[other])
-    yield 'previews TIFF', _with_preview(picture)
-    for size in ((1, 1), (1, 20000), (20000, 1), (2, 3)):
-        for format in ('PNG', 'JPEG'):
-            yield f'{size} {format}', encoded(picture.resize(size), format)
-
-
-def _with_preview(picture):
-    from PIL.TiffImagePlugin import ImageFileDirectory_v2
-    small, preview = picture.resize((8, 8)), ImageFileDirectory_v2()
-    preview[254] = 1
-    small.encoderinfo = dict(tiffinfo=preview)
-    return encoded(picture, 'TIFF', save_all=True, append_images=[small])
-
-
-def bad_images(picture, rng):
-    """Names and bytes of what must be refused."""
-    yield 'empty', b''
-    yield 'text', b'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n'
-    yield 'page', b'<!DOCTYPE html><html><body>404</body></html>'
-    yield 'zeros', bytes(5000)
-    yield 'noise', rng.bytes(5000)
-    yield 'bomb', png(60000, 60000)
-    yield 'wide bomb', png(2 ** 31 - 1, 1)
-    yield 'short data', png(300, 300)
-    yield 'no pixels', png(0, 5)
-    yield 'float', encoded(Image.fromarray(np.eye(9, dtype=np.float32)), 'TIFF')
-    yield 'float rgb', cv2.imencode('.tiff', np.ones((9, 9, 3), np.float32))[1].tobytes()
-    yield 'postscript', encoded(picture, 'EPS')
-    moving = dict(save_all=True, append_images=[picture.rotate(180)])
-    for format in ('GIF', 'TIFF', 'PNG', 'WEBP'):
-        yield f'moving {format}', encoded(picture, format, **moving)
-    for format, count in dict(JPEG=16, PNG=10, BMP=3, TIFF=3, WEBP=3, GIF=3).items():
-        whole = encoded(picture, format)
-        for cut in rng.integers(1, len(whole) - 2, count):
-            yield f'cut{cut} {format}', whole[:cut]
-    whole = encoded(picture, 'JPEG', exif=_thumbnail(picture))
-    for cut in rng.integers(len(whole) // 2, len(whole) - 2, 8):
-        yield f'cut{cut} thumbnail', whole[:cut]
-    whole = encoded(picture, 'JPEG', progressive=True)
-    for cut in rng.integers(len(whole) // 2, len(whole) - 2, 4):
-        yield f'cut{cut} progressive', whole[:cut]
-
-
-def _thumbnail(picture):
-    """EXIF data that holds a whole JPEG."""
-    exif = Image.Exif()
-    exif[0x9c9b] = encoded(picture.resize((32, 16)), 'JPEG')
-    return exif
-
-
-def flipped(content, rng, count):
-    """Copies of which one bit is another."""
-    for _ in range(count):
-        copy, place = bytearray(content), int(rng.integers(len(content)))
-        copy[place] ^= 1 << int(rng.integers(8))
-        yield place, bytes(copy)
-
-
-def corpus(scenes):
-    """200 pictures: kind ('image', 'mask'), name, bytes, and whether it 'loads'; else 'either'."""
-    rng = np.random.default_rng(SEED)
-    files = sorted((scenes / 'images' / 'training').iterdir())
-    picture = Image.open(files[0]).convert('RGB')
-    found = [('image', name, content, 'loads') for name, content in good_images(picture)]
-    found += [('image', name, content, 'refused') for name, content in bad_images(picture, rng)]
-    label = Image.open(scenes / 'annotations' / 'training' / files[0].name)
-    found += [('mask', *mask) for mask in masks(label, rng)]
-    for _, (file, format) in zip(range(len(found), 200), _cycle(files)):
-        source = Image.open(file).convert('RGB')
-        if format == 'P':
-            source, format = source.convert('P'), 'PNG'
-        [(place, content)] = flipped(encoded(source, format), rng, 1)
-        found.append(('image', f'flip{place} {format} {file.stem}', content, 'either'))
-    return found
-
-
-def _cycle(files):
-    while True:
-        for file in files:
-            for format in ('PNG', 'JPEG', 'P'):
-                yield file, format
-
-
-def masks(label, rng):
-    """Names, bytes and fate of masks."""
-    array = np.array(label)
-    paletted = Image.fromarray(array)
-    paletted.putpalette(rng.bytes(768))
-    yield 'L', encoded(label, 'PNG'), 'loads'
-    yield 'P', encoded(paletted, 'PNG'), 'loads'
-    yield '1', encoded(Image.fromarray(array > 0), 'PNG'), 'loads'
-    yield '16', encoded(Image.fromarray(array.astype(np.uint16)), 'PNG'), 'loads'
-    yield '32 TIFF', encoded(Image.fromarray(array.astype(np.int32)), 'TIFF'), 'loads'
-    yield 'whole floats', encoded(Image.fromarray(array.astype(np.float32)), 'TIFF'), 'loads'
-    for format in ('BMP', 'GIF', 'TIFF'):
-        yield format, encoded(label, format), 'loads'
-    for size in ((1, 1), (1, 20000), (20000, 1)):
-        yield f'{size}', encoded(label.resize(size), 'PNG'), 'loads'
-    for mode in ('RGB', 'RGBA', 'LA'):
-        yield mode, encoded(label.convert(mode), 'PNG'), 'refused'
-    yield '16 large', encoded(Image.fromarray(array.astype(np.uint16) + 300), 'PNG'), 'refused'
-    yield 'half', encoded(Image.fromarray(array.astype(np.float32) + .5), 'TIFF'), 'refused'
-    yield 'nan', encoded(Image.fromarray(np.full((4, 4), np.nan, np.float32)), 'TIFF'), 'refused'
-    yield 'bomb', png(60000, 60000), 'refused'
-    yield 'empty', b'', 'refused'
-    yield 'page', b'<html>', 'refused'
-    yield 'no label', encoded(Image.fromarray(array + 40), 'PNG'), 'refused'
-    for source, name in ((label, 'L'), (paletted, 'P')):
-        whole = encoded(source, 'PNG')
-        for cut in rng.integers(1, len(whole) - 12, 4):
-            yield f'cut{cut} {name}', whole[:cut], 'refused'
-        for place, content in flipped(whole, rng, 8):
-            yield f'flip{place} {name}', content, 'either'
-
-
-@pytest.fixture(scope='module')
-def drawn(scenes, tmp_path_factory):
-    """The corpus on disk, with paths in place of bytes."""
-    folder = tmp_path_factory.mktemp('corpus')
-    found = []
-    for number, (kind, name, content, fate) in enumerate(corpus(scenes)):
-        path = folder / f'{number:03}.png'
-        path.write_bytes(content)
-        found.append((kind, name, str(path), fate))
-    return found
-
-
-def by_pillow(path):
-    """Another reader: upright, 8 bits, BGR."""
-    image = ImageOps.exif_transpose(Image.open(path))
-    if image.mode.startswith('I'):
-        image = Image.fromarray((np.array(image) // 256).astype(np.uint8))
-    return np.array(image.convert('RGB'))[..., ::-1]
-
-
-def read_mask(path, num_classes=8, **options):
-    results = dict(seg_map_path=path, img_path='x', seg_fields=[], reduce_zero_label=False)
-    return LoadSegLabels(num_classes=num_classes, **options).transform(results)['gt_seg_map']
-
-
-def read(kind, path):
-    """What a transform makes of a file, or the message with which it refuses it."""
-    try:
-        return (LoadSegImage().transform(dict(img_path=path))['img'] if kind == 'image'
-                else read_mask(path))
-    except DataError as error:
-        return str(error) if path in str(error) else pytest.fail(f'{path} is not named: {error}')
-
-
-def test_200_files_are_read_rightly_or_named(drawn):
-    assert len(drawn) == 200
-    unnoticed, refused = [], 0
-    for kind, name, path, fate in drawn:
-        got = read(kind, path)
-        if isinstance(got, str):
-            assert fate != 'loads', (name, got)
-            refused += 1
-            continue
-        assert fate != 'refused', name
-        if kind == 'mask':
-            assert np.array_equal(got, np.array(Image.open(path))), name
-            expected = LoadAnnotations().transform(dict(
-                seg_map_path=path, seg_fields=[], reduce_zero_label=False))['gt_seg_map']
-            assert np.array_equal(got, expected if expected.ndim == 2 else got), name
-            continue
-        assert np.array_equal(got, LoadImageFromFile().transform(dict(img_path=path))['img']), name
-        other = by_pillow(path).astype(int)
-        assert got.shape == other.shape, name
-        # JPEG's inverse transform and CMYK are rounded, and so are 16 bits in a TIFF.
-        tolerance = 3 if any(word in name for word in ('JPEG', 'progr', 'WEBP', 'tiff')) else 0
-        assert abs(got - other).max() <= tolerance, name
-        if name.startswith('flip'):
-            unnoticed.append(name)
-    # A JPEG has no checksum: such a flip gives another picture, to any decoder. A PNG has one.
-    assert all('JPEG' in name for name in unnoticed)
-    assert 0 < len(unnoticed) < 20
-    assert refused > 80
-
-
-def test_no_bit_of_a_png_flips_unnoticed(scenes, tmp_path):
-    """What is read in spite of it has the pixels of the whole file."""
-    label = Image.open(scenes / 'annotations' / 'training' / '00000.png').resize((24, 16), 0)
-    label.putpalette(bytes(range(256)) * 3)
-    whole = encoded(label, 'PNG', dpi=(72, 72), exif=turned(6))
-    path = tmp_path / 'file.png'
-    path.write_bytes(whole)
-    image, mask = read('image', str(path)), read('mask', str(path))
-    for place in range(len(whole)):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1:])
-        for kind, right in (('image', image), ('mask', mask)):
-            got = read(kind, str(path))
-            assert isinstance(got, str) or np.array_equal(got, right), place
-
-
-def damaged(content, rng, count):
-    """Copies of a JPEG of which a bit is another, a byte is missing, or a block is zeros."""
-    scan = content.rfind(b'\xff\xda') + 14
-    for number, place in enumerate(rng.integers(scan, len(content) - 2, count)):
-        copy = bytearray(content)
-        if number % 3 == 0:
-            copy[place] ^= 1 << int(rng.integers(8))
-        elif number % 3 == 1:
-            del copy[place]
-        else:
-            part = copy[place:min(place + 512, len(copy) - 2)]
-            copy[place:place + len(part)] = bytes(len(part))
-        yield bytes(copy)
-
-
-def test_damaged_jpegs(scenes, tmp_path, monkeypatch):
-    """Half are refused, and most of those with many wrong pixels: OpenCV reads every one."""
-    pytest.importorskip('simplejpeg')
-    path = tmp_path / 'file.jpg'
-    noise = np.random.default_rng(SEED).normal(0, 20, (160, 240, 3))
-    with Image.open(scenes / 'images' / 'training' / '00000.png') as picture:
-        grainy = np.array(picture.convert('RGB').resize((240, 160))) + noise
-    whole = encoded(Image.fromarray(grainy.clip(0, 255).astype(np.uint8)), 'JPEG', quality=90)
-    path.write_bytes(whole)
-    right = read('image', str(path)).astype(int)
-    counts = []
-    for checked in (True, False):
-        if not checked:
-            monkeypatch.setattr(transforms, 'simplejpeg', None)
-        refused = wrong = 0
-        for content in damaged(whole, np.random.default_rng(SEED), 99):
-            path.write_bytes(content)
-            got = read('image', str(path))
-            if isinstance(got, str):
-                refused += 1
-                assert re.search(r'it is damaged \(.+\): save it again if it looks right', got)
-            else:
-                wrong += (abs(got - right).max(-1) > 8).mean() > 0.2
-        counts.append((refused, wrong))
-    (refused, wrong), (before, wrong_before) = counts
-    assert refused > 40 > before
-    assert 3 * wrong < wrong_before
-
-
-def test_sloppy_jpegs_are_read(scenes, tmp_path):
-    """What libjpeg warns of, but whose pixels are right."""
-    path = tmp_path / 'file.jpg'
-    whole = encoded(Image.open(scenes / 'images' / 'training' / '00000.png').convert('RGB'), 'JPEG')
-    path.write_bytes(whole)
-    right, table = read('image', str(path)), whole.index(b'\xff\xdb')
-    for content in (whole + b'more' * 99, whole[:-2] + b'\0\0\xff\xd9',
-                    whole[:table] + b'ab' + whole[table:], whole[:11] + b'\7' + whole[12:]):
-        path.write_bytes(content)
-        assert np.array_equal(read('image', str(path)), right)
-
-
-@pytest.mark.parametrize('kind', ['image', 'mask'])
-def test_what_is_no_file(kind, tmp_path):
-    folder, pipe, link = tmp_path / 'x.png', tmp_path / 'pipe.png', tmp_path / 'link.png'
-    folder.mkdir()
-    os.mkfifo(pipe)
-    link.symlink_to(tmp_path / 'gone.png')
-    large = tmp_path / 'large.png'
-    with large.open('wb') as file:
-        file.truncate(2 ** 31)
-    for path, message in ((folder, 'x.png is a folder'), (pipe, 'pipe.png is not a regular file'),
-                          (link, 'not found: .*link.png: it is a link to .*gone.png'),
-                          (large, 'has 2147483648 bytes, too many'),
-                          (tmp_path / 'none.png', f'{kind} not found: .*none.png$'),
-                          (large / 'below.png', 'cannot be read: .*below.png .Not a directory')):
-        with pytest.raises(DataError, match=message):
-            raise DataError(read(kind, str(path)))
-
-
-def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
-    path = tmp_path / 'secret.png'
-    Image.new('L', (4, 4)).save(path)
-    path.chmod(0)
-    if os.geteuid() == 0:  # root reads all
-        os.seteuid(65534)
-    try:
-        message = read('image', str(path))
-    finally:
-        if os.getuid() == 0:
-            os.seteuid(0)
-    assert f'image cannot be read: {path} (Permission denied): check its permissions' in message
-
-
-def test_large_images_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
-    path = tmp_path / 'bomb.png'
-    path.write_bytes(png(60000, 60000))
-    monkeypatch.setattr(mmcv, 'imfrombytes', None)
-    for kind in ('image', 'mask'):
-        assert 'more than 268435456 pixels' in read(kind, str(path))
-    path.write_bytes(png(20000, 20000))
-    assert 'it has 20000x20000 pixels, more than 268435456 (max_pixels' in read('mask', str(path))
-    monkeypatch.undo()
-    # Pillow alone refuses 178,956,970 pixels.
-    transforms.check_header('mask', '', png(15000, 13000), max_pixels=2 ** 28)
-    Image.new('L', (10, 10)).save(path)
-    assert read_mask(str(path), max_pixels=100).shape == (10, 10)
-    with pytest.raises(DataError, match='10x10 pixels, more than 99 '):
-        LoadSegImage(max_pixels=99).transform(dict(img_path=str(path)))
-
-
-@pytest.mark.parametrize('orientation', [6, 3, 1])
-def test_a_mask_that_was_not_turned_with_its_image(scenes, tmp_path, orientation):
-    source, path = scenes / 'images' / 'training' / '00000.png', tmp_path / 'image.jpg'
-    Image.open(source).save(path, exif=turned(orientation))
-    results = dict(img_path=str(path), seg_fields=[], reduce_zero_label=False,
-                   seg_map_path=str(scenes / 'annotations' / 'training' / '00000.png'))
-    results = LoadSegImage().transform(results)
-    if orientation < 5:  # the same size: nothing shows
-        LoadSegLabels(num_classes=8).transform(results)
-        results['ori_shape'] = (96, 64)
-    message = ('is 96x64 pixels, its image 64x96: its EXIF orientation, 6, turns the image'
-               if orientation == 6 else 'its image 64x96: they do not belong together')
-    with pytest.raises(DataError, match=message):
-        LoadSegLabels(num_classes=8).transform(dict(results, seg_fields=[]))
-
-
-def predict(model, path, pipeline):
-    """The label map of a test."""
-    steps = Compose([TRANSFORMS.build(step) for step in pipeline])
-    with torch.no_grad():
-        [sample] = model.test_step(pseudo_collate([steps(dict(img_path=path))]))
-    return sample.pred_sem_seg.data[0].numpy()
-
-
-def test_all_that_can_be_read_is_predicted(drawn, segmentor):
-    segmentor.test_cfg = ConfigDict(mode='whole')
-    pipeline = [dict(type='LoadSegImage'),
-                dict(type='SegResize', scale=(64, 64), keep_ratio=True),
-                dict(type='ResizeToMultiple', size_divisor=32), dict(type='PackSegInputs')]
-    done = 0
-    for kind, name, path, _ in drawn:
-        image = read('image', path) if kind == 'image' else ''
-        if isinstance(image, str):
-            continue
-        labels = predict(segmentor, path, pipeline)
-        assert labels.shape == image.shape[:2], name
-        assert labels.max() < 8, name
-        done += 1
-    assert done > 50
-
-
-@pytest.mark.parametrize('size', [(1, 1), (20000, 1), (1, 20000)])
-@pytest.mark.parametrize('name', ['ade', 'cityscapes'])
-def test_thin_images_in_the_test_pipelines(name, size, segmentor, tmp_path):
-    cfg = Config.fromfile(ROOT / 'configs' / f'edaformer_t_{name}.py')
-    path = str(tmp_path / 'thin.png')
-    Image.new('RGB', size, (90, 120, 30)).save(path)
-    segmentor.test_cfg = cfg.model.get('test_cfg') or ConfigDict(mode='whole')
-    pipeline = [step for step in cfg.test_pipeline if step['type'] != 'LoadAnnotations']
-    assert predict(segmentor, path, pipeline).shape == size[::-1]
-
-
-def append(path, number):
-    bad = SkipList(path)
-    for file in range(90):
-        bad.add(f'{number}/{file}\n', DataError('x' * 500))
+def list_files(path, names, reason):
+    bad = SkipList(str(path))
+    for name in names:
+        bad.add(name, DataError(reason))
         bad.in_a_row = 0
 
 
 def test_several_processes_write_whole_lines(tmp_path):
-    path = str(tmp_path / 'new' / 'skipped.txt')
-    context = multiprocessing.get_context('fork')
-    workers = [context.Process(target=append, args=(path, number)) for number in range(3)]
+    path, context = tmp_path / 'new' / 'skipped.txt', multiprocessing.get_context('fork')
+    workers = [context.Process(target=list_files, args=(
+        path, [f'{number}/{file}\n' for file in range(90)], 'x' * 500)) for number in range(3)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    with open(path) as file:
-        lines = file.read().splitlines()
-    assert sorted(lines) == sorted(f'{worker}/{file}\t{"x" * 500}' for worker in range(3)
-                                   for file in range(90))
+    assert sorted(path.read_text().splitlines()) == sorted(
+        f'{worker}/{file}\t{"x" * 500}' for worker in range(3) for file in range(90))
 
 
 def test_a_process_lists_a_file_once_and_ends_when_all_are_bad(tmp_path):
@@ -480,21 +63,24 @@ def planted(scenes, tmp_path):
     return root, [str(path) for path in (cut, wrong[0])], [str(path) for path in (empty, wrong[1])]
 
 
-@pytest.fixture
-def _plain_config_text(monkeypatch):
-    """The Runner formats its config four times, each of which takes seconds."""
-    monkeypatch.setattr(Config, 'pretty_text', property(lambda cfg: repr(cfg)))
-
-
-def runner_of(folder, data, name, run='train', skip=True):
+def runner_of(folder, data, name, run='train', skip=True, tta=False):
     """A runner of the mini config that skips bad files."""
     folder.mkdir(exist_ok=True)
     cfg = Config.fromfile(write_config(folder, data, iterations=7))
+    if tta:
+        cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+        cfg.model = dict(cfg.tta_model, module=cfg.model)
     cfg.work_dir, cfg.experiment_name = str(folder / 'work'), f'{folder.name}_{name}'
     cfg.launcher = 'none'
     if skip:
         skip_bad_files(cfg, cfg.work_dir, run)
     return Runner.from_cfg(cfg)
+
+
+@pytest.fixture
+def _plain_config_text(monkeypatch):
+    """The Runner formats its config four times, each of which takes seconds."""
+    monkeypatch.setattr(Config, 'pretty_text', property(lambda cfg: repr(cfg)))
 
 
 def listed(path):
@@ -543,16 +129,9 @@ def test_a_test_is_that_of_the_good_files(planted, tmp_path):
 @pytest.mark.usefixtures('_plain_config_text')
 def test_a_test_with_augmentation(planted, tmp_path):
     data, _, validation = planted
-    folder = tmp_path / 'tta'
-    folder.mkdir()
-    cfg = Config.fromfile(write_config(folder, data))
-    cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
-    cfg.model = dict(cfg.tta_model, module=cfg.model)
-    cfg.work_dir, cfg.experiment_name, cfg.launcher = str(folder), 'tta', 'none'
-    skip_bad_files(cfg, cfg.work_dir, 'test')
-    runner = Runner.from_cfg(cfg)
+    runner = runner_of(tmp_path / 'tta', data, 'tta', 'test', tta=True)
     assert runner.test()['mIoU'] >= 0
-    assert listed(folder / 'skipped_test.txt') == validation[::-1]
+    assert listed(tmp_path / 'tta' / 'work' / 'skipped_test.txt') == validation[::-1]
     [hook] = [hook for hook in runner.hooks if isinstance(hook, SkippedFilesHook)]
     assert hook.samples == 4
 
@@ -568,25 +147,18 @@ class Fake:
         self.messages.append(message)
 
 
-def list_files(path, *numbers):
-    bad = SkipList(str(path))
-    for number in numbers:
-        bad.add(f'{number}.png', DataError(f'mask {number}.png is bad'))
-        bad.in_a_row = 0
-
-
 def test_the_hook_looks_every_50_iterations_and_stops_when_too_many_are_bad(tmp_path):
     path, batch = tmp_path / 'skipped.txt', dict(inputs=[None])
     hook, runner = SkippedFilesHook(str(path)), Fake()
     hook.before_run(runner)
-    list_files(path, *range(10))
+    list_files(path, map(str, range(10)), 'is bad')
     for index in range(49):
         hook.after_train_iter(runner, index, batch)
     assert runner.messages == []
     hook.after_train_iter(runner, 49, batch)
-    assert runner.messages == [f'skipped: mask {number}.png is bad' for number in range(10)]
+    assert runner.messages == ['skipped: is bad'] * 10
     with path.open('a') as file:
-        file.write('3.png\tby another process\nhalf a li')
+        file.write('3\tby another process\nhalf a li')
     hook.after_train(runner)
     assert runner.messages[10:] == [f'10 files were skipped, listed in {path}']
     with path.open('a') as file:
@@ -594,31 +166,23 @@ def test_the_hook_looks_every_50_iterations_and_stops_when_too_many_are_bad(tmp_
     with pytest.raises(DataError, match=r'11 files were skipped in 100 samples, more than 10%'):
         hook.after_train(runner)
     assert runner.messages[11:] == ['skipped: bad']
-
-
-def test_the_hook_does_not_flood_the_log(tmp_path):
-    path = tmp_path / 'skipped.txt'
-    hook, runner = SkippedFilesHook(str(path)), Fake()
-    list_files(path, *range(30))
-    hook.after_val(runner)
-    assert len(runner.messages) == 11
-    assert runner.messages[-1] == f'skipped: 20 more, see {path}'
+    list_files(path, map(str, range(10, 40)), 'is bad')
+    runner.world_size = 100
+    for index in range(50):  # the log is not flooded
+        hook.after_train_iter(runner, index, batch)
+    assert runner.messages[12:] == ['skipped: is bad'] * 10 + [f'skipped: 20 more, see {path}']
 
 
 def test_a_new_run_starts_a_new_list_and_a_resumed_one_goes_on(tmp_path):
-    path = tmp_path / 'skipped.txt'
-    list_files(path, 1, 2)
-    resumed = Fake(resume=True)
+    path, resumed = tmp_path / 'skipped.txt', Fake(resume=True)
+    list_files(path, '12', 'is bad')
     hook = SkippedFilesHook(str(path))
     hook.before_run(resumed)
-    list_files(path, 2, 3)
+    list_files(path, '23', 'is bad')
     hook.after_train(resumed)
-    assert resumed.messages == ['skipped: mask 3.png is bad',
-                                f'3 files were skipped, listed in {path}']
-    hook = SkippedFilesHook(str(path))
-    hook.before_run(Fake(resume=False))
+    assert resumed.messages == ['skipped: is bad', f'3 files were skipped, listed in {path}']
+    SkippedFilesHook(str(path)).before_run(Fake(resume=False))
     assert not path.exists()
-    hook.after_train(Fake())
 
 
 def test_the_config_of_every_loader(tmp_path):
@@ -653,26 +217,3 @@ def test_the_config_of_every_loader(tmp_path):
 def test_what_would_write_a_blank_image(settings, flag):
     with pytest.raises(ConfigError, match=f'--skip-bad-files and {flag}|or {flag}'):
         skip_bad_files(Config(settings), 'work')
-
-
-@pytest.mark.soak
-def test_50000_flips_and_cuts(scenes, tmp_path):
-    """Every reading ends in a picture or a message; PNGs come out whole or not at all."""
-    rng = np.random.default_rng(SEED)
-    picture = Image.open(scenes / 'images' / 'training' / '00003.png').convert('RGB')
-    path = tmp_path / 'file'
-    for format, options in (('PNG', {}), ('JPEG', {}), ('JPEG', dict(progressive=True)),
-                            ('TIFF', dict(compression='tiff_deflate')), ('BMP', {}), ('WEBP', {}),
-                            ('GIF', {}), ('JPEG2000', {}), ('PPM', {})):
-        whole = encoded(picture, format, **options)
-        path.write_bytes(whole)
-        right = read('image', str(path))
-        for _, content in flipped(whole, rng, 5000):
-            path.write_bytes(content)
-            got = read('image', str(path))
-            if format == 'PNG':
-                assert isinstance(got, str) or np.array_equal(got, right)
-            read('mask', str(path))
-        for cut in rng.integers(0, len(whole) - 2, 600):
-            path.write_bytes(whole[:cut])
-            assert isinstance(read('image', str(path)), str), (format, cut)

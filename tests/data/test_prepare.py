@@ -5,11 +5,9 @@ import json
 import os
 import re
 import runpy
-import subprocess
-import sys
+import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -68,17 +66,12 @@ def files(root):
 
 @pytest.fixture
 def cityscapesscripts(tmp_path, monkeypatch):
-    if importlib.util.find_spec('cityscapesscripts'):
-        return
-    folder = tmp_path / 'packages' / 'cityscapesscripts' / 'preparation'
-    folder.mkdir(parents=True)
-    (folder.parent / '__init__.py').touch()
-    (folder / '__init__.py').touch()
-    (folder / 'json2labelImg.py').write_text(STAND_IN)
-    packages = str(folder.parents[1])
-    monkeypatch.syspath_prepend(packages)
-    before = os.environ.get('PYTHONPATH')
-    monkeypatch.setenv('PYTHONPATH', os.pathsep.join(filter(None, [packages, before])))
+    if not importlib.util.find_spec('cityscapesscripts'):
+        folder = tmp_path / 'packages' / 'cityscapesscripts' / 'preparation'
+        folder.mkdir(parents=True)
+        (folder / 'json2labelImg.py').write_text(STAND_IN)
+        monkeypatch.syspath_prepend(folder.parents[1])
+        monkeypatch.setenv('PYTHONPATH', str(folder.parents[1]), prepend=os.pathsep)
 
 
 @pytest.fixture
@@ -99,6 +92,7 @@ def test_ready(name, tmp_path, capsys, no_converter):
     assert '  train: 2 images, 2 masks\n' in out
     assert '  val: 2 images, 2 masks\n' in out
     assert f'ready: use configs/edaformer_t_{name}.py' in out
+    assert ('warning: val has officially' in out) == (name != 'synthetic')
     assert files(root) == before
 
 
@@ -118,15 +112,6 @@ def test_mmseg_finds_the_same_pairs(name, dataset, tmp_path):
             assert item['seg_map_path'].endswith(LAYOUTS[name].mask_suffix)
 
 
-def test_counts_against_the_official_ones(tmp_path, capsys):
-    root = build('ade', tmp_path)
-    train, val = LAYOUTS['ade'].splits
-    prepare(replace(LAYOUTS['ade'], splits=(replace(train, official=2), val)), root)
-    out = capsys.readouterr().out
-    assert 'warning: train' not in out
-    assert 'warning: val has officially 2,000 images' in out
-
-
 @pytest.mark.parametrize('name', LAYOUTS)
 def test_nothing_there(name, tmp_path, no_converter):
     layout, root = LAYOUTS[name], tmp_path / 'absent'
@@ -142,20 +127,14 @@ def test_nothing_there(name, tmp_path, no_converter):
     assert not root.exists()
 
 
-@pytest.mark.parametrize('name', ['cityscapes', 'cocostuff'])
-def test_only_images_unpacked(name, tmp_path, no_converter):
-    layout, root = LAYOUTS[name], build(name, tmp_path)
-    for path in (root / layout.splits[1].masks).rglob('*.*'):
-        path.unlink()
-    with pytest.raises(DataError, match='is not complete') as caught:
+def test_only_images_unpacked(tmp_path, no_converter):
+    layout, root = LAYOUTS['cityscapes'], build('cityscapes', tmp_path)
+    shutil.rmtree(root / layout.splits[1].masks)
+    with pytest.raises(DataError, match=r'complete:\n  val: no \*_\w+\.json in gtFine/val\n'):
         prepare(layout, root)
-    message = str(caught.value)
-    assert f'val: no *{layout.converter.source} in {layout.splits[1].masks}' in message
-    assert 'train: ' not in message
-    assert 'without' not in message
 
 
-@pytest.mark.parametrize('name', LAYOUTS)
+@pytest.mark.parametrize('name', ['ade', 'cocostuff'])
 def test_files_without_a_partner(name, tmp_path, no_converter):
     layout, root = LAYOUTS[name], build(name, tmp_path)
     train, val = layout.splits
@@ -168,7 +147,6 @@ def test_files_without_a_partner(name, tmp_path, no_converter):
     message = str(caught.value)
     assert f'train: 5 without a complete mask: {shown} and 2 more\n' in message
     assert f'val: 1 without an image: {val.masks}/y{layout.mask_suffix}\n' in message
-    assert layout.downloads[0].format(root=root) in message
 
 
 def test_folders_of_cityscapes(tmp_path, capsys):
@@ -191,19 +169,16 @@ def test_check_reports_what_is_not_converted_and_leaves_it(name, tmp_path, capsy
     train, val = (root / split.masks for split in layout.splits)
     absent = next(train.rglob(f'*0{layout.mask_suffix}'))
     absent.unlink()
-    cut = next(val.rglob(f'*1{layout.mask_suffix}'))
-    cut.write_bytes(cut.read_bytes()[:-5])
-    empty = next(val.rglob(f'*0{layout.mask_suffix}'))
-    empty.write_bytes(b'')
+    bad = sorted(val.rglob(f'*{layout.mask_suffix}'))
+    bad[0].write_bytes(b'')
+    bad[1].write_bytes(bad[1].read_bytes()[:-5])
     before = files(root)
-    with pytest.raises(DataError, match='is not converted') as caught:
+    with pytest.raises(DataError) as caught:
         prepare(layout, root, check_only=True)
-    message = str(caught.value)
-    assert f'train: 1 not converted: {absent.relative_to(root).as_posix()}\n' in message
-    assert 'val: 2 not converted: ' in message
-    for path in (cut, empty):
-        assert path.relative_to(root).as_posix() in message
-    assert f'run: python tools/prepare_data.py {name} --root {root}' in message
+    assert str(caught.value).splitlines()[1:] == [
+        f'  train: 1 not converted: {absent.relative_to(root)}',
+        f'  val: 2 not converted: {", ".join(str(path.relative_to(root)) for path in bad)}',
+        f'  run: python tools/prepare_data.py {name} --root {root}']
     assert '  train: 2 images, 1 masks, 1 to convert\n' in capsys.readouterr().out
     assert files(root) == before
 
@@ -218,59 +193,33 @@ def test_a_cut_mask_without_annotation_is_refused(tmp_path, no_converter):
 
 
 @pytest.mark.usefixtures('cityscapesscripts')
-def test_an_interrupted_conversion_of_cityscapes_is_finished_by_mmseg(tmp_path, capsys):
-    root = build('cityscapes', tmp_path / 'data', converted=False)
+def test_a_failed_conversion_of_cityscapes_is_noticed_and_finished_by_mmseg(tmp_path, capsys):
+    layout, root = LAYOUTS['cityscapes'], build('cityscapes', tmp_path / 'data', converted=False)
     first = root / 'gtFine/train/town/town_0_gtFine_labelTrainIds.png'
     save(first)
     first.write_bytes(first.read_bytes()[:20])
-    prepare(LAYOUTS['cityscapes'], root)
-    out = capsys.readouterr().out
-    assert '  train: 2 images, 1 masks, 2 to convert\n' in out
-    assert '  train: 2 images, 2 masks\n' in out
-    assert 'ready: ' in out
-    masks = [np.array(Image.open(mask)) for mask in root.rglob('*_gtFine_labelTrainIds.png')]
-    assert len(masks) == 4
-    assert all(mask.shape == (4, 6) and mask[1, 1] == 0 for mask in masks)
-
-
-@pytest.mark.usefixtures('cityscapesscripts')
-def test_a_failed_conversion_is_noticed_at_once_and_next_time(tmp_path):
-    layout = LAYOUTS['cityscapes']
-    root = build('cityscapes', tmp_path / 'data', converted=False)
     broken = root / 'gtFine/val/town/town_1_gtFine_polygons.json'
     broken.write_text('{')
     with pytest.raises(DataError, match=r'cityscapes\.py of mmseg stopped with exit code 1'):
         prepare(layout, root)
+    assert '  train: 2 images, 1 masks, 2 to convert\n' in capsys.readouterr().out
     with pytest.raises(DataError, match=r'val: . not converted: .*town_1_gtFine_labelTrainIds'):
         prepare(layout, root, check_only=True)
     broken.write_text(json.dumps(POLYGONS))
     prepare(layout, root)
-    prepare(layout, root, check_only=True)
+    masks = [np.array(Image.open(mask)) for mask in root.rglob('*_gtFine_labelTrainIds.png')]
+    assert [(mask.shape, mask[1, 1]) for mask in masks] == [((4, 6), 0)] * 4
 
 
-def test_missing_package_is_named(tmp_path, monkeypatch, no_converter):
+@pytest.mark.parametrize(('name', 'message'), [
+    ('cityscapes', 'not installed: pip install cityscapesscripts'),
+    ('cocostuff', r'mmseg has no converter coco_stuff164k\.py .*the package mmseg')])
+def test_what_a_conversion_lacks(name, message, tmp_path, monkeypatch, no_converter):
     find = importlib.util.find_spec
-    monkeypatch.setattr(
-        module, 'find_spec', lambda name: None if name == 'cityscapesscripts' else find(name))
-    root = build('cityscapes', tmp_path, converted=False)
-    with pytest.raises(DataError, match='not installed: pip install cityscapesscripts'):
-        prepare(LAYOUTS['cityscapes'], root)
-
-
-@pytest.mark.parametrize('installed', [True, False])
-def test_missing_converter_is_named(installed, tmp_path, monkeypatch, no_converter):
-    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path / 'mmseg')])
-    monkeypatch.setattr(module, 'find_spec', lambda name: spec if installed else None)
-    root = build('cocostuff', tmp_path, converted=False)
-    with pytest.raises(DataError, match=r'mmseg has no converter coco_stuff164k\.py') as caught:
-        prepare(LAYOUTS['cocostuff'], root)
-    place = tmp_path / 'mmseg/.mim/tools/dataset_converters/coco_stuff164k.py'
-    assert (str(place) if installed else 'the package mmseg') in str(caught.value)
-
-
-def coco(exact):
-    layout = LAYOUTS['cocostuff']
-    return replace(layout, converter=replace(layout.converter, exact=exact))
+    monkeypatch.setattr(module, 'find_spec', lambda package: find(package) if (
+        name == 'cityscapes' and package == 'mmseg') else None)
+    with pytest.raises(DataError, match=message):
+        prepare(LAYOUTS[name], build(name, tmp_path, converted=False))
 
 
 def test_a_part_of_cocostuff_is_not_converted(tmp_path, no_converter):
@@ -282,32 +231,16 @@ def test_a_part_of_cocostuff_is_not_converted(tmp_path, no_converter):
         assert part in str(caught.value)
 
 
-def test_command_for_cocostuff(tmp_path, monkeypatch):
-    root = build('cocostuff', tmp_path, converted=False)
-    started = []
-    monkeypatch.setattr(module.subprocess, 'run', lambda command, **_: (
-        started.append(command) or subprocess.CompletedProcess(command, 0)))
-    monkeypatch.setattr(module.os, 'cpu_count', lambda: 96)
-    with pytest.raises(DataError, match='train: 2 not converted'):
-        prepare(coco(exact=4), root)
-    [[python, script, *rest]] = started
-    assert python == sys.executable
-    assert script.endswith('mmseg/.mim/tools/dataset_converters/coco_stuff164k.py')
-    assert f'COCO_LEN = {LAYOUTS["cocostuff"].converter.exact}\n' in Path(script).read_text()
-    assert rest == [str(root), '--nproc', '16']
-
-
 def test_cocostuff_is_converted_by_mmseg(tmp_path, monkeypatch, capsys):
     root = build('cocostuff', tmp_path, converted=False)
     # The converter counts by an assertion, which Python leaves out when it optimises.
     monkeypatch.setenv('PYTHONOPTIMIZE', '1')
+    layout = LAYOUTS['cocostuff']
+    prepare(replace(layout, converter=replace(layout.converter, exact=4)), root)
+    assert '  train: 2 images, 2 masks\n' in capsys.readouterr().out
     path = root / 'annotations/train2017/00001_labelTrainIds.png'
-    for _ in range(2):
-        prepare(coco(exact=4), root)
-        assert '  train: 2 images, 2 masks\n' in capsys.readouterr().out
-        assert np.array(Image.open(path)).tolist() == [[0, 1, 12], [170, 255, 2]]
-        path.unlink()
-    assert len(list((root / 'annotations').rglob('*.png'))) == 7
+    assert np.array(Image.open(path)).tolist() == [[0, 1, 12], [170, 255, 2]]
+    assert len(list((root / 'annotations').rglob('*.png'))) == 8
 
 
 def test_where_a_config_finds_the_data(tmp_path, monkeypatch, capsys):
@@ -315,13 +248,9 @@ def test_where_a_config_finds_the_data(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     layout = LAYOUTS['ade']
     build('ade', Path(layout.root))
-    prepare(layout)
     prepare(layout, tmp_path / layout.root)
-    out = capsys.readouterr().out
-    assert out.count('ready: ') == 2
-    assert '--cfg-options' not in out
-    build('ade', Path('2016'))
-    prepare(layout, '2016')
+    assert 'options' not in capsys.readouterr().out
+    prepare(layout, build('ade', Path('2016')))
     out = capsys.readouterr().out
     parser = argparse.ArgumentParser()
     parser.add_argument('--cfg-options', nargs='+', action=DictAction)
@@ -330,9 +259,7 @@ def test_where_a_config_finds_the_data(tmp_path, monkeypatch, capsys):
         for split in ('train', 'val', 'test')}
     root = build('ade', tmp_path / 'my data')
     prepare(layout, root)
-    out = capsys.readouterr().out
-    assert f"after: ln -s '{root}' data/ade/ADEChallengeData2016\n" in out
-    assert 'data_root=' not in out
+    assert f"after: ln -s '{root}' data/ade/ADEChallengeData2016\n" in capsys.readouterr().out
 
 
 def test_the_tool_knows_every_data_set():
@@ -349,11 +276,8 @@ def test_command_line(tmp_path, capsys):
     with pytest.raises(SystemExit, match=rf'error: Cityscapes in {root} is not converted:\n'), (
             clear_errors()):
         TOOL['main'](['cityscapes', '--root', str(root), '--check'])
-    assert 'ready:' not in capsys.readouterr().out
-    assert not list(root.rglob('*labelTrainIds*'))
     with pytest.raises(SystemExit):  # there is nothing to draw
         TOOL['main'](['ade', '--seed', '1'])
-    assert '--seed' in capsys.readouterr().err
 
 
 def test_synthetic_is_drawn_but_not_by_a_check(tmp_path, capsys):
@@ -365,13 +289,8 @@ def test_synthetic_is_drawn_but_not_by_a_check(tmp_path, capsys):
         main('--check')
     assert not root.exists()
     main('--train', 3, '--val', 1, '--seed', 7)
-    out = capsys.readouterr().out
-    assert '  train: 3 images, 3 masks\n' in out
-    assert '  val: 1 images, 1 masks\n' in out
-    assert 'warning' not in out
+    assert '  train: 3 images, 3 masks\n  val: 1 images, 1 masks\nready' in capsys.readouterr().out
     main('--check')
     first = (root / 'images/training/00000.png').read_bytes()
     main('--train', 3, '--val', 1, '--seed', 8)
     assert (root / 'images/training/00000.png').read_bytes() != first
-    with pytest.raises(DataError, match='at least one'):
-        main('--train', 0)

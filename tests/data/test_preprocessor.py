@@ -6,7 +6,6 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
-from mmengine.registry import FUNCTIONS
 from mmseg.datasets.transforms import PackSegInputs, PhotoMetricDistortion, RandomCrop
 from mmseg.models import SegDataPreProcessor
 from mmseg.registry import MODELS
@@ -16,10 +15,10 @@ from mmseg_edaformer.data import RandomSegCrop, stack_collate
 from mmseg_edaformer.data.photometric import Distortion, distort, distort_batch, draw_distortions
 from mmseg_edaformer.engine.checks import check_data
 from mmseg_edaformer.errors import ConfigError
-from mmseg_edaformer.pretraining.rand_augment import Operation, augment_batch
+from mmseg_edaformer.pretraining.augmentation import Operation, augment_batch
 from tests.conftest import ROOT
 
-DRAWS = 2000
+DRAWS = 1000
 SETTINGS = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], bgr_to_rgb=True,
                 pad_val=7, seg_pad_val=255, size=(64, 96))
 ONE_BY_ONE = [
@@ -73,40 +72,18 @@ def mmseg_distort(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize('drawn', ONE_BY_ONE, ids=str)
-def test_equal_to_mmseg_when_the_draws_are(mmseg_distort, drawn, device):
-    image = picture()
-    expected = as_batch(mmseg_distort(image, drawn)).float()
-    found = distort(as_batch(image), [drawn])
-    assert found.dtype == torch.float32
-    assert torch.equal(found, expected)
-    on_device = as_batch(image).to(device)
-    difference = (distort_batch(on_device.float(), [drawn]).cpu() - expected).abs()
-    assert difference.max() <= (1 if sum(step is not None for step in drawn) < 3 else 2)
-    assert (difference > 0).float().mean() < 1e-3
-
-
-@pytest.mark.gpu
-def test_each_image_of_a_batch_is_distorted_in_its_own_way(mmseg_distort, device):
+def test_equal_to_mmseg_when_the_draws_are(mmseg_distort, device):
+    """Each image of a batch is distorted in its own way."""
     images = [picture(seed) for seed in range(len(ONE_BY_ONE))]
     expected = as_batch(*map(mmseg_distort, images, ONE_BY_ONE)).float()
-    assert torch.equal(distort(as_batch(*images), ONE_BY_ONE), expected)
+    found = distort(as_batch(*images), ONE_BY_ONE)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
     on_device = as_batch(*images).to(device)
     difference = (distort_batch(on_device.float(), ONE_BY_ONE).cpu() - expected).abs()
-    assert difference.max() <= 2
-    assert (difference > 0).float().mean() < 1e-3
-
-
-def test_hsv_is_that_of_opencv_for_every_colour(mmseg_distort):
-    """An eighth of them."""
-    levels = np.arange(256, dtype=np.uint8)
-    colours = np.stack(np.meshgrid(levels[::2], levels[::2], levels[1::2], indexing='ij'), -1)
-    colours = colours.reshape(-1, 2048, 3)
-    drawn = Distortion(saturation=1.21)
-    expected = as_batch(mmseg_distort(colours, drawn)).float()
-    difference = (distort_batch(as_batch(colours).float(), [drawn]) - expected).abs()
-    assert difference.max() <= 1
-    assert (difference > 0).float().mean() < 1e-4
+    for drawn, one in zip(ONE_BY_ONE, difference):
+        assert one.max() <= (1 if sum(step is not None for step in drawn) < 3 else 2), drawn
+        assert (one > 0).float().mean() < 1e-3, drawn
 
 
 def statistics(images):
@@ -133,27 +110,18 @@ def test_the_distribution_is_that_of_mmseg(function):
         assert ks_2samp(mine, theirs).pvalue > 0.001
         error = theirs.std() * (2 / DRAWS) ** 0.5
         assert abs(mine.mean() - theirs.mean()) < 3 * error
-        assert mine.std() == pytest.approx(theirs.std(), rel=0.06)
+        assert mine.std() == pytest.approx(theirs.std(), rel=0.08)
     shares = [np.bincount(whole.astype(np.uint8).ravel(), minlength=256).reshape(32, 8).sum(1)
               / whole.size for whole in (levels.numpy(), images)]
-    assert np.abs(shares[0] - shares[1]).max() < 0.004
+    assert np.abs(shares[0] - shares[1]).max() < 0.006
 
 
-def test_draws():
-    drawn = draw_distortions(4000)
-    for name, low, high in (('brightness', -32, 32), ('contrast', 0.5, 1.5),
-                            ('saturation', 0.5, 1.5), ('hue', -18, 17)):
-        values = [value for each in drawn if (value := getattr(each, name)) is not None]
-        assert 0.47 < len(values) / len(drawn) < 0.53
-        assert low <= min(values) < low + 0.1
-        assert high - 0.1 < max(values) <= high
-    assert {each.hue for each in drawn} == {None, *range(-18, 18)}
-    assert 0.47 < sum(each.contrast_first for each in drawn) / len(drawn) < 0.53
+def test_draws_follow_the_seed_and_the_ranges():
     torch.manual_seed(3)
-    first = draw_distortions(5, brightness_delta=1, contrast_range=(1, 1), hue_delta=1)
+    first = draw_distortions(99, hue_delta=1)
     torch.manual_seed(3)
-    assert draw_distortions(5, brightness_delta=1, contrast_range=(1, 1), hue_delta=1) == first
-    assert {each.hue for each in draw_distortions(99, hue_delta=1)} == {None, -1, 0}
+    assert draw_distortions(99, hue_delta=1) == first
+    assert {drawn.hue for drawn in first} == {None, -1, 0}
 
 
 def packed(*sizes):
@@ -209,7 +177,7 @@ AUGMENTATIONS = dict(
 
 @pytest.mark.gpu
 def test_augmentations_on_the_device_are_those_of_a_cpu(device):
-    """RandAugment and RandomErasing: `test_rand_augment` compares a CPU with mmpretrain."""
+    """RandAugment and RandomErasing: `test_augmentation` compares a CPU with mmpretrain."""
     drawn = [[Operation(kind, values)] for kind, values in AUGMENTATIONS.items()]
     drawn += [[], [*drawn[1], *drawn[3], *drawn[7]]]
     images = as_batch(*(picture(seed) for seed in range(len(drawn)))) // 2 + 20
@@ -222,17 +190,6 @@ def test_augmentations_on_the_device_are_those_of_a_cpu(device):
         difference = (got.int() - wanted.int()).abs()
         assert difference.max() <= (kind == 'warp'), kind
         assert difference.float().mean() < 0.002
-
-
-def test_deterministic_under_a_seed():
-    preprocessor = MODELS.build(dict(SETTINGS, type='BatchPreProcessor'))
-    runs = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        batch = stack_collate(packed(*SIZES), photometric={})
-        runs.append(preprocessor(batch, training=True)['inputs'])
-    assert torch.equal(runs[0], runs[1])
-    assert not torch.equal(runs[0], runs[2])
 
 
 def test_colours_stay_without_photometric_and_outside_training():
@@ -269,15 +226,13 @@ def test_crops_are_those_of_mmseg(ratio, dtype):
         assert boxes[0] == boxes[1]
 
 
-@pytest.mark.parametrize('path', sorted((ROOT / 'configs').glob('*.py')), ids=lambda p: p.stem)
-def test_no_config_distorts_twice(path):
-    loader = Config.fromfile(path).train_dataloader
-    in_pipeline = any(step.type == 'PhotoMetricDistortion' for step in loader.dataset.pipeline)
-    collate = loader.get('collate_fn') or {}
-    on_device = collate.get('photometric') is not None
-    recipe = 'synthetic' not in path.stem and not path.stem.startswith('eft_')  # classifiers
-    assert in_pipeline + on_device == recipe
-    assert not on_device or FUNCTIONS.get(collate.type) is stack_collate
+def test_no_config_distorts_twice():
+    for path in (ROOT / 'configs').glob('*.py'):
+        loader = Config.fromfile(path).train_dataloader
+        in_pipeline = any(step.type == 'PhotoMetricDistortion' for step in loader.dataset.pipeline)
+        on_device = (loader.get('collate_fn') or {}).get('photometric') is not None
+        recipe = 'synthetic' not in path.stem and not path.stem.startswith('eft_')  # classifiers
+        assert in_pipeline + on_device == recipe, path
 
 
 def test_distorting_twice_is_refused(scenes):

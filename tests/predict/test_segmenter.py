@@ -312,7 +312,7 @@ def test_max_side(whole, work, large, resizing):
     ('{work}/..', None, ConfigError, 'is not the work dir of a training: it holds no config'),
     ('{root}/configs/edaformer_t_synthetic.py', '{pth}', CheckpointError,
      'the checkpoint does not fit the model: .* is 16x3x7x7 in the checkpoint and 32x3x7x7'),
-    ('{root}/configs/eft_t_in1k.py', '{pth}', ConfigError, 'no model that predicts a class for'),
+    ('{root}/configs/eft_t_in1k.py', '{pth}', ConfigError, 'no model that predicts a class per'),
     ('{work}/nope', None, ConfigError, 'no such model: .*nope: give the work dir of a training'),
     ('{work}/nope.safetensors', None, ConfigError, 'no such model: .*nope.safetensors'),
 ])

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mmseg_edaformer.data.drawing import CLASSES, PALETTE
-from mmseg_edaformer.engine.convert import pack_file
+from mmseg_edaformer.engine.single_file import pack_file
 from mmseg_edaformer.errors import CheckpointError, ConfigError
 from mmseg_edaformer.predict.segmenter import Segmenter
 from tests.conftest import ROOT

@@ -6,7 +6,6 @@ import re
 import signal
 import warnings
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from PIL import Image
 
 pytest.importorskip('mmpretrain', reason='mmpretrain, which pretrains the encoder, is not there')
 
+from mmcv.transforms import Compose
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.optim import build_optim_wrapper
@@ -31,7 +31,7 @@ from mmseg_edaformer.engine.loop import CountedBatches, SeededIndices
 from mmseg_edaformer.errors import ConfigError, DataError, RatioError
 from mmseg_edaformer.isr import ISRRatio
 from mmseg_edaformer.pretraining import crops as drawn, folders
-from mmseg_edaformer.pretraining.rand_augment import augment_batch, draw_augmentation
+from mmseg_edaformer.pretraining.augmentation import augment_batch, draw_augmentation
 from tests.conftest import MINI, ROOT
 from tests.engine.training import differences, run_to_end, state, train
 from tests.processes import finish, in_child, run_tool
@@ -66,9 +66,8 @@ def test_size_and_cost(size, parameters, gmacs):
     assert round(count_macs(model, (224, 224)) / 1e9, 1) == gmacs
 
 
-@pytest.mark.parametrize('size', ['t', 'b'])
-def test_exactly_norms_and_biases_do_not_decay(size):
-    cfg = recipe(size)
+def test_exactly_norms_and_biases_do_not_decay():
+    cfg = recipe()
     with torch.device('meta'):
         model = MODELS.build(cfg.model)
     optimizer = build_optim_wrapper(model, cfg.optim_wrapper).optimizer
@@ -107,11 +106,9 @@ def test_learning_rate():
     assert rates[0] == pytest.approx(1e-6)
     assert rates[warm // 2] == pytest.approx(5e-4, rel=0.01)
     assert rates[warm] == max(rates) == pytest.approx(1e-3)
-    assert rates[-1] == pytest.approx(1e-5)
-    for step in (warm + 1, steps // 4, steps // 2, 3 * steps // 4):
+    for step in (warm + 1, steps // 4, (warm + steps) // 2, 3 * steps // 4, steps - 1):
         cosine = math.cos(math.pi * (step - warm) / (steps - warm))
         assert rates[step] == pytest.approx(1e-5 + (1e-3 - 1e-5) * (1 + cosine) / 2, rel=1e-3)
-    assert rates[(warm + steps) // 2] == pytest.approx((1e-3 + 1e-5) / 2, rel=1e-3)
 
 
 def test_batch_and_repeats():
@@ -125,7 +122,7 @@ def test_batch_and_repeats():
     assert {cfg.model.backbone.drop_path_rate, recipe('b').model.backbone.drop_path_rate} == {0.1}
 
 
-@pytest.mark.parametrize('ranks', [1, 2, 8])
+@pytest.mark.parametrize('ranks', [1, 8])
 def test_repeated_augmentation(monkeypatch, ranks):
     """A third of the images has its turn, each three times, each time with other numbers."""
     images, batch = 960, 8
@@ -164,27 +161,20 @@ def test_ranks_see_other_augmentations_of_an_image(classifier):
     assert not any(torch.equal(views[a], views[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
 
 
-def mixed_batches(count, size=64, images=4):
-    """Batches of images of one value each, mixed: of each its pixels and its targets."""
-    cfg = recipe()
-    model = dict(cfg.model, backbone=dict(type='mmseg.EFT', arch=MINI),
-                 head=dict(cfg.model.head, in_channels=128))
-    preprocessor = MODELS.build(model).data_preprocessor
-    preprocessor._enable_normalize = False
-    values = torch.arange(1., images + 1)
-    for _ in range(count):
-        batch = dict(inputs=values[:, None, None, None].expand(-1, 3, size, size).clone(),
-                     data_samples=[DataSample().set_gt_label(label) for label in range(images)])
-        done = preprocessor(batch, training=True)
-        yield done['inputs'], torch.stack([sample.gt_score for sample in done['data_samples']])
-
-
 def test_mixup_and_cutmix_take_turns():
     """Every batch is mixed by one of the two, and the targets are what the pixels say."""
-    count, values = 1200, torch.arange(1., 5.)
+    cfg, count, values = recipe(), 600, torch.arange(1., 5.)
+    preprocessor = MODELS.build(dict(
+        cfg.model, backbone=dict(type='mmseg.EFT', arch=MINI),
+        head=dict(cfg.model.head, in_channels=128))).data_preprocessor
+    preprocessor._enable_normalize = False
     mixup, cutmix = [], []
-    for images, scores in mixed_batches(count):
-        assert scores.shape == (4, 1000)
+    for _ in range(count):
+        done = preprocessor(dict(
+            inputs=values[:, None, None, None].expand(-1, 3, 64, 64).clone(),
+            data_samples=[DataSample().set_gt_label(label) for label in range(4)]), training=True)
+        images = done['inputs']
+        scores = torch.stack([sample.gt_score for sample in done['data_samples']])
         torch.testing.assert_close(scores.sum(1), torch.ones(4))
         # The mean of an image is that of its labels' values, with the targets' weights: for
         # Mixup as it blends, for CutMix by the area.
@@ -197,21 +187,10 @@ def test_mixup_and_cutmix_take_turns():
             (cutmix if cut else mixup).append(float(lam[changed][0]))
     # One batch in 24 is mixed with itself, and a box of no size changes nothing.
     assert len(mixup) + len(cutmix) > 0.93 * count
-    assert len(mixup) / (len(mixup) + len(cutmix)) == pytest.approx(0.5, abs=0.05)
+    assert len(mixup) / (len(mixup) + len(cutmix)) == pytest.approx(0.5, abs=0.07)
     # Beta(0.8, 0.8) is symmetric, with variance 1 / (4 (2 * 0.8 + 1)).
-    assert np.mean(mixup) == pytest.approx(0.5, abs=0.04)
-    assert np.var(mixup) == pytest.approx(1 / 10.4, abs=0.012)
-    # CutMix keeps lambda, uniform in (0, 1), only where its box lies within the image.
-    oracle = []
-    rng = np.random.default_rng(0)
-    for _ in range(20_000):
-        side = int(64 * math.sqrt(1 - rng.random()))
-        spans = [min(middle - side // 2 + side // 2 * 2, 64) - max(middle - side // 2, 0)
-                 for middle in rng.integers(0, 64, 2)]
-        oracle.append(1 - spans[0] * spans[1] / 64 ** 2)
-    oracle = [each for each in oracle if each < 1 - 1e-6]
-    for share in (0.1, 0.25, 0.5, 0.75, 0.9):
-        assert np.quantile(cutmix, share) == pytest.approx(np.quantile(oracle, share), abs=0.05)
+    assert np.mean(mixup) == pytest.approx(0.5, abs=0.06)
+    assert np.var(mixup) == pytest.approx(1 / 10.4, abs=0.018)
 
 
 def test_label_smoothing():
@@ -224,10 +203,6 @@ def test_label_smoothing():
     expected = -((0.9 * mixed + 0.1 / 1000) * logits.log_softmax(1)).sum(1).mean()
     torch.testing.assert_close(loss(logits, mixed.float(), avg_factor=5).double(), expected,
                                rtol=1e-6, atol=1e-6)
-    plain = torch.nn.CrossEntropyLoss(label_smoothing=0.1)(logits, mixed.argmax(1))
-    torch.testing.assert_close(
-        loss(logits, torch.nn.functional.one_hot(mixed.argmax(1), 1000)), plain,
-        rtol=1e-6, atol=1e-6)
 
 
 def step(kind):
@@ -287,16 +262,13 @@ def test_random_erasing():
 
 
 def test_crop_and_evaluation(tmp_path):
-    cfg = recipe()
     crop = step('RandomResizedCrop')
     assert crop.scale == (224, 224)
     assert (crop.crop_ratio_range, crop.aspect_ratio_range) == ((0.08, 1.0), (3 / 4, 4 / 3))
     # Resize 256 bicubic and the centre of 224, as Pillow does it.
     image = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
     Image.fromarray(image).save(tmp_path / 'image.png')
-    results = dict(img_path=str(tmp_path / 'image.png'))
-    for each in cfg.test_pipeline[:-1]:
-        results = TRANSFORMS.build(each)(results)
+    results = Compose(recipe().test_pipeline[:-1])(dict(img_path=str(tmp_path / 'image.png')))
     resized = Image.fromarray(image).resize((int(400 * 256 / 300), 256), Image.Resampling.BICUBIC)
     left = round((resized.width - 224) / 2)
     expected = np.asarray(resized)[16:240, left:left + 224, ::-1]
@@ -338,64 +310,46 @@ def test_killed_and_resumed(classifier, whole, tmp_path):
 
 
 @pytest.mark.soak
-def test_it_learns(tmp_path):
+def test_it_learns(classifier, tmp_path):
     """The whole recipe with a small encoder: far from chance, a tenth, after 150 steps."""
-    data = drawn.draw_crops(tmp_path / 'data', train=24, val=10)
-    config = tmp_path / 'learns.py'
-    config.write_text(f'''
-_base_ = ['{ROOT}/configs/eft_t_crops.py']
-model = dict(backbone=dict(**{MINI}), head=dict(in_channels=128))
-data_root = '{data}'
-train_dataloader = dict(batch_size=32, num_workers=0, persistent_workers=False,
-                        dataset=dict(data_root=data_root))
-val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(data_root=data_root))
-test_dataloader = val_dataloader
-optim_wrapper = dict(optimizer=dict(lr=2e-3))
-param_scheduler = [dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=False, T_max=150)]
-auto_scale_lr = dict(base_batch_size=32)
-''')
-    log = run_to_end(config, tmp_path / 'work', options={
-        'train_cfg.max_iters': 150, 'train_cfg.val_interval': 150,
-        'default_hooks.checkpoint.interval': 150})
+    data = str(drawn.draw_crops(tmp_path / 'data', train=24, val=10))
+    log = run_to_end(classifier, tmp_path / 'work', options={
+        'train_dataloader.batch_size': 32, 'train_dataloader.dataset.data_root': data,
+        'val_dataloader.dataset.data_root': data, 'optim_wrapper.optimizer.lr': 2e-3,
+        'param_scheduler': [
+            dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=False, T_max=150)],
+        'auto_scale_lr.base_batch_size': 32, 'train_cfg.max_iters': 150,
+        'train_cfg.val_interval': 150, 'default_hooks.checkpoint.interval': 150})
     top1, = map(float, re.findall(r'accuracy/top1: ([\d.]+)', log))
     assert top1 > 25
 
 
-def test_the_log_speaks_of_classification(whole):
-    log = Path(f'{whole}.log').read_text()
-    assert 'accuracy/top1' in log
-    assert 'random weights' not in log
-    assert 'images per step' not in log
-
-
-@pytest.mark.parametrize('ratio', ['2', '2211'])
-def test_isr(classifier, whole, tmp_path, ratio):
+def test_isr(classifier, whole, tmp_path):
     code, output = run_tool(
         'tools/test.py', classifier, whole / 'iter_12.pth', '--work-dir', tmp_path / 'work',
-        '--isr-ratio', ratio, '--json', tmp_path / 'figures.json')
+        '--isr-ratio', '2211', '--json', tmp_path / 'figures.json')
     assert code == 0, output[-2000:]
     figures = json.loads((tmp_path / 'figures.json').read_text())
-    assert figures['isr_ratio'] == ('2' if ratio == '2' else '2211-111')
+    assert figures['isr_ratio'] == '2211-111'
     assert figures['metrics'].keys() == {'accuracy/top1', 'accuracy/top5'}
     assert figures['images'] == 10
     assert 'on 64x64 pixels' in output
     keys = [line.split('|')[4].strip() for line in output.splitlines() if '| encoder' in line]
-    assert keys == (['4 -> 1'] * 4 if ratio == '2' else ['4 -> 1', '4 -> 1', '4', '4'])
+    assert keys == ['4 -> 1', '4 -> 1', '4', '4']
 
 
-def test_ratios_that_mean_nothing():
+def test_ratios_of_an_encoder():
     assert ISRRatio.parse_encoder('2,2,1,1') == ISRRatio.parse_encoder('optimal')
-    assert ISRRatio.parse_encoder('auto').auto
     for text in ('22x1', '0', ''):
         with pytest.raises(RatioError):
             ISRRatio.parse_encoder(text)
 
 
-@pytest.mark.parametrize('flag', ['out', 'tta', 'show', 'show_dir', 'bf16', 'skip_bad_files'])
-def test_flags_of_segmentation(classifier, whole, flag):
-    cfg = Config.fromfile(classifier)
-    with pytest.raises(ConfigError, match=f'--{flag.replace("_", "-")}: only for segmentation'):
-        launch.prepare_test(cfg, str(whole / 'iter_12.pth'), **{flag: 'x'})
+def test_flags_of_segmentation(classifier, whole):
+    for flag in ('out', 'tta', 'show', 'show_dir', 'bf16', 'skip_bad_files'):
+        with pytest.raises(ConfigError, match=f'--{flag.replace("_", "-")}: only for segment'):
+            launch.prepare_test(Config.fromfile(classifier), str(whole / 'iter_12.pth'),
+                                **{flag: 'x'})
 
 
 def data_config(config, root):
@@ -428,34 +382,17 @@ def test_missing_and_wrong_folders(classifier, crops, tmp_path):
         checks.check_data(cfg, 'train', 'val')
 
 
-def test_a_damaged_image_is_named(classifier, crops, tmp_path):
-    dataset = data_config(classifier, tmp_path).train_dataloader.dataset
-    folder = tmp_path / 'train' / 'bird'
-    folder.mkdir(parents=True)
-    (folder / 'cut.png').write_bytes((crops / 'train/bird/00000.png').read_bytes()[:500])
-    with pytest.raises(DataError, match=r'cut\.png'):
-        DATASETS.build(dataset)[0]
-
-
 def test_mmpretrain_that_cannot_be_imported(monkeypatch):
     monkeypatch.setitem(__import__('sys').modules, 'mmpretrain.models', None)
     with pytest.raises(ConfigError, match=r'needs mmpretrain.*\[pretrain(-fork)?\]'):
         checks.check_data(recipe(), 'train')
 
 
-def test_crops_are_drawn_once_and_reproducibly(crops, tmp_path, capsys):
+def test_crops_are_drawn_reproducibly(crops, capsys):
     assert sorted(path.name for path in (crops / 'train').iterdir()) == list(drawn.CROPS)
     image = np.asarray(Image.open(crops / 'val' / 'car' / '00000.png'))
     again = drawn.draw_crop(np.random.default_rng((0, 1, 1, 0)), 'car', 64)
     np.testing.assert_array_equal(image, again)
-    before = (crops / 'crops.json').stat().st_mtime_ns
-    drawn.draw_crops(crops, train=4, val=1)
-    assert (crops / 'crops.json').stat().st_mtime_ns == before
-    foreign = tmp_path / 'train' / 'car' / 'mine.png'
-    foreign.parent.mkdir(parents=True)
-    foreign.touch()
-    with pytest.raises(DataError, match=r'holds train/car/mine\.png, which does not belong'):
-        drawn.draw_crops(tmp_path, train=1, val=1)
     folders.prepare(folders.FOLDERS['crops'], crops)
     assert 'train: 40 images in 10 folders' in capsys.readouterr().out
     with pytest.raises(DataError, match='instead of 1,000'):

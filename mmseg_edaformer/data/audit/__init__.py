@@ -5,7 +5,7 @@ In a classification data set these are the images in the folders of its classes,
 """
 import errno
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,22 +64,19 @@ def inner_datasets(cfg: Any, key: str = 'dataset') -> Iterator[tuple[str, Any]]:
 
 
 def audit(cfg: Config, splits: Sequence[str] = ('train', 'val', 'test'), *,
-          workers: int | None = None, cache: Path | None = None, fresh: bool = False,
-          guard: Callable[[Sequence[Part]], None] = lambda parts: None,
-          advance: Callable[[int, int], None] = lambda done, total: None) -> Audit:
+          workers: int | None = None, out: Path | None = None, fresh: bool = False) -> Audit:
     """Look at every file of the data sets of a config.
 
     Args:
         cfg: Any config of mmsegmentation, or of a classifier of mmpretrain.
         splits: Splits to look at, where the config has them.
-        workers: Number of processes, see `examine_files`.
-        cache: File with the facts of earlier runs, see `examine_files`.
+        workers: Number of processes; by default one for each core.
+        out: Folder for the cache, with which a second run reads only what has changed.
         fresh: Whether to read every file again.
-        guard: Called with the data sets before any file is read or written.
-        advance: Called with the number of files done and the number of files to read.
 
     Raises:
-        ConfigError: A data set cannot be built from the config, or mmpretrain is missing.
+        ConfigError: A data set cannot be built from the config, ``out`` lies within one, or
+            mmpretrain is missing.
         DataError: A process was killed, or a list of images cannot be read.
     """
     if is_classifier(cfg):
@@ -92,30 +89,26 @@ def audit(cfg: Config, splits: Sequence[str] = ('train', 'val', 'test'), *,
         inner = list(inner_datasets((cfg.get(f'{split}_dataloader') or {}).get('dataset') or {}))
         for index, (key, dataset_cfg) in enumerate(inner):
             name = split if len(inner) == 1 else f'{split}[{index}]'
-            if not dataset_cfg:
-                continue
-            part, own = _part(name, split, f'{split}_dataloader.{key}', dataset_cfg, heads)
-            if part is None:
+            key, settings = f'{split}_dataloader.{key}', {**dataset_cfg, 'pipeline': None}
+            twin = next((part for part in parts if 'train' not in (split, part.split)
+                         and part.split != split and part.settings == settings), None)
+            if twin:
+                twin.keys.append(key)
+            elif dataset_cfg:
+                part, own = _part(name, split, key, dataset_cfg, heads)
                 findings += own
-                continue
-            twin = next((other for other in parts if 'train' not in (split, other.split)
-                         and other.split != split and _same(part, other)), None)
-            if twin is None:
-                findings += own
-            else:
-                part.same_as = twin.name
-            parts.append(part)
-    guard(parts)
+                if part:
+                    part.settings = settings
+                    parts.append(part)
+    if out is not None:
+        _check_output(parts, out)
     facts, files_read = examine_files(
         [(kind, path) for part in parts for pair in part.pairs
          for kind, path in zip(('image', 'mask'), pair) if path is not None],
-        workers=workers, cache=cache, fresh=fresh, advance=advance)
-    own_parts = [part for part in parts if part.same_as is None]
-    for part in own_parts:
-        findings += judge_part(part, facts)
-        findings += check_classes(part, heads)
-    findings += compare_splits(own_parts)
-    findings += find_duplicates(own_parts, facts)
+        workers=workers, cache=out and out / 'files.cache', fresh=fresh)
+    for part in parts:
+        findings += judge_part(part, facts) + check_classes(part, heads)
+    findings += compare_splits(parts) + find_duplicates(parts, facts)
     findings.sort(key=lambda finding: finding.level)
     return Audit(parts, findings, facts, files_read)
 
@@ -129,7 +122,7 @@ def check_samples(cfg: Config, split: str, dataset: BaseSegDataset, *, alone: bo
     Args:
         cfg: The config of the run.
         split: Name of the split, for messages.
-        dataset: Data set, built if with ``lazy_init``; it is not changed.
+        dataset: Data set, built with ``lazy_init``; it is not changed.
         alone: Whether the split has no other data set, which could have labels that it lacks.
 
     Raises:
@@ -148,7 +141,7 @@ def check_samples(cfg: Config, split: str, dataset: BaseSegDataset, *, alone: bo
     ignored = {head['ignore_index'] for _, head in _heads(cfg)}
     facts: dict[File, Facts] = {}
     for count in _SAMPLES:
-        part = Part(split, split, '', dataset, labels, ignored)
+        part = Part(split, split, [], dataset, labels, ignored)
         part.pairs = [pairs[i] for i in sorted(
             {*np.linspace(0, len(pairs) - 1, count).astype(int)})]
         for image, mask in part.pairs:
@@ -171,6 +164,29 @@ def check_samples(cfg: Config, split: str, dataset: BaseSegDataset, *, alone: bo
         print_log(text, logger='current', level=30)
 
 
+def _check_output(parts: Sequence[Part], out: Path) -> None:
+    """Check that what is written does not become part of the data.
+
+    Raises:
+        ConfigError: The folder lies within a data set, or a data set in what ``fix`` replaces.
+    """
+    real, fixed = out.resolve(), (out / 'fixed').resolve()
+    for part in parts:
+        folders = [part.dataset.data_prefix.get(kind) for kind in ('img_path', 'seg_map_path')]
+        root = part.dataset.data_root
+        if root and not Path.cwd().is_relative_to(Path(root).resolve()):
+            folders.append(root)
+        for folder in folders:
+            if folder is None:
+                continue
+            if real.is_relative_to(Path(folder).resolve()):
+                raise ConfigError(f'--out {out} lies within {folder or "."}, the folder of the '
+                                  f'{part.name} set: choose a folder outside of the data')
+            if Path(folder).resolve().is_relative_to(fixed):
+                raise ConfigError(f'the {part.name} set is in {fixed}, which this run would '
+                                  'replace: choose another --out')
+
+
 def _part(name: str, split: str, key: str, dataset_cfg: Any, heads: dict[str, Any]
           ) -> tuple[Part | None, list[Finding]]:
     """Build a data set and list its pairs; the findings say why if it cannot."""
@@ -188,7 +204,7 @@ def _part(name: str, split: str, key: str, dataset_cfg: Any, heads: dict[str, An
     classifies = getattr(dataset, 'with_label', False) and hasattr(dataset, 'is_valid_file')
     if not (classifies or isinstance(dataset, BaseSegDataset)) or _is_remote(dataset):
         return None, finding('not audited', (type(dataset).__name__, ''))
-    part = Part(name, split, key, dataset, _labels(dataset, heads),
+    part = Part(name, split, [key], dataset, _labels(dataset, heads),
                 {value['ignore_index'] for value in heads.values()} |
                 {getattr(dataset, 'ignore_index', IGNORED)}, targets=[] if classifies else None)
     folders = [path for kind in ('img_path', 'seg_map_path')
@@ -313,10 +329,3 @@ def _heads(cfg: Config) -> Iterator[tuple[str, dict[str, Any]]]:
             yield (f'{path}.{kind}.{index}' if several else f'{path}.{kind}',
                    dict(num_classes=head.get('num_classes'),
                         ignore_index=head.get('ignore_index', IGNORED)))
-
-
-def _same(part: Part, other: Part) -> bool:
-    return (part.pairs == other.pairs and part.classes == other.classes
-            and part.dataset.data_prefix == other.dataset.data_prefix
-            and part.targets == other.targets
-            and (part.targets is not None or bool((part.table() == other.table()).all())))

@@ -1,6 +1,7 @@
 """The figures of an audit: how frequent each class is, and a few images with their masks."""
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,7 +15,6 @@ from ..transforms import IGNORED
 from .rules import CHECKS, Part, printable
 
 _SPLIT_COLOURS = ('#33658a', '#f2a65a', '#5b8e7d', '#b5485d', '#7d5ba6', '#8a8d33')
-_RED = '#c62828'
 _PER_ROW = 50
 _NAMED = 300  # the names of more classes would fill a wall
 _DPI = 110
@@ -24,19 +24,17 @@ _WIDTH = 360  # width of an image in pixels; half as much without masks
 
 def draw_figures(parts: Sequence[Part], out: Path) -> list[str]:
     """Draw classes.png and samples.png, where there is something to draw; returns their names."""
-    parts = [part for part in parts if part.raw and part.same_as is None]
+    parts = [part for part in parts if part.raw]
     counted = [part for part in parts if part.classes == parts[0].classes and part.counts.any()]
-    written = []
-    for name, drawn, draw in (('classes.png', counted, _draw_classes),
-                              ('samples.png', parts, _draw_samples)):
-        figure = draw(drawn) if drawn else None
+    figures = {'classes.png': _draw_classes(counted) if counted else None,
+               'samples.png': _draw_samples(parts) if parts else None}
+    for name, figure in figures.items():
         if figure is None:
             (out / name).unlink(missing_ok=True)  # of an earlier run
-            continue
-        with replacing(out / name) as path:
-            figure.savefig(path, dpi=_DPI)
-        written.append(name)
-    return written
+        else:
+            with replacing(out / name) as path:
+                figure.savefig(path, dpi=_DPI)
+    return [name for name, figure in figures.items() if figure]
 
 
 def _draw_classes(parts: Sequence[Part]) -> Figure:
@@ -65,20 +63,17 @@ def _draw_classes(parts: Sequence[Part]) -> Figure:
             axis.set_xlabel(f'{len(order):,} classes, those with most in {parts[0].name} first',
                             fontsize=9)
             continue
-        ticks = axis.set_xticks(range(len(drawn)), [_short(parts[0].classes[i]) for i in drawn],
-                                rotation=60, ha='right', rotation_mode='anchor', fontsize=8)
-        for tick, index in zip(ticks, drawn):
-            tick.label1.set_parse_math(False)
-            tick.label1.set_color('#222222' if shares[:, index].all() else _RED)
-    handles = [Patch(color=colour, label=part.name)
-               for part, colour in zip(parts, _SPLIT_COLOURS)]
-    if named and not shares.all():
-        handles.append(Patch(color=_RED, label='name in red: never occurs in one of them'))
-    figure.legend(handles=handles, loc='outside lower center', ncols=len(handles), frameon=False,
-                  fontsize=9)
+        axis.set_xticks(range(len(drawn)), [_short(parts[0].classes[i]) for i in drawn],
+                        rotation=60, ha='right', rotation_mode='anchor', fontsize=8)
+    _add_legend(figure, [*zip([part.name for part in parts], _SPLIT_COLOURS)])
     figure.suptitle('Images of each class' if of_images else
                     'Share of each class in the labelled pixels', fontsize=12)
     return figure
+
+
+def _add_legend(figure: Figure, colours: Sequence[tuple[str, Any]]) -> None:
+    figure.legend(handles=[Patch(color=colour, label=name) for name, colour in colours],
+                  loc='outside lower center', ncols=min(len(colours), 8), frameon=False, fontsize=9)
 
 
 def _draw_bars(axis: Axes, shares: np.ndarray) -> None:
@@ -128,16 +123,10 @@ def _draw_samples(parts: Sequence[Part]) -> Figure | None:
             axis.imshow(image)
             file = f'{part.name}: {_short(Path(path).name, 18 if classify else 40)}'
             axis.text(0.5, -0.02, f'{_short(names[path])}\n{file}' if classify else file,
-                      fontsize=9, transform=axis.transAxes, ha='center', va='top',
-                      parse_math=False)
+                      fontsize=9, transform=axis.transAxes, ha='center', va='top')
     if legend:
         colours = np.array(rows[0][0].dataset.metainfo['palette']) / 255
-        legend_box = figure.legend(
-            handles=[Patch(color=colour, label=_short(name))
-                     for name, colour in zip(legend, colours)],
-            loc='outside lower center', ncols=min(len(legend), 8), frameon=False, fontsize=9)
-        for text in legend_box.get_texts():
-            text.set_parse_math(False)
+        _add_legend(figure, [*zip(map(_short, legend), colours)])
     figure.suptitle('Images and their classes' if classify else
                     'Masks over images; where there is no label the image is grey', fontsize=12)
     return figure
@@ -175,4 +164,5 @@ def _paint(part: Part, image: str, mask: str | None, width: int) -> np.ndarray:
 
 def _short(text: str, length: int = 24) -> str:
     text = printable(text)
-    return text if len(text) <= length else f'{text[:length - 3]}...'
+    text = text if len(text) <= length else f'{text[:length - 3]}...'
+    return text.replace('$', r'\$')  # which would begin a formula

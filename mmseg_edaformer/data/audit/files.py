@@ -1,6 +1,7 @@
 """What an image or a mask holds: one pass over each file, on all cores, cached between runs."""
 import hashlib
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -8,31 +9,28 @@ import signal
 import stat
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
+from rich.progress import track
 
 from ...errors import DataError
 from ...files import write_file
-from ..transforms import MAX_PIXELS, ORIENTATION, check_header, read_file, simplejpeg
-
-MAX_VALUES = 512
-"""Largest number of different labels of a mask that are kept."""
-
-VERSION = 2
-"""Raise it when `examine` gives other facts, so that no old cache is used."""
+from ..transforms import check_header, orientation, read_file, simplejpeg
 
 File = tuple[str, str]
 """Kind, 'image' or 'mask', and path."""
 Facts = dict[str, Any]
 """Result of `examine`, of JSON's types."""
 
+_CACHE_VERSION = [3, bool(simplejpeg)]  # raise it when `examine` gives other facts
 _CHUNK = 16
+_MAX_VALUES = 512  # labels of a mask that are kept
 _MISSING = dict(problem='missing', detail='there is no such file')
 
 
@@ -47,8 +45,8 @@ def examine(kind: str, path: str) -> Facts:
         ``problem`` ('missing' or 'unreadable') and ``detail`` for a bad file. Otherwise ``size``
         (width and height as stored) and ``format``, and
 
-        - for an image ``orientation`` (EXIF's, 1 is upright), ``bytes`` and ``pixels`` (hashes of
-          the file and of the upright image);
+        - for an image ``orientation`` (EXIF's, 1 is upright) and ``pixels`` (a hash of the upright
+          image);
         - for a mask ``values`` (labels and their pixels), ``bits``, and ``palette`` (index, red,
           green, blue of what it uses) where it has one; or ``channels``, if there are several.
     """
@@ -60,14 +58,13 @@ def examine(kind: str, path: str) -> Facts:
             content = read_file(kind, path)
             if not content:
                 raise DataError('the file has 0 bytes')
-            check_header(kind, '', content, MAX_PIXELS)
+            check_header(kind, '', content)
             with Image.open(io.BytesIO(content)) as image:
                 facts = dict(size=[*image.size], format=image.format)
                 image.load()
                 if kind == 'mask':
                     return {**facts, **_labels(image)}
-                return {**facts, 'orientation': _orientation(image), 'pixels': _hash_pixels(image),
-                        'bytes': hashlib.blake2b(content, digest_size=16).hexdigest()}
+                return {**facts, 'orientation': orientation(image), 'pixels': _hash_pixels(image)}
     except DataError as error:  # training refuses it, too
         return dict(problem='unreadable', detail=str(error).partition(' bytes): ')[2] or str(error))
     except Exception as error:  # damaged files raise anything
@@ -80,7 +77,7 @@ def header(path: str) -> Facts:
     try:
         with warnings.catch_warnings(), Image.open(path) as image:
             warnings.simplefilter('ignore')
-            return dict(size=list(image.size), orientation=_orientation(image))
+            return dict(size=list(image.size), orientation=orientation(image))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return examine('image', path)  # which says what is wrong
 
@@ -98,7 +95,7 @@ def _labels(image: Image.Image) -> Facts:
     else:
         values, counts = np.unique(array, return_counts=True)
     facts: Facts = dict(bits=8 * array.dtype.itemsize, values=[
-        [v.item(), n.item()] for v, n in zip(values, counts)][:MAX_VALUES])
+        [v.item(), n.item()] for v, n in zip(values, counts)][:_MAX_VALUES])
     if image.mode == 'P':
         colours = np.array(image.getpalette('RGB')).reshape(-1, 3).tolist()
         facts['palette'] = [[v, *colours[v]] for v, _ in facts['values'] if v < len(colours)]
@@ -106,26 +103,17 @@ def _labels(image: Image.Image) -> Facts:
 
 
 def _hash_pixels(image: Image.Image) -> str:
-    upright = ImageOps.exif_transpose(image) if _orientation(image) != 1 else image
+    upright = ImageOps.exif_transpose(image) if orientation(image) != 1 else image
     if not upright.mode.startswith(('I', 'F')):  # of 16 bits and more, which RGB would clip
         upright = upright.convert('RGB')
-    label = f'{upright.mode} {upright.size}'.encode()
-    return hashlib.blake2b(upright.tobytes() + label, digest_size=16).hexdigest()
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        orientation = image.getexif().get(ORIENTATION)
-    except Exception:  # EXIF can hold anything, and decoders ignore what they do not understand
-        return 1
-    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
+    content = upright.tobytes() + f'{upright.mode} {upright.size}'.encode()
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def examine_files(files: Iterable[File], *, workers: int | None = None,
-                  cache: Path | None = None, fresh: bool = False,
-                  advance: Callable[[int, int], None] = lambda done, total: None
+                  cache: Path | None = None, fresh: bool = False
                   ) -> tuple[dict[File, Facts], int]:
-    """Examine many files, each once.
+    """Examine many files, each once, and show the progress on a terminal.
 
     Args:
         files: Kinds and paths.
@@ -133,7 +121,6 @@ def examine_files(files: Iterable[File], *, workers: int | None = None,
         cache: File with the facts of earlier runs. A file of unchanged size and modification time
             is not read again. A cache that is damaged or of another version is replaced.
         fresh: Whether to read every file again.
-        advance: Called with the number of files done and the number of files to read.
 
     Returns:
         The facts of each file, and the number of files that were read.
@@ -155,48 +142,37 @@ def examine_files(files: Iterable[File], *, workers: int | None = None,
         else:
             todo.append(file)
     try:
-        for chunk, results in _run(todo, workers):
-            facts.update(zip(chunk, results))
-            advance(len(facts) - (len(stamps) - len(todo)), len(todo))
+        results = track(_run(todo, workers), 'reading', len(todo), transient=True,
+                        disable=not sys.stdout.isatty())
+        for result, file in zip(results, todo):
+            facts[file] = result
     finally:
         if cache and todo:  # also what was done before an interruption
-            body = json.dumps({**cached, **{
-                _key(file): [*(stamps[file] or ()), result] for file, result in facts.items()
-                if stamps[file]}}, separators=(',', ':')).encode()
-            write_file(cache, _seal(body) + b'\n' + body)
+            done = {_key(file): [*(stamps[file] or ()), result] for file, result in facts.items()
+                    if stamps[file]}
+            write_file(cache, json.dumps([_CACHE_VERSION, {**cached, **done}],
+                                         separators=(',', ':')))
     return facts, len(todo)
 
 
-def _run(files: Sequence[File], workers: int | None
-         ) -> Iterator[tuple[Sequence[File], list[Facts]]]:
-    chunks = [files[start:start + _CHUNK] for start in range(0, len(files), _CHUNK)]
+def _run(files: Sequence[File], workers: int | None) -> Iterator[Facts]:
     workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else
                           os.cpu_count() or 1)
-    if workers == 1 or len(chunks) < 2:
-        for chunk in chunks:
-            yield chunk, _examine_chunk(chunk)
+    if workers == 1 or len(files) <= _CHUNK:
+        yield from itertools.starmap(examine, files)
         return
     # A fork shares what is imported; elsewhere every process would import torch.
     context = multiprocessing.get_context('fork' if sys.platform == 'linux' else None)
-    pool = ProcessPoolExecutor(min(workers, len(chunks)), context, _ignore_interrupts)
+    # Ctrl-C is left to the process that waits.
+    pool = ProcessPoolExecutor(min(workers, -(-len(files) // _CHUNK)), context, signal.signal,
+                               (signal.SIGINT, signal.SIG_IGN))
     try:
-        futures = {pool.submit(_examine_chunk, chunk): chunk for chunk in chunks}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
+        yield from pool.map(examine, *zip(*files), chunksize=_CHUNK)
     except BrokenProcessPool as error:
         raise DataError('a process that read images was killed, most likely for lack of memory: '
                         'run again with fewer --workers') from error
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _examine_chunk(files: Sequence[File]) -> list[Facts]:
-    return [examine(*file) for file in files]
-
-
-def _ignore_interrupts() -> None:
-    """Leave Ctrl-C to the process that waits."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _stamp(path: str) -> list[int] | None:
@@ -214,14 +190,7 @@ def _key(file: File) -> str:
 
 def _read_cache(path: Path) -> dict[str, Any]:
     try:
-        content = path.read_bytes()
-    except OSError:
+        version, cached = json.loads(path.read_bytes())
+    except (OSError, ValueError, TypeError):
         return {}
-    seal, _, body = content.partition(b'\n')
-    return json.loads(body) if seal == _seal(body) else {}
-
-
-def _seal(body: bytes) -> bytes:
-    """Return the first line of an undamaged cache of this version."""
-    digest = hashlib.blake2b(body, digest_size=16).hexdigest()
-    return f'data_check {VERSION} {MAX_PIXELS} {bool(simplejpeg)} {digest}'.encode()
+    return cached if version == _CACHE_VERSION else {}

@@ -3,7 +3,6 @@ import io
 import os
 import shutil
 import struct
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from .rules import CHECKS, Part, judge
 _LOSSLESS = {'.png': 'PNG', '.bmp': 'BMP', '.tif': 'TIFF', '.tiff': 'TIFF'}
 _OF_IMAGE = 'image turned by EXIF'
 _OF_MASK = {'mask of colours', 'palette of other indices', 'mask of 0 and 255', 'more than 8 bits'}
+_FIXABLE = {*_OF_MASK, _OF_IMAGE}
 
 
 @dataclass
@@ -28,68 +28,37 @@ class Fixed:
 
     Attributes:
         folder: Folder with ``images`` and ``masks``; sound files are links there.
+        options: Settings for ``--cfg-options`` that make the config read the folder.
         files: Files that were written, and what was wrong with them.
         left_out: Files of pairs that cannot be fixed, and why.
-        options: Settings for ``--cfg-options`` that make the config read the folder.
     """
 
     part: str
     folder: Path
+    options: list[str]
     files: list[tuple[str, str]] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
-    options: list[str] = field(default_factory=list)
 
 
 class _NotFixableError(Exception):
-    """Says why."""
-
-
-def check_output(parts: Sequence[Part], out: Path) -> None:
-    """Check that what is written does not become part of the data.
-
-    Raises:
-        ConfigError: The folder lies within a data set, or a data set in what ``fix`` replaces.
-    """
-    real, fixed = out.resolve(), (out / 'fixed').resolve()
-    if not fixed.is_relative_to(real):
-        raise ConfigError(f'{out / "fixed"} is a link that leads out of {out}: remove it')
-    for part in parts:
-        folders = [part.dataset.data_prefix.get(kind) for kind in ('img_path', 'seg_map_path')]
-        root = part.dataset.data_root
-        if root and not Path.cwd().is_relative_to(Path(root).resolve()):
-            folders.append(root)
-        for folder in folders:
-            if folder is None:
-                continue
-            if real.is_relative_to(Path(folder).resolve()):
-                raise ConfigError(f'--out {out} lies within {folder or "."}, the folder of the '
-                                  f'{part.name} set: choose a folder outside of the data')
-            if Path(folder).resolve().is_relative_to(fixed):
-                raise ConfigError(f'the {part.name} set is in {fixed}, which this run would '
-                                  'replace: choose another --out')
+    """A file, and the reason why it cannot be fixed."""
 
 
 def fix(audit: Audit, out: Path) -> list[Fixed]:
     """Write data sets in which everything that can be fixed safely is fixed.
 
     Args:
-        audit: What was found.
+        audit: What was found, with the same ``out``.
         out: Folder whose subfolder ``fixed`` gets a folder for each data set that is fixed.
 
     Returns:
         What was done for each of them; the originals are as before.
 
     Raises:
-        ConfigError: As `check_output`, or there is something foreign where it would write.
+        ConfigError: There is something foreign where it would write.
     """
-    check_output(audit.parts, out)
-    done = {part.name: _fix_part(part, out / 'fixed' / part.name) for part in audit.parts
-            if any({*checks} & {*_OF_MASK, _OF_IMAGE} for checks in part.verdicts.values())}
-    for part in audit.parts:
-        if part.same_as in done:
-            twin = done[part.same_as]
-            twin.options += _options(part, twin.folder)
-    return list(done.values())
+    return [_fix_part(part, out / 'fixed' / part.name) for part in audit.parts
+            if any({*checks} & _FIXABLE for checks in part.verdicts.values())]
 
 
 def _fix_part(part: Part, folder: Path) -> Fixed:
@@ -98,23 +67,22 @@ def _fix_part(part: Part, folder: Path) -> Fixed:
         raise ConfigError(f'{folder} holds what --fix did not write: move it away')
     if folder.is_dir():
         shutil.rmtree(folder)
-    fixed = Fixed(part.name, folder, options=_options(part, folder))
+    fixed = Fixed(part.name, folder, _options(part, folder))
     for image, mask in dict.fromkeys(part.pairs):
         try:
             fixed.files += _fix_pair(part, image, mask, folder)
         except _NotFixableError as error:
-            file, reason = error.args
-            fixed.left_out.append((file, reason))
+            fixed.left_out.append(error.args)  # type: ignore[arg-type]
     return fixed
 
 
 def _fix_pair(part: Part, image: str, mask: str | None, folder: Path) -> list[tuple[str, str]]:
-    """Write or link a pair; the files that were written, and what was wrong with them.
-
-    Raises:
-        _NotFixableError: It cannot be fixed: the file, and the reason.
-    """
+    """Write or link a pair; the files that were written, and what was wrong with them."""
     checks, prefix = part.verdicts[image, mask], part.dataset.data_prefix
+    for check in checks:
+        if CHECKS[check][0] == 'error' and check not in _FIXABLE:
+            of_image = check.startswith('image') or check == 'sizes differ' or mask is None
+            raise _NotFixableError(image if of_image else mask, check)
     sources, targets = [], []
     for path, kind, name in ((image, 'img_path', 'images'), (mask, 'seg_map_path', 'masks')):
         if path is not None:
@@ -128,10 +96,13 @@ def _fix_pair(part: Part, image: str, mask: str | None, folder: Path) -> list[tu
         contents.append(_fix_mask(part, mask, checks))
     for path, target, content in zip(sources, targets, contents):
         target.parent.mkdir(parents=True, exist_ok=True)
-        if content is None:
-            _link(path, target)
-        else:
+        if content is not None:
             write_file(target, content)
+        elif not target.is_symlink():  # two names of one file; a copy would go through the link
+            try:
+                target.symlink_to(os.path.abspath(path))
+            except OSError:  # Windows, and file systems without links
+                shutil.copyfile(path, target)
     if any(contents):
         facts = [examine(kind, str(target)) for kind, target in zip(('image', 'mask'), targets)]
         wrong = next((check for check, _, _ in judge(part, facts[0], (*facts, None)[1])
@@ -140,15 +111,12 @@ def _fix_pair(part: Part, image: str, mask: str | None, folder: Path) -> list[tu
             for target in targets:
                 target.unlink()
             raise _NotFixableError(mask or image, f'still {wrong} after fixing')
-    wrong = ', '.join(check for check in checks if check in {*_OF_MASK, _OF_IMAGE})
+    wrong = ', '.join(check for check in checks if check in _FIXABLE)
     return [(path, wrong) for path, content in zip(sources, contents) if content]
 
 
 def _fix_image(path: str, checks: list[str]) -> bytes | None:
     """Return the file without its EXIF orientation, the pixels as they are."""
-    for check in ('image missing', 'image unreadable', 'sizes differ'):
-        if check in checks:
-            raise _NotFixableError(path, check)
     if _OF_IMAGE not in checks:
         return None
     content = Path(path).read_bytes()
@@ -173,9 +141,6 @@ def _fix_image(path: str, checks: list[str]) -> bytes | None:
 
 def _fix_mask(part: Part, path: str, checks: list[str]) -> bytes | None:
     """Return the mask as an encoded file of indices in 8 bits."""
-    for check in ('mask missing', 'mask unreadable', 'label out of range'):
-        if check in checks:
-            raise _NotFixableError(path, check)
     if not {*checks} & _OF_MASK:
         return None
     if 'mask of 0 and 255' in checks and (part.zero_is_no_label or len(part.classes) != 2):
@@ -221,19 +186,10 @@ def _from_colours(part: Part, path: str, image: Image.Image) -> np.ndarray:
     return labels
 
 
-def _link(path: str, target: Path) -> None:
-    if target.is_symlink():  # two names of one file; a copy would go through the link
-        return
-    try:
-        target.symlink_to(os.path.abspath(path))
-    except OSError:  # Windows, and file systems without links
-        shutil.copyfile(path, target)
-
-
 def _options(part: Part, folder: Path) -> list[str]:
     values = {'data_root': folder.resolve(), 'data_prefix.img_path': 'images'}
     if part.dataset.data_prefix.get('seg_map_path') is not None:
         values['data_prefix.seg_map_path'] = 'masks'
     if part.dataset.ann_file:
         values['ann_file'] = ''
-    return [f'{part.key}.{name}={value}' for name, value in values.items()]
+    return [f'{key}.{name}={value}' for key in part.keys for name, value in values.items()]

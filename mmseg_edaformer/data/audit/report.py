@@ -1,7 +1,6 @@
 """The results of an audit on the terminal and as JSON."""
 import json
 import shlex
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,17 +10,16 @@ import numpy as np
 from mmengine.config import Config
 from prettytable import PrettyTable
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ...errors import ConfigError, shown
 from ...files import write_file
 from ..classification import is_classifier
+from ..preparing import fits_options
 from . import Audit, audit
-from .fix import Fixed, check_output, fix
+from .fix import Fixed, fix
 from .rules import CHECKS, Part, printable
 
-SHOWN = 3
-"""Number of files of each finding that are named on the terminal."""
+_SHOWN = 3  # files of each finding that are named on the terminal
 
 
 def check(cfg: Config, out: str | Path, splits: Sequence[str] | None = None, *,
@@ -32,17 +30,15 @@ def check(cfg: Config, out: str | Path, splits: Sequence[str] | None = None, *,
         cfg: Any config of mmsegmentation, or of a classifier of mmpretrain.
         out: Folder for report.json, classes.png, samples.png and the cache.
         splits: 'train', 'val', 'test' or several; by default those that the config has.
-        workers: Number of processes; by default one for each core.
-        fresh: Whether to read files again that have not changed since the last time.
+        workers: Number of processes, by default one for each core.
+        fresh: Whether to read unchanged files again.
         with_fixes: Whether to write fixed copies to ``fixed`` in the folder.
 
     Returns:
         Number of findings that are errors.
 
     Raises:
-        ConfigError: A split is not in the config, the folder lies within the data, or images of a
-            classifier are to be fixed.
-        DataError: A process was killed.
+        ConfigError: A split is not in the config, or images of a classifier are to be fixed.
     """
     from .figures import draw_figures
     if with_fixes and is_classifier(cfg):
@@ -55,20 +51,13 @@ def check(cfg: Config, out: str | Path, splits: Sequence[str] | None = None, *,
         raise ConfigError(f'the config has no {lacking[0] if lacking else "train"}_dataloader: it '
                           f'has {", ".join(known) or "none"}')
     start = time.perf_counter()
-    with Progress(TextColumn('reading'), BarColumn(), MofNCompleteColumn(), TextColumn('left'),
-                  TimeRemainingColumn(), transient=True,
-                  disable=not sys.stdout.isatty()) as progress:
-        bar = progress.add_task('', total=None)
-        done = audit(cfg, splits or known, workers=workers, cache=out / 'files.cache', fresh=fresh,
-                     guard=lambda parts: check_output(parts, out),
-                     advance=lambda n, total: progress.update(bar, completed=n, total=total))
-    seconds = time.perf_counter() - start
+    done = audit(cfg, splits or known, workers=workers, out=out, fresh=fresh)
     fixed = fix(done, out) if with_fixes else []
     write_file(out / 'report.json', json.dumps(_as_json(cfg, done, fixed), indent=1) + '\n')
     written = ['report.json', *draw_figures(done.parts, out)]
     console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     console.print(f'{cfg.filename}: {len(done.facts):,} files, {done.files_read:,} of them read now'
-                  f', in {seconds:.1f} s\n')
+                  f', in {time.perf_counter() - start:.1f} s\n')
     _print_parts(console, done.parts, is_classifier(cfg))
     for finding in done.findings:
         style = 'bold red' if finding.level == 'error' else 'yellow'
@@ -93,34 +82,20 @@ def _print_parts(console: Console, parts: Sequence[Part], classify: bool) -> Non
         ['classes', 'fewest in a class', 'median', 'most'] if classify else
         ['masks', 'classes seen', 'no label', 'label 0', 'reduce_zero_label'])], align='r')
     table.align.update({'split': 'l', 'data set': 'l'})
-    lines = []
     for part in parts:
-        name = f'the same as {part.same_as}' if part.same_as else type(part.dataset).__name__
-        row = [part.name, name, f'{len(part.pairs):,}']
+        row = [', '.join([part.name, *(key.partition('_')[0] for key in part.keys[1:])]),
+               type(part.dataset).__name__, f'{len(part.pairs):,}']
         if part.targets is None:
             row.append(f'{sum(mask is not None for _, mask in part.pairs):,}')
-        if part.targets is not None and part.counts.size and not part.same_as:
+        if part.targets is not None and part.counts.size:
             row += [f'{len(part.classes):,}', *(
                 f'{of(part.counts):,.0f}' for of in (np.min, np.median, np.max))]
         elif part.targets is None and part.raw:
             row += [f'{np.count_nonzero(part.counts)} of {len(part.classes)}',
                     f'{part.unlabelled / sum(part.raw.values()):.1%}', f'{part.zero_share:.1%}',
                     str(part.zero_is_no_label)]
-            lines.append(f'{part.name}: {_zero_line(part)}')
         table.add_row([*row, *[''] * (len(table.field_names) - len(row))])
     console.print(str(table))
-    if lines:
-        console.print('\n' + '\n'.join(lines))
-
-
-def _zero_line(part: Part) -> str:
-    share, table = part.zero_share, part.table()
-    if part.zero_is_no_label:
-        return (f'0 means no label, {share:.1%} of the pixels; with reduce_zero_label=False it '
-                'would be a class, and every label one higher')
-    name = part.classes[table[0]] if table[0] < len(part.classes) else 'no label'
-    return (f'0 is {printable(name)}, {share:.1%} of the pixels; with reduce_zero_label=True they '
-            'would be lost, and every label one lower')
 
 
 def _print_fixed(console: Console, fixed: Fixed) -> None:
@@ -132,44 +107,39 @@ def _print_fixed(console: Console, fixed: Fixed) -> None:
         _print_items(console, fixed.left_out)
     if fixed.files:
         options = ' '.join(map(shlex.quote, fixed.options))
-        # mmengine drops these characters or splits at them.
-        carried = not set(str(fixed.folder.resolve())) & set(' ,()[]\'"')
-        console.print(f'  use it with: --cfg-options {options}' if carried else
+        console.print('  use it with: --cfg-options ' + options
+                      if fits_options(fixed.folder.resolve()) else
                       '  use it with these settings in the config, because --cfg-options cannot '
                       f'carry the path: {options}')
 
 
 def _print_items(console: Console, items: Sequence[tuple[str, str]]) -> None:
-    for name, note in items[:SHOWN]:
+    for name, note in items[:_SHOWN]:
         console.print(f'    {printable(name)}{": " if note else ""}{printable(note)}')
-    if len(items) > SHOWN:
-        console.print(f'    ... and {len(items) - SHOWN:,} more')
+    if len(items) > _SHOWN:
+        console.print(f'    ... and {len(items) - _SHOWN:,} more')
 
 
 def _as_json(cfg: Config, done: Audit, fixed: Sequence[Fixed]) -> dict[str, Any]:
+    def listed(items: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
+        return [{'name': shown(name), 'note': shown(note)} for name, note in items]
+
     return dict(
         config=str(cfg.filename), errors=done.count('error'), warnings=done.count('warning'),
         splits={part.name: _part_as_json(part) for part in done.parts},
         findings=[dict(level=finding.level, split=finding.split, check=finding.check,
-                       remedy=CHECKS[finding.check][1], items=_items_as_json(finding.items))
+                       remedy=CHECKS[finding.check][1], items=listed(finding.items))
                   for finding in done.findings],
-        fixed=[dict(split=one.part, folder=str(one.folder), files=_items_as_json(one.files),
-                    left_out=_items_as_json(one.left_out), cfg_options=one.options)
-               for one in fixed])
+        fixed=[dict(split=one.part, folder=str(one.folder), files=listed(one.files),
+                    left_out=listed(one.left_out), cfg_options=one.options) for one in fixed])
 
 
 def _part_as_json(part: Part) -> dict[str, Any]:
-    common = dict(data_set=type(part.dataset).__name__, same_as=part.same_as,
+    common = dict(data_set=type(part.dataset).__name__, config_keys=part.keys,
                   folders=dict(part.dataset.data_prefix), images=len(part.pairs))
-    if part.same_as:
-        return common
     if part.targets is not None:
         return dict(common, images_of_class=dict(zip(part.classes, part.counts.tolist())))
     return dict(common, reduce_zero_label=part.zero_is_no_label, share_of_label_0=part.zero_share,
                 pixels_without_label=part.unlabelled,
                 pixels=dict(zip(part.classes, part.counts.tolist())),
                 pixels_as_stored={str(label): n for label, n in sorted(part.raw.items())})
-
-
-def _items_as_json(items: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
-    return [{'name': shown(name), 'note': shown(note)} for name, note in items]

@@ -65,9 +65,9 @@ CHECKS = {
 OF_ALL = frozenset(('mask of 0 and 255', 'no label in any mask'))
 """Checks that fail only if all masks of a data set fail them."""
 
-EXTREME = 8
-"""A size is extreme when one side is more than this many times the other, or when width and height
-are this many times more or less than those of the median, by area."""
+# A size is extreme when one side is more than this many times the other, or when width and height
+# are this many times more or less than those of the median, by area.
+_EXTREME = 8
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Finding:
 
     @property
     def level(self) -> str:
-        """'error' or 'warning'."""
+        """Its level in `CHECKS`."""
         return CHECKS[self.check][0]
 
 
@@ -96,7 +96,8 @@ class Part:
 
     Attributes:
         name: Name as in `Finding.split`.
-        key: Place in the config, such as 'train_dataloader.dataset'.
+        keys: Places in the config, such as 'train_dataloader.dataset'; several where the test set
+            is that of validation.
         pairs: Images and their masks; None without a folder of masks.
         targets: Number of the class of each image of a classification data set, otherwise None.
         folders: Names of the folders that are the classes, if they are.
@@ -105,12 +106,12 @@ class Part:
         unlabelled: Pixels without a label.
         raw: Pixels of each label as stored.
         verdicts: Checks that each pair fails.
-        same_as: Name of the part that holds the same files and is audited in its place.
+        settings: Its config without the pipeline.
     """
 
     name: str
     split: str
-    key: str
+    keys: list[str]
     dataset: BaseDataset
     labels: LoadSegLabels
     ignored: set[int]
@@ -121,7 +122,7 @@ class Part:
     unlabelled: int = 0
     raw: dict[int, int] = field(default_factory=dict)
     verdicts: dict[tuple[str, str | None], list[str]] = field(default_factory=dict)
-    same_as: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -152,13 +153,7 @@ class Part:
 
 def judge(part: Part, image: Facts, mask: Facts | None, binary: bool = False
           ) -> Iterator[tuple[str, bool, str]]:
-    """Check one pair.
-
-    Args:
-        part: The data set.
-        image: Result of `examine` or `header`.
-        mask: Result of `examine`.
-        binary: Whether the masks of this data set hold 0 and 255 alone.
+    """Check one pair; in a ``binary`` data set all masks hold 0 and 255 alone.
 
     Yields:
         A key of `CHECKS`, whether it is about the mask, and a note.
@@ -275,8 +270,8 @@ def _judge_classes(part: Part, targets: Sequence[int], facts: dict[File, Facts],
         if number not in range(len(part.classes)):
             part.verdicts[image, None].append('label out of range')
             items['label out of range'][image, str(number)] = None
-        if size and (max(size) > EXTREME * min(size) or not
-                     median <= EXTREME ** 2 * size[0] * size[1] <= EXTREME ** 4 * median):
+        if size and (max(size) > _EXTREME * min(size) or not
+                     median <= _EXTREME ** 2 * size[0] * size[1] <= _EXTREME ** 4 * median):
             items['extreme size'][image, f'{_by(size)} pixels, the area of the median is '
                                   f'{_by([round(median ** 0.5)] * 2)}'] = None
     for name, n in zip(part.folders, part.counts):
@@ -289,11 +284,9 @@ def _doubt_zero(part: Part) -> str | None:
     classes = len(part.dataset.METAINFO.get('classes') or part.classes)
     highest = max((label for label in part.raw if label != IGNORED), default=0)
     share = part.zero_share
-    if part.zero_is_no_label and highest < classes and share > 0.05:
-        return (f'0 is no label then, and {share:.1%} of the pixels are lost, but the labels go up '
-                f'to {highest} for {classes} classes, as they do where 0 is a class')
-    if part.zero_is_no_label and share > 0.5:
-        return f'0 is no label then, and {share:.1%} of the pixels are lost'
+    if part.zero_is_no_label and share > (0.05 if highest < classes else 0.5):
+        return (f'0 is no label then, and {share:.1%} of the pixels are lost; the labels go up to '
+                f'{highest} for {classes} classes')
     if not part.zero_is_no_label and highest == classes:
         return (f'0 is a class then, with {share:.1%} of the pixels, but the labels go up to '
                 f'{highest} for {classes} classes, as they do where 0 means no label')
@@ -307,8 +300,9 @@ def check_classes(part: Part, heads: dict[str, Any]) -> list[Finding]:
                   for name, head in heads.items() if head['num_classes'] not in (None, len(classes))
                   and (part.folders or named is not None))
     if part.folders and named and len(named) != len(classes):
-        wrong = ((f'{part.key}.type={type(part.dataset).__name__}', f'has {len(named)} classes, '
-                  f'there are {len(classes)} folders: CustomDataset takes any number'), *wrong)
+        wrong = ((f'{part.keys[0]}.type={type(part.dataset).__name__}',
+                  f'has {len(named)} classes, there are {len(classes)} folders: CustomDataset '
+                  'takes any number'), *wrong)
     same: dict[tuple[int, ...], list[str]] = defaultdict(list)
     for name, colour in zip(classes, part.dataset.metainfo.get('palette') or ()):
         same[tuple(colour)].append(name)
@@ -361,20 +355,19 @@ def find_duplicates(parts: Sequence[Part], facts: dict[File, Facts]) -> list[Fin
         first: dict[str, str] = {}
         for split, image in group:
             if split in first:
-                items[split, 'duplicate'].append((image, _likeness(image, first[split], facts)))
+                items[split, 'duplicate'].append((image, _likeness(image, first[split])))
             elif split != 'train' and learned is not None:
                 items[split, 'train image in val or test'].append(
                     (image, 'the path is in both' if image == learned else
-                     _likeness(image, learned, facts)))
+                     _likeness(image, learned)))
             first.setdefault(split, image)
     return [Finding(split, check, tuple(named)) for (split, check), named in items.items()]
 
 
-def _likeness(image: str, other: str, facts: dict[File, Facts]) -> str:
+def _likeness(image: str, other: str) -> str:
     if os.path.realpath(image) == os.path.realpath(other):
         return 'listed twice' if image == other else f'is {other}'
-    same = facts['image', image]['bytes'] == facts['image', other]['bytes']
-    return f'the same {"file" if same else "pixels"} as {other}'
+    return f'the same pixels as {other}'
 
 
 def printable(text: str) -> str:

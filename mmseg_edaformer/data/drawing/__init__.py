@@ -18,12 +18,11 @@ from PIL import Image
 
 from ...errors import DataError
 from ...files import write_file
-from .canvas import BIRD, CAR, CLASSES, HOUSE, LAMP, MEADOW, PALETTE, ROAD, TREE, Scene, pick
+from .canvas import BIRD, CLASSES, LAMP, PALETTE, ROAD, Scene, pick
 from .ground import Place, draw_ground, draw_hills, plan_road
 from .objects import draw_birds, draw_car, draw_house, draw_lamp, draw_tree
 
-__all__ = ['BIRD', 'CAR', 'CLASSES', 'HOUSE', 'LAMP', 'MEADOW', 'PALETTE', 'ROAD', 'TREE',
-           'draw_dataset', 'draw_scene']
+__all__ = ['BIRD', 'CLASSES', 'LAMP', 'PALETTE', 'draw_dataset', 'draw_once', 'draw_scene']
 
 _POSTS = ((58, 62, 70), (150, 154, 158), (56, 84, 74), (214, 210, 200))
 # Raise it when the images change, so that folders drawn before are drawn again.
@@ -114,10 +113,8 @@ def draw_dataset(root: str | Path, *, train: int = 400, val: int = 80,
                  scale: float = 1.) -> Path:
     """Draw a data set into a folder laid out like ADE20K, unless it is there already.
 
-    The images are `images/{training,validation}/NNNNN.png`; their labels have the same names
-    under `annotations`. Each depends on seed, split and number alone, so a larger data set begins
-    with the images of a smaller one. `synthetic.json`, written last, records the arguments: if it
-    says the same, nothing is done, and otherwise everything is drawn again.
+    Each image depends on seed, split and number alone, so a larger data set begins with the images
+    of a smaller one.
 
     Args:
         root: Folder of the data set; it is made if missing, and may hold nothing else.
@@ -131,8 +128,7 @@ def draw_dataset(root: str | Path, *, train: int = 400, val: int = 80,
         The folder.
 
     Raises:
-        DataError: A number is too small, or the folder holds anything that this function does not
-            write; the folder is then left as it is.
+        DataError: A number is too small, or see `draw_once`.
     """
     if train < 1 or val < 1:
         raise DataError(f'train={train}, val={val}: ask for at least one image of each')
@@ -142,19 +138,16 @@ def draw_dataset(root: str | Path, *, train: int = 400, val: int = 80,
 
     def draw(root: Path) -> None:
         for split, (name, count) in enumerate((('training', train), ('validation', val))):
-            images, labels = root / 'images' / name, root / 'annotations' / name
-            images.mkdir(parents=True, exist_ok=True)
-            labels.mkdir(parents=True, exist_ok=True)
+            folders = [root / kind / name for kind in ('images', 'annotations')]
+            for folder in folders:
+                folder.mkdir(parents=True, exist_ok=True)
             for index in range(count):
-                image, label = draw_scene(np.random.default_rng((seed, split, index)), size,
-                                          scale)
-                Image.fromarray(image).save(images / f'{index:05d}.png', compress_level=1)
-                Image.fromarray(label).save(labels / f'{index:05d}.png', compress_level=1)
+                drawn = draw_scene(np.random.default_rng((seed, split, index)), size, scale)
+                for folder, pixels in zip(folders, drawn):
+                    Image.fromarray(pixels).save(folder / f'{index:05d}.png', compress_level=1)
 
-    asked: dict[str, Any] = dict(train=train, val=val, size=list(size), seed=seed,
-                                 revision=_REVISION)
-    if scale != 1:
-        asked['scale'] = scale
+    asked = dict(train=train, val=val, size=list(size), seed=seed, revision=_REVISION,
+                 **(dict(scale=scale) if scale != 1 else {}))
     return draw_once(Path(root), 'synthetic.json', asked, _NAMES, draw)
 
 
@@ -163,14 +156,11 @@ def draw_once(root: Path, marker: str, asked: dict[str, Any], names: re.Pattern[
     """Draw into a folder, unless its marker says that the same was drawn there.
 
     Args:
-        root: The folder; what was drawn there from other settings is removed.
+        root: The folder, which is returned; what was drawn there from other settings is removed.
         marker: Name of the file that records the settings; it is written last.
         asked: The settings.
         names: Paths that the drawing writes, below the root; those of folders end in a slash.
         draw: Writes all but the marker.
-
-    Returns:
-        The folder.
 
     Raises:
         DataError: The folder holds another file; it is left as it is.
@@ -179,21 +169,6 @@ def draw_once(root: Path, marker: str, asked: dict[str, Any], names: re.Pattern[
     path = root / marker
     if path.is_file() and path.read_text(encoding='utf-8') == record:
         return root
-    # The marker comes first, so that an interruption from here on is seen by the next run.
-    for old in _own_files(root, names):
-        old.unlink()
-    draw(root)
-    write_file(path, record)
-    return root
-
-
-def _check_size(size: tuple[int, int]) -> None:
-    if len(size) != 2 or min(size) < 32:
-        raise DataError(f'size={size}: give a height and a width of at least 32 pixels')
-
-
-def _own_files(root: Path, names: re.Pattern[str]) -> list[Path]:
-    """List the files of an earlier drawing, from the top down, or refuse the folder."""
     if root.exists() and not root.is_dir():
         raise DataError(f'{root} is a file: choose a folder')
     own: list[Path] = []
@@ -207,4 +182,14 @@ def _own_files(root: Path, names: re.Pattern[str]) -> list[Path]:
                 f'{root} holds {", ".join(foreign[:3])}{", ..." if foreign[3:] else ""}, which '
                 'does not belong to what is drawn: choose a new folder, or move these files away')
         own += [Path(folder) / name for name in files]
-    return own
+    # The marker comes first, so that an interruption from here on is seen by the next run.
+    for old in own:
+        old.unlink()
+    draw(root)
+    write_file(path, record)
+    return root
+
+
+def _check_size(size: tuple[int, int]) -> None:
+    if len(size) != 2 or min(size) < 32:
+        raise DataError(f'size={size}: give a height and a width of at least 32 pixels')

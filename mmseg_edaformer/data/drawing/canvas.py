@@ -13,8 +13,6 @@ PALETTE: list[list[int]] = [
 ]  # fmt: skip
 MEADOW, ROAD, HOUSE, TREE, CAR, LAMP, BIRD = range(1, len(CLASSES))
 
-# Raise it when the pictures change, so that folders drawn before are drawn again.
-
 # How often, sky at the zenith and at the horizon, light on everything below, haze, night.
 _LIGHTS = (
     (0.36, (78, 148, 222), (206, 230, 242), (1.00, 1.00, 0.98), 0.5, False),

@@ -1,10 +1,12 @@
-"""RandAugment and RandomErasing on the device against mmpretrain's, which are the reference."""
+"""The crop, and RandAugment and RandomErasing on the device, against mmpretrain's own."""
+import io
 import pickle
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip('mmpretrain', reason='mmpretrain, whose transforms are the reference, is not '
                     'there')
@@ -14,8 +16,8 @@ from mmengine.registry import FUNCTIONS, MODELS, TRANSFORMS, init_default_scope
 
 from mmseg_edaformer.data.drawing import draw_scene
 from mmseg_edaformer.errors import ConfigError
-from mmseg_edaformer.pretraining import PackForDevice, augment_collate
-from mmseg_edaformer.pretraining.rand_augment import _grey, augment_batch, draw_augmentation
+from mmseg_edaformer.pretraining import PackForDevice, RandomResizedCrop, augment_collate
+from mmseg_edaformer.pretraining.augmentation import augment_batch, draw_augmentation
 from tests.conftest import ROOT
 
 SIZE = 96, 80
@@ -31,10 +33,14 @@ def _scope():
 
 
 @pytest.fixture
-def recipe():
+def steps():
+    return Config.fromfile(ROOT / 'configs' / 'eft_t_in1k.py').train_pipeline[-1].transforms
+
+
+@pytest.fixture
+def recipe(steps):
     """The two transforms of the recipe."""
-    pipeline = Config.fromfile(ROOT / 'configs' / 'eft_t_in1k.py').train_pipeline
-    return [TRANSFORMS.build(transform) for transform in pipeline[-1].transforms]
+    return [TRANSFORMS.build(transform) for transform in steps]
 
 
 def pictures():
@@ -89,13 +95,6 @@ def test_each_operation_is_that_of_mmpretrain(recipe, index, name):
     assert_close(found, np.stack(expected), any(index in moved for moved in MOVED))
 
 
-def test_grey_is_that_of_opencv():
-    levels = np.arange(0, 256, 3, np.uint8)
-    colours = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(1, -1, 3)
-    np.testing.assert_array_equal(_grey(batch([colours]))[0, 0].numpy(),
-                                  cv2.cvtColor(colours, cv2.COLOR_BGR2GRAY))
-
-
 def test_the_recipe_is_that_of_mmpretrain(recipe):
     """The same numbers choose the same operations, of which one follows the other."""
     count, image = 300, pictures()[1]
@@ -130,20 +129,20 @@ def test_the_recipe_is_that_of_mmpretrain(recipe):
     assert after_a_move > 10
 
 
-def test_fixed_values():
-    """What a policy says of itself instead of a range."""
-    policies = [dict(type='Rotate', angle=20., prob=1.), dict(type='Posterize', bits=3, prob=1.),
-                dict(type='Contrast', magnitude=0.4, prob=1.)]
-    augment = TRANSFORMS.build(dict(
-        type='RandAugment', num_policies=3, magnitude_level=9, policies=policies,
-        hparams=dict(pad_val=(9, 9, 9), interpolation='bicubic')))
+@pytest.mark.parametrize('settings', [
+    dict(type='RandAugment', num_policies=3, magnitude_level=9,  # no ranges
+         policies=[dict(type='Rotate', angle=20., prob=1.), dict(type='Posterize', bits=3, prob=1.),
+                   dict(type='Contrast', magnitude=0.4, prob=1.)],
+         hparams=dict(pad_val=(9, 9, 9), interpolation='bicubic')),
+    dict(type='RandomErasing', erase_prob=1., mode='const', fill_color=[9.9, 20, 30])])
+def test_fixed_values(settings):
+    augment, image = TRANSFORMS.build(settings), pictures()[1]
     augment.random_policy_indices = lambda: [2, 1, 0]
-    image = pictures()[1]
     np.random.seed(3)
     expected = augment(dict(img=image.copy()))['img']
     np.random.seed(3)
     found = augment_batch(batch([image]), [list(draw_augmentation(augment, SIZE))])
-    assert_close(images_of(found)[0], expected, moved=True)
+    assert_close(images_of(found)[0], expected, moved='policies' in settings)
 
 
 def packed(recipe_steps, count=6, seed=0):
@@ -152,11 +151,6 @@ def packed(recipe_steps, count=6, seed=0):
     rng = np.random.default_rng(seed)
     return [step(dict(img=rng.integers(0, 256, (*SIZE, 3), np.uint8), gt_label=number))
             for number in range(count)]
-
-
-@pytest.fixture
-def steps():
-    return Config.fromfile(ROOT / 'configs' / 'eft_t_in1k.py').train_pipeline[-1].transforms
 
 
 def test_batches_are_those_of_mmpretrain(steps):
@@ -178,6 +172,8 @@ def test_batches_are_those_of_mmpretrain(steps):
     assert [int(sample.gt_label) for sample in found['data_samples']] == list(range(6))
     # Batches without draws, as for validation, pass through.
     assert torch.equal(ours(plain)['inputs'], expected['inputs'])
+    with pytest.raises(ConfigError, match='AugmentingPreProcessor'):
+        theirs(data, training=True)  # which would leave out the augmentations
 
 
 def test_an_image_does_not_depend_on_its_batch(steps):
@@ -194,13 +190,6 @@ def test_an_image_does_not_depend_on_its_batch(steps):
         assert torch.equal(augment_batch(images.clone(), drawn), together)
 
 
-def test_another_preprocessor_is_refused(steps):
-    """Without it, images would go without their augmentations."""
-    plain = MODELS.build(dict(type='ClsDataPreprocessor', num_classes=7))
-    with pytest.raises(ConfigError, match='AugmentingPreProcessor'):
-        plain(augment_collate(packed(steps)), training=True)
-
-
 @pytest.mark.parametrize(('transform', 'says'), [
     (dict(type='RandomFlip', prob=0.5), 'cannot do RandomFlip'),
     (dict(type='RandomErasing', mode='rand'), 'needs a fill_std'),
@@ -213,12 +202,89 @@ def test_what_the_device_cannot_do(transform, says):
         PackForDevice([transform])
 
 
-def test_constant_erasing():
-    step = TRANSFORMS.build(dict(type='RandomErasing', erase_prob=1., mode='const',
-                                 fill_color=[9.9, 20, 30]))
-    image = pictures()[0]
+def reference(**kwargs):
+    return TRANSFORMS.build(dict(type='RandomResizedCrop', backend='pillow',
+                                 interpolation='bicubic', **kwargs))
+
+
+def decoded(grain, size=(240, 320), quality=92):
+    """A drawn image as it comes out of a JPEG file."""
+    rng = np.random.default_rng(1)
+    image = draw_scene(rng, size)[0] + rng.normal(0, 1, (*size, 3)) * grain
+    file = io.BytesIO()
+    Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).save(file, 'JPEG', quality=quality)
+    return np.array(Image.open(file))[..., ::-1].copy()
+
+
+@pytest.mark.parametrize('options', [
+    {}, dict(crop_ratio_range=(0.5, 1.0)), dict(aspect_ratio_range=(1.0, 1.0), max_attempts=2),
+    dict(max_attempts=0)])
+def test_windows_are_those_of_mmpretrain(options):
+    """From the same numbers, which leaves the generator in the same state."""
+    ours, theirs = RandomResizedCrop(8, **options), reference(scale=8, **options)
+    windows = []
+    for seed, (height, width) in enumerate([
+            (375, 500), (500, 375), (1, 1), (3, 500), (500, 3), (64, 64), (31, 1000)] * 60):
+        states = []
+        for draw, shape in ((ours.draw, (height, width)),
+                            (theirs.rand_crop_params, [np.empty((height, width, 3), np.uint8)])):
+            np.random.seed(seed)
+            windows.append(draw(*shape))
+            states.append(np.random.random())
+        assert windows[-2] == windows[-1]
+        assert states[0] == states[1]
+    assert len(set(windows)) > (150 if ours.max_attempts > 5 else 5)
+
+
+@pytest.mark.parametrize(('grain', 'scale'), [(0, 64), (80, 64), (20, (48, 160)), (80, 224)])
+def test_pixels_are_those_of_pillow(grain, scale):
+    """Up to one level, rarely two, whether windows shrink or grow.
+
+    In two passes, because Pillow itself chooses which one comes first.
+    """
+    image = decoded(grain)
+    ours, theirs = RandomResizedCrop(scale), reference(scale=scale)
+    for seed in range(12):
+        results = []
+        for crop in (ours, theirs):
+            np.random.seed(seed)
+            results.append(crop(dict(img=image.copy())))
+        found, expected = (each['img'].astype(int) for each in results)
+        assert tuple(results[0]['img_shape']) == found.shape[:2] == expected.shape[:2]
+        assert results[0]['img'].dtype == np.uint8
+        assert np.abs(found - expected).mean() < 0.5
+        np.random.seed(seed)
+        top, left, height, width = ours.draw(*image.shape[:2])
+        window = Image.fromarray(image[top:top + height, left:left + width])
+        for size in ((ours.scale[1], height), ours.scale[::-1]):
+            window = window.resize(size, Image.Resampling.BICUBIC)
+        difference = np.abs(found - np.asarray(window))
+        assert difference.max() <= 2
+        assert (difference > 1).mean() < 1e-4
+        assert difference.mean() < 0.02
+
+
+def test_packing_copies_nothing():
+    """A crop lies in memory plane by plane, as batches do."""
+    crop = RandomResizedCrop(32)(dict(img=np.zeros((60, 80, 3), np.uint8)))
+    plane = crop['img'][..., 0]
+    packed = TRANSFORMS.build(dict(type='PackInputs'))(crop)
+    assert packed['inputs'].data_ptr() == plane.__array_interface__['data'][0]
+
+
+def test_grey_images_stay_grey():
+    grey = np.random.default_rng(0).integers(0, 256, (50, 60), np.uint8)
     np.random.seed(0)
-    expected = step(dict(img=image.copy()))['img']
+    found = RandomResizedCrop(16)(dict(img=grey))['img']
     np.random.seed(0)
-    found = augment_batch(batch([image]), [list(draw_augmentation(step, SIZE))])
-    np.testing.assert_array_equal(images_of(found)[0], expected)
+    expected = RandomResizedCrop(16)(dict(img=np.repeat(grey[..., None], 3, 2)))['img']
+    np.testing.assert_array_equal(found, expected[..., 1])
+
+
+def test_settings_and_images_that_do_not_fit():
+    for options in (dict(scale=0), dict(crop_ratio_range=(0.5, 0.1)),
+                    dict(crop_ratio_range=(0.5, 1.5)), dict(aspect_ratio_range=(0, 1))):
+        with pytest.raises(ConfigError, match='smaller one first'):
+            RandomResizedCrop(**dict(dict(scale=8), **options))
+    with pytest.raises(ConfigError, match='uint8 images, not float32'):
+        RandomResizedCrop(8)(dict(img=np.zeros((9, 9, 3), np.float32)))

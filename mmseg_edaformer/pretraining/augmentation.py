@@ -1,9 +1,10 @@
-"""mmpretrain's RandAugment and RandomErasing for whole batches, on the device where they are.
+"""A fast random crop; mmpretrain's RandAugment and RandomErasing for whole batches on the device.
 
-They take a third or more of the time of the processes that read the data; a GPU does them at no
-cost. mmpretrain's own transforms draw what happens to an image where it is read, from the same
+These two take a third or more of the time of the processes that read the data; a GPU does them at
+no cost. mmpretrain's own transforms draw what happens to an image where it is read, from the same
 random numbers; only the arithmetic is done on the device.
 """
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -27,6 +28,68 @@ _BY_FACTOR = {'ColorTransform': 'color', 'Contrast': 'contrast', 'Sharpness': 's
 _GEOMETRIC = ('Rotate', 'Shear', 'Translate')
 
 
+@TRANSFORMS.register_module()
+class RandomResizedCrop(BaseTransform):
+    """Cut out a window of random area and shape, and resize it: bicubic, with antialiasing.
+
+    The same random numbers give the same window as in mmpretrain's RandomResizedCrop. The pixels
+    are those of its ``backend='pillow', interpolation='bicubic'`` up to one level of 255, rarely
+    two: torch has Pillow's filter, but in vector instructions. Where a window shrinks in height and
+    grows in width, newer versions of Pillow filter columns before rows and clip in between: the
+    mean difference is a third of a level there, for noise.
+
+    Args:
+        scale: Height and width of the result in pixels, or one number for both.
+        crop_ratio_range: Smallest and largest area of the window, as a share of the image.
+        aspect_ratio_range: Smallest and largest width relative to the height.
+        max_attempts: Attempts before falling back to a centre crop.
+    """
+
+    def __init__(self, scale: int | Sequence[int],
+                 crop_ratio_range: Sequence[float] = (0.08, 1.0),
+                 aspect_ratio_range: Sequence[float] = (3 / 4, 4 / 3),
+                 max_attempts: int = 10) -> None:
+        height, width = (scale, scale) if isinstance(scale, int) else scale
+        self.scale = height, width
+        self.crop_ratio_range = low, high = tuple(crop_ratio_range)
+        self.aspect_ratio_range = narrow, wide = tuple(aspect_ratio_range)
+        self.max_attempts = max_attempts
+        if min(self.scale) < 1 or not (0 < low <= high <= 1 and 0 < narrow <= wide):
+            raise ConfigError(f'RandomResizedCrop: scale={scale}, crop_ratio_range='
+                              f'{crop_ratio_range}, aspect_ratio_range={aspect_ratio_range}: use '
+                              'pixels from 1 up, shares of at most 1, and the smaller one first')
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Replace ``img`` (H x W or H x W x C, uint8) and ``img_shape``."""
+        image = results['img']
+        if image.dtype != np.uint8:
+            raise ConfigError(f'RandomResizedCrop takes uint8 images, not {image.dtype}: leave '
+                              'to_float32 and color_type of LoadSegImage at their defaults')
+        top, left, height, width = self.draw(*image.shape[:2])
+        window = image[top:top + height, left:left + width].copy()
+        planes = torch.from_numpy(window.reshape(height, width, -1)).permute(2, 0, 1)[None]
+        resized = F.interpolate(planes, self.scale, mode='bicubic', antialias=True)
+        # A view of planes, as batches have them, so that packing it later need not move a pixel.
+        results['img'] = (resized[0].permute(1, 2, 0).numpy() if image.ndim == 3 else
+                          resized[0, 0].numpy())
+        results['img_shape'] = self.scale
+        return results
+
+    def draw(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Draw a window of an image, from numpy's generator: top, left, height and width."""
+        (low, high), (narrow, wide) = self.crop_ratio_range, self.aspect_ratio_range
+        for _ in range(self.max_attempts):
+            area = np.random.uniform(low, high) * (height * width)
+            aspect = math.exp(np.random.uniform(math.log(narrow), math.log(wide)))
+            w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if 0 < w <= width and 0 < h <= height:
+                top = np.random.randint(0, height - h + 1)
+                return top, np.random.randint(0, width - w + 1), h, w
+        # The largest window of an allowed shape, from the middle.
+        w, h = min(width, round(height * wide)), min(height, round(width / narrow))
+        return (height - h) // 2, (width - w) // 2, h, w
+
+
 class Operation(NamedTuple):
     """One step for one image: a function of `augment_batch`, and its numbers."""
 
@@ -35,14 +98,10 @@ class Operation(NamedTuple):
 
 
 def draw_augmentation(transform: Any, shape: tuple[int, int]) -> Iterator[Operation]:
-    """Draw what mmpretrain's RandAugment or RandomErasing would do to an image.
+    """Draw what mmpretrain's RandAugment or RandomErasing would do to an image of height x width.
 
     It leaves numpy's generator as the transform does, except for the noise of RandomErasing, which
     comes from the generator of the device.
-
-    Args:
-        transform: RandAugment or RandomErasing.
-        shape: Height and width of the image.
     """
     if type(transform).__name__ == 'RandomErasing':
         if not transform.random_disable():
@@ -85,29 +144,20 @@ def _matrix(step: Any, value: float, shape: tuple[int, int]) -> np.ndarray:
     return matrix
 
 
-def check_augmentation(transform: Any) -> None:
-    """Check that `augment_batch` can do what a transform does.
-
-    Raises:
-        ConfigError: It cannot; the message lists what it can do.
-    """
+def _find_limit(transform: Any) -> str | None:
+    """Return why `augment_batch` cannot do a transform; None if it can."""
     name = type(transform).__name__
-    known = (*_BY_LEVEL, *_BY_STATISTICS, *_BY_FACTOR, *_GEOMETRIC)
     if name == 'RandomErasing':
-        wrong = transform.mode == 'rand' and transform.fill_std is None
-        reason = 'RandomErasing with mode="rand" needs a fill_std'
-    elif name == 'RandAugment':
-        unknown = [type(step).__name__ for step in transform.transforms
-                   if type(step).__name__ not in known or
-                   getattr(step, 'interpolation', 'bicubic') != 'bicubic']
-        wrong = bool(unknown)
-        reason = (f'the device cannot do {", ".join(unknown)} of RandAugment, only '
-                  f'{", ".join(known)}, with hparams=dict(interpolation="bicubic")')
-    else:
-        wrong = True
-        reason = f'the device cannot do {name}, only RandAugment and RandomErasing'
-    if wrong:
-        raise ConfigError(f'PackForDevice: {reason}. Put it into the pipeline before PackForDevice')
+        return ('RandomErasing with mode="rand" needs a fill_std'
+                if transform.mode == 'rand' and transform.fill_std is None else None)
+    if name != 'RandAugment':
+        return f'the device cannot do {name}, only RandAugment and RandomErasing'
+    known = (*_BY_LEVEL, *_BY_STATISTICS, *_BY_FACTOR, *_GEOMETRIC)
+    unknown = [type(step).__name__ for step in transform.transforms
+               if type(step).__name__ not in known or
+               getattr(step, 'interpolation', 'bicubic') != 'bicubic']
+    return (f'the device cannot do {", ".join(unknown)} of RandAugment, only {", ".join(known)}, '
+            'with hparams=dict(interpolation="bicubic")') if unknown else None
 
 
 @TRANSFORMS.register_module()
@@ -126,8 +176,9 @@ class PackForDevice(BaseTransform):
 
     def __init__(self, transforms: Sequence[dict[str, Any]]) -> None:
         self.transforms = [TRANSFORMS.build(transform) for transform in transforms]
-        for transform in self.transforms:
-            check_augmentation(transform)
+        for limit in filter(None, map(_find_limit, self.transforms)):
+            raise ConfigError(f'PackForDevice: {limit}. Put it into the pipeline before '
+                              'PackForDevice')
         self.pack = TRANSFORMS.build(dict(type='mmpretrain.PackInputs'))
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
@@ -139,12 +190,7 @@ class PackForDevice(BaseTransform):
 
 
 class Unfinished:
-    """Images of a batch before augmentation; only `AugmentingPreProcessor` takes them.
-
-    Args:
-        images: N x 3 x H x W, uint8, BGR.
-        drawn: Operations of each image, in order.
-    """
+    """Images of a batch before augmentation; only `AugmentingPreProcessor` takes them."""
 
     def __init__(self, images: Tensor, drawn: Sequence[Sequence[Operation]]) -> None:
         self.images, self.drawn = images, drawn
@@ -164,11 +210,7 @@ class Unfinished:
 
 @FUNCTIONS.register_module()
 def augment_collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Stack what `PackForDevice` packs, for an `AugmentingPreProcessor`.
-
-    Returns:
-        ``inputs`` (`Unfinished`) and ``data_samples``.
-    """
+    """Stack what `PackForDevice` packs, for an `AugmentingPreProcessor`."""
     return dict(inputs=Unfinished(default_collate([sample['inputs'] for sample in samples]),
                                   [sample['drawn'] for sample in samples]),
                 data_samples=[sample['data_samples'] for sample in samples])
@@ -189,9 +231,6 @@ def augmenting_preprocessor(**kwargs: Any) -> BaseDataPreprocessor:
     """mmpretrain's ClsDataPreprocessor that also takes the batches of `augment_collate`.
 
     The result is as if RandAugment and RandomErasing had been done before.
-
-    Args:
-        kwargs: Arguments of ClsDataPreprocessor.
     """
     from mmpretrain.models import ClsDataPreprocessor
     made = type('AugmentingPreProcessor', (_Augmenting, ClsDataPreprocessor), {})(**kwargs)
@@ -201,7 +240,7 @@ def augmenting_preprocessor(**kwargs: Any) -> BaseDataPreprocessor:
 
 @torch.no_grad()
 def augment_batch(images: Tensor, drawn: Sequence[Sequence[Operation]]) -> Tensor:
-    """Augment each image of a batch, in place.
+    """Augment each image of a batch, in place, and return the batch.
 
     Every operation rounds to whole levels, as mmpretrain's do with OpenCV and numpy. The results
     are the same; where pixels move, fewer than 1 of 1,000 values differs, by one level. OpenCV
@@ -210,9 +249,6 @@ def augment_batch(images: Tensor, drawn: Sequence[Sequence[Operation]]) -> Tenso
     Args:
         images: N x 3 x H x W, uint8, BGR.
         drawn: Operations of each image, in order.
-
-    Returns:
-        The same tensor.
     """
     for place in range(max(map(len, drawn), default=0)):
         groups: dict[str, dict[int, Any]] = {}
@@ -254,7 +290,6 @@ def _table(images: Tensor, values: Sequence[np.ndarray]) -> Tensor:
 
 
 def _auto_contrast(images: Tensor, _: Sequence[None]) -> Tensor:
-    """Stretch each channel from its darkest and brightest level to 0 and 255."""
     low, high = (side[..., None].double() for side in images.flatten(2).aminmax(dim=2))
     levels = torch.arange(256, device=images.device)
     scale = torch.full_like(low, 255) / (high - low).clamp(min=1)
