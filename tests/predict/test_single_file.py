@@ -142,7 +142,7 @@ def test_names_do_a_terminal_no_harm(single, tmp_path):
 
 @pytest.mark.parametrize(('target', 'config', 'says'), [
     ('x.pth', 'mini.py', 'with a config, write to a .safetensors file'),
-    ('x.safetensors', 'foreign.py', "cannot be told as data .'TimmMaps' is not among"),
+    ('x.safetensors', 'foreign.py', "cannot be written as data .it must not name 'TimmMaps'"),
 ])
 def test_what_cannot_be_one_file(work, tmp_path, target, config, says):
     cfg = Config.fromfile(work / 'mini.py')
