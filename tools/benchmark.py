@@ -95,8 +95,10 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
         limits=args.limits, keep_memory=args.allocator == 'keep')
     contenders = benchmark.load_contenders(args.config, args.checkpoint, args.compare,
                                            args.isr_ratio, args.cfg_options, args.execution)
-    for note in benchmark.left_out(contenders):
-        print(note)
+    for contender in contenders:
+        if contender.ratios != contenders[0].ratios:
+            print(f'{contender.name} holds no attention that ISR can reduce: it runs at ratio none '
+                  'only')
     cells = []
     for rows in benchmark.run(contenders, plan):
         cells.append(rows)

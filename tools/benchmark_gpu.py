@@ -43,16 +43,14 @@ def main() -> int:
     args = parse_args()
     out = Path(args.out)
     sound = True
+    from mmseg_edaformer.analysis.gpu_benchmark import Settings, Suite, page
     if args.page_of:
-        from mmseg_edaformer.analysis.gpu_page import page
         try:
             text = page(json.loads(Path(args.page_of).read_text(encoding='utf-8')))
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f'--page-of {args.page_of} was not written by this tool '
                               f'({type(error).__name__}: {error})') from error
     else:
-        from mmseg_edaformer.analysis.gpu_benchmark import Settings, Suite
-        from mmseg_edaformer.analysis.gpu_page import page
         suite = Suite(Settings(
             sorted(set(args.size), key=math.prod), sorted(set(args.batch_size)),
             args.train_batch, args.seconds, args.workers, args.repeats, args.steps, args.gemm,

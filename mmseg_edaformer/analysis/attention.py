@@ -23,6 +23,7 @@ from ..isr.reduction import Record, recording
 from ..isr.registry import Layer, find_attention
 from ..models.attention import EmbeddingFreeAttention
 
+_UNSUPPORTED = 'its kind of attention is not supported'
 _SINGLE = 9  # numbers of single tokens in front of a map that are tried: 0 to 8
 
 
@@ -31,11 +32,10 @@ class Attended:
     """What one attention layer did in one pass through the network.
 
     Attributes:
-        weights: Softmax of the query at each point, for all heads: P points x h heads x M keys,
-            float32. Each row sums to 1.
+        weights: Softmax of the query at each point, P points x h heads x M keys, float32.
         single: Number of leading keys that have no place in the image, such as a class token.
         cells: Rows and columns, in pixels of the network's input, at which the cells of the other
-            keys begin, and the end of the last one. There is no key outside.
+            keys begin, and the end of the last one.
         features: What the layer's forward returns, as C x H x W, float32.
         tokens: Rows and columns, in pixels, at which the tokens of the features begin.
     """
@@ -47,7 +47,7 @@ class Attended:
 
     @property
     def keys(self) -> int:
-        """Number of keys."""
+        """Return the number of keys."""
         return self.weights.shape[-1]
 
     def density(self) -> np.ndarray:
@@ -75,11 +75,9 @@ def layer_names(model: nn.Module) -> dict[str, str]:
 
 
 def choose_layers(model: nn.Module, patterns: Sequence[str] = ()) -> list[str]:
-    """Return names of attention layers: by default the last of each stage.
+    """Return names of attention layers that match names or patterns such as ``decode_head.*``.
 
-    Args:
-        model: The model.
-        patterns: Names, or patterns such as ``decode_head.*``.
+    Without patterns these are the last layers of each stage.
 
     Raises:
         ConfigError: No layer matches, or the model has no attention.
@@ -98,7 +96,6 @@ def choose_layers(model: nn.Module, patterns: Sequence[str] = ()) -> list[str]:
 
 
 def _layers(model: nn.Module) -> list[tuple[Layer, str, bool]]:
-    """Return each layer, where it is, and whether it is the last of its stage."""
     return [(layer, f'{part.kind} {number}, layer {i} of {len(stage)}', i == len(stage))
             for part in find_attention(model).parts for number, stage in part.stages.items()
             for i, layer in enumerate(stage, 1)]
@@ -108,8 +105,7 @@ def look(model: nn.Module, inputs: Tensor, layers: Sequence[str],
          points: Sequence[tuple[float, float]]) -> tuple[dict[str, Attended], dict[str, str]]:
     """Run an image through a model and observe some of its attention layers.
 
-    The model and its outputs stay the same bit for bit. Beside the pass itself, memory is needed
-    for the outputs of the layers and for the softmax of one query per point.
+    The model and its outputs stay the same bit for bit.
 
     Args:
         model: A segmentor, or any module that takes an image, at the ISR ratio it is set to.
@@ -134,26 +130,15 @@ def look(model: nn.Module, inputs: Tensor, layers: Sequence[str],
     seen: dict[str, Attended] = {}
     reasons: dict[str, str] = {}
     for name in layers:
-        module = modules[name]
         try:
-            seen[name] = watch.result(name, records.get(module))
+            seen[name] = watch.runs[name].result(records.get(modules[name]))
         except _NoMapError as error:
-            reasons[name] = f'{type(module).__name__}: {error}'
+            reasons[name] = f'{type(modules[name]).__name__}: {error}'
     return seen, reasons
 
 
 class _NoMapError(Exception):
-    """Why the attention of a layer cannot be laid over a map."""
-
-
-@dataclass
-class _Run:
-    """The state of a layer during a pass."""
-    module: nn.Module
-    weights: Tensor | None = None
-    place: '_Place | None' = None
-    out: Any = None
-    reason: str = 'its forward computed no attention'
+    pass
 
 
 @dataclass(frozen=True)
@@ -164,14 +149,43 @@ class _Place:
     stride: int
 
     def index(self, point: tuple[float, float]) -> int:
-        """Return the query at a column and row of pixels."""
         column, row = (min(int(at / self.stride), side - 1)
                        for at, side in zip(point, self.grid[::-1]))
         return self.single + row * self.grid[1] + column
 
     def pixels(self, edges: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Convert rows and columns of tokens to pixels."""
         return edges[0] * self.stride, edges[1] * self.stride
+
+
+@dataclass
+class _Run:
+    """What was seen of a layer during a pass."""
+    module: nn.Module
+    weights: Tensor | None = None
+    place: _Place | None = None
+    out: Any = None
+    reason: str = 'its forward computed no attention'
+
+    def result(self, record: Record | None) -> Attended:
+        """Return what was observed; ``record`` is of ISR that acts from outside the layer."""
+        place = self.place
+        if self.weights is None or place is None:
+            raise _NoMapError(self.reason)
+        weights = self.weights.float().cpu()
+        if isinstance(self.module, EmbeddingFreeAttention):
+            single, pool = 0, self.module.pool_size(*place.grid)
+            edges = [np.arange(side // step + 1) * step for side, step in zip(place.grid, pool)]
+        else:
+            single, ratio, total = place.single, 1, weights.shape[-1]
+            if record is not None and record.keys is not None:
+                ratio, total = record.isr_ratio, record.keys[0]
+            edges = _key_edges(place.grid, total - single, ratio, self.module)
+        if single + math.prod(len(edge) - 1 for edge in edges) != weights.shape[-1]:
+            raise _NoMapError(f'its {weights.shape[-1]} keys are not the cells of a map')
+        features = self.out[0] if isinstance(self.out, (tuple, list)) else self.out
+        return Attended(
+            weights, single, place.pixels(edges), _as_map(features, place).float().cpu(),
+            place.pixels([np.arange(side + 1) for side in place.grid]))
 
 
 class _Watch(TorchFunctionMode):
@@ -184,7 +198,6 @@ class _Watch(TorchFunctionMode):
         self.current: _Run | None = None
 
     def hooks(self, name: str, module: nn.Module) -> Iterator[Any]:
-        """Hook into a layer, and yield the handles of the hooks."""
         run = self.runs[name] = _Run(module)
 
         def enter(*_: Any) -> None:
@@ -209,53 +222,27 @@ class _Watch(TorchFunctionMode):
                 run.reason = str(error)
         return out
 
-    def result(self, name: str, record: Record | None) -> Attended:
-        """Return what was observed; ``record`` is of ISR that acts from outside the layer."""
-        run = self.runs[name]
-        place = run.place
-        if run.weights is None or place is None:
-            raise _NoMapError(run.reason)
-        weights = run.weights.float().cpu()
-        if isinstance(run.module, EmbeddingFreeAttention):
-            single, pool = 0, run.module.pool_size(*place.grid)
-            edges = [np.arange(side // step + 1) * step for side, step in zip(place.grid, pool)]
-        else:
-            single, ratio, total = place.single, 1, weights.shape[-1]
-            if record is not None and record.keys is not None:
-                ratio, total = record.isr_ratio, record.keys[0]
-            edges = _key_edges(place.grid, total - single, ratio, run.module)
-        if single + math.prod(len(edge) - 1 for edge in edges) != weights.shape[-1]:
-            raise _NoMapError(f'its {weights.shape[-1]} keys are not the cells of a map')
-        features = run.out[0] if isinstance(run.out, (tuple, list)) else run.out
-        return Attended(
-            weights, single, place.pixels(edges), _as_map(features, place).float().cpu(),
-            place.pixels([np.arange(side + 1) for side in place.grid]))
-
     def _by_rows(self, run: _Run, out: Tensor, x: Tensor, kv: Tensor, num_heads: int) -> Tensor:
-        """Handle `models.attention.attend_by_rows`."""
         q, k = (maps.flatten(2).unflatten(1, (num_heads, -1)).transpose(2, 3) for maps in (x, kv))
         return self._fused(run, out, q, k, k)
 
     def _fused(self, run: _Run, out: Tensor, query: Tensor, key: Tensor, value: Tensor,
                attn_mask: Tensor | None = None, dropout_p: float = 0., is_causal: bool = False,
                scale: float | None = None, enable_gqa: bool = False) -> Tensor:
-        if is_causal:
-            raise _NoMapError('its attention is causal')
+        if is_causal or enable_gqa:
+            raise _NoMapError(_UNSUPPORTED)
         rows = self._rows(run, query.shape)
         q, k = query[..., rows, :].float(), key.float()
-        if enable_gqa:
-            k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
         scores = q @ k.transpose(-2, -1) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
         return _heads_first(_masked(scores, attn_mask, rows).softmax(-1))
 
     def _multi_head(self, run: _Run, out: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Handle ``F.multi_head_attention_forward``, which includes the projections."""
         call = {**dict(zip(_MULTI_HEAD, args)), **kwargs}
         query, key, heads, width = (call[name] for name in (
             'query', 'key', 'num_heads', 'embed_dim_to_check'))
-        if query.dim() != 3 or call.get('is_causal') or call.get('bias_k') is not None or (
-                call.get('add_zero_attn')):
-            raise _NoMapError('its kind of attention is not supported')
+        if query.dim() != 3 or call.get('is_causal') or call.get('add_zero_attn') or any(
+                call.get(name) is not None for name in ('bias_k', 'key_padding_mask')):
+            raise _NoMapError(_UNSUPPORTED)
         weight, bias = call['in_proj_weight'], call['in_proj_bias']
         weights = (call['q_proj_weight'], call['k_proj_weight']) if weight is None else (
             weight[:width], weight[width:2 * width])
@@ -265,19 +252,13 @@ class _Watch(TorchFunctionMode):
         rows = self._rows(run, q.shape)
         q = q[..., rows, :].float()
         scores = q @ k.float().transpose(-2, -1) / math.sqrt(q.shape[-1])
-        mask, padding = call.get('attn_mask'), call.get('key_padding_mask')
+        mask = call.get('attn_mask')
         if mask is not None:
             mask = mask if mask.dim() == 2 else mask.unflatten(0, (-1, heads))
-            scores = _masked(scores, ~mask if mask.dtype == torch.bool else mask, rows)
-        if padding is not None:
-            padding = padding[:, None, None]
-            scores = _masked(scores, ~padding if padding.dtype == torch.bool else padding, None)
-        return _heads_first(scores.softmax(-1))
+            mask = ~mask if mask.dtype == torch.bool else mask
+        return _heads_first(_masked(scores, mask, rows).softmax(-1))
 
     def _explicit(self, run: _Run, out: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Handle a softmax of scores that the module computes itself, ... x h x Nq x M."""
-        if out.dim() not in (3, 4):
-            raise _NoMapError('the shape of its scores is not supported')
         if out.dim() == 3:
             out = out[None]  # B h x Nq x M
         return _heads_first(out[..., self._rows(run, out.shape), :].float())
@@ -304,11 +285,11 @@ def _heads_first(weights: Tensor) -> Tensor:
     return weights[0].transpose(0, 1).clone()
 
 
-def _masked(scores: Tensor, mask: Tensor | None, rows: list[int] | None) -> Tensor:
+def _masked(scores: Tensor, mask: Tensor | None, rows: list[int]) -> Tensor:
     """Apply the rows of a mask to scores ... x P x M; True in a boolean mask keeps a score."""
     if mask is None:
         return scores
-    if rows is not None and mask.shape[-2] > 1:
+    if mask.shape[-2] > 1:
         mask = mask[..., rows, :]
     if mask.dtype == torch.bool:
         return scores.masked_fill(~mask, -math.inf)
@@ -318,8 +299,7 @@ def _masked(scores: Tensor, mask: Tensor | None, rows: list[int] | None) -> Tens
 def _find_place(size: Grid, queries: int) -> _Place | None:
     """Return the map of the image that has this number of queries.
 
-    Strides of networks are powers of two, and convolutions round up or down; patches may have
-    other sizes.
+    Strides of networks are powers of two, rounded up or down; patches may have other sizes.
     """
     longest = max(size)
     powers = [2 ** i for i in range(longest.bit_length() + 1)]
@@ -335,9 +315,8 @@ def _find_place(size: Grid, queries: int) -> _Place | None:
 def _key_edges(grid: Grid, keys: int, ratio: int, module: nn.Module) -> list[np.ndarray]:
     """Return the rows and columns of tokens at which the cells of keys begin, and the last ends.
 
-    ``keys`` is their number before ISR, which groups them into cells. A network that reduces its
-    keys itself does so by strided convolutions or pools, which drop what does not fill a step, or
-    by convolutions that round up.
+    ``keys`` is their number before ISR. A network that reduces its keys itself does so by strided
+    convolutions or pools, which drop what does not fill a step, or round up.
     """
     own = getattr(module, 'sr_ratio', None)
     steps = [step for step in (own, *range(1, max(grid) + 1)) if isinstance(step, int) and step > 0]
@@ -352,7 +331,6 @@ def _key_edges(grid: Grid, keys: int, ratio: int, module: nn.Module) -> list[np.
 
 
 def _as_map(x: Any, place: _Place) -> Tensor:
-    """Return the output of an attention layer, maps or tokens in any batch order, as C x H x W."""
     count = place.single + math.prod(place.grid)
     if isinstance(x, Tensor):
         x = x.detach()

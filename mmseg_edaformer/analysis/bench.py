@@ -17,15 +17,15 @@ from mmengine.dataset import BaseDataset, pseudo_collate
 from mmseg.evaluation import IoUMetric
 from mmseg.registry import DATASETS
 
+from ..engine import launch
 from ..engine.allocator import keep_freed_memory
 from ..errors import ConfigError, DataError
 from ..files import replacing
 from ..isr import ISRRatio, isr
 from ..isr.registry import find_attention
 from ..predict.run import progress_bar
-from .loading import count_windows, load_model
-from .memory import peak_bytes
-from .timing import milliseconds, relative, time_call
+from .loading import NONE, count_windows, load_model
+from .timing import milliseconds, peak_bytes, relative, time_call
 
 _CACHE = 2**30  # bytes of loaded images that are kept for the next pass
 _LOOK = 25  # images whose sizes are looked at
@@ -33,11 +33,9 @@ _SAVE_SECONDS = 60.
 
 
 class Measurements:
-    """Areas and times of each ratio on the first images of an order, kept in a file.
+    """Areas and times of each ratio on the first images of an order, kept in a .npz file.
 
-    Args:
-        path: The .npz file; None to keep nothing.
-        subject: A digest of what is measured; a file of another subject is not used.
+    A file of another ``subject``, a digest of what is measured, is not used.
 
     Attributes:
         areas: Intersection and union of each class (2 x C), for each image, by ratio.
@@ -64,9 +62,9 @@ class Measurements:
                     self.seconds[ratio] = [(own, base) for own, base in
                                            content[f'{ratio} seconds'].tolist()]
 
-    def count(self, ratio: str) -> int:
-        """Return how many images a ratio has been measured on."""
-        return len(self.areas.get(ratio, ()))
+    def count(self, ratio: ISRRatio | str) -> int:
+        """Return how many images a ratio was measured on."""
+        return len(self.areas.get(str(ratio), ()))
 
     def add(self, ratio: str, areas: np.ndarray, seconds: tuple[float, float]) -> None:
         """Note a prediction for the next image of a ratio."""
@@ -116,8 +114,7 @@ class Bench:
         self.cache: dict[int, Any] = {}
         self.cached = 0
         self.warm: set[str] = set()
-        self.macs: dict[str, float] = {}
-        self.peaks: dict[str, float] = {}
+        self.macs: dict[ISRRatio, float] = {}
         self.example, self.size = self._middle_image(look)
 
     def ratio(self, value: ISRRatio | int | str) -> ISRRatio:
@@ -139,11 +136,10 @@ class Bench:
 
     def gmacs(self, ratio: ISRRatio) -> float:
         """Return billions of multiply-adds of one image of `size`, all of its windows counted."""
-        name = str(ratio)
-        if name not in self.macs:
+        if ratio not in self.macs:
             with isr(self.model, ratio):
-                self.macs[name] = count_windows(self.model, self.size) / 1e9
-        return self.macs[name]
+                self.macs[ratio] = count_windows(self.model, self.size) / 1e9
+        return self.macs[ratio]
 
     def miou(self, ratio: ISRRatio) -> float:
         """Return the mIoU, in percent, of the images that all have been measured on."""
@@ -163,9 +159,7 @@ class Bench:
 
     def milliseconds(self, ratio: ISRRatio) -> float:
         """Return the time of one prediction; see `Row.ms`."""
-        trained = milliseconds(self.seconds(ISRRatio.parse('none'))[:, 0])
-        assert trained is not None
-        return self.relative(ratio) * trained
+        return self.relative(ratio) * milliseconds(self.seconds(NONE)[:, 0])
 
     @property
     def images(self) -> int:
@@ -183,7 +177,7 @@ class Bench:
         ``seconds``. With a ``title`` a progress bar is shown.
         """
         missing = {str(ratio): ratio for ratio in ratios
-                   if self.measured.count(str(ratio)) < len(self.order)}
+                   if self.measured.count(ratio) < len(self.order)}
         if not missing:
             return
         text = f'{title}: {len(missing)} ratio{"s" if len(missing) > 1 else ""}'
@@ -205,7 +199,7 @@ class Bench:
 
     def _take_turns(self, position: int, due: dict[str, ISRRatio]) -> None:
         data = self._load(position)
-        turn = list({'none': ISRRatio.parse('none'), **due}.items())
+        turn = list({'none': NONE, **due}.items())
         first = position % len(turn)  # none of them is always the one after loading
         done = {name: self._predict(data, name, ratio)
                 for name, ratio in (*turn[first:], *turn[:first])}
@@ -222,9 +216,9 @@ class Bench:
             seconds, samples = time_call(lambda: self.model.test_step(data), self.device)
         sample = samples[0]
         if 'gt_sem_seg' not in sample:
-            raise DataError(f'{sample.get("img_path", "an image of the test set")} has no labels '
-                            'to compare with: its pipeline needs LoadAnnotations, and '
-                            'test_dataloader.dataset.data_prefix a seg_map_path')
+            raise DataError(f'{sample.img_path} has no labels to compare with: its pipeline needs '
+                            'LoadAnnotations, and test_dataloader.dataset.data_prefix a '
+                            'seg_map_path')
         predicted = sample.pred_sem_seg.data.squeeze()
         areas = IoUMetric.intersect_and_union(
             predicted, sample.gt_sem_seg.data.squeeze().to(predicted), self.metric['classes'],
@@ -255,27 +249,17 @@ class Bench:
     @torch.no_grad()
     def peak_mib(self, ratio: ISRRatio) -> float:
         """Return the most memory at once of a prediction of `size`, with the weights."""
-        name = str(ratio)
-        if name not in self.peaks:
-            with isr(self.model, ratio):
-                self.peaks[name] = peak_bytes(
-                    lambda: self.model.test_step(self.example),
-                    [*self.model.parameters(), *self.model.buffers()], self.device) / 2**20
-        return self.peaks[name]
+        with isr(self.model, ratio):
+            return peak_bytes(lambda: self.model.test_step(self.example), [
+                *self.model.parameters(), *self.model.buffers()], self.device) / 2**20
 
 
 def open_bench(cfg: Config, checkpoint: str, folder: Path | None = None,
                samples: int | None = None) -> Bench:
-    """Load a checkpoint, and the test set of a config that `launch.prepare_test` has seen.
-
-    A ``folder`` keeps the measurements.
-
-    Raises:
-        UserError: The config has no IoUMetric, the checkpoint does not fit, or the model holds no
-            attention that ISR can reduce.
-    """
+    """Load the checkpoint and the test set of a config; a ``folder`` keeps the measurements."""
     if samples is not None and samples < 1:
         raise ConfigError(f'--samples {samples}: give 1 or more')
+    launch.prepare_test(cfg, checkpoint)
     metric = _iou_metric(cfg)
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     if device.type == 'cpu':
@@ -298,7 +282,6 @@ def open_bench(cfg: Config, checkpoint: str, folder: Path | None = None,
 
 
 def _iou_metric(cfg: Config) -> dict[str, Any]:
-    """Return settings of the config's IoUMetric, and the number of classes."""
     evaluators = cfg.get('test_evaluator') or []
     for evaluator in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
         if evaluator.get('type') in ('IoUMetric', IoUMetric):
@@ -312,11 +295,9 @@ def _iou_metric(cfg: Config) -> dict[str, Any]:
 
 
 def mean_iou(areas: np.ndarray, nan_to_num: float | None = None) -> np.ndarray:
-    """Return the mIoU in percent as mmseg's IoUMetric has it: without classes that do not occur.
+    """Return the mIoU in percent of intersections and unions ... x 2 x C, as mmseg's IoUMetric.
 
-    Args:
-        areas: Intersection and union of each class in pixels, ... x 2 x C.
-        nan_to_num: Value of a class that does not occur, which then counts.
+    A class that does not occur is left out, or counts as ``nan_to_num``.
     """
     with np.errstate(invalid='ignore', divide='ignore'):
         iou = areas[..., 0, :] / areas[..., 1, :]

@@ -6,7 +6,9 @@ the machine falls on all of them alike.
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,19 +27,9 @@ from ..engine.run_config import load_config
 from ..errors import ConfigError
 from ..isr import ISRRatio
 from ..models.cpu_kernels import allow_kernels
+from . import timing
 from .loading import NONE, can_reduce, count_windows, load_model, set_ratio
-from .memory import count_activations, peak_bytes
 from .pipeline import measure_pipeline
-from .timing import (
-    Prepare,
-    Rates,
-    free,
-    is_out_of_memory,
-    measure_rates,
-    milliseconds,
-    relative,
-    take_turns,
-)
 
 DTYPES = ('float32', 'bfloat16')
 EXECUTIONS = {'eager': {}, 'graphed': dict(graphs=True), 'compiled': dict(fixed_size=True)}
@@ -46,17 +38,9 @@ EXECUTIONS = {'eager': {}, 'graphed': dict(graphs=True), 'compiled': dict(fixed_
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure.
+    """What to measure: the flags of `tools/benchmark.py`.
 
-    Args:
-        sizes: Heights and widths of the images in pixels.
-        modes: 'eval', 'train' or both. Training runs at the trained ratio only.
-        device: 'cpu', 'cuda', or 'meta' for costs without timing.
-        repeats: Maximum number of rounds of a cell.
-        seconds: Time after which no round starts, once there are five.
-        limits: Whether to measure the machine's rates too.
-        keep_memory: Whether to keep freed memory on the CPU, as trainings and tests do.
-        costs: Whether to count multiply-adds and to time the input pipelines.
+    Without ``costs``, neither multiply-adds are counted nor input pipelines timed.
     """
     sizes: Sequence[tuple[int, int]] = ((512, 512),)
     batch_sizes: Sequence[int] = (1,)
@@ -102,24 +86,19 @@ class Contender:
                        kernels=kernels, ratios=self.ratios if ratios is None else tuple(
                            map(ISRRatio.parse, ratios)))
 
+    @property
+    def parameters(self) -> int:
+        """Return the number of parameters."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
 
 @dataclass(frozen=True)
 class Figures:
-    """Figures of one variant in one cell. None is what was not measured; times are medians.
+    """Figures of one variant in one cell; None is what was not measured, times are medians.
 
-    Attributes:
-        windows: Windows that the config's sliding inference makes of the image; 1 for the whole.
-        status: 'ok', 'OOM', or 'costs' where nothing was to be timed.
-        pipeline_ms: The config's transforms, from the file on, per image.
-        network_ms: Batch of images to logits, at the resolution of the decoder.
-        total_ms: Batch of images to label maps in eval; one optimizer step in training.
-        post_ms: ``total_ms - network_ms``.
-        time_vs_first: Time relative to the cell's first variant, round by round: below 1 is faster.
-        gmacs: Billions of multiply-adds of one image, forward.
-        compute_limit_ms: Time of the batch's multiply-adds at the measured GEMM rate.
-        memory_limit_ms: Time of the batch's bytes at the measured copy rate.
-        network_share: ``compute_limit_ms / network_ms``.
-        total_share: ``compute_limit_ms / total_ms``.
+    ``status`` is 'ok', 'OOM', or 'costs' where nothing was to be timed; docs/benchmark.md has the
+    rest. The limits are the times of the multiply-adds and of the bytes at the measured rates, and
+    the shares ``compute_limit_ms`` over network and over total.
     """
     config: str
     isr_ratio: str
@@ -150,29 +129,22 @@ class Figures:
 
 @dataclass(frozen=True)
 class _Cell:
-    """What the variants that take turns share."""
     plan: Plan
     mode: str
     dtype: str
     size: tuple[int, int]
     batch_size: int
-    rates: Rates | None
-    pipelines: Mapping[str, float | None]
+    rates: timing.Rates | None
+    pipelines: Mapping[tuple[str, str, tuple[int, int]], float]
 
 
 def load_contenders(config: str, checkpoint: str | None = None, compare: Sequence[str] = (),
                     isr_ratios: Sequence[str] = ('none',),
                     cfg_options: Mapping[str, Any] | Sequence[str] | None = None,
                     execution: str = 'eager') -> list[Contender]:
-    """Build the models of a run.
+    """Build the models of a run; without a checkpoint, and in ``compare``, with random weights.
 
-    Args:
-        config: The config that the others are compared with.
-        checkpoint: Its weights; the others, and it without one, have random ones.
-        compare: More configs, of any mmseg segmentor. One that ISR cannot act on runs as it is.
-        isr_ratios: What `ISRRatio.parse` reads.
-        cfg_options: Settings of ``config`` to override.
-        execution: One of `EXECUTIONS`.
+    A model in ``compare`` that ISR cannot act on runs as it is. ``cfg_options`` are of ``config``.
     """
     wanted = tuple(dict.fromkeys(map(ISRRatio.parse, isr_ratios)))
     contenders: list[Contender] = []
@@ -190,13 +162,6 @@ def load_contenders(config: str, checkpoint: str | None = None, compare: Sequenc
     return contenders
 
 
-def left_out(contenders: Sequence[Contender]) -> list[str]:
-    """Say which configs do not run at all the ratios of the first."""
-    return [f'{contender.name} holds no attention that ISR can reduce: it runs at ratio none only'
-            for contender in contenders[1:]
-            if contender.ratios != contenders[0].ratios]
-
-
 def run(contenders: Sequence[Contender], plan: Plan) -> Iterator[list[Figures]]:
     """Yield the figures of one cell after the other, each of every config at every ratio."""
     if plan.device == 'meta':
@@ -210,30 +175,25 @@ def run(contenders: Sequence[Contender], plan: Plan) -> Iterator[list[Figures]]:
     torch.backends.cudnn.benchmark = bool(
         (contenders[0].cfg.get('env_cfg') or {}).get('cudnn_benchmark'))
     device = torch.device(plan.device)
-    pipelines = {(mode, size): {contender.name: _pipeline_ms(contender.cfg, mode, size)
-                                for contender in contenders} if plan.costs else {}
-                 for mode in plan.modes for size in plan.sizes}
+    pipelines: dict[tuple[str, str, tuple[int, int]], float] = {}
+    for mode, size, contender in product(plan.modes, plan.sizes, contenders) if plan.costs else ():
+        with suppress(ConfigError):  # none that begins with a file
+            steps = measure_pipeline(contender.cfg, size, images=10, mode=mode)
+            pipelines[contender.name, mode, size] = steps[-1][1]
     for dtype in plan.dtypes:
-        rates = measure_rates(device, getattr(torch, dtype)) if plan.limits else None
+        rates = timing.measure_rates(device, getattr(torch, dtype)) if plan.limits else None
         for mode in plan.modes:
             subjects = {contender.name: Subject(contender, mode, dtype, device)
                         for contender in contenders}
             for size, batch_size in product(plan.sizes, plan.batch_sizes):
                 try:
                     figures = _measure(contenders, subjects, _Cell(
-                        plan, mode, dtype, size, batch_size, rates, pipelines[mode, size]))
+                        plan, mode, dtype, size, batch_size, rates, pipelines))
                 finally:
                     allow_kernels(True)
                 yield figures
             subjects.clear()
-            free(device)
-
-
-def _pipeline_ms(cfg: Config, mode: str, size: tuple[int, int]) -> float | None:
-    try:
-        return measure_pipeline(cfg, size, images=10, mode=mode)[-1][1]
-    except ConfigError:  # none that begins with a file
-        return None
+            timing.free(device)
 
 
 class Subject:
@@ -249,46 +209,54 @@ class Subject:
         if mode == 'train':
             self.model.train()
             self.optim = build_optim_wrapper(self.model, _optim_cfg(contender))
-        elif self.autocast and _casts_inputs(self.model):
+        elif self.autocast and any(cls.__name__ == 'StreamedEncoderDecoder'
+                                   for cls in type(self.model).__mro__):
+            # It takes float32 images with bfloat16 weights.
             self.model.bfloat16()
             self.autocast, self.input_dtype = False, torch.bfloat16
         self.compiled = contender.execution != 'eager'
         if self.compiled:
-            _compile(self.model, frozen=mode == 'eval', **EXECUTIONS[contender.execution])
+            torch._dynamo.config.cache_size_limit = 64  # a compiled version for each ratio
+            compile_model(self.model, frozen=mode == 'eval', **EXECUTIONS[contender.execution])
 
-    def calls(self, ratio: ISRRatio, inputs: Tensor) -> dict[str, Prepare]:
+    def calls(self, ratio: ISRRatio, inputs: Tensor) -> dict[str, timing.Prepare]:
         """Return what to time: the network and the whole, in training the whole only."""
         size = (inputs.shape[2], inputs.shape[3])
         views = windows(self.model, size)
         height, width = views[0]
+        precision = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=self.autocast)
+
+        def prepare() -> None:  # since others in turn may have other ones
+            set_ratio(self.model, ratio)
+            allow_kernels(self.kernels)
 
         def network() -> Callable[[], Any]:
-            self.prepare(ratio)
+            prepare()
             window = inputs[:, :, :height, :width].to(self.input_dtype)
 
             def call() -> Any:
-                with torch.no_grad(), self.precision():
+                with torch.no_grad(), precision():
                     return [self.model(window) for _ in views]
             return call
 
         def predict() -> Callable[[], Any]:
-            self.prepare(ratio)
+            prepare()
             images, samples = inputs.to(self.input_dtype), data_samples(size, len(inputs))
 
             def call() -> Any:
-                with torch.no_grad(), self.precision():
+                with torch.no_grad(), precision():
                     return self.model(images, samples, mode='predict')
             return call
 
         def train() -> Callable[[], Any]:
-            self.prepare(ratio)
+            prepare()
             self.optim.zero_grad()  # of a step that ran out of memory
             labels = torch.randint(self.model.num_classes, (len(inputs), 1, *size),
                                    device=self.device)
             samples = data_samples(size, len(inputs), labels)
 
             def call() -> None:
-                with self.optim.optim_context(self.model), self.precision():
+                with self.optim.optim_context(self.model), precision():
                     losses = self.model(inputs, samples, mode='loss')
                     loss, _ = self.model.parse_losses(losses)
                 self.optim.update_params(loss)
@@ -296,15 +264,7 @@ class Subject:
 
         return dict(total=train) if self.mode == 'train' else dict(network=network, total=predict)
 
-    def prepare(self, ratio: ISRRatio) -> None:
-        """Set this subject's ratio and kernels, since others in turn may have other ones."""
-        set_ratio(self.model, ratio)
-        allow_kernels(self.kernels)
-
-    def precision(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)
-
-    def peak(self, prepare: Prepare, inputs: Tensor) -> int | None:
+    def peak(self, prepare: timing.Prepare, inputs: Tensor) -> int | None:
         """Return the most bytes at once of a call; None where they are too many or not seen."""
         if self.compiled:
             return None
@@ -313,17 +273,12 @@ class Subject:
             resident += [value for state in self.optim.optimizer.state.values()
                          for value in state.values() if isinstance(value, Tensor)]
         try:
-            return peak_bytes(prepare(), resident, self.device)
+            return timing.peak_bytes(prepare(), resident, self.device)
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            if not timing.is_out_of_memory(error):
                 raise
-        free(self.device)
+        timing.free(self.device)
         return None
-
-
-def _casts_inputs(model: nn.Module) -> bool:
-    """Return whether a segmentor takes float32 images with bfloat16 weights."""
-    return any(cls.__name__ == 'StreamedEncoderDecoder' for cls in type(model).__mro__)
 
 
 def _optim_cfg(contender: Contender) -> dict[str, Any]:
@@ -335,14 +290,6 @@ def _optim_cfg(contender: Contender) -> dict[str, Any]:
     return dict({name: value for name, value in copy.deepcopy(settings).items()
                  if name not in ('loss_scale', 'dtype', 'use_fsdp', 'accumulative_counts')},
                 type='OptimWrapper')
-
-
-def _compile(model: nn.Module, **options: bool) -> None:
-    """Compile backbone and decoder, and keep a compiled version for each ratio."""
-    settings = torch._dynamo.config
-    limit = 'recompile_limit' if hasattr(settings, 'recompile_limit') else 'cache_size_limit'
-    setattr(settings, limit, max(getattr(settings, limit), 64))
-    compile_model(model, **options)
 
 
 def data_samples(size: tuple[int, ...], count: int,
@@ -369,24 +316,26 @@ def _measure(contenders: Sequence[Contender], subjects: Mapping[str, Subject],
     calls = {(contender.name, ratio, phase): prepare for contender, ratio in variants
              for phase, prepare in subjects[contender.name].calls(ratio, inputs).items()}
     # A CUDA graph is compiled in the first round, and recorded in the next ones.
-    times = take_turns(calls, device, repeats=cell.plan.repeats, seconds=cell.plan.seconds,
-                       warm_up=4 if compiled else 2)
+    times = timing.take_turns(calls, device, repeats=cell.plan.repeats, seconds=cell.plan.seconds,
+                              warm_up=4 if compiled else 2)
     first = times.get((variants[0][0].name, variants[0][1], 'total'))
     rows = []
     for contender, ratio in variants:
         network, total = (times.get((contender.name, ratio, phase))
                           for phase in ('network', 'total'))
-        network_ms, total_ms = milliseconds(network), milliseconds(total)
+        network_ms, total_ms = (None if seconds is None else timing.milliseconds(seconds)
+                                for seconds in (network, total))
         peak = None if total is None else subjects[contender.name].peak(
             calls[contender.name, ratio, 'total'], inputs)
         row = _figures(
             contender, ratio, cell, status='OOM' if total is None else 'ok',
-            rounds=total and len(total), pipeline_ms=cell.pipelines.get(contender.name),
+            rounds=total and len(total),
+            pipeline_ms=cell.pipelines.get((contender.name, cell.mode, cell.size)),
             network_ms=network_ms, total_ms=total_ms,
             post_ms=network_ms and total_ms and total_ms - network_ms,
-            total_p95_ms=milliseconds(total, 0.95),
+            total_p95_ms=None if total is None else timing.milliseconds(total, 0.95),
             images_per_s=total_ms and 1e3 * cell.batch_size / total_ms,
-            time_vs_first=None if total is None or first is None else relative(total, first),
+            time_vs_first=None if total is None or first is None else timing.relative(total, first),
             peak_mib=peak and peak / 2**20)
         rows.append(_with_limits(row, contender, ratio, cell))
     return rows
@@ -400,11 +349,7 @@ def _figures(contender: Contender, ratio: ISRRatio, cell: _Cell, **measured: Any
         set_ratio(contender.model, NONE)
     return Figures(contender.name, str(ratio), cell.mode, cell.dtype, *cell.size,
                    cell.batch_size, len(windows(contender.model, cell.size)), gmacs,
-                   _parameters(contender) / 1e6, contender.execution, **measured)
-
-
-def _parameters(contender: Contender) -> int:
-    return sum(parameter.numel() for parameter in contender.model.parameters())
+                   contender.parameters / 1e6, contender.execution, **measured)
 
 
 def _with_limits(row: Figures, contender: Contender, ratio: ISRRatio, cell: _Cell) -> Figures:
@@ -416,10 +361,10 @@ def _with_limits(row: Figures, contender: Contender, ratio: ISRRatio, cell: _Cel
     compute, memory = 1e3 * gmacs / cell.rates.gmacs_per_s, None
     if cell.mode == 'eval':
         set_ratio(contender.model, ratio)
-        activations = count_windows(contender.model, cell.size, count_activations)
+        activations = count_windows(contender.model, cell.size, timing.count_activations)
         set_ratio(contender.model, NONE)
         numbers = cell.batch_size * (3 * cell.size[0] * cell.size[1] + 2 * activations)
-        memory = (numbers + _parameters(contender)) * getattr(torch, cell.dtype).itemsize / (
+        memory = (numbers + contender.parameters) * getattr(torch, cell.dtype).itemsize / (
             1e6 * cell.rates.gb_per_s)
     return replace(row, compute_limit_ms=compute, memory_limit_ms=memory,
                    network_share=row.network_ms and compute / row.network_ms,

@@ -10,7 +10,7 @@ from prettytable import PrettyTable, TableStyle
 
 from ..files import write_file
 from .benchmark import Figures
-from .timing import number
+from .timing import number, render, size_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,10 +26,10 @@ def title(row: Figures) -> str:
     return f'{row.mode}, {row.dtype}, {_size(row)}, batch {row.batch_size}'
 
 
-def speed(row: Figures, first: bool) -> str:
+def speed(row: Figures) -> str:
     """Word the time against the cell's first row, with its direction."""
-    if first or row.time_vs_first is None:
-        return '(first)' if first else ''
+    if row.time_vs_first is None:
+        return ''
     if row.time_vs_first <= 1:
         return f'{1 / row.time_vs_first:.2f}x as fast'
     return f'{row.time_vs_first:.2f}x as slow'
@@ -37,37 +37,11 @@ def speed(row: Figures, first: bool) -> str:
 
 def notes(rows: Sequence[Figures]) -> list[str]:
     """List what a reader of the tables must know, for what is in them."""
-    if rows[0].status == 'costs':
-        lines = ['GMACs: billions of multiply-adds of one image; "vs first": relative to the first '
-                 'row.']
-    else:
-        lines = ['Times are medians in ms: pipeline for one image, in one thread; network, post '
-                 'and total for the batch, in turn with all other rows of the table. Speed: total '
-                 'against the first row, round by round; "2.00x as fast" is half its time, "2.00x '
-                 'as slow" twice. GMACs: billions of multiply-adds of one image, forward.']
-    modes = {row.mode for row in rows}
-    if 'eval' in modes:
-        lines.append('eval: network is images to logits, total is images to label maps, post is '
-                     'total - network.')
-    if 'train' in modes:
-        lines.append('train: total is one optimizer step (forward, loss, backward, update), at '
-                     'the trained pools.')
-    if any(row.peak_mib is not None for row in rows):
-        lines.append('MiB: most memory at once, weights included (bytes that torch allocates on '
-                     'the GPU; bytes of live tensors, without the kernels\' own scratch, on the '
-                     'CPU).')
-    slid = {(row.config, _size(row)): row.windows for row in rows if row.windows > 1}
-    lines += [f'{config} slides its window: {count} windows on {size}, all counted. With '
-              '--cfg-options model.test_cfg.mode=whole the first config takes the image at once.'
-              for (config, size), count in slid.items()]
-    if any(row.compute_limit_ms is not None for row in rows):
-        lines.append(
-            'Limits: multiply-adds (in training three times those of the forward pass) at the '
-            'rate of a large matrix product in the same dtype, and bytes at the rate of a large '
-            'copy. The bytes are weights and images read once, and the outputs of all innermost '
-            'modules written once and read once; attention, pooling, resizing and other functions '
-            'that no module wraps are left out. Shares: multiply-add limit over network and total.')
-    return lines
+    return render(
+        'benchmark_notes.jinja', status=rows[0].status, modes={row.mode for row in rows},
+        memory=any(row.peak_mib is not None for row in rows),
+        slid={(row.config, _size(row)): row.windows for row in rows if row.windows > 1},
+        limits=any(row.compute_limit_ms is not None for row in rows)).splitlines()
 
 
 def table(rows: Sequence[Figures]) -> str:
@@ -77,13 +51,12 @@ def table(rows: Sequence[Figures]) -> str:
 
 def _tables(rows: Sequence[Figures]) -> list[PrettyTable]:
     """Make the tables of a cell: times, and limits where they were measured."""
-    columns: list[tuple[str, Callable[[Figures], str]]]
     names: list[tuple[str, Callable[[Figures], str]]] = [
         ('config', lambda row: row.config), ('ISR', lambda row: row.isr_ratio)]
     if rows[0].status == 'costs':
         return [_table(rows, [
             *names, ('params M', lambda row: f'{row.params_m:.2f}'),
-            ('GMACs', lambda row: f'{row.gmacs or 0.:.2f}'),
+            ('GMACs', lambda row: f'{row.gmacs:.2f}'),
             ('vs first', lambda row: f'x {(row.gmacs or 0.) / (rows[0].gmacs or 1.):.2f}')])]
     columns = [
         *names, ('GMACs', lambda row: '' if row.gmacs is None else f'{row.gmacs:.2f}'),
@@ -93,7 +66,7 @@ def _tables(rows: Sequence[Figures]) -> list[PrettyTable]:
         ('p95', lambda row: number(row.total_p95_ms)),
         ('images/s', lambda row: number(row.images_per_s)),
         ('MiB', lambda row: '' if row.peak_mib is None else f'{row.peak_mib:.0f}'),
-        ('speed', lambda row: speed(row, row is rows[0]))]
+        ('speed', lambda row: '(first)' if row is rows[0] else speed(row))]
     if rows[0].mode == 'train':
         columns = [column for column in columns if column[0] not in ('network', 'post')]
     tables = [_table(rows, columns)]
@@ -101,8 +74,8 @@ def _tables(rows: Sequence[Figures]) -> list[PrettyTable]:
         tables.append(_table(rows, [
             *names, ('multiply-adds', lambda row: number(row.compute_limit_ms)),
             ('bytes', lambda row: number(row.memory_limit_ms)),
-            ('of network', lambda row: _share(row.network_share)),
-            ('of total', lambda row: _share(row.total_share))]))
+            ('of network', lambda row: f'{row.network_share:.0%}' if row.network_share else ''),
+            ('of total', lambda row: f'{row.total_share:.0%}' if row.total_share else '')]))
     return tables
 
 
@@ -129,16 +102,9 @@ def markdown(cells: Sequence[Sequence[Figures]], environment: Mapping[str, str])
 
 def write(folder: str | Path, cells: Sequence[Sequence[Figures]],
           environment: Mapping[str, str], *, chart: bool = True) -> list[Path]:
-    """Write benchmark.csv, .md and .png; each file appears whole or not at all.
+    """Write benchmark.csv, .md and .png; return their paths.
 
-    Args:
-        folder: Folder for the files; it is made if it does not exist.
-        cells: What `benchmark.run` has yielded so far.
-        environment: What `timing.environment` returns; more columns of the CSV.
-        chart: Whether to draw the PNG too.
-
-    Returns:
-        The files.
+    ``cells`` are what `benchmark.run` has yielded so far; the CSV shows the ``environment`` too.
     """
     text = io.StringIO(newline='')
     names = [field.name for field in fields(Figures)]
@@ -182,12 +148,10 @@ def draw(cells: Sequence[Sequence[Figures]], environment: Mapping[str, str]) -> 
             _draw_bars(axis, cell, named=axis is row_axes[0])
         if growth:
             _draw_growth(row_axes[-1], same)
-    facts = [environment['device'], f'torch {environment["torch"]}']
-    if 'cudnn_benchmark' not in environment:
-        facts.insert(1, f'threads: {environment["threads"]}')
     first = cells[0][0]
-    figure.suptitle('Multiply-adds of one image' if first.status == 'costs' else ', '.join(
-        [*facts, first.execution]), fontsize=11)
+    figure.suptitle('Multiply-adds of one image' if first.status == 'costs' else (
+        f'{environment["device"]}, threads: {environment["threads"]}, '
+        f'torch {environment["torch"]}, {first.execution}'), fontsize=11)
     buffer = io.BytesIO()
     figure.savefig(buffer, format='png', dpi=130)
     return buffer.getvalue()
@@ -268,8 +232,4 @@ def _unit(row: Figures) -> str:
 
 
 def _size(row: Figures) -> str:
-    return f'{row.height}x{row.width}'
-
-
-def _share(value: float | None) -> str:
-    return '' if value is None else f'{value:.0%}'
+    return size_text((row.height, row.width))

@@ -2,7 +2,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -26,8 +26,9 @@ from ..isr import ISRRatio, apply_isr, isr, remove_isr
 from ..isr.pooling import check_method
 from .bench import Bench, open_bench
 from .loading import count_windows, load_model
+from .sheets import below, beside, captioned, legend, resized
 from .sweep import make_rows
-from .timing import Prepare, milliseconds, number, relative, take_turns
+from .timing import Prepare, milliseconds, number, relative, take_turns, thread_text
 
 Setting = tuple[ISRRatio, Mapping[str, Any]]
 """A ratio, and other arguments of `isr`."""
@@ -38,6 +39,8 @@ _FIELDS: dict[str, Any] = dict(config=str, checkpoint=str, isr_ratio=(str, int),
 _TITLES = ('test set', 'larger worlds')
 _LARGE, _ORDINARY = (1024, 1024), 192
 """Size of the larger worlds, and the height of the scenes whose objects are as large."""
+_ROUNDS = 30
+_PANEL = 260  # pixels of the width of a panel
 
 
 @dataclass(frozen=True)
@@ -54,14 +57,13 @@ def compare_results(files: Sequence[str | Path], picture: str | Path | None = No
                     cfg_options: Mapping[str, Any] | Sequence[str] | None = None) -> str:
     """Put what `tools/test.py --json` wrote of one checkpoint side by side, and time the ratios.
 
-    Returns:
-        A table for a terminal, what chance would give, and how it was measured.
+    Returns a table for a terminal, what chance would give, and how it was measured.
 
     Raises:
         UserError: A file does not hold such results, they do not belong together, or the
             checkpoint or the data does not exist or fit.
     """
-    results = read_results(files)
+    results = _read_results(files)
     cfg = load_config(results[0].config, cfg_options=cfg_options)
     classifies = is_classifier(cfg)
     if classifies:
@@ -78,7 +80,7 @@ def compare_results(files: Sequence[str | Path], picture: str | Path | None = No
     for ratio, options in settings:
         with isr(model, ratio, **options):
             gmacs.append(count_windows(model, tuple(dataset[0]['inputs'].shape[1:])) / 1e9)
-    times = time_ratios(model, dataset, settings)
+    times = _time_ratios(model, dataset, settings)
     table = PrettyTable(['isr_ratio', *(_COLUMNS[name] for name in metrics), 'GMACs',
                          'ms per image', 'time'], align='r')
     names = [_name(result, classifies) for result in results]
@@ -87,10 +89,10 @@ def compare_results(files: Sequence[str | Path], picture: str | Path | None = No
                        f'{gmacs[i]:.3f}', f'{milliseconds(times[i]):.1f}',
                        f'x {relative(times[i], times[0]):.2f}'])
     if picture:
-        draw(model, [dataset], list(zip(names, settings)), picture)
+        _draw(model, [dataset], list(zip(names, settings)), picture)
     return '\n'.join([
         str(table), _chance_line(dataset, classifies),
-        f'{len(dataset)} images, batch 1, {_threads()}, '
+        f'{len(dataset)} images, batch 1, {thread_text()}, '
         f'torch {torch.__version__}; time is the median ratio to the first row.',
         *([f'Picture: {picture}'] if picture else [])])
 
@@ -108,9 +110,6 @@ def compare_checkpoint(config: str, checkpoint: str, isr_ratios: Sequence[str], 
         picture: PNG file for predictions.
         cfg_options: Settings of the config to override.
 
-    Returns:
-        A table for a terminal, and what it means.
-
     Raises:
         UserError: The config, the checkpoint, the data or a ratio cannot be used.
     """
@@ -118,7 +117,6 @@ def compare_checkpoint(config: str, checkpoint: str, isr_ratios: Sequence[str], 
     if is_classifier(cfg):
         raise ConfigError(f'{config} trains a classifier: test it with tools/test.py --json at '
                           'each ratio, and give those files to this tool')
-    launch.prepare_test(cfg, checkpoint)
     bench = open_bench(cfg, checkpoint)
     benches = [bench]
     ratios = list(dict.fromkeys(map(bench.ratio, isr_ratios)))
@@ -128,16 +126,17 @@ def compare_checkpoint(config: str, checkpoint: str, isr_ratios: Sequence[str], 
         for one, title in zip(benches, _TITLES):
             one.measure([bench.ratio('none'), *ratios], title=title)
         if picture:
-            draw(bench.model, [one.dataset for one in benches],
-                 [(str(ratio), (ratio, {})) for ratio in ratios], picture)
+            _draw(bench.model, [one.dataset for one in benches],
+                  [(str(ratio), (ratio, {})) for ratio in ratios], picture)
         lines = [_dial_table(benches, ratios), *(
             f'{title.capitalize()}: {one.images} images of {one.size[0]},{one.size[1]} pixels. '
             f'{_chance_line(one.dataset, False)}' for one, title in zip(benches, _TITLES))]
+    if len(ratios) > 1:
+        lines.append(_meaning(benches[-1], *ratios))
     return '\n'.join([
         *lines,
-        *_meaning(benches, ratios),
         f'ms: median and quartiles, image to labels, batch 1, {bench.device.type}, '
-        f'{_threads()}; the ratios take turns on each image.',
+        f'{thread_text()}; the ratios take turns on each image.',
         f'time: median ratio to {ratios[0]!s} in the same turn.',
         *([f'Picture: {picture}'] if picture else [])])
 
@@ -172,28 +171,16 @@ def _dial_table(benches: Sequence[Bench], ratios: Sequence[ISRRatio]) -> str:
     return str(table)
 
 
-def _meaning(benches: Sequence[Bench], ratios: Sequence[ISRRatio]) -> Iterator[str]:
-    """Say what the cheapest ratio on the largest images gives and costs."""
-    bench = benches[-1]
-    first, *others = ratios
-    if not others:
-        return
-    fastest = min(others, key=lambda ratio: relative(bench.seconds(ratio)[:, 0],
-                                                     bench.seconds(first)[:, 0]))
-    factor = relative(bench.seconds(first)[:, 0], bench.seconds(fastest)[:, 0])
+def _meaning(bench: Bench, first: ISRRatio, *others: ISRRatio) -> str:
+    factor, fastest = max(((relative(bench.seconds(first)[:, 0], bench.seconds(ratio)[:, 0]), ratio)
+                           for ratio in others), key=lambda pair: pair[0])
     change = bench.miou(fastest) - bench.miou(first)
-    yield (f'All rows have the same weights. At {bench.size[0]},{bench.size[1]} pixels '
-           f'--isr-ratio {fastest!s} is {factor:.2f} times as fast as '
-           f'{first!s}, at {change:+.1f} mIoU.')
+    return (f'All rows have the same weights. At {bench.size[0]},{bench.size[1]} pixels '
+            f'--isr-ratio {fastest!s} is {factor:.2f} times as fast as '
+            f'{first!s}, at {change:+.1f} mIoU.')
 
 
-def _threads() -> str:
-    count = torch.get_num_threads()
-    return f'{count} thread{"s" if count > 1 else ""}'
-
-
-def read_results(files: Sequence[str | Path]) -> list[Result]:
-    """Read what `tools/test.py --json` wrote of one config and checkpoint."""
+def _read_results(files: Sequence[str | Path]) -> list[Result]:
     results: list[Result] = []
     for file in files:
         try:
@@ -220,7 +207,6 @@ def read_results(files: Sequence[str | Path]) -> list[Result]:
 
 
 def _metrics(files: Sequence[str | Path], results: Sequence[Result], main: str) -> list[str]:
-    """Return the metrics to show: the main one, and of `_COLUMNS` what any of the results has."""
     metrics = [name for name in _COLUMNS
                if name == main or any(name in result.metrics for result in results)]
     for file, result in zip(files, results):
@@ -233,13 +219,8 @@ def _metrics(files: Sequence[str | Path], results: Sequence[Result], main: str) 
 
 
 @torch.no_grad()
-def time_ratios(model: Any, dataset: BaseDataset, settings: Sequence[Setting],
-                rounds: int = 30) -> dict[int, list[float]]:
-    """Time predictions from the decoded image to its labels, one image a round.
-
-    Returns:
-        Seconds of each round, by the index of the setting.
-    """
+def _time_ratios(model: Any, dataset: BaseDataset,
+                 settings: Sequence[Setting]) -> dict[int, list[float]]:
     def in_turn(setting: Setting) -> Prepare:
         numbers = count()
 
@@ -250,7 +231,7 @@ def time_ratios(model: Any, dataset: BaseDataset, settings: Sequence[Setting],
         return prepare
 
     times = take_turns(dict(enumerate(map(in_turn, settings))), next(model.parameters()).device,
-                       repeats=rounds, seconds=600., warm_up=3)
+                       repeats=_ROUNDS, seconds=600., warm_up=3)
     remove_isr(model)
     return times
 
@@ -258,15 +239,12 @@ def time_ratios(model: Any, dataset: BaseDataset, settings: Sequence[Setting],
 def _name(result: Result, classifies: bool) -> str:
     """Return the ratio, a classifier's without decoder, and the method if it is not the default."""
     name = str(result.isr_ratio)
-    if name == 'none':
-        return name
     if classifies:
         name = name.partition('-')[0].rstrip(',')
-    return name if result.method == 'average' else f'{name} {result.method}'
+    return name if result.method == 'average' or name == 'none' else f'{name} {result.method}'
 
 
 def _chance_line(dataset: BaseDataset, classifies: bool) -> str:
-    """Say what predicting the largest class everywhere would give."""
     classes = dataset.metainfo['classes']
     if classifies:
         counts = np.bincount([dataset.get_data_info(i)['gt_label'] for i in range(len(dataset))])
@@ -282,40 +260,27 @@ def _chance_line(dataset: BaseDataset, classifies: bool) -> str:
 
 
 @torch.no_grad()
-def draw(model: Any, datasets: Sequence[BaseDataset],
-         settings: Sequence[tuple[str, Setting]], path: str | Path,
-         indices: Sequence[int] = (0, 2, 7)) -> None:
-    """Draw image, truth and the prediction at each ratio, a row for each image, as a PNG.
-
-    Of the first data set these are the images at ``indices``, of others the first one.
-    """
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-    samples = [datasets[0][index] for index in indices if index < len(datasets[0])]
+def _draw(model: Any, datasets: Sequence[BaseDataset],
+          settings: Sequence[tuple[str, Setting]], path: str | Path) -> None:
+    """Draw image, truth and the prediction at each ratio, a row for each image, as a PNG."""
+    samples = [datasets[0][index] for index in (0, 2, 7) if index < len(datasets[0])]
     samples += [dataset[0] for dataset in datasets[1:]]
-    classes = datasets[0].metainfo['classes']
-    palette = np.array(datasets[0].metainfo['palette'], np.uint8)
-    colours = np.vstack([palette, np.zeros((256 - len(palette), 3), np.uint8)])
-    titles = ['image', 'truth', *(
-        'prediction' if name == 'none' else f'ISR {name}' for name, _ in settings)]
-    heights = [sample['inputs'].shape[1] / sample['inputs'].shape[2] for sample in samples]
-    figure = Figure(figsize=(2.6 * len(titles), 2.6 * sum(heights) + 0.7), layout='constrained')
-    axes = figure.subplots(len(samples), len(titles), squeeze=False,
-                           gridspec_kw=dict(height_ratios=heights))
-    for row, sample in zip(axes, samples):
+    classes, palette = (datasets[0].metainfo[name] for name in ('classes', 'palette'))
+    colours = np.zeros((256, 3), np.uint8)
+    colours[:len(palette)] = np.array(palette)[:, ::-1]
+    rows = []
+    for sample in samples:
         data = pseudo_collate([sample])
-        panels = [sample['inputs'].flip(0).permute(1, 2, 0).numpy(),
-                  colours[sample['data_samples'].gt_sem_seg.data.squeeze(0).numpy()]]
-        for _, (ratio, options) in settings:
+        panels = {'image': sample['inputs'].permute(1, 2, 0).numpy(),
+                  'truth': colours[sample['data_samples'].gt_sem_seg.data.squeeze(0).numpy()]}
+        for name, (ratio, options) in settings:
             with isr(model, ratio, **options):
-                panels.append(colours[model.test_step(data)[0].pred_sem_seg.data.squeeze(0).cpu()])
-        for axis, panel in zip(row, panels):
-            axis.imshow(panel)
-            axis.set_axis_off()
-    for axis, title in zip(axes[0], titles):
-        axis.set_title(title, fontsize=11)
-    figure.legend(handles=[Patch(color=colour / 255, label=name)
-                           for name, colour in zip(classes, palette)],
-                  loc='outside lower center', ncols=len(classes), frameon=False, fontsize=10)
+                labels = model.test_step(data)[0].pred_sem_seg.data.squeeze(0).cpu()
+            panels['prediction' if name == 'none' else f'ISR {name}'] = colours[labels]
+        height, width = panels['image'].shape[:2]
+        rows.append(beside([captioned(resized(panel, (_PANEL, _PANEL * height // width)), title)
+                            for title, panel in panels.items()]))
+    rows.append(legend([(name, (r, g, b)) for name, (r, g, b) in zip(classes, palette)],
+                       rows[0].width))
     with replacing(path) as partial:
-        figure.savefig(partial, dpi=110)
+        below(rows, gap=14).save(partial, 'PNG')

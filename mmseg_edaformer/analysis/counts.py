@@ -57,9 +57,7 @@ class Evaluation:
         best: The `EXAMPLES` images with the highest mIoU, the best first.
         worst: The `EXAMPLES` images with the lowest mIoU, the worst first.
         unlabelled: Number of images without labels.
-        metrics: The metrics that the evaluator returned.
         iteration: Iteration of the training; None in a test.
-        seconds: Duration of the validation or test.
         size: Number of images of the data set.
 
     Attributes:
@@ -114,14 +112,10 @@ class Evaluation:
 
     def add(self, name: str, labels: Tensor, predicted: Tensor,
             load: Callable[[], np.ndarray | None]) -> None:
-        """Count one image.
+        """Count one image, of labels and prediction H x W.
 
-        Args:
-            name: Name of the image.
-            labels: H x W.
-            predicted: H x W.
-            load: Returns the image (H x W x 3, BGR, of any size), or None if it cannot be read.
-                Called only for an image that is among the best or the worst so far.
+        ``load`` returns the image (H x W x 3, BGR, of any size), or None if it cannot be read. It
+        is called only for an image that is among the best or the worst so far.
         """
         count = len(self.classes)
         matrix = _confusion(labels, predicted, count, self.ignore_index)
@@ -137,12 +131,13 @@ class Evaluation:
         self.images.append(score)
         if not total:
             return
-        example = None
-        for kept, key in ((self.best, _best_first), (self.worst, _worst_first)):
-            if len(kept) < EXAMPLES or key(score) < key(kept[-1].score):
-                if example is None:
-                    example = _shrink(score, labels, predicted, load(), count, self.ignore_index)
-                kept[:] = _first([*kept, example], key)
+        ranks = [(self.best, _best_first), (self.worst, _worst_first)]
+        ranks = [(kept, key) for kept, key in ranks
+                 if len(kept) < EXAMPLES or key(score) < key(kept[-1].score)]
+        if ranks:
+            example = _shrink(score, labels, predicted, load(), count, self.ignore_index)
+        for kept, key in ranks:
+            kept[:] = _first([*kept, example], key)
 
     def merge(self, others: Sequence['Evaluation']) -> None:
         """Add the counts of other processes, which took turns with the images."""
@@ -157,11 +152,7 @@ class Evaluation:
         self.worst = _first([example for part in parts for example in part.worst], _worst_first)
 
     def save(self, path: Path) -> None:
-        """Write everything to a .npz file.
-
-        Raises:
-            OSError: The file cannot be written.
-        """
+        """Write everything to a .npz file."""
         examples = [*self.best, *self.worst]
         plain = dict(
             classes=self.classes, palette=self.palette, ignore_index=self.ignore_index,

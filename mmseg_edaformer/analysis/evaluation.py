@@ -31,10 +31,6 @@ class EvaluationHook(Hook):
 
     Args:
         compiled: Whether the network is compiled; each further ratio would be compiled anew.
-
-    Attributes:
-        evaluation: The last evaluation; None before the first one.
-        kind: 'training' or 'test'.
     """
 
     # Before the checkpoint that notes that this validation is done.
@@ -46,19 +42,13 @@ class EvaluationHook(Hook):
         self.kind = 'test'
         self.start = time.perf_counter()
 
-    def before_run(self, runner: Runner) -> None:
-        """Start the clock."""
-        self.start = time.perf_counter()
-
     def before_train(self, runner: Runner) -> None:
         """Load the last validation of a resumed run; remove that of another run."""
         self.kind = 'training'
         path = Path(runner.work_dir, FOLDER, _SAVED)
-        if not is_main_process():
-            return
-        if runner.iter:
+        if runner.iter and is_main_process():
             self.evaluation = Evaluation.load(path)
-        else:
+        elif is_main_process():
             with suppress(OSError):  # if it cannot be replaced either, the log will say so
                 path.unlink()
 
@@ -94,7 +84,7 @@ class EvaluationHook(Hook):
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Sum the counts of all processes, and save them."""
-        self._end(metrics)
+        self.after_test_epoch(runner, metrics)
         if self.evaluation is None or not is_main_process():
             return
         self.evaluation.iteration = runner.iter
@@ -106,7 +96,13 @@ class EvaluationHook(Hook):
 
     def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Sum the counts of all processes."""
-        self._end(metrics)
+        if self.evaluation is None:
+            return
+        own, *others = all_gather_object(self.evaluation)
+        if is_main_process():
+            own.merge(others)
+            own.metrics, own.seconds = dict(metrics or {}), time.perf_counter() - self.begun
+            self.evaluation = own
 
     def after_val(self, runner: Runner) -> None:
         """Write the report of an unfinished training, once its best checkpoint is saved."""
@@ -132,28 +128,17 @@ class EvaluationHook(Hook):
             if isinstance(metric, IoUMetric):
                 self.evaluation.ignore_index = metric.ignore_index
                 self.evaluation.nan_to_num = metric.nan_to_num
-                break
         self.seen = 0
         self.begun = time.perf_counter()
-
-    def _end(self, metrics: dict[str, float] | None) -> None:
-        if self.evaluation is None:
-            return
-        own, *others = all_gather_object(self.evaluation)
-        if is_main_process():
-            own.merge(others)
-            own.metrics, own.seconds = dict(metrics or {}), time.perf_counter() - self.begun
-            self.evaluation = own
 
     def _report(self, runner: Runner, final: bool) -> None:
         """Write the report; whatever happens, the run and its exit code stay as they are."""
         if not is_main_process():
             return
         try:
-            from .report import write_report  # needs matplotlib and jinja2, which no run needs
-            path = write_report(runner, self.evaluation, self.kind,
-                                time.perf_counter() - self.start, compiled=self.compiled,
-                                final=final)
+            from .report import Report  # needs matplotlib and jinja2, which no run needs
+            path = Report(runner, self.evaluation, self.kind, time.perf_counter() - self.start,
+                          compiled=self.compiled, final=final).write()
             runner.logger.info(f'Report: {path}')
         except (UserError, OSError, ImportError) as error:
             runner.logger.warning(f'cannot write the report, the run itself is complete: {error}')

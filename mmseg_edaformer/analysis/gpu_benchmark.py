@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from prettytable import PrettyTable, TableStyle
 from torch import Tensor
 
 from ..engine import launch
@@ -27,7 +28,7 @@ from .benchmark import Contender, Plan, Subject
 from .loading import NONE
 from .pipeline import draw_files
 from .roofline import Work, rooflines
-from .timing import Rates, environment, measure_rates
+from .timing import Rates, environment, measure_rates, number, render
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = {
@@ -37,6 +38,27 @@ CONFIGS = {
 RATIOS = ('none', 'optimal', '2')
 _DRAWN = 24
 """Different images to train on; drawing one takes longer than reading it."""
+
+
+Row = dict[str, Any]
+_COLUMNS: dict[str, Callable[[Row], Any]] = {
+    'size': lambda row: f'{row["height"]}x{row["width"]}',
+    'batch': lambda row: row['batch_size'], 'dtype': lambda row: row['dtype'],
+    'model': lambda row: row['config'], 'ISR': lambda row: row['isr_ratio'],
+    'mode': lambda row: 'prediction' if row['mode'] == 'eval' else 'training',
+    'execution': lambda row: row['execution'],
+    'network': lambda row: number(row.get('network_ms')),
+    'total': lambda row: ('out of memory' if row['status'] == 'OOM' else
+                          number(row.get('total_ms'))),
+    'p95': lambda row: number(row.get('total_p95_ms')),
+    'images/s': lambda row: number(row.get('images_per_s')),
+    'MiB': lambda row: number(row.get('peak_mib')),
+    'speed': lambda row: f'{1 / row["time_vs_first"]:.2f}x' if 'time_vs_first' in row else '',
+    'operator': lambda row: f'`{row["name"]}`', 'sizes': lambda row: row['shapes'],
+    'calls': lambda row: row['calls'], 'ms': lambda row: number(row['ms']),
+    'GFLOP': lambda row: number(row['gflop']), 'MB': lambda row: number(row['mb']),
+    'limit, ms': lambda row: number(row['limit_ms']), 'bound by': lambda row: row['bound'],
+    'ms / limit': lambda row: number(row['ms'] / row['limit_ms'])}
 
 
 @dataclass(frozen=True)
@@ -53,8 +75,7 @@ class Settings:
     out: Path
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """One measurement: its name, the seconds that it takes at most, and the function."""
     name: str
     seconds: float
@@ -82,7 +103,13 @@ class Suite:
     def run(self, say: Callable[[str], None] = print) -> bool:
         """Measure what fits into the budget; return whether nothing failed."""
         began = time.perf_counter()
-        self.models = self._load()
+        self.models = {}
+        for name, path in CONFIGS.items():
+            options: dict[str, Any] = dict(isr_ratios=RATIOS)
+            if name == 'SegFormer-B0':
+                options = dict(cfg_options={'model.type': 'EncoderDecoder'})
+            [contender] = benchmark.load_contenders(str(ROOT / path), **options)
+            self.models[name] = replace(contender, name=name)
         for part in self.parts():
             left = self.settings.seconds - (time.perf_counter() - began)
             if part.seconds > left:
@@ -102,16 +129,6 @@ class Suite:
             self.content['environment'] = environment('cuda')
             write_file(self.settings.out, json.dumps(self.content, indent=1) + '\n')
         return not self.content['failed']
-
-    def _load(self) -> dict[str, Contender]:
-        models = {}
-        for name, path in CONFIGS.items():
-            options = {'model.type': 'EncoderDecoder'} if name == 'SegFormer-B0' else None
-            ratios = RATIOS if name != 'SegFormer-B0' else ('none',)
-            [contender] = benchmark.load_contenders(str(ROOT / path), isr_ratios=ratios,
-                                                    cfg_options=options)
-            models[name] = replace(contender, name=name)
-        return models
 
     def parts(self) -> Iterator[Part]:
         """Yield all parts; the first ones are those that a short budget should not miss."""
@@ -148,9 +165,9 @@ class Suite:
 
     def _prediction(self, model: str, size: tuple[int, int], batch: int,
                     dtype: str = 'bfloat16') -> Part:
-        ours, plain = self._models(model)
+        ours, plain, others = self._models(model)
         ratios = RATIOS if size == self.settings.sizes[0] else (*RATIOS, 'auto')
-        cell = [plain.run_as(ratios=['none', 'optimal']), *self._segformer(model),
+        cell = [plain.run_as(ratios=['none', 'optimal']), *others,
                 ours.run_as(ratios=ratios), ours.run_as(kernels=False, ratios=['none'])]
         megapixels = batch * size[0] * size[1] / 2 ** 20
         if megapixels > 40:  # the plain version would take seconds a call, or not fit
@@ -159,24 +176,22 @@ class Suite:
 
     def _executed(self, execution: str, model: str, size: tuple[int, int], batch: int,
                   ratios: Sequence[str] = ('none',)) -> Part:
-        ours, plain = self._models(model)
+        ours, plain, _ = self._models(model)
         seconds = 10 + 12 * len(ratios) if execution == 'graphed' else dict(T=75, B=120)[model]
         return self._timed(execution, seconds, model, [
             plain.run_as(ratios=['none']), ours.run_as(execution, ratios=ratios)], size, batch)
 
     def _training(self, model: str, seconds: float, execution: str = 'eager') -> Part:
-        ours, plain = self._models(model)
+        ours, plain, others = self._models(model)
         cell = [plain, ours.run_as(execution)]
         if execution == 'eager':
-            cell += [ours.run_as(kernels=False), *self._segformer(model)]
+            cell += [ours.run_as(kernels=False), *others]
         return self._timed(f'training, {execution}', seconds, model, cell, self.settings.sizes[0],
                            self.settings.train_batch, mode='train')
 
-    def _models(self, model: str) -> tuple[Contender, Contender]:
-        return self.models[f'EDAFormer-{model}'], self.models[f'plain {model}']
-
-    def _segformer(self, model: str) -> list[Contender]:
-        return [self.models['SegFormer-B0']] if model == 'T' else []
+    def _models(self, model: str) -> tuple[Contender, Contender, list[Contender]]:
+        return (self.models[f'EDAFormer-{model}'], self.models[f'plain {model}'],
+                [self.models['SegFormer-B0']] if model == 'T' else [])
 
     def _timed(self, title: str, seconds: float, model: str, cell: Sequence[Contender],
                size: tuple[int, int], batch: int, dtype: str = 'bfloat16',
@@ -272,3 +287,33 @@ def train_from_files(config: Path, folder: Path, batch_size: int, workers: int, 
                        for name in ('time', 'data_time'))
     return dict(images_per_s=batch_size / seconds, step_ms=1e3 * seconds, waited_ms=1e3 * waited,
                 share=waited / seconds, batch_size=batch_size, workers=workers)
+
+
+def page(content: dict[str, Any]) -> str:
+    """Write the Markdown page of a ``content``."""
+    rows = content['rows']
+    predicted = sorted((row for row in rows if row['mode'] == 'eval'), key=lambda row: (
+        row['dtype'], row['height'] * row['width'], row['batch_size']))
+    return render('gpu.md.jinja', **content, number=number, table=_table, predicted=predicted,
+                  fastest=_fastest(rows), trained=[row for row in rows if row['mode'] == 'train'])
+
+
+def _fastest(rows: Sequence[Row]) -> list[Row]:
+    """Choose the fastest way to run our models at the trained ratio, for each size and batch."""
+    best: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        model = row['config'].partition(',')[0]
+        if model.startswith('EDAFormer') and 'plain' not in row['config'] and (
+                row['isr_ratio'] == 'none' and 'time_vs_first' in row):
+            cell = model, *(row[name] for name in ('mode', 'dtype', 'height', 'width',
+                                                   'batch_size'))
+            if cell not in best or row['time_vs_first'] < best[cell]['time_vs_first']:
+                best[cell] = row | dict(config=model)
+    return list(best.values())
+
+
+def _table(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    table = PrettyTable(list(columns), align='l')
+    table.add_rows([[_COLUMNS[name](row) for name in columns] for row in rows])
+    table.set_style(TableStyle.MARKDOWN)
+    return table.get_string()

@@ -42,7 +42,7 @@ def measure_pipeline(cfg: Config, size: tuple[int, int] | None = None, images: i
 
     Returns:
         The name of each step and its mean time in milliseconds per image, then ``collate`` and
-        ``total``; 1000 / total is the number of images per second and core.
+        ``total``.
 
     Raises:
         ConfigError: The config has no such pipeline, or it does not load an image.
@@ -101,17 +101,7 @@ def _one_thread() -> Iterator[None]:
 
 def describe_pipelines(cfgs: Sequence[Config], size: tuple[int, int] | None = None,
                        images: int = 200, rounds: int = 5) -> str:
-    """Measure training pipelines in turn and say what they cost.
-
-    Args:
-        cfgs: The configs.
-        size: Size of the images, see `measure_pipeline`.
-        images: Number of timed images of each config.
-        rounds: Number of turns of each config.
-
-    Returns:
-        A table of each config, and how many cores a GPU keeps busy.
-    """
+    """Measure training pipelines in turn; return their tables, and how many cores a GPU needs."""
     measured = [[measure_pipeline(cfg, size, -(-images // rounds)) for cfg in cfgs]
                 for _ in range(rounds)]
     parts = []

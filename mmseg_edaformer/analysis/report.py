@@ -12,7 +12,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, astuple
 from pathlib import Path
@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from mmengine.dataset import pseudo_collate
 from mmengine.hooks import EMAHook
 from mmengine.model import BaseTTAModel, is_model_wrapper
@@ -32,15 +31,14 @@ from ..data.classification import is_classifier
 from ..engine.isr_hook import ISRHook
 from ..errors import RatioError, UserError
 from ..files import write_file
-from ..isr import ISRRatio, isr
+from ..isr import isr
 from . import report_plots as plots
 from .bench import Bench
 from .counts import EXAMPLES, FOLDER, Evaluation
 from .loading import count_windows
-from .report_sources import Ratios, find_sweep, join_curves, read_curves, size_name
 from .sweep import DEFAULT, GREEDY, make_rows
-from .sweep_report import draw
-from .timing import environment
+from .sweep_report import Ratios, draw, find_sweep
+from .timing import environment, render, size_text
 
 _CURVE_SECONDS, _CURVE_SHARE, _LEAST_SECONDS = 60., 0.05, 10.
 _CURVE_IMAGES = 50
@@ -50,9 +48,8 @@ _FILES = ('curves.csv', 'loss.png', 'lr.png', 'metric.png', 'classes.csv', 'conf
           *(f'{rank}_{i}.png' for rank in ('best', 'worst') for i in range(1, EXAMPLES + 1)))
 
 
-def write_report(runner: Runner, evaluation: Evaluation | None, kind: str, seconds: float, *,
-                 compiled: bool = False, final: bool = True) -> Path:
-    """Write report.html to the work dir, and its images and tables to report/ as PNG and CSV.
+class Report:
+    """Writes report.html to the work dir, and its images and tables to report/ as PNG and CSV.
 
     Args:
         runner: The runner that trains, has trained or has tested.
@@ -61,20 +58,10 @@ def write_report(runner: Runner, evaluation: Evaluation | None, kind: str, secon
         seconds: Duration of this process so far.
         compiled: Whether the network is compiled.
         final: Whether the run has ended; only then the ISR curve is measured.
-
-    Returns:
-        The path of the page.
-
-    Raises:
-        OSError: A file cannot be written.
     """
-    return _Report(runner, evaluation, kind, seconds, compiled, final).write()
 
-
-class _Report:
-
-    def __init__(self, runner: Runner, evaluation: Evaluation | None, kind: str, seconds: float,
-                 compiled: bool, final: bool) -> None:
+    def __init__(self, runner: Runner, evaluation: Evaluation | None, kind: str, seconds: float, *,
+                 compiled: bool = False, final: bool = True) -> None:
         self.runner, self.evaluation, self.seconds = runner, evaluation, seconds
         self.training, self.compiled, self.final = kind == 'training', compiled, final
         self.counted = evaluation if evaluation and evaluation.classes and (
@@ -89,15 +76,20 @@ class _Report:
         self.isr_ratio = 'none' if self.hook is None else str(self.hook.isr_ratio)
         self.other_method = '' if self.hook is None or self.hook.method == 'average' else (
             self.hook.method)
-        self.curves = read_curves(self.work_dir)
+        self.curves = plots.read_curves(self.work_dir)
         self.metric = next((name for name in ('mIoU', 'accuracy/top1')
                             if self.curves.of(name, True)), 'mIoU')
-        self.checkpoint = self._find_checkpoint()
+        # The tested checkpoint, or the last one of the training.
+        pointer = self.work_dir / 'last_checkpoint'
+        self.checkpoint = Path(runner._load_from) if runner._load_from else None
+        if self.training:
+            self.checkpoint = self.work_dir / pointer.read_text().strip() if (
+                pointer.is_file()) else None
         loop: Any = runner._val_loop if self.training else runner.test_loop
         self.dataset: Any = getattr(getattr(loop, 'dataloader', None), 'dataset', None)
 
     def write(self) -> Path:
-        """Measure, draw and write everything."""
+        """Measure, draw and write everything; returns the path of the page."""
         self.folder.mkdir(parents=True, exist_ok=True)
         training = self.model.training
         self.model.eval()
@@ -114,24 +106,21 @@ class _Report:
             counts = dict(classes=self._classes(self.counted),
                           confusion=self._confusion(self.counted),
                           examples=self._examples(self.counted))
-        facts = self._environment()
+        cfg = self.runner.cfg
+        dumped = self.work_dir / (Path(cfg.filename).name if cfg.filename else '')
+        facts = {'command': shlex.join(sys.argv), 'compile': 'yes' if self.compiled else 'no',
+                 **environment('cuda' if torch.cuda.is_available() else 'cpu'), **collect_env()}
+        facts.pop('numpy_random_seed', None)  # not that of the run
         path = self.work_dir / 'report.html'
-        write_file(path, _template().render(
-            report=self, runner=self.runner, cfg=self.runner.cfg, evaluation=self.evaluation,
+        write_file(path, render(
+            'report.html.jinja', filters=_FILTERS, report=self, runner=self.runner, cfg=cfg,
+            evaluation=self.evaluation,
             date=time.strftime('%Y-%m-%d %H:%M'), folder=FOLDER, named=plots.NAMED,
             best=self._best(), curves=self._curves(), isr=self._isr(), steps=self._steps(),
-            memory=_peak_memory(), settings=self._settings(),
+            memory=_peak_memory(),
+            settings=dumped.read_text('utf-8') if dumped.is_file() else cfg.pretty_text,
             built=facts.pop('PyTorch compiling details', ''), environment=facts, **counts))
         return path
-
-    # What is measured
-
-    def _find_checkpoint(self) -> Path | None:
-        """Return the tested checkpoint, or the last one of the training."""
-        if not self.training:
-            return Path(self.runner._load_from) if self.runner._load_from else None
-        pointer = self.work_dir / 'last_checkpoint'
-        return self.work_dir / pointer.read_text().strip() if pointer.is_file() else None
 
     def _measure_ratios(self) -> Ratios:
         """Return the ISR curve, from a sweep of this checkpoint or measured now."""
@@ -150,7 +139,11 @@ class _Report:
                 bench = Bench(self.model, self.dataset, dict(
                     classes=len(counted.classes), ignore_index=counted.ignore_index,
                     nan_to_num=counted.nan_to_num), samples=_CURVE_IMAGES, look=1)
-                ratios = self._choose_ratios(bench)
+                ratios = []
+                for value in dict.fromkeys((*DEFAULT, self.isr_ratio)):
+                    with suppress(RatioError):  # the model may have other stages than the paper's
+                        ratios += [] if value == GREEDY else [bench.ratio(value)]
+                ratios = list(dict.fromkeys(ratios))
                 limit = max(min(_CURVE_SECONDS, _CURVE_SHARE * self.seconds), _LEAST_SECONDS)
                 image = counted.seconds * self.runner.world_size / counted.size
                 if 2 * len(ratios) * image > 1.5 * limit:
@@ -173,7 +166,7 @@ class _Report:
         return Ratios(rows, bench.size, (
             f'Measured at the end of the run on {bench.images} image'
             f'{"s" if bench.images != 1 else ""}{sample}.{method} GMACs for '
-            f'{size_name(bench.size)} pixels; ms: batch 1, from the image to its labels. '
+            f'{size_text(bench.size)} pixels; ms: batch 1, from the image to its labels. '
             'tools/isr_sweep.py measures more ratios on more images and recommends one.'))
 
     def _why_no_ratios(self) -> str:
@@ -191,18 +184,11 @@ class _Report:
                     'tools/isr_sweep.py.')
         return '' if self.final else 'Measured when the run ends.'
 
-    def _choose_ratios(self, bench: Bench) -> list[ISRRatio]:
-        ratios = []
-        for value in (*DEFAULT, self.hook.isr_ratio if self.hook else 'none'):
-            with suppress(RatioError):  # the model may have other stages than the paper's
-                ratios += [] if value == GREEDY else [bench.ratio(value)]
-        return list(dict.fromkeys(ratios))
-
     def _count_gmacs(self) -> tuple[float, str] | None:
-        """Return the GMACs in effect and the image size, as the network sees it, they are for."""
+        """Return the GMACs in effect, and for which image size."""
         for row in self.ratios.rows:
             if self.ratios.size is not None and row.isr_ratio == self.isr_ratio:
-                return row.gmacs, size_name(self.ratios.size)
+                return row.gmacs, size_text(self.ratios.size)
         if not self.dataset or self.augmented:
             return None
         try:
@@ -215,18 +201,14 @@ class _Report:
         except Exception as error:  # of a foreign model, or of data that has no such inputs
             self.runner.logger.info(f'GMACs could not be counted for the report: {error!r}')
             return None
-        return macs / 1e9, size_name(size)
-
-    # What is shown
+        return macs / 1e9, size_text(size)
 
     def _best(self) -> str:
-        """Return the value and step of the best validation of a training."""
         validated = self.curves.of(self.metric, True) if self.training else {}
         best = max(validated, key=lambda step: validated[step], default=None)
         return '' if best is None else f'best {validated[best]:.2f} at {best}'
 
     def _steps(self) -> dict[str, float] | None:
-        """Return seconds of all training steps and of the median one, and the share of waiting."""
         times, waits = (self.curves.of(name) for name in ('time', 'data_time'))
         if not self.training or not sum(times.values()):
             return None
@@ -239,7 +221,7 @@ class _Report:
         curves = self.curves
         charts: dict[str, bytes] = {}
         if curves.train or curves.val:
-            self._write_csv('curves.csv', *join_curves(curves))
+            self._write_csv('curves.csv', *plots.join_curves(curves))
             by_epoch = self.runner.log_processor.by_epoch
             for file, title, points, measured in (
                     ('loss.png', 'Loss', curves.of('loss'), False),
@@ -278,7 +260,7 @@ class _Report:
         return dict(png=path.read_bytes(), pairs=pairs)
 
     def _examples(self, evaluation: Evaluation) -> dict[str, list[Any]]:
-        """The worst and the best images, each with its score and panels; none is in both."""
+        """Return the worst and the best images, each with score and panels; none is in both."""
         self._write_csv('images.csv', ('name', 'miou', 'accuracy'),
                         [astuple(score) for score in evaluation.images])
         scored = sum(not math.isnan(score.miou) for score in evaluation.images)
@@ -305,22 +287,12 @@ class _Report:
             (row.isr_ratio + (' (this run)' if row.isr_ratio == here else ''), f'{row.miou:.2f}',
              f'{row.change:+.2f}', f'{row.gmacs:.3f}', f'{row.ms:.1f}') for row in rows])
 
-    def _settings(self) -> str:
-        cfg = self.runner.cfg
-        dumped = self.work_dir / (Path(cfg.filename).name if cfg.filename else '')
-        return dumped.read_text(encoding='utf-8') if dumped.is_file() else cfg.pretty_text
-
-    def _environment(self) -> dict[str, str]:
-        device = 'cuda' if torch.cuda.is_available() else 'cpu'
-        facts = {'command': shlex.join(sys.argv), 'compile': 'yes' if self.compiled else 'no',
-                 **environment(device), **collect_env()}
-        facts.pop('numpy_random_seed', None)  # not that of the run
-        return {str(name): str(value) for name, value in facts.items()}
-
     def _write_csv(self, name: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Write a table, floats rounded, and nothing where there is no number."""
         text = io.StringIO()
         csv.writer(text, lineterminator='\n').writerows([header, *(
-            map(_rounded, row) for row in rows)])
+            [('' if math.isnan(cell) else round(float(cell), 4)) if isinstance(cell, float) else
+             cell for cell in row] for row in rows)])
         write_file(self.folder / name, text.getvalue())
 
 
@@ -338,32 +310,20 @@ def _peak_memory() -> dict[str, str]:
     return peaks
 
 
-def _template() -> Any:
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True,
-                              trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    environment.filters.update(
-        uri=_data_uri, duration=_duration, file_name=lambda path: Path(path).name,
-        file_stem=lambda path: Path(path).stem,
-        figure=lambda value: '–' if math.isnan(value) else f'{value:.2f}')
-    return environment.get_template('report.html.jinja')
-
-
 def _data_uri(content: bytes) -> str:
     kind = 'png' if content.startswith(b'\x89PNG') else 'jpeg'
     return f'data:image/{kind};base64,{base64.b64encode(content).decode()}'
 
 
-def _rounded(value: Any) -> Any:
-    """Return a value for a CSV file: floats rounded, nothing where there is no number."""
-    if isinstance(value, float):
-        return '' if math.isnan(value) else round(float(value), 4)
-    return value
-
-
 def _duration(seconds: float) -> str:
-    """Return a duration such as 3 h 12 min, 4 min 5 s or 7.3 s."""
     if seconds < 60:
         return f'{seconds:.1f} s'
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f'{hours} h {minutes} min' if hours else f'{minutes} min {rest} s'
+
+
+_FILTERS: dict[str, Callable[[Any], str]] = dict(
+    uri=_data_uri, duration=_duration, file_name=lambda path: Path(path).name,
+    file_stem=lambda path: Path(path).stem,
+    figure=lambda value: '–' if math.isnan(value) else f'{value:.2f}')

@@ -1,7 +1,9 @@
-"""The charts and image panels of a run's report."""
+"""The training log, the charts and the image panels of a run's report."""
+import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +22,74 @@ _NUMBERED = 15  # classes whose shares fit into a matrix
 _WRONG = (60, 60, 230)  # BGR
 
 
+@dataclass
+class Curves:
+    """The log of a training, by step and then by name, and how often it was started.
+
+    A step of a validation is an epoch if the validations were counted in epochs.
+    """
+    train: dict[int, dict[str, float]] = field(default_factory=dict)
+    val: dict[int, dict[str, float]] = field(default_factory=dict)
+    starts: int = 0
+
+    def of(self, name: str, validated: bool = False) -> dict[int, float]:
+        """Return one value by step."""
+        lines = self.val if validated else self.train
+        return {step: line[name] for step, line in sorted(lines.items()) if name in line}
+
+
+def read_curves(work_dir: Path) -> Curves:
+    """Join the logs of all starts of a run, each of which has a folder of its own.
+
+    From its first step on, a start replaces what earlier ones logged. One that begins as early as
+    those before it is another run, and replaces all of them.
+    """
+    curves = Curves()
+    for path in sorted(work_dir.glob('*/vis_data/scalars.json')):
+        train: dict[int, dict[str, float]] = {}
+        val: dict[int, dict[str, float]] = {}
+        for text in path.read_text(encoding='utf-8', errors='replace').splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:  # cut by a kill
+                continue
+            if isinstance(line, dict) and isinstance(line.get('step'), int):
+                numbers = {name: value for name, value in line.items()
+                           if isinstance(value, (int, float))}
+                of_training = 'loss' in line or 'lr' in line
+                (train if of_training else val).setdefault(line['step'], {}).update(numbers)
+        if not train and not val:
+            continue
+        if train:
+            first = min(train)
+            if first <= min(curves.train, default=first):
+                curves = Curves()
+            curves.train = {step: line for step, line in curves.train.items() if step < first}
+            curves.val = {step: line for step, line in curves.val.items() if step < first}
+        curves.train |= train
+        curves.val |= val
+        curves.starts += 1
+    return curves
+
+
+def join_curves(curves: Curves) -> tuple[list[str], list[list[Any]]]:
+    """Return header and rows of a table of all values; those of validations have a prefix."""
+    lines: dict[int, dict[str, float]] = {}
+    for prefix, part in (('', curves.train), ('val/', curves.val)):
+        for step, line in part.items():
+            lines.setdefault(step, {}).update(
+                (prefix + name, value) for name, value in line.items() if name != 'step')
+    names = sorted({name for line in lines.values() for name in line},
+                   key=lambda name: (name.startswith('val/'), name))
+    return ['step', *names], [[step, *(line.get(name, '') for name in names)]
+                              for step, line in sorted(lines.items())]
+
+
 def draw_curve(points: Mapping[int, float], path: Path, title: str, *, unit: str,
                measured: bool = False) -> None:
-    """Draw a value over the steps of a training, as a PNG.
+    """Draw a value by step of a training, as a PNG.
 
-    Args:
-        points: Values by step.
-        path: File to write.
-        title: Name of the value.
-        unit: Name of a step.
-        measured: Whether to show each point and mark the highest, for values that are measured now
-            and then.
+    ``measured`` shows each point and marks the highest, for values that are measured now and then.
     """
     steps, values = np.array(list(points)), np.array(list(points.values()), float)
     with _figure(path, (5, 3)) as (_, axis):
@@ -58,13 +117,9 @@ def draw_curve(points: Mapping[int, float], path: Path, title: str, *, unit: str
 
 
 def draw_matrix(shares: np.ndarray, classes: Sequence[str], path: Path) -> None:
-    """Draw a confusion matrix, as a PNG.
+    """Draw a confusion matrix of the shares of each class (row), with names where they fit in.
 
-    Args:
-        shares: Share of the pixels of each class (row) that is predicted as each class (column),
-            C x C, 0 to 1; a row of nan for a class that does not occur.
-        classes: Names of the classes, which are shown where they fit in.
-        path: File to write.
+    The row of a class that does not occur is nan.
     """
     from matplotlib.colors import PowerNorm
     count = len(classes)

@@ -4,10 +4,10 @@ The operators of a call are recorded as PyTorch dispatches them, and each is the
 tensors of the same sizes. Its *limit* is the longer of two times: its floating-point operations at
 the rate of a large matrix product, and its bytes at the rate of a large copy.
 """
+import math
 import statistics
-import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.flop_counter import flop_registry
 
-from .timing import Prepare, Rates
+from .timing import Prepare, Rates, time_call
 
 _WORKING_SET = 2 ** 28
 """Bytes that a timed operator walks through, which no cache holds."""
@@ -26,12 +26,7 @@ _FREE = (torch.ops.aten.empty_like.default, torch.ops.aten.detach.default)
 
 @dataclass(frozen=True)
 class Work:
-    """What one call of an operator does.
-
-    Attributes:
-        flops: Floating-point operations of products and convolutions; others have 0.
-        bytes: Size of inputs and outputs, each once.
-    """
+    """One call of an operator: FLOPs of products and convolutions, bytes of inputs and outputs."""
     call: Prepare
     flops: int
     bytes: int
@@ -64,13 +59,11 @@ class _Like:
 
     @property
     def bytes(self) -> int:
-        numbers = 1
-        for size, step in zip(self.shape, self.stride):
-            numbers *= size if step else 1
-        return numbers * self.dtype.itemsize
+        return self.dtype.itemsize * math.prod(
+            size for size, step in zip(self.shape, self.stride) if step)
 
     def make(self) -> Tensor:
-        """Random numbers; zeros of integers, which index something."""
+        """Return random numbers; zeros of integers, which index something."""
         span = 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride))
         content = torch.zeros(max(span, 1), dtype=self.dtype, device=self.device)
         if self.dtype.is_floating_point:
@@ -125,17 +118,14 @@ def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
 def rooflines(call: Callable[[], Any], rates: Rates, device: torch.device, *,
               others: Mapping[str, Work] | None = None,
               most: int = 5) -> tuple[list[Operator], float]:
-    """The operators on which a call spends the most time.
+    """Return the operators on which a call spends the most time, and the ms of all together.
 
     Args:
         call: A pass through a network, or a training step.
         rates: Rates of the same device in the same dtype.
         device: Device that it runs on.
         others: Work that PyTorch's dispatcher does not see, by name.
-        most: Number of operators to return, the most expensive first.
-
-    Returns:
-        The operators, and the milliseconds of all together.
+        most: Number of operators to return.
     """
     call()
     with Recorder() as recorder:
@@ -151,31 +141,19 @@ def _row(name: str, shapes: str, count: int, work: Work, rates: Rates,
          device: torch.device) -> Operator:
     compute = work.flops / 2e6 / rates.gmacs_per_s
     memory = work.bytes / 1e6 / rates.gb_per_s
-    return Operator(name, shapes, count, 1e3 * count * time_work(work, device),
+    return Operator(name, shapes, count, 1e3 * count * _time_work(work, device),
                count * work.flops / 1e9, count * work.bytes / 1e6, count * max(compute, memory),
                'compute' if compute > memory else 'memory')
 
 
-def time_work(work: Work, device: torch.device, repeats: int = 3) -> float:
-    """Seconds of one call, from a queue that never runs empty; caches are cold."""
+def _time_work(work: Work, device: torch.device, repeats: int = 3) -> float:
+    """Return the seconds of one call, of several back to back; caches are cold."""
     count = max(1, min(8, _WORKING_SET // max(work.bytes, 1)))
     calls = [work.call() for _ in range(count)]
-    for call in calls:
-        call()
-    return statistics.median(_seconds(calls, device) for _ in range(repeats)) / count
 
-
-def _seconds(calls: Sequence[Callable[[], Any]], device: torch.device) -> float:
-    if device.type != 'cuda':
-        start = time.perf_counter()
+    def run() -> None:
         for call in calls:
             call()
-        return time.perf_counter() - start
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    begin.record()
-    for call in calls:
-        call()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1e3
+
+    run()
+    return statistics.median(time_call(run, device)[0] for _ in range(repeats)) / count

@@ -2,17 +2,16 @@
 
 A sheet consists of images beside and below each other, so that nothing overlaps.
 """
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from textwrap import wrap
-from typing import Any
 
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from ..data.transforms import IGNORED
@@ -53,14 +52,7 @@ class Subject:
 
 @dataclass(frozen=True, eq=False)
 class Shot:
-    """The prediction of an image by one model at one ratio.
-
-    Attributes:
-        title: The ratio, or the name of another model.
-        result: The prediction.
-        gmacs: Billions of multiply-adds of the prediction.
-        seen: Observations of attention layers by their names.
-    """
+    """The prediction of an image by one model at one ratio, with what its attention layers did."""
     title: str
     result: Segmentation
     gmacs: float
@@ -70,18 +62,13 @@ class Shot:
         """Return the share of pixels whose class differs from another prediction."""
         return float((self.result.labels != other.result.labels).mean())
 
-    def accuracy(self, truth: np.ndarray) -> float:
-        """Return the share of labelled pixels that are predicted correctly."""
-        known = truth != IGNORED
-        return float((self.result.labels == truth)[known].mean()) if known.any() else math.nan
-
 
 def project(features: Sequence[Tensor]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Return a view of each of several features C x H x W, and the differences to the first ones.
+    """Return a view H x W of each of several features C x H x W, and the differences to the first.
 
     The view is along the first principal component of the first features, whose largest entry is
     made positive, so that its sign is always the same. The differences are norms over the channels,
-    relative to the root mean square norm of the first tokens. All are H x W.
+    relative to the root mean square norm of the first tokens.
     """
     grid = features[0].shape[1:]
     tokens = [own.flatten(1).double() for own in features]
@@ -107,7 +94,7 @@ def draw_attention(subject: Subject, shots: Sequence[Shot], texts: dict[str, str
     """Draw the attention of each layer (rows) for each point and ratio (columns)."""
     size = _panel_size(subject, len(subject.points) * len(shots))
     width = len(shots) * (size[0] + _GAP) + _BAR
-    rows = [_beside([_blank(_LABEL, 1), *(
+    rows = [beside([_blank(_LABEL, 1), *(
         _text(name, width, 17) for name in subject.names)])]
     for name, text in texts.items():
         row = [_layer_label(name, text)]
@@ -122,9 +109,9 @@ def draw_attention(subject: Subject, shots: Sequence[Shot], texts: dict[str, str
                 caption = f'{shot.title}: {seen.keys} keys, up to {values.max():.1f}'
                 if seen.single:
                     caption += f', {seen.weights[i].mean(0)[:seen.single].sum():.0%} elsewhere'
-                group.append(_captioned(panel, caption))
-            row.append(_beside([*group, _bar(_HEAT, '0', f'{high:.1f}', size[1])]))
-        rows.append(_beside(row))
+                group.append(captioned(panel, caption))
+            row.append(beside([*group, _bar(_HEAT, '0', f'{high:.1f}', size[1])]))
+        rows.append(beside(row))
     return _sheet(
         f'Attention, {subject.path.name}',
         'Where the query at the cross looks: mean of the heads, per area, as a multiple of even '
@@ -142,16 +129,16 @@ def draw_features(subject: Subject, shots: Sequence[Shot], texts: dict[str, str]
         views, differences = project(features)
         low, high = (float(value) for value in np.percentile(np.stack(views), (1, 99)))
         row = [_layer_label(name, text)]
-        row += [_captioned(draw_cells(subject, size, view, tokens, _FEATURE, low, high), shot.title)
+        row += [captioned(draw_cells(subject, size, view, tokens, _FEATURE, low, high), shot.title)
                 for shot, view in zip(shots, views)]
         row.append(_bar(_FEATURE, f'{low:.2g}', f'{high:.2g}', size[1]))
         if differences:
             most = max(float(values.max()) for values in differences)
-            row += [_captioned(draw_cells(subject, size, values, tokens, _HEAT, 0., most),
+            row += [captioned(draw_cells(subject, size, values, tokens, _HEAT, 0., most),
                                f'{shot.title}: differs by {relative_error(own, features[0]):.1%}')
                     for shot, own, values in zip(shots[1:], features[1:], differences)]
             row.append(_bar(_HEAT, '0', f'{most:.2g}', size[1]))
-        rows.append(_beside(row))
+        rows.append(beside(row))
     return _sheet(
         f'Output features of the attention, {subject.path.name}',
         f'Left: along the first principal component at {shots[0].title}, the same for all ratios. '
@@ -165,17 +152,17 @@ def draw_predictions(subject: Subject, shots: Sequence[Shot], others: Sequence[S
     """Draw the image, its labels if there are any, the predictions, and a legend."""
     first, everything = shots[0], [*shots, *others]
     size = _panel_size(subject, 4, 440)
-    panel = _resized(subject.image, size)
+    panel = resized(subject.image, size)
     for i, point in enumerate(subject.points, 1):
         draw_cross(panel, subject, point, str(i))
-    blocks = [_captioned(panel, '\n'.join([subject.path.name, *subject.names]), 4)]
+    blocks = [captioned(panel, '\n'.join([subject.path.name, *subject.names]), 4)]
     counted = [shot.result.labels for shot in everything]
     if truth is not None:
         void = truth == IGNORED
         drawn = Segmentation(np.where(void, 0, truth), first.result.image, first.result.classes,
                              first.result.palette).draw()
         drawn[void] = 0
-        blocks.append(_captioned(_resized(drawn, size), 'ground truth; black: none', 4))
+        blocks.append(captioned(resized(drawn, size), 'ground truth; black: none', 4))
         counted.append(truth[~void][None])
     for shot in everything:
         lines = [shot.title, f'{shot.gmacs:.2f} GMACs']
@@ -184,11 +171,12 @@ def draw_predictions(subject: Subject, shots: Sequence[Shot], others: Sequence[S
         if shot is not first:
             lines.append(f'{shot.changed(first):.1%} of the pixels differ from {first.title}')
         if truth is not None:
-            lines.append(f'{shot.accuracy(truth):.1%} of the labelled pixels right')
-        blocks.append(_captioned(_resized(shot.result.draw(), size), '\n'.join(lines), 4))
-    rows = [_beside(blocks[start:start + 4]) for start in range(0, len(blocks), 4)]
+            right = (shot.result.labels == truth)[~void].mean() if counted[-1].size else 0.
+            lines.append(f'{right:.1%} of the labelled pixels right')
+        blocks.append(captioned(resized(shot.result.draw(), size), '\n'.join(lines), 4))
+    rows = [beside(blocks[start:start + 4]) for start in range(0, len(blocks), 4)]
     counts = np.sum([count_pixels(labels, len(first.result.classes)) for labels in counted], 0)
-    rows.append(_legend([(first.result.classes[i], first.result.palette[i])
+    rows.append(legend([(first.result.classes[i], first.result.palette[i])
                          for i in np.argsort(-counts, kind='stable') if counts[i]],
                         max(row.width for row in rows)))
     return _sheet(f'Predictions, {subject.path.name}', note, rows)
@@ -196,13 +184,9 @@ def draw_predictions(subject: Subject, shots: Sequence[Shot], others: Sequence[S
 
 def paint(values: np.ndarray, edges: tuple[np.ndarray, np.ndarray], size: Grid,
           step: tuple[float, float]) -> np.ndarray:
-    """Draw cells: each pixel gets the value of the cell around its centre, or NaN outside of all.
+    """Give each pixel the value of the cell around its centre, or NaN outside of all.
 
-    Args:
-        values: Rows x columns of cells.
-        edges: Rows and columns, in pixels of the inputs, at which cells begin, and the last ends.
-        size: Height and width of the result.
-        step: Pixels of the inputs per pixel of the result, down and across.
+    The edges are in pixels of the inputs, of which ``step`` make a pixel of the result.
     """
     where = [np.searchsorted(edge, (np.arange(side) + 0.5) * pixel, 'right') - 1
              for edge, side, pixel in zip(edges, size, step)]
@@ -222,7 +206,7 @@ def draw_cells(subject: Subject, size: Grid, values: np.ndarray,
     painted = paint(values, edges, (size[1], size[0]), step)
     drawn = _coloured(painted, colours, low, high)
     if photo:
-        grey = np.array(_resized(subject.image, size).convert('L').convert('RGB'))
+        grey = np.array(resized(subject.image, size).convert('L').convert('RGB'))
         mixed = (0.4 * grey + 0.6 * drawn).round().astype(np.uint8)
         drawn = np.where(np.isnan(painted)[..., None], grey, mixed)
     return Image.fromarray(drawn)
@@ -239,109 +223,92 @@ def draw_cross(panel: Image.Image, subject: Subject, point: tuple[int, int],
         pen.line((x, y - reach, x, y + reach), colour, thickness)
     if name:
         left, up = x < panel.width - 24, y < panel.height - 24
-        pen.text((x + (6 if left else -6), y + (5 if up else -5)), name, _CYAN, _font(16),
-                 ('l' if left else 'r') + ('a' if up else 'd'), stroke_width=2,
-                 stroke_fill='black')
+        pen.text((x + (6 if left else -6), y + (5 if up else -5)), name, _CYAN,
+                 ImageFont.load_default(16), ('l' if left else 'r') + ('a' if up else 'd'),
+                 stroke_width=2, stroke_fill='black')
 
 
 def _panel_size(subject: Subject, columns: int, longest: int = _PANEL) -> Grid:
-    """Return width and height of a panel."""
     height, width = subject.image.shape[:2]
     scale = min(longest, max(160, _WIDEST // columns)) / max(height, width)
     return max(round(width * scale), 1), max(round(height * scale), 1)
 
 
 def _coloured(values: np.ndarray, name: str, low: float, high: float) -> np.ndarray:
-    """Return values in the colours of a colour map, H x W x 3, uint8."""
     import matplotlib
     share = (values - low) / (high - low) if high > low else np.zeros_like(values)
     colours: np.ndarray = matplotlib.colormaps[name](np.clip(share, 0, 1), bytes=True)[..., :3]
     return colours
 
 
-def _resized(image: np.ndarray, size: Grid) -> Image.Image:
+def resized(image: np.ndarray, size: Grid) -> Image.Image:
+    """Make a panel of this width and height from a BGR image."""
     way = cv2.INTER_AREA if size[0] < image.shape[1] else cv2.INTER_LINEAR
     return Image.fromarray(np.ascontiguousarray(
         cv2.resize(image, size, interpolation=way)[..., ::-1]))
 
 
-def _font(size: float) -> Any:
-    return ImageFont.load_default(size)
-
-
 def _text(text: str, width: int, size: int = 14, colour: str = _DARK) -> Image.Image:
-    """Draw lines of text, wrapped to the width."""
     letters = max(int(width / (0.56 * size)), 1)  # of average width
     lines = [line for paragraph in text.split('\n') for line in wrap(paragraph, letters) or ['']]
     step = round(1.35 * size)
     image = _blank(width, step * len(lines) + 2)
     pen = ImageDraw.Draw(image)
     for i, line in enumerate(lines):
-        pen.text((0, i * step), line, colour, _font(size))
+        pen.text((0, i * step), line, colour, ImageFont.load_default(size))
     return image
 
 
-def _captioned(panel: Image.Image, caption: str, gap: int = 2) -> Image.Image:
-    return _below([panel, _text(caption, panel.width)], gap)
+def captioned(panel: Image.Image, caption: str, gap: int = 2) -> Image.Image:
+    """Put a text below a panel."""
+    return below([panel, _text(caption, panel.width)], gap=gap)
 
 
 def _layer_label(name: str, text: str) -> Image.Image:
-    return _below([_text(text, _LABEL, 15), _text(name, _LABEL, 12, '#777777')], 2)
+    return below([_text(text, _LABEL, 15), _text(name, _LABEL, 12, '#777777')], gap=2)
 
 
 def _bar(name: str, low: str, high: str, height: int) -> Image.Image:
-    """Draw a colour map with the values of its ends."""
     image = _blank(_BAR, height)
     shades = _coloured(np.linspace(1, 0, height)[:, None].repeat(12, 1), name, 0., 1.)
     image.paste(Image.fromarray(shades), (0, 0))
     pen = ImageDraw.Draw(image)
-    pen.text((16, 0), high, _DARK, _font(12))
-    pen.text((16, height - 1), low, _DARK, _font(12), 'ld')
+    pen.text((16, 0), high, _DARK, ImageFont.load_default(12))
+    pen.text((16, height - 1), low, _DARK, ImageFont.load_default(12), 'ld')
     return image
 
 
-def _legend(classes: Sequence[tuple[str, tuple[int, int, int]]], width: int) -> Image.Image:
+def legend(classes: Sequence[tuple[str, tuple[int, int, int]]], width: int) -> Image.Image:
     """Draw the names of classes beside their colours, in columns."""
-    font = _font(15)
+    font = ImageFont.load_default(15)
     column = min(width, 50 + max(int(font.getlength(name)) for name, _ in classes))
     across = max(1, width // column)
-    legend = _blank(width, -(-len(classes) // across) * 28)
-    pen = ImageDraw.Draw(legend)
+    image = _blank(width, -(-len(classes) // across) * 28)
+    pen = ImageDraw.Draw(image)
     for i, (name, colour) in enumerate(classes):
         x, y = i % across * column, i // across * 28
         pen.rectangle((x, y + 2, x + 26, y + 20), colour, (90, 90, 90))
         pen.text((x + 34, y + 11), name, _DARK, font, 'lm')
-    return legend
+    return image
 
 
 def _blank(width: int, height: int) -> Image.Image:
     return Image.new('RGB', (width, height), 'white')
 
 
-def _beside(images: Sequence[Image.Image]) -> Image.Image:
-    row = _blank(sum(image.width + _GAP for image in images) - _GAP,
-                 max(image.height for image in images))
-    x = 0
-    for image in images:
-        row.paste(image, (x, 0))
-        x += image.width + _GAP
-    return row
+def _join(images: Sequence[Image.Image], gap: int, *, across: bool) -> Image.Image:
+    places = np.cumsum([0, *(image.size[not across] + gap for image in images)]).tolist()
+    total, side = places[-1] - gap, max(image.size[across] for image in images)
+    joined = _blank(total, side) if across else _blank(side, total)
+    for image, place in zip(images, places):
+        joined.paste(image, (place, 0) if across else (0, place))
+    return joined
 
 
-def _below(images: Sequence[Image.Image], gap: int) -> Image.Image:
-    column = _blank(max(image.width for image in images),
-                    sum(image.height + gap for image in images) - gap)
-    y = 0
-    for image in images:
-        column.paste(image, (0, y))
-        y += image.height + gap
-    return column
+beside, below = partial(_join, gap=_GAP, across=True), partial(_join, across=False)
 
 
 def _sheet(title: str, note: str, rows: Sequence[Image.Image]) -> Image.Image:
     width = max(row.width for row in rows)
     head = [_text(title, width, 24), *([_text(note, width, 15, '#555555')] if note else [])]
-    content = _below([*head, *rows], 14)
-    sheet = _blank(content.width + 40, content.height + 40)
-    sheet.paste(content, (20, 20))
-    return sheet
+    return ImageOps.expand(below([*head, *rows], gap=14), 20, 'white')

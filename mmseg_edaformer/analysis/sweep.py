@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from ..data.classification import is_classifier
-from ..engine import launch
 from ..engine.run_config import load_config
 from ..errors import ConfigError, RatioError
 from ..files import write_file
@@ -25,10 +24,10 @@ from .sweep_report import (
     draw,
     notes,
     option_words,
-    shape,
     table,
     write,
 )
+from .timing import size_text
 
 GREEDY = 'greedy'
 """Stands for the ratios that the greedy search tries, in a list of ratios."""
@@ -44,13 +43,8 @@ def change_interval(areas: np.ndarray, trained: np.ndarray,
                     nan_to_num: float | None = None) -> tuple[float, float]:
     """Return the 95 % interval of the difference of two mIoU, by bootstrap over the images.
 
-    Each resample draws as many images with replacement, the same for both, and its mIoU is that of
-    all their pixels together.
-
-    Args:
-        areas: Intersections and unions of each image, N x 2 x C.
-        trained: Those of the trained ratio on the same images.
-        nan_to_num: See `mean_iou`.
+    Both, as intersections and unions N x 2 x C, are of the same images. Each resample draws as many
+    with replacement, the same for both, and its mIoU is that of all their pixels together.
     """
     count = len(areas)
     drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), _RESAMPLES)
@@ -83,8 +77,8 @@ def search(bench: Bench, ratios: Sequence[ISRRatio], goal: Goal, greedy: bool) -
         cheapest = min([*tried, *[most] * greedy], key=bench.gmacs)
         if bench.gmacs(cheapest) > goal.budget_gmacs:
             raise ConfigError(f'{goal}: the cheapest ratio here, {cheapest!s}, costs '
-                              f'{bench.gmacs(cheapest):.3f} GMACs for {shape(bench)} pixels. Give '
-                              'at least that, or take a smaller model')
+                              f'{bench.gmacs(cheapest):.3f} GMACs for {size_text(bench.size)} '
+                              'pixels. Give at least that, or take a smaller model')
     budget = goal.budget_gmacs or goal.budget_ms
     closed: set[tuple[str, int]] = set()
     current, steps = trained, _steps(bench, trained, closed, budget) if greedy else {}
@@ -112,26 +106,22 @@ def search(bench: Bench, ratios: Sequence[ISRRatio], goal: Goal, greedy: bool) -
 
 def _steps(bench: Bench, ratio: ISRRatio, closed: set[tuple[str, int]],
            budget: float | None) -> dict[tuple[str, int], ISRRatio]:
-    """Return ratios with one stage higher that save much, or for a budget some that save at all."""
-    saved = {stage: (more, bench.gmacs(ratio) - bench.gmacs(more))
-             for stage, more in _raised(bench, ratio).items() if stage not in closed}
+    """Return ratios with one stage higher that save much, or for a budget some that save at all.
+
+    No multiplier exceeds `_MOST`.
+    """
+    parts = {kind: ratio.for_stages(kind, count) for kind, count in bench.stages.items()}
+    saved = {}
+    for kind, multipliers in parts.items():
+        for i, multiplier in enumerate(multipliers):
+            if multiplier < _MOST and (kind, i) not in closed:
+                more = parts | {kind: (*multipliers[:i], multiplier + 1, *multipliers[i + 1:])}
+                raised = bench.ratio(ISRRatio(more.get('encoder', (1,)), more.get('decoder', (1,))))
+                saved[kind, i] = raised, bench.gmacs(ratio) - bench.gmacs(raised)
     much = _WORTH * bench.gmacs(bench.ratio('none'))
     little = budget is not None and not any(saving > much for _, saving in saved.values())
     return {stage: more for stage, (more, saving) in saved.items()
             if saving > (0. if little else much)}
-
-
-def _raised(bench: Bench, ratio: ISRRatio) -> dict[tuple[str, int], ISRRatio]:
-    """Return the ratios with one stage higher by 1, by the stage, up to `_MOST`."""
-    parts = {kind: ratio.for_stages(kind, count) for kind, count in bench.stages.items()}
-    raised = {}
-    for kind, multipliers in parts.items():
-        for i, multiplier in enumerate(multipliers):
-            if multiplier < _MOST:
-                more = parts | {kind: (*multipliers[:i], multiplier + 1, *multipliers[i + 1:])}
-                raised[kind, i] = bench.ratio(ISRRatio(more.get('encoder', (1,)),
-                                                       more.get('decoder', (1,))))
-    return raised
 
 
 def _gain(bench: Bench, before: ISRRatio, after: ISRRatio,
@@ -166,11 +156,10 @@ def make_rows(bench: Bench, ratios: Sequence[ISRRatio], *, memory: bool = True) 
 
     ``memory`` takes one more prediction of each.
     """
-    done = [ratio for ratio in ratios if bench.measured.count(str(ratio)) >= bench.images]
-    done.sort(key=lambda ratio: -bench.gmacs(ratio))
+    done = [ratio for ratio in ratios if bench.measured.count(ratio) >= bench.images]
     trained = bench.ratio('none')
     rows = []
-    for ratio in done:
+    for ratio in sorted(done, key=bench.gmacs, reverse=True):
         low, high = (None, None) if bench.images < FEWEST else change_interval(
             bench.areas(ratio), bench.areas(trained), bench.metric['nan_to_num'])
         rows.append(Row(str(ratio), bench.images, bench.miou(ratio),
@@ -188,6 +177,8 @@ def sweep(config: str, checkpoint: str, *, isr_ratios: Sequence[str] = DEFAULT,
           say: Callable[[str], Any] = print) -> list[Row]:
     """Measure a checkpoint at many ratios, write the figures and recommend one.
 
+    A KeyboardInterrupt reports the figures of what is done, and is raised again.
+
     Args:
         config: Config of any segmentor whose attention ISR knows.
         checkpoint: Its weights.
@@ -199,19 +190,15 @@ def sweep(config: str, checkpoint: str, *, isr_ratios: Sequence[str] = DEFAULT,
         cfg_options: Settings of the config to override.
         say: Function that takes the report.
 
-    Returns:
-        The figures. A KeyboardInterrupt reports those of what is done, and is raised again.
-
     Raises:
-        ConfigError: The config cannot be used, or no ratio meets the goal.
-        UserError: The checkpoint, the data or a ratio cannot be used.
+        UserError: The config, the checkpoint, the data or a ratio cannot be used, or no ratio
+            meets the goal.
     """
     goal = goal or Goal()
     cfg = load_config(config, cfg_options=cfg_options)
     if is_classifier(cfg):
         raise ConfigError(f'{config} trains a classifier, and the sweep measures the mIoU of a '
                           'segmentor: use tools/compare_isr.py')
-    launch.prepare_test(cfg, checkpoint)
     folder = Path(out or Path(cfg.work_dir) / f'isr_sweep_{Path(checkpoint).stem}')
     bench = open_bench(cfg, checkpoint, folder, samples)
     wanted = []
@@ -231,13 +218,14 @@ def sweep(config: str, checkpoint: str, *, isr_ratios: Sequence[str] = DEFAULT,
     def report(tried: Sequence[ISRRatio], *, memory: bool = True) -> list[Row]:
         rows = make_rows(bench, tried, memory=memory)
         best = recommend(rows, goal)
-        write(folder, bench, rows, goal, best, command)
-        named = {'none', *map(str, wanted)} | ({best.isr_ratio} if best else set())
-        draw(rows, folder / 'sweep.png', best.isr_ratio if best else None, named)
+        name = None if best is None else best.isr_ratio
+        write(folder, bench, rows, goal, name, command)
+        named = {'none', *map(str, wanted)} | ({name} if name else set())
+        draw(rows, folder / 'sweep.png', name, named)
+        tail = (['--max-drop, --budget-ms or --budget-gmacs recommends one of them']
+                if not goal.given else [] if best is None else advice(rows, goal, best, command))
         say('\n'.join([table(rows, named), *notes(bench, rows), f'Written: {folder}/sweep.csv, '
-                       '.json, .png, and .npz for a later sweep', *(
-                           advice(rows, goal, best, command) if goal.given else
-                           ['--max-drop, --budget-ms or --budget-gmacs recommends one of them'])]))
+                       '.json, .png, and .npz for a later sweep', *tail]))
         return rows
 
     try:

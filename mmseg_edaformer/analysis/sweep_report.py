@@ -3,9 +3,10 @@ import csv
 import io
 import json
 import math
+import os
 import shlex
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from prettytable import PrettyTable
 from ..engine.run_config import parse_options
 from ..errors import ConfigError
 from ..files import replacing, write_file
-from .timing import environment
+from .timing import environment, size_text, thread_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,10 +33,8 @@ _LINE, _RECOMMENDED, _TRIED = '#33658a', '#b5485d', '#b0b7bf'
 class Goal:
     """The goal of a recommendation: one of the three, or none.
 
-    Args:
-        max_drop: Largest loss of mIoU, in points, of which the cheapest ratio is recommended.
-        budget_ms: Most milliseconds per image, within which the best mIoU is recommended.
-        budget_gmacs: Most GMACs per image, within which the best mIoU is recommended.
+    With ``max_drop``, in points of mIoU, the cheapest ratio is recommended; with ``budget_ms`` or
+    ``budget_gmacs``, per image, the one of the best mIoU.
 
     Raises:
         ConfigError: More than one is given, or one is not a positive number.
@@ -54,8 +53,8 @@ class Goal:
     @property
     def given(self) -> dict[str, float]:
         """The given value by the name of its flag."""
-        return {'--' + field.name.replace('_', '-'): getattr(self, field.name)
-                for field in fields(self) if getattr(self, field.name) is not None}
+        return {f'--{name.replace("_", "-")}': value for name, value in asdict(self).items()
+                if value is not None}
 
     def __str__(self) -> str:
         return ' '.join(f'{flag} {value:g}' for flag, value in self.given.items())
@@ -70,14 +69,13 @@ class Row:
         images: Number of images it was measured on.
         miou: In percent, of these images.
         change: mIoU above that of the trained ratio, in points; below 0 is a loss.
-        change_low: Lower end of the 95 % interval of ``change``, see `change_interval`; None for
-            fewer than 10 images.
-        change_high: Its upper end.
+        change_low: Lower end of its 95 % interval; None for fewer than 10 images.
+        change_high: Upper end of its 95 % interval.
         gmacs: Billions of multiply-adds of one image, of the size that the report names.
         ms: Milliseconds of a whole prediction, from the decoded image to its labels: the median of
             the trained ratio times ``time_vs_none``.
         time_vs_none: Median ratio of its time to that of the trained ratio in the same turn.
-        peak_mib: Most memory at once for that image, see `memory.peak_bytes`.
+        peak_mib: Most memory at once for that image, see `timing.peak_bytes`.
         pareto_gmacs: Whether no other ratio has both more mIoU and fewer GMACs.
         pareto_ms: Whether no other ratio has both more mIoU and less time.
     """
@@ -108,7 +106,9 @@ def table(rows: Sequence[Row], named: set[str]) -> str:
                 if is_best]
         pretty.add_row([
             row.isr_ratio, f'{row.miou:.2f}',
-            *(('', '') if row.isr_ratio == 'none' else (f'{row.change:+.2f}', _interval(row))),
+            *(('', '') if row.isr_ratio == 'none' else (
+                f'{row.change:+.2f}', '' if row.change_low is None else
+                f'{row.change_low:+.2f} to {row.change_high:+.2f}')),
             f'{row.gmacs:.3f}', f'{row.ms:.1f}', f'x {row.time_vs_none:.2f}',
             '' if row.peak_mib is None else f'{row.peak_mib:.0f}', ', '.join(best)])
     rest = len(rows) - len(shown)
@@ -117,18 +117,12 @@ def table(rows: Sequence[Row], named: set[str]) -> str:
         if rest else '')
 
 
-def _interval(row: Row) -> str:
-    return '' if row.change_low is None else f'{row.change_low:+.2f} to {row.change_high:+.2f}'
-
-
 def notes(bench: 'Bench', rows: Sequence[Row]) -> list[str]:
-    """List what a reader of the table must know."""
     some = '' if bench.images == len(bench.dataset) else f' of {len(bench.dataset)}'
-    threads = torch.get_num_threads()
     lines = [
         f'{bench.images}{some} images, batch 1, '
         f'{torch.cuda.get_device_name() if bench.device.type == "cuda" else "CPU"}, '
-        f'{threads} thread{"s" if threads > 1 else ""}, torch {torch.__version__}.',
+        f'{thread_text()}, torch {torch.__version__}.',
         'best: no other ratio gives more mIoU for fewer GMACs, or for less time.',
         'time: median ratio to none, turn by turn; ms: that times the median of none, image to '
         'labels.']
@@ -138,16 +132,13 @@ def notes(bench: 'Bench', rows: Sequence[Row]) -> list[str]:
         lines.append('95 % interval: of the change, by resampling the images, the same for both.')
     where = ('what torch allocates' if bench.device.type == 'cuda' else
              "live tensors, without the kernels' scratch")
-    lines.append(f'GMACs: for {shape(bench)} pixels.' if rows[0].peak_mib is None else
-                 f'GMACs, MiB: for {shape(bench)} pixels; MiB: {where}, with the weights.')
+    lines.append(f'GMACs: for {size_text(bench.size)} pixels.' if rows[0].peak_mib is None else
+                 f'GMACs, MiB: for {size_text(bench.size)} pixels; MiB: {where}, with the weights.')
     return lines
 
 
-def advice(rows: Sequence[Row], goal: Goal, best: Row | None,
-            command: Sequence[str]) -> list[str]:
+def advice(rows: Sequence[Row], goal: Goal, best: Row, command: Sequence[str]) -> list[str]:
     """Say which ratio to take, and the command that tests it."""
-    if best is None:
-        return []
     trained = next(row for row in rows if row.isr_ratio == 'none')
     line = shlex.join(['python', 'tools/test.py', *command[:2], *(
         [] if best is trained else ['--isr-ratio', best.isr_ratio]), *command[2:]])
@@ -171,18 +162,13 @@ def option_words(options: Mapping[str, Any] | Sequence[str]) -> list[str]:
     return ['--cfg-options', *words] if words else []
 
 
-def shape(bench: 'Bench') -> str:
-    """Return the size of the image whose GMACs and memory are counted."""
-    return f'{bench.size[0]}x{bench.size[1]}'
-
-
-def write(folder: Path, bench: 'Bench', rows: Sequence[Row], goal: Goal, best: Row | None,
-           command: Sequence[str]) -> None:
+def write(folder: Path, bench: 'Bench', rows: Sequence[Row], goal: Goal, best: str | None,
+          command: Sequence[str]) -> None:
     """Write sweep.csv and sweep.json."""
     figures = [{name: round(value, 6) if isinstance(value, float) else value
                 for name, value in asdict(row).items()} for row in rows]
     text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator='\n')
+    writer = csv.DictWriter(text, [one.name for one in fields(Row)], lineterminator='\n')
     writer.writeheader()
     writer.writerows(figures)
     write_file(folder / 'sweep.csv', text.getvalue())
@@ -190,39 +176,55 @@ def write(folder: Path, bench: 'Bench', rows: Sequence[Row], goal: Goal, best: R
         config=command[0], checkpoint=command[1], cfg_options=command[3:],
         images=bench.images, images_of_test_set=len(bench.dataset), input_size=bench.size,
         goal={flag.removeprefix('--'): value for flag, value in goal.given.items()},
-        recommended=best and best.isr_ratio, rows=figures,
-        environment=environment(bench.device.type),
+        recommended=best, rows=figures, environment=environment(bench.device.type),
     ), indent=2) + '\n')
+
+
+@dataclass
+class Ratios:
+    """The ISR curve of a report: points, image size, and where it is from or why it lacks."""
+    rows: list[Row] = field(default_factory=list)
+    size: tuple[int, int] | None = None
+    note: str = ''
+
+
+def find_sweep(checkpoint: Path, work_dir: Path) -> Ratios | None:
+    """Return the newest sweep of a checkpoint, in the work dir or beside it, that is newer."""
+    paths = [path for folder in {work_dir.resolve(), checkpoint.resolve().parent}
+             for pattern in ('sweep.json', 'isr_sweep_*/sweep.json')
+             for path in folder.glob(pattern)]
+    for path in sorted(paths, key=lambda path: -path.stat().st_mtime):
+        try:
+            content = json.loads(path.read_text(encoding='utf-8'))
+            if (os.path.realpath(content['checkpoint']) == os.path.realpath(checkpoint) and
+                    path.stat().st_mtime > checkpoint.stat().st_mtime):
+                size = tuple(content['input_size'])
+                return Ratios([Row(**row) for row in content['rows']], size, (
+                    f'From {path}: {content["images"]} of {content["images_of_test_set"]} images, '
+                    f'GMACs for {size_text(size)} pixels.'))
+        except (OSError, ValueError, KeyError, TypeError):  # no sweep
+            continue
+    return None
 
 
 def draw(rows: Sequence[Row], path: str | Path, recommended: str | None = None,
          named: Collection[str] = ('none',)) -> None:
     """Draw mIoU over GMACs and over time, with what nothing beats as a line, as a PNG.
 
-    Args:
-        rows: The figures.
-        path: File to write.
-        recommended: The ratio to mark.
-        named: Ratios to label beside those on the line.
+    The ``named`` ratios are labelled beside those on the line.
     """
-    figure = chart(rows, recommended, named)
-    with replacing(path) as partial:
-        figure.savefig(partial)
-
-
-def chart(rows: Sequence[Row], recommended: str | None, named: Collection[str]) -> Any:
-    """Return the figure that `draw` writes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     figure = Figure(figsize=(11, 5.2), dpi=120, layout='constrained')
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2, sharey=True)
-    for axis, cost, front, title in (
-            (axes[0], 'gmacs', 'pareto_gmacs', 'GMACs per image'),
-            (axes[1], 'ms', 'pareto_ms', 'ms per image')):
+    labels = []
+    for axis, cost, title in zip(axes, ('gmacs', 'ms'), ('GMACs per image', 'ms per image')):
         points = {row.isr_ratio: (getattr(row, cost), row.miou) for row in rows}
-        best = sorted(points[row.isr_ratio] for row in rows if getattr(row, front))
-        marked = [row.isr_ratio for row in rows if getattr(row, front) or row.isr_ratio in named]
+        front = [row.isr_ratio for row in rows if getattr(row, f'pareto_{cost}')]
+        best = sorted(points[name] for name in front)
+        marked = [name for name in points if name in front or name in named]
+        labels.append({name: points[name] for name in marked})
         others = [point for name, point in points.items() if name not in marked]
         if others:
             axis.scatter(*zip(*others), s=14, color=_TRIED, label='tried', zorder=2)
@@ -245,10 +247,10 @@ def chart(rows: Sequence[Row], recommended: str | None, named: Collection[str]) 
     figure.legend(handles, names, loc='outside lower center', ncols=4, frameon=False, fontsize=9)
     figure.canvas.draw()  # settles the layout, which the labels must not change
     figure.set_layout_engine('none')
-    for axis, cost, front in ((axes[0], 'gmacs', 'pareto_gmacs'), (axes[1], 'ms', 'pareto_ms')):
-        _label(axis, {row.isr_ratio: (getattr(row, cost), row.miou) for row in rows
-                      if getattr(row, front) or row.isr_ratio in named}, recommended, named)
-    return figure
+    for axis, points in zip(axes, labels):
+        _label(axis, points, recommended, named)
+    with replacing(path) as partial:
+        figure.savefig(partial)
 
 
 def _label(axis: 'Axes', points: Mapping[str, tuple[float, float]], recommended: str | None,

@@ -6,6 +6,7 @@ the sizes of the backbones and of the decoder nor the ratios, so they are chosen
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from mmengine.config import Config
 from prettytable import PrettyTable
@@ -15,20 +16,14 @@ from ..errors import ConfigError, RatioError
 from ..isr import isr
 from .loading import load_model
 
-INPUT_SIZE = (1024, 2048)
 
-
-@dataclass(frozen=True)
-class Published:
-    """A column of table 7: its name, our config, and the paper's GFLOPs without and with ISR.
-
-    ``input_size`` is height and width in pixels.
-    """
+class Published(NamedTuple):
+    """A column of table 7: its name, our config, and the paper's GFLOPs without and with ISR."""
     name: str
     config: str
     gflops: float
     gflops_isr: float
-    input_size: tuple[int, int] = INPUT_SIZE
+    input_size: tuple[int, int] = (1024, 2048)
 
 
 TABLE7 = (
@@ -96,11 +91,7 @@ def measure(published: Published, configs: Path, ratios: Sequence[str] = RATIOS,
             input_size: tuple[int, int] | None = None) -> Measured:
     """Build the model of a column and count what it costs without and with ISR.
 
-    Args:
-        published: The column.
-        configs: Folder of the configs.
-        ratios: ISR ratios to try.
-        input_size: Height and width in pixels, instead of the column's.
+    ``configs`` is their folder, and ``input_size`` stands in for the column's.
     """
     input_size = input_size or published.input_size
     try:
@@ -145,9 +136,9 @@ def tried_table(rows: Sequence[Measured]) -> str:
     """Format the GMACs of every model at every ratio that was tried; '-' where it does not fit."""
     ratios = list(dict.fromkeys(ratio for row in rows for ratio in row.reduced))
     lines = PrettyTable(['model', 'none', *ratios, 'paper with ISR'], align='r')
+    lines.float_format = '.1'
     lines.align['model'] = 'l'
     for row in rows:
-        lines.add_row([row.published.name, f'{row.gmacs:.1f}',
-                       *(f'{row.reduced[ratio]:.1f}' if ratio in row.reduced else '-'
-                         for ratio in ratios), row.published.gflops_isr])
+        lines.add_row([row.published.name, row.gmacs, *(
+            row.reduced.get(ratio, '-') for ratio in ratios), row.published.gflops_isr])
     return str(lines)

@@ -1,17 +1,23 @@
-"""Time calls in turn, so that other load on the machine falls on all of them alike."""
+"""Time and memory of calls, rates of the machine, and where the figures come from."""
+import importlib
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from .. import __version__
+from ..cost import on_meta
 
 _LEAST_ROUNDS = 5
 
@@ -22,7 +28,7 @@ Prepare = Callable[[], Callable[[], Any]]
 
 def take_turns(calls: Mapping[Key, Prepare], device: torch.device, *, repeats: int = 50,
                seconds: float = 20., warm_up: int = 2) -> dict[Key, list[float]]:
-    """Time calls round by round: each call once per round.
+    """Time calls round by round, so that other load on the machine falls on all of them alike.
 
     Args:
         calls: What to time.
@@ -65,10 +71,9 @@ def time_call(call: Callable[[], Any], device: torch.device) -> tuple[float, Any
     return time.perf_counter() - start, result
 
 
-def milliseconds(seconds: Sequence[float] | np.ndarray | None,
-                 quantile: float = 0.5) -> float | None:
-    """Return the median, or another quantile, in ms; None of nothing."""
-    return None if seconds is None else 1e3 * float(np.quantile(seconds, quantile))
+def milliseconds(seconds: Sequence[float] | np.ndarray, quantile: float = 0.5) -> float:
+    """Return the median, or another quantile, in ms."""
+    return 1e3 * float(np.quantile(seconds, quantile))
 
 
 def relative(seconds: Sequence[float] | np.ndarray,
@@ -83,6 +88,28 @@ def number(value: float | None) -> str:
         return ''
     return f'{value:.0f}' if abs(value) >= 100 else f'{value:.1f}' if abs(value) >= 10 else (
         f'{value:.2f}')
+
+
+def size_text(size: Sequence[int]) -> str:
+    """Return a height and width as in 512x1024."""
+    return f'{size[0]}x{size[1]}'
+
+
+def thread_text() -> str:
+    """Return the number of torch's threads in words."""
+    count = torch.get_num_threads()
+    return f'{count} thread{"s" if count > 1 else ""}'
+
+
+def render(template: str, filters: Mapping[str, Callable[[Any], str]] | None = None,
+           **values: Any) -> str:
+    """Fill a jinja2 template of this folder; values in HTML are escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    templates = Environment(loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True,
+                            lstrip_blocks=True, undefined=StrictUndefined,
+                            autoescape='.html' in template)
+    templates.filters.update(filters or {})
+    return templates.get_template(template).render(values)
 
 
 def _synchronize(device: torch.device) -> None:
@@ -100,6 +127,82 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Tell a lack of memory, of a GPU or a CPU, from other errors."""
     return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or any(
         sign in str(error) for sign in ('DefaultCPUAllocator', 'CUBLAS_STATUS_ALLOC_FAILED'))
+
+
+class LiveBytes(TorchDispatchMode):
+    """Follows the bytes of the tensors that operators allocate within a ``with`` block.
+
+    Views and in-place results share memory and count once; a tensor's bytes end with its last
+    user. What a kernel allocates and frees within one call is not seen. ``resident`` tensors do not
+    count, and ``peak`` is the most bytes alive at any one time.
+    """
+
+    def __init__(self, resident: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.known = {_address(tensor) for tensor in resident}
+
+    def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (),
+                           kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and _address(leaf) not in self.known:
+                storage = leaf.untyped_storage()
+                self.known.add(storage._cdata)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._release, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return out
+
+    def _release(self, address: int, size: int) -> None:
+        self.known.discard(address)
+        self.live -= size
+
+
+def peak_bytes(run: Callable[[], Any], resident: Iterable[Tensor], device: torch.device) -> int:
+    """Return the most bytes that a call needs, with the ``resident`` tensors that it works on.
+
+    On a GPU these are what torch's allocator hands out, elsewhere what `LiveBytes` follows. What
+    other models keep on the device does not count.
+    """
+    tensors = {_address(tensor): tensor for tensor in resident}
+    kept = sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
+    if device.type == 'cuda':
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return kept + torch.cuda.max_memory_allocated() - before
+    with LiveBytes(tensors.values()) as live:
+        run()
+    return kept + live.peak
+
+
+def count_activations(model: nn.Module, input_size: tuple[int, int] = (512, 512)) -> int:
+    """Count the numbers that the innermost modules put out for one image, without computing them.
+
+    Outputs of functions that no module wraps, such as attention, pooling and resizing, are left
+    out. A module that passes a tensor on or changes it in place does not count.
+    """
+    image = torch.empty(1, 3, *input_size, device='meta')
+    kept: dict[int, Tensor] = {}  # keeps the tensors, so that no address comes twice
+
+    def note(module: nn.Module, args: Any, out: Any) -> None:
+        kept.update((_address(leaf), leaf) for leaf in tree_leaves(out)
+                    if isinstance(leaf, Tensor))
+
+    with on_meta(model) as shadow, torch.no_grad():
+        for module in shadow.modules():
+            if next(module.children(), None) is None:
+                module.register_forward_hook(note)
+        shadow(image)
+    kept.pop(_address(image), None)
+    return sum(tensor.numel() for tensor in kept.values())
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 @dataclass(frozen=True)
@@ -127,12 +230,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype, side: int | None = N
 
 
 def environment(device: str, *, keep_memory: bool = True) -> dict[str, str]:
-    """Return where figures come from: device, threads, settings, versions, commit.
-
-    Args:
-        device: 'cpu', 'cuda' or 'meta'.
-        keep_memory: Whether freed memory is kept on the CPU.
-    """
+    """Return where figures come from: device, threads, settings, versions, commit."""
     facts = dict(device={'cuda': torch.cuda.get_device_name, 'cpu': _cpu_name,
                          'meta': lambda: 'none (costs are counted)'}[device](),
                  threads=str(torch.get_num_threads()))
@@ -144,26 +242,17 @@ def environment(device: str, *, keep_memory: bool = True) -> dict[str, str]:
             float32_conv='TF32' if torch.backends.cudnn.allow_tf32 else 'full',
             cudnn_benchmark='yes' if torch.backends.cudnn.benchmark else 'no')
     facts.update(python=platform.python_version(), torch=torch.__version__)
-    for package in ('mmengine', 'mmcv', 'mmsegmentation'):
-        facts[package] = next(filter(None, map(_version, (
-            package, f'{package}-lite', f'onedl-{package}'))), 'unknown')
+    for package in ('mmengine', 'mmcv', 'mmseg'):
+        facts[package] = importlib.import_module(package).__version__
     return dict(facts, mmseg_edaformer=__version__, commit=_commit())
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _cpu_name() -> str:
-    try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
-    return f'{names[0] if names else platform.machine()} CPU'
+    with suppress(OSError):
+        for line in Path('/proc/cpuinfo').read_text().splitlines():
+            if line.startswith('model name'):
+                return f'{line.partition(":")[2].strip()} CPU'
+    return f'{platform.machine()} CPU'
 
 
 def _commit() -> str:

@@ -18,16 +18,9 @@ from ..isr.pooling import Grid
 from ..predict.inputs import find_images, name_targets
 from ..predict.outputs import writing
 from ..predict.segmenter import Segmenter
+from . import sheets
 from .attention import choose_layers, layer_names, look
 from .loading import count_windows
-from .sheets import (
-    Shot,
-    Subject,
-    draw_attention,
-    draw_features,
-    draw_predictions,
-    relative_error,
-)
 
 
 def visualize(segmenter: Segmenter, images: Sequence[str | Path], out: str | Path, *,
@@ -52,8 +45,7 @@ def visualize(segmenter: Segmenter, images: Sequence[str | Path], out: str | Pat
         reduce_zero_label: Whether 0 in the masks means no label and 1 the first class.
         say: Function that receives a text for each image.
 
-    Returns:
-        The files that were written.
+    Returns the files that were written.
 
     Raises:
         DataError: An image or a mask cannot be read, or two images have one name.
@@ -86,16 +78,15 @@ def visualize(segmenter: Segmenter, images: Sequence[str | Path], out: str | Pat
         beside = [_predict(other, subject, title) for title, other in others]
         sources = f'ISR: {segmenter.source}' + ''.join(
             f'. {title}: {other.source}' for title, other in others)
-        sheets = dict(predictions=draw_predictions(subject, shots, beside, truth, sources))
-        if shots[0].seen:
-            texts = {layer: text for layer, text in layer_names(segmenter.model).items()
-                     if layer in shots[0].seen}
-            sheets = dict(attention=draw_attention(subject, shots, texts),
-                          features=draw_features(subject, shots, texts)) | sheets
+        texts = {layer: text for layer, text in layer_names(segmenter.model).items()
+                 if layer in shots[0].seen}
+        drawn = dict(attention=sheets.draw_attention(subject, shots, texts),
+                     features=sheets.draw_features(subject, shots, texts)) if texts else {}
+        drawn['predictions'] = sheets.draw_predictions(subject, shots, beside, truth, sources)
         say(_tables(subject, shots, beside))
         for layer, reason in reasons.items():
             say(f'not drawn: {layer}: {reason}')
-        for kind, sheet in sheets.items():
+        for kind, sheet in drawn.items():
             written.append(out / f'{name}_{kind}.png')
             with writing(out), replacing(written[-1]) as partial:
                 sheet.save(partial)
@@ -104,7 +95,7 @@ def visualize(segmenter: Segmenter, images: Sequence[str | Path], out: str | Pat
 
 
 def find_subject(segmenter: Segmenter, path: Path, points: Sequence[str],
-                 isr_ratio: ISRRatio) -> Subject:
+                 isr_ratio: ISRRatio) -> sheets.Subject:
     """Load an image, with the given points, or points that the prediction at a ratio suggests."""
     image, inputs, (rows, columns) = _load(segmenter, path)
     height, width = image.shape[:2]
@@ -114,18 +105,13 @@ def find_subject(segmenter: Segmenter, path: Path, points: Sequence[str],
         choose_points(labels))
     names = [f'point {i} at {x},{y}: {segmenter.classes[labels[y, x]]}'
              for i, (x, y) in enumerate(chosen, 1)]
-    return Subject(path, image, inputs, chosen, names, (rows / height, columns / width))
+    return sheets.Subject(path, image, inputs, chosen, names, (rows / height, columns / width))
 
 
 def parse_point(text: str, size: Grid, path: Path | str = 'the image') -> tuple[int, int]:
     """Return column and row of a pixel, from ``120,80`` or from fractions, ``0.5,0.3``.
 
     Numbers with a decimal point are fractions of width and height.
-
-    Args:
-        text: The point.
-        size: Height and width of the image.
-        path: Path of the image, for the message.
 
     Raises:
         ConfigError: The text is no point, or the point lies outside of the image.
@@ -149,22 +135,15 @@ def parse_point(text: str, size: Grid, path: Path | str = 'the image') -> tuple[
 
 
 def choose_points(labels: np.ndarray, count: int = 3) -> list[tuple[int, int]]:
-    """Return points of a label map, column and row: the innermost ones of the largest classes.
-
-    If there are too few classes, the next ones lie farthest from the others and from the border.
-    """
+    """Return the innermost points, column and row, of the largest classes of a label map."""
     shares = np.bincount(labels.ravel())
-    classes = [int(label) for label in np.argsort(-shares, kind='stable') if shares[label]]
-    points: list[tuple[int, int]] = []
-    for i in range(count):
-        inside = labels == classes[i] if i < len(classes) else np.ones(labels.shape, bool)
-        region = np.pad(inside.astype(np.uint8), 1)
-        if i >= len(classes):
-            for x, y in points:
-                region[y + 1, x + 1] = 0
+    points = []
+    for label in np.argsort(-shares, kind='stable')[:count]:
+        region = np.pad((labels == label).astype(np.uint8), 1)
         depth = cv2.distanceTransform(region, cv2.DIST_L2, 5)[1:-1, 1:-1]
         y, x = divmod(int(depth.argmax()), depth.shape[1])
-        points.append((x, y))
+        if shares[label]:
+            points.append((x, y))
     return points
 
 
@@ -177,8 +156,8 @@ def _load(segmenter: Segmenter, path: Path) -> tuple[np.ndarray, Tensor, Grid]:
     return image, batch['inputs'], data['inputs'].shape[1:]
 
 
-def _observe(segmenter: Segmenter, subject: Subject, ratios: Sequence[ISRRatio],
-             layers: Sequence[str]) -> tuple[list[Shot], dict[str, str]]:
+def _observe(segmenter: Segmenter, subject: sheets.Subject, ratios: Sequence[ISRRatio],
+             layers: Sequence[str]) -> tuple[list[sheets.Shot], dict[str, str]]:
     """Return the image at each ratio, and the reasons why layers cannot be drawn."""
     shots = []
     reasons: dict[str, str] = {}
@@ -196,20 +175,15 @@ def _observe(segmenter: Segmenter, subject: Subject, ratios: Sequence[ISRRatio],
     return shots, reasons
 
 
-def _predict(segmenter: Segmenter, subject: Subject, title: str) -> Shot:
-    """Predict an image at the ratio that a segmenter is set to."""
+def _predict(segmenter: Segmenter, subject: sheets.Subject, title: str) -> sheets.Shot:
     height, width = _load(segmenter, subject.path)[1].shape[2:]
     gmacs = count_windows(segmenter.model, (height, width)) / 1e9
-    return Shot(title, segmenter(subject.path), gmacs, {})
+    return sheets.Shot(title, segmenter(subject.path), gmacs, {})
 
 
 def read_labels(labels: Path, path: Path, size: Grid, classes: int,
                 reduce_zero_label: bool) -> np.ndarray:
-    """Read the labels of an image, H x W, from a mask or a folder of masks.
-
-    Raises:
-        DataError: The mask is missing, cannot be read or does not fit.
-    """
+    """Read the labels of an image, H x W, from a mask or a folder of masks."""
     mask = labels
     if labels.is_dir():
         masks = sorted(labels.glob(f'{path.stem}.*'))
@@ -219,8 +193,7 @@ def read_labels(labels: Path, path: Path, size: Grid, classes: int,
     load = TRANSFORMS.build(dict(type='LoadSegLabels', num_classes=classes))
     results = load(dict(img_path=str(path), seg_map_path=str(mask), ori_shape=size, seg_fields=[],
                         reduce_zero_label=reduce_zero_label))
-    truth: np.ndarray = results['gt_seg_map']
-    return truth
+    return np.asarray(results['gt_seg_map'])
 
 
 @contextmanager
@@ -233,8 +206,8 @@ def _at_ratio(segmenter: Segmenter, isr_ratio: ISRRatio) -> Iterator[None]:
         segmenter.isr_ratio = before
 
 
-def _tables(subject: Subject, shots: Sequence[Shot], others: Sequence[Shot]) -> str:
-    """Return the figures of the sheets for a terminal."""
+def _tables(subject: sheets.Subject, shots: Sequence[sheets.Shot],
+            others: Sequence[sheets.Shot]) -> str:
     first = shots[0]
     table = PrettyTable([subject.path.name, 'GMACs', 'other labels'], align='r')
     table.align[subject.path.name] = 'l'
@@ -247,7 +220,7 @@ def _tables(subject: Subject, shots: Sequence[Shot], others: Sequence[Shot]) -> 
         table.align['layer'] = 'l'
         for name, before in first.seen.items():
             table.add_row([name, f'{before.keys} keys', *(
-                f'{after.keys} keys, {relative_error(after.features, before.features):.1%}'
+                f'{after.keys} keys, {sheets.relative_error(after.features, before.features):.1%}'
                 for after in (shot.seen[name] for shot in shots[1:]))])
         if len(shots) > 1:
             lines.append(f'Percentages: how far the output features are from {first.title}')

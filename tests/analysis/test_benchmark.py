@@ -1,6 +1,5 @@
 """tools/benchmark.py and what it stands on. No time is asserted, only what is timed and how."""
 import csv
-import dataclasses
 import re
 
 import pytest
@@ -12,9 +11,16 @@ from torch import nn
 
 from mmseg_edaformer.analysis import benchmark, benchmark_report as report
 from mmseg_edaformer.analysis.loading import NONE, set_ratio
-from mmseg_edaformer.analysis.memory import LiveBytes, count_activations, peak_bytes
 from mmseg_edaformer.analysis.pipeline import measure_pipeline
-from mmseg_edaformer.analysis.timing import environment, milliseconds, relative, take_turns
+from mmseg_edaformer.analysis.timing import (
+    LiveBytes,
+    count_activations,
+    environment,
+    milliseconds,
+    peak_bytes,
+    relative,
+    take_turns,
+)
 from mmseg_edaformer.cost import count_macs, windows
 from mmseg_edaformer.errors import CheckpointError, ConfigError, RatioError
 from mmseg_edaformer.isr import ISRRatio, apply_isr
@@ -54,42 +60,33 @@ def measure(contenders, **plan):
 
 
 def test_the_tool_writes_tables_and_a_chart(configs, tmp_path):
+    out = tmp_path / 'out'
     code, told = run_tool(
         'tools/benchmark.py', configs / 'mini.py', '--compare', configs / 'resnet.py',
-        'tests/configs/plain_t_ade.py', '--isr-ratio', 'none', 'optimal', '--size', '64',
-        '64,96', '--mode', 'eval', 'train', '--device', 'cpu', '--threads', '1',
-        '--repeats', '1', '--out', tmp_path / 'out')
+        '--isr-ratio', 'none', 'optimal', '--size', '64', '64,96', '--mode', 'eval', 'train',
+        '--device', 'cpu', '--threads', '1', '--repeats', '1', '--out', out)
     assert code == 0, told
     assert 'resnet holds no attention that ISR can reduce' in told
-    files = sorted(path.name for path in (tmp_path / 'out').iterdir())
-    assert files == ['benchmark.csv', 'benchmark.md', 'benchmark.png']
-    rows = list(csv.DictReader((tmp_path / 'out' / 'benchmark.csv').open()))
-    ours, plains = [('mini', 'none'), ('mini', '2211-222')], [
-        ('plain_t_ade', 'none'), ('plain_t_ade', '2211-222')]
-    cell = [*ours, ('resnet', 'none'), *plains]
-    assert [(row['config'], row['isr_ratio']) for row in rows if row['mode'] == 'eval'] == 2 * cell
-    trained = [row for row in rows if row['mode'] == 'train']
-    assert [row['config'] for row in trained] == 2 * ['mini', 'resnet', 'plain_t_ade']
-    assert {row['isr_ratio'] for row in trained} == {'none'}
+    rows = list(csv.DictReader((out / 'benchmark.csv').open()))
+    assert [(row['config'], row['isr_ratio']) for row in rows if row['mode'] == 'eval'] == 2 * [
+        ('mini', 'none'), ('mini', '2211-222'), ('resnet', 'none')]
+    assert [(row['config'], row['isr_ratio']) for row in rows if row['mode'] == 'train'] == 2 * [
+        ('mini', 'none'), ('resnet', 'none')]
     for row in rows:
         assert row['status'] == 'ok'
-        assert float(row['time_vs_first']) == 1 or row['config'] != 'mini' or row[
-            'isr_ratio'] != 'none'
         assert row['threads'] == '1'
         assert row['freed_memory'] == 'kept'
         assert row['torch'] == torch.__version__
-        assert row['commit']
         for name in ('pipeline_ms', 'total_ms', 'images_per_s', 'peak_mib', 'gmacs'):
             assert float(row[name]) > 0, name
         if row['mode'] == 'eval':
             assert float(row['post_ms']) == pytest.approx(
                 float(row['total_ms']) - float(row['network_ms']), rel=0.01, abs=0.01)
-    page = (tmp_path / 'out' / 'benchmark.md').read_text()
+    page = (out / 'benchmark.md').read_text()
     assert '## eval, float32, 64x96, batch 1' in page
     assert re.search(r'\| mini +\| 2211-222 +\| .* \| \d\.\d\dx as (fast|slow) \|', page)
-    assert 'threads 1' in page
     assert page.count('\n## ') == told.count(', batch 1\n') == 4
-    with Image.open(tmp_path / 'out' / 'benchmark.png') as image:
+    with Image.open(out / 'benchmark.png') as image:
         assert min(image.size) > 300
 
 
@@ -101,18 +98,16 @@ def test_the_tool_times_training_pipelines(configs):
     for name in ('LoadSegLabels', 'RandomSegCrop', 'collate'):
         assert len(re.findall(rf'\| {name} +\| +\d+\.\d+ \| +\d+% \|', told)) == 2
     assert told.count('cores for every 1,000 images/s') == 2
-    assert 'commit' in told
     with pytest.raises(ConfigError, match=r'no train_dataloader\.dataset\.pipeline that loads'):
         measure_pipeline(Config(dict(model=None)))
 
 
 @pytest.mark.parametrize(('arguments', 'told'), [
-    (['--size', '512x1024'], 'is no image size: give height and width, such as 512,1024'),
     (['--threads', '0'], '--threads must be 1 or more'),
     (['--mode', 'data', '--out', 'x'], '--mode data only prints its table'),
     (['--compare', 'gone'], 'config not found: gone'),
 ])
-def test_mistakes_are_found_before_anything_is_imported(arguments, told):
+def test_mistakes_on_the_command_line(arguments, told):
     code, output = run_tool('tools/benchmark.py', 'edaformer_t_ade', *arguments)
     assert code in (1, 2)
     assert told in output
@@ -120,21 +115,18 @@ def test_mistakes_are_found_before_anything_is_imported(arguments, told):
 
 def test_costs_alone_are_those_of_cost_py(configs):
     ratios = ['none', 'optimal']
-    (first, second) = benchmark.run(
-        load(configs, 'mini', 'resnet', isr_ratios=ratios),
-        benchmark.Plan(sizes=[(64, 64), (64, 128)], device='meta'))
+    [rows] = measure(load(configs, 'mini', 'mini', isr_ratios=ratios), device='meta')
     model = MODELS.build(Config.fromfile(configs / 'mini.py').model)
     params = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    for rows, size in ((first, (64, 64)), (second, (64, 128))):
-        assert [row.config for row in rows] == ['mini', 'mini', 'resnet']
-        for row, ratio in zip(rows, ratios):
-            apply_isr(model, ratio)
-            assert row.gmacs == count_macs(model, size) / 1e9
-            assert row.params_m == params
-            assert row.total_ms is None
-    assert first[1].gmacs < first[0].gmacs
-    assert 'x 1.00' in report.table(first)
-    assert '# Benchmark' in report.markdown([first], environment('meta'))
+    assert [row.config for row in rows] == ['mini', 'mini', 'mini #2', 'mini #2']
+    for row, ratio in zip(rows, ratios):
+        apply_isr(model, ratio)
+        assert row.gmacs == count_macs(model, (64, 64)) / 1e9
+        assert row.params_m == params
+        assert row.total_ms is None
+    assert rows[1].gmacs < rows[0].gmacs
+    assert 'x 1.00' in report.table(rows)
+    assert '# Benchmark' in report.markdown([rows], environment('meta'))
 
 
 def test_windows_are_mmsegs(configs):
@@ -149,9 +141,9 @@ def test_windows_are_mmsegs(configs):
 
 
 def test_a_sliding_config_counts_all_its_windows(configs):
-    slid, whole = measure(load(configs, 'slide', 'mini'), device='meta')[0]
+    contenders = load(configs, 'slide', 'mini')
+    [[slid, whole], [row, _]] = measure(contenders, sizes=[(64, 64), (64, 160)], device='meta')
     assert slid.gmacs == whole.gmacs
-    [[row]] = measure(load(configs, 'slide'), sizes=[(64, 160)], device='meta')
     assert row.windows == 3
     assert row.gmacs == pytest.approx(3 * slid.gmacs)
     assert 'slides its window: 3 windows on 64x160' in '\n'.join(report.notes([row]))
@@ -168,7 +160,6 @@ def test_calls_take_turns():
                        repeats=3, warm_up=1)
     assert log == 4 * ['ready a', 'a', 'ready b', 'b']
     assert {name: len(seconds) for name, seconds in times.items()} == clock
-    assert milliseconds([0.1, 0.3, 0.2]) == pytest.approx(200)
     assert milliseconds([0.1, 0.2, 0.3], 0.25) == pytest.approx(150)
     assert relative([1., 4., 9.], [1., 2., 3.]) == 2  # round by round, not of the medians
 
@@ -259,43 +250,19 @@ def test_peak_of_live_tensors():
     assert (live.live, live.peak) == (0, 2000)
 
 
-def test_peak_holds_what_backward_needs():
-    layer = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
-    x = torch.ones(256, 64)
-    map_bytes = 256 * 64 * 4
-    resident = [x, *layer.parameters()]
-    size = sum(tensor.nbytes for tensor in resident)
-    with torch.no_grad():
-        assert peak_bytes(lambda: layer(x), resident, CPU) == size + 2 * map_bytes
-    assert peak_bytes(lambda: layer(x).sum().backward(), resident, CPU) >= size + 4 * map_bytes
-
-
 def test_activations_of_the_innermost_modules():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Identity(), nn.ReLU(inplace=True),
                           nn.Sequential(nn.Conv2d(4, 2, 2, 2), nn.ReLU()))
     assert count_activations(model, (8, 8)) == 4 * 64 + 2 * 16 + 2 * 16
 
 
-@pytest.mark.parametrize(('names', 'options', 'error', 'says'), [
-    (['mini'], dict(isr_ratios=['2211-2222']), RatioError, '4 multipliers for the decoder'),
-    (['mini'], dict(isr_ratios=['fast']), RatioError, 'fast'),
-    (['mini'], dict(checkpoint='none.pth'), CheckpointError, 'checkpoint not found'),
-    (['resnet'], dict(isr_ratios=['2']), RatioError, 'holds no attention'),
-    (['mini', 'gone'], {}, ConfigError, 'config not found'),
-])
-def test_what_does_not_fit_is_said_before_anything_runs(configs, names, options, error, says):
-    with pytest.raises(error, match=says):
-        load(configs, *names, **options)
-
-
 def test_a_checkpoint_of_another_model(configs, tmp_path):
-    [[row]] = measure(resnet := load(configs, 'resnet'), device='meta')
-    assert row.isr_ratio == 'none'
-    torch.save(resnet[0].model.state_dict(), tmp_path / 'other.pth')
+    [resnet] = load(configs, 'resnet')
+    torch.save(resnet.model.state_dict(), tmp_path / 'other.pth')
     with pytest.raises(CheckpointError, match=r'not fit|not one weight'):
         load(configs, 'mini', checkpoint=str(tmp_path / 'other.pth'))
-    torch.save(load(configs, 'mini')[0].model.state_dict(), tmp_path / 'own.pth')
-    load(configs, 'mini', checkpoint=str(tmp_path / 'own.pth'))
+    with pytest.raises(RatioError, match='holds no attention'):
+        load(configs, 'resnet', isr_ratios=['2'])
 
 
 def test_plans_that_make_no_sense(monkeypatch):
@@ -306,21 +273,6 @@ def test_plans_that_make_no_sense(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     with pytest.raises(ConfigError, match='no GPU is visible'):
         benchmark.Plan(device='cuda')
-
-
-def test_the_same_config_twice_has_two_names(configs):
-    contenders = load(configs, 'mini', 'mini', 'mini',
-                      cfg_options={'model.decode_head.channels': 64})
-    assert [contender.name for contender in contenders] == ['mini', 'mini #2', 'mini #3']
-    first, second, _ = measure(contenders, device='meta')[0]
-    assert first.gmacs > second.gmacs
-
-
-def test_the_direction_of_speeds():
-    row = benchmark.Figures('a', 'none', 'eval', 'float32', 64, 64, 1, 1, 1., 1., 'ok',
-                            time_vs_first=0.5)
-    assert report.speed(row, first=False) == '2.00x as fast'
-    assert report.speed(dataclasses.replace(row, time_vs_first=1.5), False) == '1.50x as slow'
 
 
 @torch.no_grad()

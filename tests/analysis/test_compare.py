@@ -13,9 +13,9 @@ from PIL import Image
 from mmseg_edaformer.analysis import compare
 from mmseg_edaformer.cost import count_macs
 from mmseg_edaformer.data.drawing import CLASSES
-from mmseg_edaformer.errors import CheckpointError, ConfigError, DataError, RatioError
+from mmseg_edaformer.errors import CheckpointError, ConfigError, RatioError
 from mmseg_edaformer.isr import isr
-from tests.conftest import MINI, ROOT, write_config
+from tests.conftest import MINI, ROOT
 from tests.processes import run_tool
 
 TOP = {'accuracy/top1': 26.04, 'accuracy/top5': 80.0}
@@ -23,19 +23,12 @@ TOP = {'accuracy/top1': 26.04, 'accuracy/top5': 80.0}
 
 @pytest.fixture(autouse=True)
 def _few_rounds(monkeypatch):
-    monkeypatch.setattr(compare.time_ratios, '__defaults__', (1,))
-
-
-@pytest.fixture(scope='module')
-def segmentor(scenes, tmp_path_factory):
-    """A config, and a checkpoint of its initial weights."""
-    folder = tmp_path_factory.mktemp('segmentor')
-    return save(write_config(folder, scenes))
+    monkeypatch.setattr(compare, '_ROUNDS', 1)
 
 
 @pytest.fixture(scope='module')
 def classifier(tmp_path_factory):
-    """The same of a classifier of drawn images, of which those of cars are the most."""
+    """A classifier of drawn images, of which those of cars are the most."""
     pytest.importorskip('mmpretrain', reason='mmpretrain is not there')
     from mmseg_edaformer.pretraining.crops import draw_crops
     folder = tmp_path_factory.mktemp('classifier')
@@ -49,23 +42,15 @@ model = dict(backbone=dict(**{MINI}), head=dict(in_channels=128))
 test_dataloader = dict(num_workers=0, persistent_workers=False,
                        dataset=dict(data_root='{data}'))
 ''')
-    return save(config)
-
-
-def save(config):
-    cfg = Config.fromfile(config)
-    init_default_scope(cfg.get('default_scope', 'mmseg'))
-    torch.save(dict(meta={}, state_dict=MODELS.build(cfg.model).state_dict()),
-               config.with_suffix('.pth'))
-    return config, config.with_suffix('.pth')
+    init_default_scope('mmpretrain')
+    torch.save(MODELS.build(Config.fromfile(config).model).state_dict(), folder / 'mini.pth')
+    return str(config), str(folder / 'mini.pth')
 
 
 def write(path, model, ratio, figures, **others):
     """What tools/test.py --json writes, with other values if they are given."""
-    config, checkpoint = model
-    path.write_text(json.dumps(dict(config=str(config), checkpoint=str(checkpoint),
-                                    isr_ratio=ratio, isr_method='average', metrics=figures) |
-                               others))
+    path.write_text(json.dumps(dict(config=model[0], checkpoint=model[1], isr_ratio=ratio,
+                                    isr_method='average', metrics=figures) | others))
     return path
 
 
@@ -83,17 +68,17 @@ def gmacs(model, size, ratio):
         return f'{count_macs(built, size) / 1e9:.3f}'
 
 
-def test_segmentor(segmentor, scenes, tmp_path):
-    files = [write(tmp_path / f'{i}.json', segmentor, ratio, dict(mIoU=50. - i, mAcc=60.), **other)
+def test_segmentor(edaformer, scenes, tmp_path):
+    files = [write(tmp_path / f'{i}.json', edaformer, ratio, dict(mIoU=50. - i, mAcc=60.), **other)
              for i, (ratio, other) in enumerate(
                  (('none', {}), ('optimal', {}), ('2', dict(isr_method='max'))))]
     text = compare.compare_results(files, tmp_path / 'picture.png')
     head, *body = rows(text)
     assert head == ['isr_ratio', 'mIoU', 'GMACs', 'msperimage', 'time']
     assert [row[:3] for row in body] == [
-        ['none', '50.0', gmacs(segmentor, (64, 96), 1)],
-        ['2211-222', '49.0', gmacs(segmentor, (64, 96), 'optimal')],
-        ['2max', '48.0', gmacs(segmentor, (64, 96), 2)]]
+        ['none', '50.0', gmacs(edaformer, (64, 96), 1)],
+        ['2211-222', '49.0', gmacs(edaformer, (64, 96), 'optimal')],
+        ['2max', '48.0', gmacs(edaformer, (64, 96), 2)]]
     assert body[0][-1] == 'x1.00'
     name, share, miou = re.search(r"Chance: '(\w+)' everywhere is right for (.*)% of the pixels, "
                                   r'mIoU (.*)\.\n4 images, batch 1', text).groups()
@@ -125,16 +110,12 @@ def test_classifier_without_top5(classifier, tmp_path):
     only = write(tmp_path / 'only.json', classifier, 2, {'accuracy/top1': 30.})
     head, body = rows(compare.compare_results([only]))
     assert (head[1:3], body[:2]) == (['top-1', 'GMACs'], ['2', '30.0'])
-    both = write(tmp_path / 'both.json', classifier, 2, TOP)
-    with pytest.raises(ConfigError, match=r'only\.json lacks the metric accuracy/top5, it has '
-                                          r'accuracy/top1: test again'):
-        compare.compare_results([both, only])
 
 
-def test_results_of_other_models(segmentor, tmp_path):
-    one = write(tmp_path / 'one.json', segmentor, 'none', dict(mIoU=50.))
+def test_results_of_other_models(edaformer, tmp_path):
+    one = write(tmp_path / 'one.json', edaformer, 'none', dict(mIoU=50.))
     for name, value in (('config', 'other.py'), ('checkpoint', 'other.pth')):
-        other = write(tmp_path / 'other.json', segmentor, '2', dict(mIoU=50.), **{name: value})
+        other = write(tmp_path / 'other.json', edaformer, '2', dict(mIoU=50.), **{name: value})
         with pytest.raises(ConfigError, match=rf'one\.json and .*other\.json differ in the '
                                               rf'{name}, .* and {value}'):
             compare.compare_results([one, other])
@@ -144,45 +125,26 @@ def test_results_of_other_models(segmentor, tmp_path):
     (dict(metrics=dict(mAcc=3.)), ConfigError, 'lacks the metric mIoU, it has mAcc: test again'),
     (dict(metrics=dict(mIoU='good')), ConfigError, 'lacks numbers as metrics'),
     (dict(metrics=None, checkpoint=3), ConfigError, 'it lacks checkpoint, metrics: test again'),
-    (dict(isr_ratio='much'), RatioError, "'much'"),
     (dict(isr_method='much'), RatioError, "'much'"),
-    (dict(config='gone.py'), ConfigError, r'config not found: gone\.py'),
     (dict(checkpoint='gone.pth'), CheckpointError, r'checkpoint not found: gone\.pth'),
 ])
-def test_results_that_cannot_be_used(change, error, told, segmentor, tmp_path):
-    file = write(tmp_path / 'one.json', segmentor, 'none', dict(mIoU=50.), **change)
+def test_results_that_cannot_be_used(change, error, told, edaformer, tmp_path):
+    file = write(tmp_path / 'one.json', edaformer, 'none', dict(mIoU=50.), **change)
     with pytest.raises(error, match=told):
         compare.compare_results([file])
 
 
-@pytest.mark.parametrize('content', [b'', b'{"config": 3', b'[1]', b'\xff\xfe', b'"text"'])
+@pytest.mark.parametrize('content', [b'', b'[1]', b'\xff\xfe'])
 def test_files_that_are_no_results(content, tmp_path):
     (tmp_path / 'x.json').write_bytes(content)
     with pytest.raises(ConfigError, match=r'x\.json was not written by tools/test\.py --json'):
         compare.compare_results([tmp_path / 'x.json'])
 
 
-def test_missing_files_and_weights_of_another_model(segmentor, tmp_path):
-    for missing in (tmp_path, tmp_path / 'gone.json'):
-        with pytest.raises(ConfigError, match=r'cannot be read: (Is a directory|No such file)'):
-            compare.compare_results([missing])
-    state = torch.load(segmentor[1])['state_dict']
-    del state['decode_head.conv_seg.weight']
-    torch.save(dict(meta={}, state_dict=state), tmp_path / 'other.pth')
-    file = write(tmp_path / 'one.json', (segmentor[0], tmp_path / 'other.pth'), 'none',
-                 dict(mIoU=50.))
-    with pytest.raises(CheckpointError, match=r'does not fit the model: .* is not in it'):
-        compare.compare_results([file])
-    file = write(tmp_path / 'one.json', segmentor, 'none', dict(mIoU=50.))
-    with pytest.raises(DataError, match='test set is not where the config says: gone'):
-        compare.compare_results([file], cfg_options={'test_dataloader.dataset.data_root': 'gone'})
-
-
 @pytest.mark.parametrize(('arguments', 'told'), [
     (['gone.json'], 'gone.json cannot be read: No such file or directory'),
     (['x.json', '--large', 2], '--isr-ratio and --large test a checkpoint'),
     (['edaformer_t_ade', 'x.pth', 'y.pth'], 'give CONFIG and CHECKPOINT, or .json files'),
-    (['edaformer_t_ade', 'gone.pth'], 'checkpoint not found: gone.pth'),
 ])
 def test_mistakes_on_the_command_line(arguments, told):
     code, output = run_tool('tools/compare_isr.py', *arguments)
@@ -190,15 +152,11 @@ def test_mistakes_on_the_command_line(arguments, told):
     assert told in output
 
 
-def test_command_line(segmentor, tmp_path):
-    """Of files, and of a checkpoint that is tested on the way, also on larger worlds."""
-    file = write(tmp_path / 'one.json', segmentor, 'none', dict(mIoU=50.))
-    options = '--cfg-options', 'test_dataloader.dataset.indices=2'
-    code, told = run_tool('tools/compare_isr.py', file, *options)
-    assert code == 0, told
-    assert '2 images, batch 1' in told
-    code, told = run_tool('tools/compare_isr.py', *segmentor, '--isr-ratio', 'none', '2', 'auto',
-                          '--large', 1, '--picture', tmp_path / 'x.png', *options)
+def test_command_line(edaformer, tmp_path):
+    """Of a checkpoint that is tested on the way, also on larger worlds."""
+    code, told = run_tool('tools/compare_isr.py', *edaformer, '--isr-ratio', 'none', '2', 'auto',
+                          '--large', 1, '--picture', tmp_path / 'x.png',
+                          '--cfg-options', 'test_dataloader.dataset.indices=2')
     assert code == 0, told
     head, *body = rows(told)
     assert head == ['isr_ratio', 'mIoU64,96', 'GMACs', 'ms', 'time', 'mIoU1024,1024', 'GMACs',
@@ -211,15 +169,15 @@ def test_command_line(segmentor, tmp_path):
     assert Image.open(tmp_path / 'x.png').size[0] > 1000
 
 
-def test_without_the_trained_ratio(segmentor):
-    text = compare.compare_checkpoint(*map(str, segmentor), ['2', 'optimal', '2'])
+def test_without_the_trained_ratio(edaformer):
+    text = compare.compare_checkpoint(*map(str, edaformer), ['2', 'optimal', '2'])
     assert [row[0] for row in rows(text)] == ['isr_ratio', '2', '2211-222']
     assert 'time: median ratio to 2 in' in text
 
 
-def test_what_cannot_be_compared(segmentor, monkeypatch):
+def test_what_cannot_be_compared(edaformer, monkeypatch):
     with pytest.raises(ConfigError, match='trains a classifier: test it with'):
-        compare.compare_checkpoint(f'{ROOT}/configs/eft_t_crops.py', segmentor[1], ['2'])
+        compare.compare_checkpoint(f'{ROOT}/configs/eft_t_crops.py', edaformer[1], ['2'])
     monkeypatch.setattr(compare, 'CLASSES', ('other',))
     with pytest.raises(ConfigError, match='--large draws scenes, whose classes are not those'):
-        compare.compare_checkpoint(*map(str, segmentor), ['2'], large=1)
+        compare.compare_checkpoint(*map(str, edaformer), ['2'], large=1)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from mmengine.utils import ManagerMixin
 
-from mmseg_edaformer.analysis import gpu_benchmark, roofline
-from mmseg_edaformer.analysis.gpu_page import page
+from mmseg_edaformer.analysis import benchmark, gpu_benchmark, roofline
+from mmseg_edaformer.analysis.gpu_benchmark import page
 from mmseg_edaformer.analysis.timing import Rates
 from mmseg_edaformer.errors import ConfigError
 from mmseg_edaformer.models.cpu_kernels import kernels_allowed
@@ -25,6 +25,9 @@ _base_ = ['{ROOT}/configs/edaformer_t_ade.py']
 model = dict(backbone=dict({", ".join(f"{name}={value}" for name, value in MINI.items())}),
              decode_head=dict(in_channels=(32, 64, 128), channels=32))
 """)
+    if not torch.cuda.is_available():  # it takes minutes on a CPU, and tests/engine compiles there
+        monkeypatch.setattr(benchmark, 'compile_model', lambda *_, **__: None)
+        monkeypatch.setattr(gpu_benchmark, 'measure_rates', lambda *_: Rates(1., 1.))
     monkeypatch.setattr(gpu_benchmark, 'CONFIGS', dict.fromkeys(gpu_benchmark.CONFIGS, config))
     yield gpu_benchmark.Settings([(64, 64), (64, 96)], [1], 2, 1e4, 0, 1, 3, 256,
                                  tmp_path / 'gpu.json')
@@ -41,10 +44,10 @@ def test_all_parts(settings, cuda):
     assert len(found['seconds']) == len(said) == len(list(suite.parts()))
     assert found['failed'] == {}
     ways = {(row['config'], row['execution'], row['isr_ratio']) for row in found['rows']}
-    assert {('EDAFormer-T', 'eager', ratio) for ratio in ('none', '2211-222', '2', 'auto')} <= ways
-    assert {('EDAFormer-T, graphed', 'graphed', 'auto'), ('SegFormer-B0', 'eager', 'none'),
-            ('EDAFormer-B, compiled', 'compiled', 'none'),
-            ('EDAFormer-T, plain kernels', 'eager', 'none')} <= ways
+    assert ways >= {*(('EDAFormer-T', 'eager', ratio) for ratio in ('2211-222', '2', 'auto')),
+                    ('EDAFormer-T, graphed', 'graphed', 'auto'), ('SegFormer-B0', 'eager', 'none'),
+                    ('EDAFormer-B, compiled', 'compiled', 'none'),
+                    ('EDAFormer-T, plain kernels', 'eager', 'none')}
     assert {row['dtype'] for row in found['rows']} == {'float32', 'bfloat16'}
     assert all(row['total_ms'] > 0 for row in found['rows'])
     assert 0 <= found['training']['share'] <= 1
@@ -76,9 +79,6 @@ def test_what_fails_or_does_not_fit_is_named(settings, cuda, monkeypatch):
 def test_without_a_gpu(settings, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     with pytest.raises(ConfigError, match='no GPU is visible'):
-        gpu_benchmark.Suite(settings)
-    monkeypatch.setattr(gpu_benchmark, 'CONFIGS', dict(a='gone.py'))
-    with pytest.raises(ConfigError, match=r'lacks gone\.py'):
         gpu_benchmark.Suite(settings)
 
 

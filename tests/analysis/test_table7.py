@@ -1,10 +1,9 @@
 """The paper's table 7 beside what its models cost here."""
 import sys
 
-import pytest
-
 from mmseg_edaformer.analysis import table7
-from tests.conftest import ROOT, run
+from tests.conftest import ROOT
+from tests.processes import run_tool
 
 
 def test_table7():
@@ -31,10 +30,9 @@ def test_table7_shows_what_it_cannot_measure(monkeypatch):
     assert table7.Measured(row, 1, 2., {'2': 1., '1-2': 1.}).note == 'the encoder is not reduced'
 
 
-@pytest.mark.slow
 def test_table7_on_the_command_line():
-    done = run('tools/table7.py', 'MiT', '--isr-ratio', '2', '1-2', '--all')
-    assert '117.4' in done.stdout
-    assert 'paper with ISR' in done.stdout
-    done = run('tools/table7.py', 'ViT', check=False)
-    assert 'no such column: ViT' in done.stderr
+    code, told = run_tool('tools/table7.py', 'MiT', '--isr-ratio', '2', '1-2', '--all')
+    assert code == 0, told
+    assert '117.4' in told
+    assert 'paper with ISR' in told
+    assert 'no such column: ViT' in run_tool('tools/table7.py', 'ViT')[1]

@@ -77,14 +77,12 @@ class Asking(nn.Module):
 
     def __init__(self, attention):
         super().__init__()
-        self.attention = attention
-        self.scale = nn.Parameter(torch.ones(1))
+        self.attention, self.scale = attention, nn.Parameter(torch.ones(1))
         self.register_buffer('step', torch.zeros((), dtype=torch.long))
 
     def forward(self, image):
         tokens = (image.flatten(2).transpose(1, 2)[..., :1] * self.scale).expand(-1, -1, 8)
-        seen = torch.where(tokens[0, :, 0] < 1e9 + self.step)[0]
-        tokens = tokens[:, seen].contiguous()
+        tokens = tokens[:, torch.where(tokens[0, :, 0] < 1e9 + self.step)[0]].contiguous()
         if isinstance(self.attention, nn.Module):
             return self.attention(tokens, tokens, tokens, need_weights=False)[0]
         return self.attention(*[tokens.unsqueeze(1)] * 3)
