@@ -8,7 +8,7 @@ from typing import Any
 
 from mmengine.config import Config
 from mmengine.device import is_cuda_available
-from mmengine.logging import print_log
+from mmengine.logging import MMLogger, print_log
 from mmengine.registry import init_default_scope
 from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATASETS
@@ -88,7 +88,7 @@ def check_epochs(iterations: int, per_step: int, images: int) -> None:
         _warn(f'{text}: lower train_cfg.max_iters, and the ends in param_scheduler with it, as '
               'configs/_base_/schedules/small.py does')
     else:
-        print_log(text, logger='current')
+        MMLogger.get_current_instance().info(text)
 
 
 def check_start(cfg: Config) -> None:
