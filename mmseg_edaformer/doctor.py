@@ -57,26 +57,20 @@ class Finding:
 
 @dataclass
 class Report:
-    """Facts by section and name, and the findings.
-
-    With ``notes``, each entry also becomes a line of that file at once: the process may die.
-    """
+    """Facts by section and name, and findings; each is noted in a file at once, if there is one."""
     facts: dict[str, dict[str, str]] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     notes: str | None = None
 
     @property
     def ready(self) -> bool:
-        """Whether training and testing can run."""
         return all(finding.level != 'error' for finding in self.findings)
 
     def add_fact(self, section: str, name: str, value: Any) -> None:
-        """Add a fact, or replace the earlier one of that name."""
         self._note('add_fact', section, name, str(value))
         self.facts.setdefault(section, {})[name] = str(value)
 
     def add(self, level: str, problem: str, fix: str | None = None) -> None:
-        """Add a finding."""
         self._note('add', level, problem, fix)
         if Finding(level, problem, fix) not in self.findings:
             self.findings.append(Finding(level, problem, fix))
@@ -98,9 +92,7 @@ class Report:
 def examine(config: str | None = None, timeout: float = 120.) -> Report:
     """Check versions, the machine, the libraries and, with ``config``, a config and its data.
 
-    Args:
-        config: Path of a config.
-        timeout: Seconds after which a step of the child process counts as hanging.
+    A step of the child process counts as hanging after ``timeout`` seconds.
     """
     report = Report()
     check_versions(report)
@@ -110,8 +102,6 @@ def examine(config: str | None = None, timeout: float = 120.) -> Report:
     try_apart(report, config, timeout)
     return report
 
-
-# Versions
 
 def check_versions(report: Report) -> None:
     """Compare the installed packages, by their metadata alone, with what is known to be bad."""
@@ -158,7 +148,11 @@ def check_versions(report: Report) -> None:
     _check_overwritten(report, 'warning', opencv, f'{PIP} install {"".join(opencv[:1])}')
     _check_overwritten(report, 'warning', ['mmpretrain', 'onedl-mmpretrain'],
                        f'{PIP} install {"onedl-" if fork else ""}mmpretrain')
-    _check_pairs(report, have)
+    check_torchvision(report, have('torch') or '', have('torchvision') or '')
+    for name, first in NUMPY2.items() if compat._digits(have('numpy') or '0') >= (2,) else ():
+        if have(name) and compat._digits(have(name) or '') < compat._digits(first):
+            report.add('error', f'{name} {have(name)} was built for numpy 1: importing it fails '
+                       f'with numpy {have("numpy")}', f'{PIP} install "{name}>={first}"')
 
 
 def _check_overwritten(report: Report, level: str, names: list[str], install: str,
@@ -168,28 +162,9 @@ def _check_overwritten(report: Report, level: str, names: list[str], install: st
                    f'files{note}', f'{PIP} uninstall -y {" ".join(names)} && {install}')
 
 
-def _check_pairs(report: Report, have: Callable[[str], str | None]) -> None:
-    """Look for packages whose versions do not fit each other."""
-    def release(name: str, default: str = '0') -> tuple[int, ...]:
-        return tuple(compat._digits(have(name) or default))
-
-    check_torchvision(report, have('torch') or '', have('torchvision') or '')
-    for name, first in NUMPY2.items() if release('numpy') >= (2,) else ():
-        if have(name) and release(name) < compat._digits(first):
-            report.add('error', f'{name} {have(name)} was built for numpy 1: importing it fails '
-                       f'with numpy {have("numpy")}', f'{PIP} install "{name}>={first}"')
-    if have('mmpretrain') and release('setuptools', '99') >= (81,):
-        report.add('warning', 'setuptools no longer has pkg_resources, which mmengine needs to '
-                   'find configs named mmpretrain:: or mmseg::; the configs of this project name '
-                   'none', f'{PIP} install "setuptools<81"')
-    if have('mmpretrain') and have('pycocotools') and release('transformers') >= (5,):
-        report.add('warning', 'importing mmpretrain fails where pycocotools and transformers 5 are '
-                   'both installed', f'{PIP} install "transformers<5"')
-
-
 def check_torchvision(report: Report, torch: str, vision: str) -> None:
     """Check that torchvision was built for the installed torch; the versions may be ''."""
-    release, builds = compat._digits(torch), (build_of(torch), build_of(vision))
+    release, builds = compat._digits(torch), [name.partition('+')[2] for name in (torch, vision)]
     if torch and vision and release[0] == 2 and (
             compat._digits(vision)[:2] != (0, release[1] + 15) or
             (all(builds) and builds[0] != builds[1])):
@@ -199,18 +174,11 @@ def check_torchvision(report: Report, torch: str, vision: str) -> None:
                    reinstall('torchvision', f'0.{release[1] + 15}.*', builds[0]))
 
 
-def build_of(version: str) -> str:
-    """Return the build of a version: '2.13.0+cpu' -> 'cpu'."""
-    return version.partition('+')[2]
-
-
 def reinstall(name: str, version: str, build: str = '') -> str:
     """Return the command that installs a version again, for a build of torch."""
     return f'{PIP} install --force-reinstall --no-deps "{name}=={version}"' + (
         f' --index-url https://download.pytorch.org/whl/{build}' if build else '')
 
-
-# The machine
 
 def check_machine(report: Report) -> None:
     """Check the shared memory and the compiler, and note the variables that matter."""
@@ -244,8 +212,6 @@ def check_folder(report: Report, folder: Path, level: str) -> None:
             report.add('warning', f'only {free:.1f} GiB are free in {folder}: free some space, or '
                        'use another folder', '--work-dir FOLDER')
 
-
-# What works, tried in a child process
 
 _CHILD = '''import importlib, sys, types
 sys.path[:] = [path for path in sys.path if path]  # as tools see it, not the folder at hand
@@ -302,11 +268,9 @@ def find_fix(problem: str, module: str | None = None, file: str | None = None) -
     package = IMPORTS.get(module, module)
     for name in (package, f'{package}-lite', f'onedl-{package}'):
         if version := compat._version(name):
-            return reinstall(name, version, build_of(version) if 'torch' in name else '')
+            return reinstall(name, version, version.partition('+')[2] if 'torch' in name else '')
     return INSTALL
 
-
-# The report, for people and for programs
 
 def as_json(report: Report) -> str:
     """Return the whole report as JSON."""
@@ -315,11 +279,7 @@ def as_json(report: Report) -> str:
 
 
 def show(report: Report) -> None:
-    """Print the report, in colours on a terminal."""
-    def paint(text: str, level: str) -> str:
-        colour = dict(ready=32, warning=33, error=31)[level]
-        return f'\033[{colour}m{text}\033[0m' if sys.stdout.isatty() else text
-
+    """Print the report."""
     width = max(60, min(100, shutil.get_terminal_size((100, 24)).columns))
     column = max(len(name) for facts in report.facts.values() for name in facts) + 2
     for section, facts in report.facts.items():
@@ -328,12 +288,11 @@ def show(report: Report) -> None:
             print(f'  {name:{column}}{value}')
         print()
     for finding in sorted(report.findings, key=lambda finding: finding.level):
-        text = textwrap.fill(f'{finding.level:9}{finding.problem}', width,
-                             subsequent_indent=' ' * 9, break_long_words=False,
-                             break_on_hyphens=False)
-        print(paint(text[:9], finding.level) + text[9:])
+        print(textwrap.fill(f'{finding.level:9}{finding.problem}', width,
+                            subsequent_indent=' ' * 9, break_long_words=False,
+                            break_on_hyphens=False))
         if finding.fix:
             print(f'{"":9}how to fix: {finding.fix}')  # one line: it is to be copied
         print()
-    print(paint('Training and testing can run here.', 'ready') if report.ready else
-          paint('Training or testing cannot run here: fix each error above.', 'error'))
+    print('Training and testing can run here.' if report.ready else
+          'Training or testing cannot run here: fix each error above.')

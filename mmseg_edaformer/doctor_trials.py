@@ -4,7 +4,6 @@ import importlib.util
 import logging
 import math
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -27,12 +26,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def try_all(notes: str, timeout: str, config: str | None = None) -> None:
-    """Import what is needed, predict with EDAFormer-T, check the config; note each step.
+    """Import what is needed, predict with EDAFormer-T, check the config; note each step in a file.
 
-    Args:
-        notes: File to which each fact and finding is written at once.
-        timeout: Seconds after which a step ends the process, even within C code.
-        config: Path of a config.
+    A step that takes more than ``timeout`` seconds ends the process, even within C code.
     """
     report = Report(notes=notes)
 
@@ -64,27 +60,16 @@ def try_all(notes: str, timeout: str, config: str | None = None) -> None:
 
 
 def try_import(report: Report, name: str) -> str:
-    """Import a module, and compare what was imported with what is installed."""
+    """Import a module, and return its version and folder."""
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         module = importlib.import_module(name)
         if name in ('mmpretrain', 'mmseg_edaformer'):  # the rest does not say whether it works
             importlib.import_module(f'{name}.models')
-    if getattr(module, '__file__', None) is None:
-        raise ImportError(f'{" ".join(module.__path__)} is what a removed package left: there is '
-                          'no __init__.py')
     version, folder = getattr(module, '__version__', ''), Path(str(module.__file__)).parent
-    package, release = IMPORTS.get(name, name), compat._digits(version)[:3]
-    installed = [*filter(compat._version, (package, f'onedl-{package}', f'{package}-lite'))]
-    if name == 'mmseg_edaformer':
-        if folder.resolve() != Path(__file__).resolve().parent:
-            report.add('warning', f'Python imports another copy, {folder}, than the one in {ROOT}',
-                       INSTALL)
-    elif version and len(installed) == 1:
-        wanted = compat._version(installed[0]) or ''
-        if release != compat._digits(wanted)[:len(release)]:
-            report.add('warning', f'Python imports {name} {version} from {folder}, but '
-                       f'{installed[0]} {wanted} is installed', find_fix('', name, module.__file__))
+    if name == 'mmseg_edaformer' and folder.resolve() != Path(__file__).resolve().parent:
+        report.add('warning', f'Python imports another copy, {folder}, than the one in {ROOT}',
+                   INSTALL)
     if name == 'torchvision':  # whose metadata may not tell its build
         check_torchvision(report, sys.modules['torch'].__version__, version)
     return f'{version} {folder}'.strip()
@@ -94,9 +79,7 @@ def collect_environment(report: Report) -> str:
     """Add what torch collects of the machine for bug reports."""
     from torch.utils.collect_env import get_env_info
     for name, value in get_env_info()._asdict().items():
-        if name == 'cpu_info':
-            name, value = 'cpu', ''.join(re.findall('Model name: *(.+)', str(value))[:1])
-        if value and name not in ('torch_version', 'pip_packages', 'conda_packages'):
+        if value and name not in ('torch_version', 'pip_packages', 'conda_packages', 'cpu_info'):
             report.add_fact('Environment', name, ', '.join(str(value).splitlines()))
     return 'see Environment'
 
@@ -117,20 +100,15 @@ def check_torch(report: Report) -> str:
     if count and compat._version('triton') is None:
         report.add('warning', 'Triton is missing; --compile needs it on a GPU',
                    f'{PIP} install triton')
-    if not count and not caught:
-        _explain_no_gpu(report, torch.version.cuda or torch.version.hip)
+    cards = report.facts.get('Environment', {}).get('nvidia_gpu_models')
+    if cards and not count and not caught:
+        _explain_no_gpu(report, f'torch does not see the GPU ({cards})',
+                        torch.version.cuda or torch.version.hip)
     return f'{count or "no"} GPU{"" if count == 1 else "s"}'
 
 
-def _explain_no_gpu(report: Report, build: str | None) -> None:
-    cards = report.facts.get('Environment', {}).get('nvidia_gpu_models')
-    problem = f'torch does not see the GPU ({cards})'
-    if cards is None:
-        if has_nvidia_board():
-            report.add('warning', 'there is an NVIDIA GPU, but nvidia-smi does not list it. In '
-                       'Docker, give the container the GPUs; elsewhere, install the driver and '
-                       'restart', 'docker run --gpus all ...')
-    elif build is None:
+def _explain_no_gpu(report: Report, problem: str, build: str | None) -> None:
+    if build is None:
         report.add('warning', f'{problem}: it was built for CPUs. Install the build that '
                    'https://pytorch.org/get-started/locally names, such as',
                    f'{PIP} install --force-reinstall --index-url https://pypi.org/simple '
@@ -141,13 +119,6 @@ def _explain_no_gpu(report: Report, build: str | None) -> None:
     else:
         report.add('warning', f'{problem}: the driver is too old for CUDA {build}, or this user '
                    'may not open the device files', 'ls -l /dev/nvidia*')
-
-
-def has_nvidia_board() -> bool:
-    """Return whether an NVIDIA display controller or accelerator is on the bus."""
-    return any((device / 'vendor').read_text().strip() == '0x10de' and
-               (device / 'class').read_text().startswith(('0x0300', '0x0302'))
-               for device in Path('/sys/bus/pci/devices').glob('*'))
 
 
 def predict(report: Report, device: str) -> str:
@@ -184,11 +155,6 @@ def check_config(report: Report, path: str) -> str:
     from mmseg_edaformer.engine.run_config import load_config
     from mmseg_edaformer.errors import clear_errors
 
-    class Warnings(logging.Handler):
-
-        def emit(self, record: logging.LogRecord) -> None:
-            report.add('warning', record.getMessage())
-
     def check(call: Callable[..., Any], *args: Any) -> Any:
         try:
             with clear_errors():
@@ -197,7 +163,8 @@ def check_config(report: Report, path: str) -> str:
             problem = _describe(error)
             report.add('error', problem, find_fix(problem))
 
-    handler, logger = Warnings(logging.WARNING), MMLogger.get_current_instance()
+    handler, logger = logging.Handler(logging.WARNING), MMLogger.get_current_instance()
+    handler.emit = lambda record: report.add('warning', record.getMessage())  # type: ignore
     logger.addHandler(handler)
     try:
         cfg = check(load_config, path)

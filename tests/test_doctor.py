@@ -7,7 +7,6 @@ import subprocess
 import sys
 import types
 import venv
-from importlib import metadata
 
 import pytest
 import torch
@@ -37,14 +36,12 @@ def versions(monkeypatch, installed):
     GOOD, FORK, {**GOOD, 'mmcv-lite': None, 'mmcv': '2.1.0'},
     {**GOOD, 'torch': '2.13.0+cpu', 'torchvision': '0.28.0'},
     {**GOOD, 'numpy': '1.26.4', 'opencv-python': '4.8.1.78', 'matplotlib': '3.8.0'},
-    {**FORK, 'setuptools': '84.0.0', 'torchvision': None, 'pycocotools': '2.0.8'}])
+    {**FORK, 'torchvision': None}])
 def test_sound_versions_have_no_findings(monkeypatch, installed):
     report = versions(monkeypatch, installed)
     assert report.findings == []
     assert report.ready
-    facts = report.facts['Versions']
-    assert facts['torch'] == installed['torch']
-    assert facts.get('mmengine') == installed['mmengine']
+    assert report.facts['Versions']['torch'] == installed['torch']
 
 
 @pytest.mark.parametrize(('change', 'level', 'problem', 'fix'), [
@@ -61,15 +58,10 @@ def test_sound_versions_have_no_findings(monkeypatch, installed):
     ({'opencv-python-headless': '4.10.0.84'}, 'warning', 'overwrite',
      'uninstall -y opencv-python opencv-python-headless && .* install opencv-python$'),
     ({'ftfy': None, 'regex': None}, 'error', 'ftfy and regex missing', 'install ftfy regex$'),
-    ({'setuptools': '81.0.0'}, 'warning', 'no longer has pkg_resources',
-     'install "setuptools<81"$'),
     ({'torchvision': '0.20.1+cu124'}, 'warning', 'not built for torch 2.6.0',
      r'"torchvision==0\.21\.\*" --index-url https://download.pytorch.org/whl/cu124$'),
-    ({'torchvision': '0.21.0+cu118'}, 'warning', 'not built for', 'whl/cu124$'),
     ({'opencv-python': '4.8.1.78'}, 'error', 'built for numpy 1',
      'install "opencv-python>=4.10"$'),
-    ({'matplotlib': '3.8.4'}, 'error', 'built for numpy 1', 'install "matplotlib>=3.9"$'),
-    ({'pycocotools': '2.0.8'}, 'warning', 'transformers 5', 'install "transformers<5"$'),
     ({'torch': '2.3.1', 'torchvision': None}, 'error', 'must be 2.4 or newer',
      'install "torch>=2.4"'),
     ({'mmsegmentation': None}, 'error', 'is missing', 'install .*"mmsegmentation>=1.2.2"'),
@@ -86,15 +78,6 @@ def test_bad_versions_are_found_with_the_command_that_fixes_them(monkeypatch, ch
     assert report.ready == (level == 'warning')
 
 
-def test_versions_look_for_no_module(monkeypatch):
-    """A search for pip's makes setuptools leave distutils alone, and unable to be imported."""
-    searched = []
-    monkeypatch.setattr(sys, 'meta_path', [
-        types.SimpleNamespace(find_spec=lambda name, *_: searched.append(name)), *sys.meta_path])
-    versions(monkeypatch, GOOD)
-    assert searched == []
-
-
 @pytest.mark.parametrize(('free', 'compiler', 'problems'), [
     (2 ** 40, '/usr/bin/g++', []), (2 ** 26, None, ['"Bus error"', 'C++ compiler g++ is not on'])])
 def test_what_a_container_lacks_is_found(monkeypatch, free, compiler, problems):
@@ -105,8 +88,8 @@ def test_what_a_container_lacks_is_found(monkeypatch, free, compiler, problems):
     report = doctor.Report()
     doctor.check_machine(report)
     assert report.ready
-    assert len(report.findings) == len(problems)
-    assert all(problem in finding.problem for problem, finding in zip(problems, report.findings))
+    assert all(problem in finding.problem
+               for problem, finding in zip(problems, report.findings, strict=True))
     assert report.facts['Variables']['PYTHONPATH'] == '/mine'
 
 
@@ -126,26 +109,20 @@ def test_a_full_or_closed_work_dir_is_found(monkeypatch, tmp_path):
     ('GPU 0: NVIDIA H200', None, '0', 'built for CPUs', '"torch==2.13.0"'),
     ('GPU 0: NVIDIA H200', '13.0', '', 'CUDA_VISIBLE_DEVICES hides it', 'unset CUDA'),
     ('GPU 0: Tesla K80', '13.0', '0', 'too old for CUDA 13.0', 'ls -l /dev'),
-    (None, '13.0', '0', 'nvidia-smi does not list it', 'docker run --gpus all'),
 ])
 def test_a_gpu_that_torch_does_not_see_is_a_warning(monkeypatch, cards, build, hidden, problem,
                                                    fix):
     monkeypatch.setattr(torch.version, 'cuda', build)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     monkeypatch.setattr(torch, 'get_num_threads', lambda: 1)
-    monkeypatch.setattr(doctor_trials, 'has_nvidia_board', lambda: True)
     monkeypatch.setattr(doctor.compat, '_version', lambda name: '2.13.0+cpu')
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', hidden)
-    report = doctor.Report(facts=dict(Environment=dict(nvidia_gpu_models=cards) if cards else {}))
+    report = doctor.Report(facts=dict(Environment=dict(nvidia_gpu_models=cards)))
     assert doctor_trials.check_torch(report) == 'no GPUs'
     [finding] = report.findings
     assert finding.level == 'warning'
     assert problem in finding.problem
     assert fix in finding.fix
-    monkeypatch.setattr(doctor_trials, 'has_nvidia_board', lambda: False)
-    report = doctor.Report()
-    doctor_trials.check_torch(report)
-    assert report.findings == []
 
 
 def test_too_many_threads_and_a_missing_triton_are_found(monkeypatch):
@@ -164,7 +141,6 @@ def test_too_many_threads_and_a_missing_triton_are_found(monkeypatch):
     ('cv2', 'libGL.so.1: cannot open shared object file', 'opencv-python-headless$'),
     ('cv2', 'numpy.core.multiarray failed to import', 'install "numpy<2"$'),
     (None, "x.py cannot be read: No module named 'pkg_resources'", '"setuptools<81"$'),
-    (None, "x.py cannot be read: No module named 'mine'", None),
     ('timm', "No module named 'torchvision.ops'", 'install torchvision$'),
     ('mmseg', "No module named 'scipy'", r'install -e .*\[(openmmlab|fork)\]'),
     ('torch', 'undefined symbol', '--force-reinstall --no-deps "torch==.*"'),
@@ -205,15 +181,9 @@ test_dataloader = dict(dataset=dict(data_root=data_root, metainfo=dict(
     ('2.13.0+cpu', '0.28.0+cu130', r'"torchvision==0\.28\.\*" --index-url .*/whl/cpu$'),
     ('2.13.0+cu130', '0.28.0+cu130', None), ('2.13.0', '0.28.0+cu130', None),
 ])
-def test_a_torchvision_of_another_build_is_a_warning(monkeypatch, torch_version, vision, fix):
-    """Its metadata say 0.28.0 alone, and the package works round it, so all looks well."""
-    monkeypatch.setattr(torch, '__version__', torch_version)
-    monkeypatch.setattr(doctor_trials.importlib, 'import_module', lambda name:
-                        types.SimpleNamespace(__version__=vision,
-                                              __file__='/site/torchvision/__init__.py'))
-    monkeypatch.setattr(doctor.compat, '_version', {}.get)
+def test_a_torchvision_of_another_build_is_a_warning(torch_version, vision, fix):
     report = doctor.Report()
-    assert doctor_trials.try_import(report, 'torchvision') == f'{vision} /site/torchvision'
+    doctor.check_torchvision(report, torch_version, vision)
     assert [finding.level for finding in report.findings] == ['warning'] * (fix is not None)
     for finding in report.findings:
         assert f'{vision} was not built for torch {torch_version}' in finding.problem
@@ -225,9 +195,6 @@ def test_this_environment_can_run(scenes, tmp_path):
     report = json.loads(run('tools/doctor.py', config, '--json').stdout)
     assert report['ready'] is True
     assert not any(finding['level'] == 'error' for finding in report['findings'])
-    for name, version in report['facts']['Versions'].items():
-        if name != 'Python' and version != 'not installed':
-            assert version == metadata.version(name)
     assert {'torch', 'numpy', 'opencv-python'} <= report['facts']['Versions'].keys()
     tried = report['facts']['Tried']
     assert 'fails' not in tried.values()
@@ -255,7 +222,6 @@ def test_a_broken_library_is_named(tmp_path, broken, problem):
     assert 'how to fix: unset PYTHONPATH' in text
     assert 'Training or testing cannot run here' in done.stdout.splitlines()[-1]
     assert 'Traceback' not in done.stdout + done.stderr
-    assert '\x1b' not in done.stdout
 
 
 def test_it_starts_where_nothing_is_installed(tmp_path):

@@ -1,13 +1,12 @@
 """Running models: checks, checkpoints, progress, and runs that survive."""
-from .backbone_weights import BackboneWeightsHook
 from .checkpoint_hook import SafeCheckpointHook, find_checkpoint
 from .checkpoint_loading import CheckWeightsHook, load_checkpoint, load_from_file
+from .convert import BackboneWeightsHook
 from .isr_hook import ISRHook
 from .loop import ExactTrainLoop
 from .nonfinite import FiniteLossHook
 from .preemption import PreemptionHook
-from .progress import ProgressHook
-from .runner import QuietRunner
+from .progress import ProgressHook, QuietRunner
 
 __all__ = ['BackboneWeightsHook', 'CheckWeightsHook', 'ExactTrainLoop',
            'FiniteLossHook', 'ISRHook', 'PreemptionHook', 'ProgressHook', 'QuietRunner',

@@ -6,12 +6,10 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep freed memory for the next allocation.
+    """Have the C library keep freed memory for the next allocation; needs Linux with glibc.
 
-    glibc returns large blocks to the system when they are freed, so the output of every layer is
-    mapped, zeroed and faulted in again, page by page; tools/benchmark.py shows the cost. It acts on
-    the whole process, and only on Linux with glibc. The process then keeps its peak size, up to
-    2 GiB more than it uses.
+    Else the output of every layer is mapped, zeroed and faulted in again, page by page. The process
+    then keeps its peak size, up to 2 GiB more than it uses.
     """
     if not sys.platform.startswith('linux'):
         return

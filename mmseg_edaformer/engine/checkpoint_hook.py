@@ -29,11 +29,9 @@ class SafeLocalBackend(LocalBackend):
     """mmengine's backend of local files, which writes a file whole or not at all."""
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
-        """Write bytes."""
         write_file(filepath, obj)
 
     def put_text(self, obj: str, filepath: str | Path, encoding: str = 'utf-8') -> None:
-        """Write text."""
         write_file(filepath, obj.encode(encoding))
 
 
@@ -46,9 +44,6 @@ class SafeCheckpointHook(CheckpointHook):
 
     ``last_checkpoint`` holds a path relative to the work dir, so a work dir can be moved. When the
     disk is full, the run logs it, keeps the old checkpoint and tries again at the next interval.
-
-    Raises:
-        CheckpointError: The last checkpoint of a training cannot be written.
     """
 
     keep_ckpt_ids: deque[int]
@@ -92,9 +87,6 @@ class SafeCheckpointHook(CheckpointHook):
 
         Returns:
             Whether a run resumes from here; one that counts epochs resumes from the last epoch.
-
-        Raises:
-            CheckpointError: The checkpoint cannot be written.
         """
         if self.by_epoch:
             return False
@@ -125,12 +117,14 @@ class SafeCheckpointHook(CheckpointHook):
                 self.out_dir, name, self.file_client_args, save_optimizer=self.save_optimizer,
                 save_param_scheduler=self.save_param_scheduler, meta=meta, by_epoch=self.by_epoch,
                 backend_args=self.backend_args, **self.args)
+            path = self._path(name)
             if is_main_process():
-                self._point_to(runner, name)
+                write_file(Path(runner.work_dir) / 'last_checkpoint',
+                           path if '://' in path else os.path.relpath(path, runner.work_dir))
         except OSError as error:
             self._warn(runner, name, error)
             return False
-        self.last_ckpt = self._path(name)
+        self.last_ckpt = path
         if self.max_keep_ckpts > 0:
             for old in kept[:-self.max_keep_ckpts]:
                 self._remove(self._path(self.filename_tmpl.format(old)))
@@ -141,17 +135,15 @@ class SafeCheckpointHook(CheckpointHook):
     def _save_best_checkpoint(self, runner: Runner, metrics: dict[str, float]) -> None:
         if not self.save_best:
             return
-        before, info = self._best, dict(runner.message_hub.runtime_info)
+        before, hub = self._best, runner.message_hub.runtime_info
+        info = dict(hub)
         self._best = dict.fromkeys(before)  # mmengine then removes nothing beforehand
         try:
             super()._save_best_checkpoint(runner, metrics)
         except OSError as error:
             self._warn(runner, 'the best checkpoint', error)
-            for key in [key for key in runner.message_hub.runtime_info if key.startswith('best_')]:
-                if key in info:
-                    runner.message_hub.update_info(key, info[key])
-                else:
-                    runner.message_hub.pop_info(key)
+            hub.clear()
+            hub.update(info)
             self._best = before
             return
         after = self._best
@@ -162,7 +154,6 @@ class SafeCheckpointHook(CheckpointHook):
 
     @property
     def _best(self) -> dict[str, str | None]:
-        """Path of the best checkpoint, by the metric that decides."""
         if not self.save_best:
             return {}
         if len(self.key_indicators) == 1:
@@ -177,17 +168,11 @@ class SafeCheckpointHook(CheckpointHook):
             self.best_ckpt_path_dict = paths
 
     def _rebase(self, path: str | None) -> str | None:
-        """Return the path of a best checkpoint in the folder where the run lies now."""
         name = re.split(r'[/\\]', path)[-1] if path else ''
         return self._path(name) if name.startswith('best_') else None
 
     def _path(self, name: str) -> str:
         return self.file_backend.join_path(self.out_dir, name)
-
-    def _point_to(self, runner: Runner, name: str) -> None:
-        path = self._path(name)
-        write_file(Path(runner.work_dir) / 'last_checkpoint',
-                   path if '://' in path else os.path.relpath(path, runner.work_dir))
 
     def _remove(self, path: str) -> None:
         if not is_main_process():
@@ -202,8 +187,7 @@ class SafeCheckpointHook(CheckpointHook):
                       logger='current', level=logging.WARNING)
 
     def _kept(self) -> str:
-        return (f'{self.last_ckpt} is kept' if self.last_ckpt
-                else 'there is no earlier one')
+        return f'{self.last_ckpt} is kept' if self.last_ckpt else 'there is no earlier one'
 
     def _warn(self, runner: Runner, name: str, error: OSError) -> None:
         runner.logger.error(
@@ -233,20 +217,18 @@ def find_checkpoint(work_dir: str | Path, since: float = 0.) -> str | None:
     """Return the newest checkpoint of a run that loads and can be resumed, or None.
 
     It skips what does not load, and logs why. The folder may have been moved. Of several runs in
-    one folder it takes the last one's, unless none of those loads.
-
-    Args:
-        work_dir: Folder of the run.
-        since: Time in seconds since 1970; older files are ignored.
-
-    Raises:
-        CheckpointError: There are checkpoints, but none can be resumed.
+    one folder it takes the last one's, unless none of those loads. It ignores files that are older
+    than ``since``, in seconds since 1970.
     """
     skipped = []
     for path in _candidates(Path(work_dir), since):
-        reason = _why_not(path)
-        if reason is None:
-            return str(path)
+        try:
+            content = load_from_file(path, map_location='cpu')
+            if isinstance((content.get('meta') or {}).get('iter'), int) and 'optimizer' in content:
+                return str(path)
+            reason = f'{path} holds weights, but not the state of a training'
+        except (CheckpointError, OSError) as error:
+            reason = str(error)
         print_log(f'Not resumed: {reason}', logger='current', level=logging.WARNING)
         skipped.append(path)
     if skipped:
@@ -298,14 +280,3 @@ def _step(path: Path) -> int | None:
     """Return the iteration or epoch in the name of a checkpoint."""
     number = re.fullmatch(r'(?!best_|\.).*?(\d+)\.pth', path.name)
     return int(number[1]) if number else None
-
-
-def _why_not(path: Path) -> str | None:
-    """Return why a checkpoint cannot be resumed, or None."""
-    try:
-        content = load_from_file(path, map_location='cpu')
-    except (CheckpointError, OSError) as error:
-        return str(error)
-    if not isinstance((content.get('meta') or {}).get('iter'), int) or 'optimizer' not in content:
-        return f'{path} holds weights, but not the state of a training'
-    return None

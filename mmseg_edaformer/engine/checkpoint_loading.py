@@ -1,23 +1,19 @@
 """Reading weights from files that may be damaged, foreign or hostile."""
-import difflib
 import os
 import pickle
-import pickletools
 import re
 import tarfile
 import warnings
 import zipfile
-from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NoReturn, cast
+from typing import Any, cast
 from urllib.parse import urlparse
 
 import torch
 import torch.distributed
 from mmengine.dist import get_dist_info
-from mmengine.fileio import get_file_backend
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
@@ -33,21 +29,13 @@ CHECKPOINT_FORMAT = 1
 
 _AGAIN = 'copy it again, or resume from an older one'
 
-_HARMLESS = re.compile(r'collections\.OrderedDict|torch\.(\w+Storage|Size|device|Tensor|_utils\.'
-                       r'_rebuild\w+|nn\.parameter\.Parameter)')
-
 
 def load_from_file(filename: str | Path, map_location: Any = None) -> dict[str, Any]:
     """Read a checkpoint, .pth or .safetensors, without running any code that it holds.
 
-    All weights are read here: the other `LOADERS` end here. It reads with ``weights_only`` in every
-    version of torch, and allows nothing but tensors, plain Python values and mmengine's logs. torch
-    does not notice damaged tensors, so the checksums of .pth files are verified first; .safetensors
-    and old .pth files, which are no zip archives, have none.
-
-    Args:
-        filename: A local file.
-        map_location: The argument of ``torch.load``; for .safetensors a device, else the CPU.
+    The other `LOADERS` end here. It allows nothing but tensors, plain Python values and mmengine's
+    logs. torch does not notice damaged tensors, so the checksums of .pth files are verified first;
+    .safetensors and old .pth files, which are no zip archives, have none.
 
     Returns:
         A dict in mmengine's form, with ``state_dict`` and ``meta``, and more if the file has it.
@@ -71,7 +59,7 @@ def load_from_file(filename: str | Path, map_location: Any = None) -> dict[str, 
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
-        _refuse(path, error)
+        raise CheckpointError(_explain_refusal(path, str(error))) from error
     except Exception as error:  # a damaged file can raise anything
         reason = _shown(str(error).splitlines()[0] if str(error) else type(error).__name__)
         if isinstance(error, MemoryError) or re.search('CUDA|memory', reason):
@@ -81,8 +69,9 @@ def load_from_file(filename: str | Path, map_location: Any = None) -> dict[str, 
 
 
 def _check_container(path: Path) -> None:
-    """Raise CheckpointError if a .pth file is not whole, or not packed as torch packs it."""
-    if not _is_zipped(path):
+    with path.open('rb') as file:
+        zipped = file.read(4) == b'PK\3\4'  # as torch decides
+    if not zipped:
         try:
             tarfile.open(path, 'r:').close()
         except tarfile.TarError:
@@ -112,14 +101,9 @@ def _check_container(path: Path) -> None:
                                       f'wrong; {_AGAIN}')
 
 
-def _is_zipped(path: Path) -> bool:
-    with path.open('rb') as file:
-        return file.read(4) == b'PK\3\4'  # as torch decides
-
-
 @contextmanager
 def _allowing_only_logs() -> Iterator[None]:
-    """Have weights_only allow mmengine's logs, and nothing that other libraries have added."""
+    """Allow mmengine's logs, and nothing that other libraries have added."""
     others = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     torch.serialization.add_safe_globals(compat.allow_mmengine_checkpoints())
@@ -132,71 +116,17 @@ def _allowing_only_logs() -> Iterator[None]:
         torch.serialization.add_safe_globals(others)
 
 
-def _refuse(path: Path, error: pickle.UnpicklingError) -> NoReturn:
-    """Raise an error that names what a pickle asked for and weights do not need."""
-    text = str(error)
-    asked = re.search(r'GLOBAL (\S+)|the file asks for (.+), which', text)
+def _explain_refusal(path: Path, error: str) -> str:
+    """Name what a pickle asked for and weights do not need."""
+    asked = re.search(r'GLOBAL (\S+)|the file asks for (.+), which', error)
     if asked is not None:
-        wanted = asked[2] or _in_python3(asked[1] if '.' in asked[1] else f'builtins.{asked[1]}')
-    else:
-        imports = _imports(path)
-        if imports is None:
-            raise CheckpointError(f'{path} is not a checkpoint, or it is damaged') from error
-        wanted = ', '.join(name for name in imports if not _HARMLESS.fullmatch(name))
-    if not wanted:
-        reason = text.partition('WeightsUnpickler error:')[2].strip().splitlines() or ['no weights']
-        raise CheckpointError(
-            f'{path} is refused: its pickle is not what torch.save writes by default '
+        return (f'{path} is refused: it asks for {_shown(asked[1] or asked[2])}, and weights need '
+                'no code. If you trust where it comes from, open it there and save its state_dict '
+                'alone, best as .safetensors')
+    reason = error.partition('WeightsUnpickler error:')[2].strip().splitlines() or ['no pickle']
+    return (f'{path} is damaged, or not a checkpoint as torch.save writes it by default '
             f'({_shown(reason[0])}). If you trust where it comes from, save it there without '
-            'pickle_protocol, best as .safetensors') from error
-    raise CheckpointError(
-        f'{path} is refused: it asks for {_shown(wanted)}, and weights need no code. If you '
-        'trust where it comes from, open it there and save its state_dict alone, best as '
-        '.safetensors') from error
-
-
-def _imports(path: Path) -> list[str] | None:
-    """Return what the pickles of a file import; None if it is not made of pickles."""
-    if not _is_zipped(path):
-        with path.open('rb') as file:
-            return _imports_of_pickle(file)
-    with zipfile.ZipFile(path) as archive:
-        for name in archive.namelist():
-            if PurePosixPath(name).name == 'data.pkl':
-                with archive.open(name) as member:
-                    return _imports_of_pickle(member)
-    return None
-
-
-def _imports_of_pickle(file: IO[bytes]) -> list[str] | None:
-    imports: dict[str, None] = {}
-    strings = ['', '']
-    argument: Any
-    for number in range(4):  # torch's old files hold three small pickles before the content
-        memo: dict[Any, str] = {}
-        try:
-            for opcode, argument, _ in pickletools.genops(file):
-                if opcode.name in ('GLOBAL', 'INST'):
-                    imports[_in_python3(argument.replace(' ', '.'))] = None
-                elif opcode.name == 'STACK_GLOBAL':
-                    imports['.'.join(strings[-2:])] = None
-                elif opcode.name == 'MEMOIZE':
-                    memo[len(memo)] = strings[-1]
-                elif opcode.name in ('BINGET', 'LONG_BINGET'):
-                    strings.append(memo.get(argument, ''))
-                elif isinstance(argument, str):
-                    strings.append(argument)
-        except (ValueError, OverflowError, MemoryError):
-            return list(imports) if imports or number else None
-    return list(imports)
-
-
-def _in_python3(name: str) -> str:
-    """Return the name in Python 3 of an import, since torch's pickles hold Python 2's names."""
-    module, _, attribute = name.rpartition('.')
-    module, attribute = NAME_MAPPING.get((module, attribute), (
-        IMPORT_MAPPING.get(module, module), attribute))
-    return f'{module}.{attribute}'
+            'pickle_protocol, best as .safetensors')
 
 
 def _normalized(content: Any, path: Path) -> dict[str, Any]:
@@ -221,21 +151,17 @@ def _normalized(content: Any, path: Path) -> dict[str, Any]:
         if tensor.numel() * tensor.element_size() > max(path.stat().st_size, 2 ** 20):
             raise CheckpointError(f'{path} is refused: {_shown(name)} of shape {_shape(tensor)} '
                                   'would be larger than the file')
-    _check_version(meta.get('mmseg_edaformer'), path)
+    written_by = meta.get('mmseg_edaformer')
+    if written_by is not None:
+        form = written_by.get('format') if isinstance(written_by, dict) else None
+        if not isinstance(form, int):
+            raise CheckpointError(f'{path} does not say its format: {_AGAIN}')
+        if form > CHECKPOINT_FORMAT:
+            raise CheckpointError(
+                f'{path} was written by mmseg_edaformer {_shown(written_by.get("version"))}, which '
+                'is newer than this one: upgrade mmseg_edaformer to read it')
     _check_removals(content.get('message_hub'), path)
     return {**({} if bare else content), 'state_dict': weights if bare else state, 'meta': meta}
-
-
-def _check_version(written_by: Any, path: Path) -> None:
-    if written_by is None:
-        return
-    form = written_by.get('format') if isinstance(written_by, dict) else None
-    if not isinstance(form, int):
-        raise CheckpointError(f'{path} does not say its format: {_AGAIN}')
-    if form > CHECKPOINT_FORMAT:
-        raise CheckpointError(
-            f'{path} was written by mmseg_edaformer {_shown(written_by.get("version"))}, which is '
-            'newer than this one: upgrade mmseg_edaformer to read it')
 
 
 def _check_removals(message_hub: Any, path: Path) -> None:
@@ -257,9 +183,6 @@ def load_from_http(filename: str, map_location: Any = None) -> dict[str, Any]:
     """Download a checkpoint to torch's cache, unless it is there, and read it.
 
     If its name ends in a hash (``resnet18-5c106cde.pth``), the download must have that hash.
-
-    Raises:
-        CheckpointError: The download fails or has another hash, or `load_from_file` refuses it.
     """
     name = PurePosixPath(urlparse(filename).path).name
     if not name.strip('.') or set(name) & set('\\:'):
@@ -269,35 +192,25 @@ def load_from_http(filename: str, map_location: Any = None) -> dict[str, Any]:
     for turn in ('first', 'others') if processes > 1 else ('first',):
         # The first process downloads for the others, which share its disk.
         if (rank == 0) == (turn == 'first') and not path.exists():
-            _download(filename, path)
+            # Eight digits that begin with 20 are a date.
+            ending = re.search(r'-(?!20\d{6}\.)([0-9a-f]{8,64})\.\w+$', name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                torch.hub.download_url_to_file(filename, str(path), ending and ending[1],
+                                               progress=os.isatty(2))
+            except (OSError, RuntimeError) as error:
+                raise CheckpointError(f'{filename} cannot be downloaded: {error}. Download it by '
+                                      'other means and give the file') from error
         if processes > 1:
             torch.distributed.barrier()
     return load_from_file(path, map_location)
 
 
-def _download(url: str, path: Path) -> None:
-    # Eight digits that begin with 20 are a date.
-    ending = re.search(r'-(?!20\d{6}\.)([0-9a-f]{8,64})\.\w+$', path.name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        torch.hub.download_url_to_file(url, str(path), ending and ending[1],
-                                       progress=os.isatty(2))
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f'{url} cannot be downloaded: {error}. Download it by other means '
-                              'and give the file') from error
-
-
 def load_from_zoo(filename: str, map_location: Any = None) -> dict[str, Any]:
-    """Read weights that mmengine knows by name, such as ``open-mmlab://resnet50_v1c``.
-
-    Raises:
-        CheckpointError: mmengine does not know the name, or `load_from_http` refuses the file.
-    """
+    """Read weights that mmengine knows by name, such as ``open-mmlab://resnet50_v1c``."""
     scheme, _, name = filename.partition('://')
     try:
-        if scheme == 'mmcls':
-            sources = zoo.get_mmcls_models()
-        elif scheme in ('torchvision', 'modelzoo'):
+        if scheme in ('torchvision', 'modelzoo'):
             sources = zoo.get_torchvision_models()
         else:
             sources = zoo.get_external_models()
@@ -305,105 +218,90 @@ def load_from_zoo(filename: str, map_location: Any = None) -> dict[str, Any]:
     except ImportError as error:
         raise CheckpointError(f'{filename} cannot be looked up: {error}') from error
     if name not in sources:
-        near = difflib.get_close_matches(name, sources, 3)
-        raise CheckpointError(f'{filename} is not known to mmengine' +
-                              (f': did you mean {", ".join(near)}?' if near else ''))
+        raise CheckpointError(f'{filename} is not known to mmengine')
     source = sources[name]
     if source.startswith(('http://', 'https://')):
-        content = load_from_http(source, map_location)
-    else:
-        content = load_from_file(Path(zoo._get_mmengine_home(), source), map_location)
-    if scheme == 'mmcls':  # the encoder of a classifier
-        content['state_dict'] = {name.removeprefix('backbone.'): tensor
-                                 for name, tensor in content['state_dict'].items()
-                                 if name.startswith('backbone.')}
-    return content
+        return load_from_http(source, map_location)
+    return load_from_file(Path(zoo._get_mmengine_home(), source), map_location)
 
 
-def load_from_storage(filename: str, map_location: Any = None) -> dict[str, Any]:
-    """Read a checkpoint through mmengine's petrel backend."""
-    backend = get_file_backend(filename, backend_args=dict(backend='petrel'))
-    with backend.get_local_path(filename) as path:
-        return load_from_file(path, map_location)
-
-
-def load_from_pavi(filename: str, map_location: Any = None) -> dict[str, Any]:
-    """Refuse: PAVI's reader may run code."""
+def refuse_scheme(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """Refuse what needs mmengine's own readers, which may run code."""
     raise CheckpointError(f'{filename} cannot be read: download it and give the file')
 
 
 LOADERS: dict[str, Callable[..., dict[str, Any]]] = {
     **dict.fromkeys(('http://', 'https://'), load_from_http),
-    **dict.fromkeys(('torchvision://', 'modelzoo://', 'open-mmlab://', 'openmmlab://', 'mmcls://'),
+    **dict.fromkeys(('torchvision://', 'modelzoo://', 'open-mmlab://', 'openmmlab://'),
                     load_from_zoo),
-    **dict.fromkeys((r'(\S+\:)?s3://', r'(\S+\:)?petrel://'), load_from_storage),
-    'pavi://': load_from_pavi,
+    **dict.fromkeys(('mmcls://', r'(\S+\:)?s3://', r'(\S+\:)?petrel://', 'pavi://'), refuse_scheme),
     '': load_from_file}
 """What reads a checkpoint, by a pattern for the start of its name; mmengine has the same ones."""
 
 
 def load_checkpoint(filename: str | Path, map_location: Any = 'cpu') -> dict[str, Any]:
-    """Read a checkpoint by the first of `LOADERS` that its name matches.
-
-    Raises:
-        CheckpointError: The loader refuses it.
-    """
+    """Read a checkpoint by the first of `LOADERS` that its name matches."""
     name = str(filename)
     loader = next(loader for scheme, loader in LOADERS.items() if re.match(scheme, name))
     return loader(name, map_location)
+
+
+def compare_weights(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return what of a checkpoint does not fit a model, by name, other shapes first."""
+    given, wanted = ({name: tensor for name, tensor in weights.items()
+                      if not name.endswith('num_batches_tracked')} for weights in (given, wanted))
+    return {
+        **{name: f'{name} is {_shape(given[name])} in the checkpoint and {_shape(tensor)} in the '
+           'model' for name, tensor in wanted.items()
+           if name in given and given[name].shape != tensor.shape},
+        **{name: f'{name} is not in it' for name in wanted if name not in given},
+        **{name: f'{name} is not in the model' for name in given if name not in wanted}}
+
+
+def join_problems(problems: Mapping[str, str]) -> str:
+    """Return the first problems as a text."""
+    more = f' and {len(problems) - 6} more' if len(problems) > 6 else ''
+    return '; '.join([*problems.values()][:6]) + more
 
 
 def check_weights(model: nn.Module, checkpoint: dict[str, Any], *,
                   fine_tune: bool = False) -> list[str]:
     """Check that a loaded checkpoint fits a model; mmengine only logs that it does not.
 
-    Args:
-        model: The model, or a wrapper such as DDP around it.
-        checkpoint: Its ``state_dict`` is compared. With ``fine_tune``, weights of other shapes are
-            removed from it.
-        fine_tune: Whether weights that do not fit, such as the classifier of other classes, may
-            stay as initialised.
-
-    Returns:
-        The weights that stay as initialised, with reasons; empty without ``fine_tune``.
+    With ``fine_tune``, weights that do not fit, such as the classifier of other classes, may stay
+    as initialised: they are removed from the checkpoint, and returned with reasons.
 
     Raises:
-        CheckpointError: A weight is nan or infinite, as a diverged training leaves it, or the file
-            has no weight of this model. Without ``fine_tune``: a weight is missing or has another
-            shape.
+        CheckpointError: A weight is nan or infinite, as a diverged training leaves it, or no weight
+            fits. Without ``fine_tune``: a weight is missing or has another shape.
     """
     model = cast(Any, model).module if is_model_wrapper(model) else model
-    wanted = {name.removeprefix('module.'): tensor for name, tensor in model.state_dict().items()
-              if not name.endswith('num_batches_tracked')}
+    wanted = {name.removeprefix('module.'): tensor for name, tensor in model.state_dict().items()}
     state = checkpoint['state_dict']
-    given = {name.removeprefix('module.'): tensor for name, tensor in state.items()}
+    given = {name.removeprefix('module.'): tensor for name, tensor in state.items()
+             if name.removeprefix('module.') in wanted}
     parameters = {name for name, _ in model.named_parameters()}
-    for name in wanted.keys() & given.keys():  # a buffer may be a mask of -inf
+    for name in given:  # a buffer may be a mask of -inf
         wrong = ~given[name].isfinite() if name in parameters else given[name].isnan()
         if wrong.any():
             raise CheckpointError(
                 f'{name} has {int(wrong.sum())} of {wrong.numel()} numbers in the checkpoint '
                 'that are nan or infinite: the training diverged or the file is damaged. Use an '
                 'older checkpoint')
-    missing = [name for name in wanted if name not in given]
-    other = [name for name in wanted if name in given and given[name].shape != wanted[name].shape]
-    if len(missing) == len(wanted):
+    if not given:
         hint = ('. It is the authors\' release: run tools/convert_checkpoint.py on it first'
-                if any('.attn.sr.' in name for name in given) else '')
+                if any('.attn.sr.' in name for name in state) else '')
         raise CheckpointError('the checkpoint has no weight of this model' + hint)
-    shapes = [f'{name} is {_shape(given[name])} in the checkpoint and {_shape(wanted[name])} '
-              'in the model' for name in other]
-    if fine_tune:
-        for name in other:
-            state.pop(name, state.pop(f'module.{name}', None))
-        return [*shapes, *(f'{name} is not in it' for name in missing)]
-    if missing or other:
-        advice = ('' if not other else '. A classifier of another size means another number of '
-                  'classes: use the config that the checkpoint was trained with, or fine-tune it '
-                  'with tools/train.py CONFIG --load-from CHECKPOINT')
-        raise CheckpointError('the checkpoint does not fit the model: ' + '; '.join(
-            [*shapes[:6], *(f'{name} is not in it' for name in missing[:6])]) + advice)
-    return []
+    problems = compare_weights(given, wanted)
+    if problems and not fine_tune:
+        advice = ('' if given.keys().isdisjoint(problems) else '. A classifier of another size '
+                  'means another number of classes: use the config that the checkpoint was trained '
+                  'with, or fine-tune it with tools/train.py CONFIG --load-from CHECKPOINT')
+        raise CheckpointError(f'the checkpoint does not fit the model: {join_problems(problems)}'
+                              f'{advice}')
+    for name in given.keys() & problems.keys():
+        state.pop(name, state.pop(f'module.{name}', None))
+    return [*problems.values()]
 
 
 @HOOKS.register_module()
@@ -412,9 +310,6 @@ class CheckWeightsHook(Hook):
 
     Test and resume need every weight. Fine-tuning (``load_from``) leaves weights of another shape
     as initialised, and logs them.
-
-    Raises:
-        CheckpointError: The checkpoint does not fit.
     """
 
     priority = 'VERY_HIGH'

@@ -8,7 +8,7 @@ from typing import Any
 
 from mmengine.config import Config
 from mmengine.device import is_cuda_available
-from mmengine.logging import print_log
+from mmengine.logging import MMLogger, print_log
 from mmengine.registry import init_default_scope
 from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATASETS
@@ -21,11 +21,7 @@ from ..pretraining.folders import check_folders, check_same_classes
 
 
 def check_work_dir(work_dir: str) -> None:
-    """See that checkpoints can be written.
-
-    Raises:
-        ConfigError: The folder cannot be made or written to.
-    """
+    """Check that checkpoints can be written."""
     try:
         # Processes of one run may try at once.
         write_file(Path(work_dir) / '.writable', '')
@@ -37,11 +33,7 @@ def check_work_dir(work_dir: str) -> None:
 
 
 def check_amp(cfg: Config) -> None:
-    """See that mixed precision can run here.
-
-    Raises:
-        ConfigError: The config wants AmpOptimWrapper, and there is no GPU.
-    """
+    """Check that mixed precision can run here."""
     wrapper = cfg.optim_wrapper.get('wrapped', cfg.optim_wrapper.type)
     if wrapper == 'AmpOptimWrapper' and not is_cuda_available():
         raise ConfigError('--amp (AmpOptimWrapper) needs a GPU, and none is visible here: train '
@@ -49,11 +41,7 @@ def check_amp(cfg: Config) -> None:
 
 
 def check_compile(cfg: Config) -> None:
-    """See that what compiles networks is there.
-
-    Raises:
-        ConfigError: The config wants it, and there is no C++ compiler, or for a GPU no Triton.
-    """
+    """Check that what compiles networks is there."""
     if not cfg.get('compile'):
         return
     if is_cuda_available():
@@ -66,11 +54,7 @@ def check_compile(cfg: Config) -> None:
 
 
 def check_backends(cfg: Config) -> None:
-    """See that what shows the progress of a run is installed.
-
-    Raises:
-        ConfigError: It is not.
-    """
+    """Check that the packages of the visualizer's backends are installed."""
     packages = dict(TensorboardVisBackend='tensorboard', WandbVisBackend='wandb')
     for backend in (cfg.get('visualizer') or {}).get('vis_backends') or ():
         package = packages.get(backend['type'])
@@ -79,7 +63,7 @@ def check_backends(cfg: Config) -> None:
 
 
 def check_batch_size(cfg: Config, world_size: int) -> None:
-    """Compare the images per step with those that the learning rate was chosen for, and warn."""
+    """Warn if the learning rate was chosen for another number of images per step."""
     base = (cfg.get('auto_scale_lr') or {}).get('base_batch_size')
     per_gpu = cfg.train_dataloader.batch_size
     total = per_gpu * world_size
@@ -96,7 +80,7 @@ def check_batch_size(cfg: Config, world_size: int) -> None:
 
 
 def check_epochs(iterations: int, per_step: int, images: int) -> None:
-    """Say how often a training goes through its images, and warn of a schedule for far more."""
+    """Log the number of epochs, and warn of a schedule for far more images."""
     epochs = iterations * per_step / images
     text = (f'{iterations:,} iterations of {per_step} images are {epochs:,.1f} epochs of the '
             f'{images:,} training images')
@@ -104,15 +88,11 @@ def check_epochs(iterations: int, per_step: int, images: int) -> None:
         _warn(f'{text}: lower train_cfg.max_iters, and the ends in param_scheduler with it, as '
               'configs/_base_/schedules/small.py does')
     else:
-        print_log(text, logger='current')
+        MMLogger.get_current_instance().info(text)
 
 
 def check_start(cfg: Config) -> None:
-    """See where the weights of a training come from.
-
-    Raises:
-        CheckpointError: ``load_from`` names a file that is not there.
-    """
+    """See where the weights of a training come from."""
     source = cfg.get('load_from')
     if source and '://' not in source and not Path(source).is_file():
         raise CheckpointError(f'load_from={source} does not exist: give the trained checkpoint '
@@ -126,11 +106,7 @@ def check_start(cfg: Config) -> None:
 
 
 def check_classifier_flags(flags: Mapping[str, Any]) -> None:
-    """See that a classifier is asked for nothing that needs a prediction per pixel.
-
-    Raises:
-        ConfigError: It is; the values of ``flags`` say which of them are set.
-    """
+    """Check that a classifier is asked for nothing that needs a prediction per pixel."""
     given = ' and '.join(name for name, value in flags.items() if value)
     if given:
         raise ConfigError(f'{given}: only for segmentation, and this config trains a classifier. '
@@ -138,18 +114,7 @@ def check_classifier_flags(flags: Mapping[str, Any]) -> None:
 
 
 def check_data(cfg: Config, *splits: str) -> None:
-    """See that the data of the splits is there and has the classes that the model predicts.
-
-    Args:
-        cfg: The config of the run.
-        splits: Of 'train', 'val', 'test'.
-
-    Raises:
-        DataError: A folder or file is missing, an image has no mask or the other way round, or a
-            few masks that are looked at are bad.
-        ConfigError: The data set and the model differ in their number of classes, or colours are
-            distorted twice.
-    """
+    """Check that the data of the splits is there and has the classes that the model predicts."""
     if is_classifier(cfg):
         check_library()
     model = cfg.model.get('module', cfg.model)  # test-time augmentation wraps it
@@ -172,22 +137,18 @@ def check_data(cfg: Config, *splits: str) -> None:
             except ValueError as error:  # such as classes that the data set does not have
                 raise ConfigError(f'the {split} set cannot be built: {error}') from error
             if isinstance(dataset, BaseSegDataset):
-                _check_classes(split, dataset, num_classes)
+                classes = dataset.metainfo.get('classes')
+                if None not in (classes, num_classes) and len(classes) != num_classes:
+                    raise ConfigError(
+                        f'the {split} set {type(dataset).__name__} has {len(classes)} classes, the '
+                        f'model {num_classes}: set model.decode_head.num_classes={len(classes)}, '
+                        "or the data set's metainfo.classes")
                 if os.environ.get('RANK', '0') == '0':
                     _check_files(split, dataset)
                     check_samples(cfg, split, dataset, alone=len(inner) == 1)
             elif is_classifier(cfg) and os.environ.get('RANK', '0') == '0':
                 folders[split] = check_folders(split, dataset, num_classes)
     check_same_classes(folders)
-
-
-def _check_classes(split: str, dataset: BaseSegDataset, num_classes: int | None) -> None:
-    classes = dataset.metainfo.get('classes')
-    if classes is None or num_classes is None or len(classes) == num_classes:
-        return
-    raise ConfigError(f'the {split} set {type(dataset).__name__} has {len(classes)} classes, the '
-                      f'model {num_classes}: set model.decode_head.num_classes={len(classes)}, or '
-                      'the data set\'s metainfo.classes')
 
 
 def _check_colours(split: str, loader: Any, dataset_cfg: Any) -> None:
@@ -199,7 +160,7 @@ def _check_colours(split: str, loader: Any, dataset_cfg: Any) -> None:
 
 
 def _check_files(split: str, dataset: BaseSegDataset) -> None:
-    """See that the images and the masks are the same ones by name."""
+    """Check that the images and the masks are the same ones by name."""
     prefix = dataset.data_prefix
     if any('://' in (path or '') for path in prefix.values()):
         return
@@ -228,7 +189,6 @@ def _check_files(split: str, dataset: BaseSegDataset) -> None:
 
 
 def _stems(folder: str, suffix: str) -> set[str]:
-    """Names of the files below a folder that end in a suffix, without it."""
     return {os.path.relpath(os.path.join(where, name), folder).removesuffix(suffix)
             for where, _, names in os.walk(folder) for name in names if name.endswith(suffix)}
 

@@ -12,7 +12,6 @@ def compile_model(model: nn.Module, *, fixed_size: bool = False, frozen: bool = 
                   graphs: bool = False) -> None:
     """Compile the backbone and the decode head of a segmentor, in place.
 
-    The segmentor itself is not compiled: its losses and data samples do not gain from it, and
     mmengine's own ``compile`` of the whole fails in the optimizer's step. Weights, their names and
     ``apply_isr`` work as before; a new ratio compiles again.
 
@@ -45,11 +44,8 @@ def compile_model(model: nn.Module, *, fixed_size: bool = False, frozen: bool = 
 
 
 def _copying(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return copies of a forward's outputs, whose memory the next CUDA graph overwrites.
-
-    The decode head's graph would overwrite the backbone's maps before it reads them, for which
-    torch raises (pytorch/pytorch#160281).
-    """
+    # The decode head's CUDA graph would overwrite the backbone's maps before it reads them, for
+    # which torch raises (pytorch/pytorch#160281).
     @functools.wraps(forward)  # keeps torch's mark of compiled functions
     def copied(*args: Any, **kwargs: Any) -> Any:
         return tree_map_only(Tensor, Tensor.clone, forward(*args, **kwargs))
@@ -62,9 +58,6 @@ def cuda_graphs(network: Callable[..., Sequence[Tensor]], _: Any) -> Callable[..
     torch's own backend of this kind copies all weights for each replay. This one reads them in
     place, and records the graph again when they have moved. torch.compile guarantees that sizes,
     types and all that the Python code depends on, such as the ISR ratio, are those traced.
-
-    Args:
-        network: The traced function from inputs and weights to outputs.
     """
     if torch.is_grad_enabled():
         return network
@@ -85,7 +78,6 @@ def cuda_graphs(network: Callable[..., Sequence[Tensor]], _: Any) -> Callable[..
 
 def _record(network: Callable[..., Sequence[Tensor]],
             inputs: Sequence[Any]) -> Callable[..., Sequence[Tensor]]:
-    """Record a network as a CUDA graph, and return a function that replays it for other inputs."""
     own = [x.clone() if isinstance(x, Tensor) and not isinstance(x, nn.Parameter) else x
            for x in inputs]
     stream = torch.cuda.Stream()

@@ -1,20 +1,28 @@
-"""Converted checkpoints: the authors' weights under this package's names."""
+"""The authors' weights under this package's names, and encoders of any origin in a backbone."""
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS, init_default_scope
+from mmengine.runner import Runner
+from mmseg.registry import MODELS
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..files import replacing
 from ..models import EFT, EDAFormerHead
 from ..models.eft import ARCHITECTURES
-from .checkpoint_loading import load_from_file
+from .checkpoint_loading import compare_weights, join_problems, load_from_file
 
 _RENAMED: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r'^patch_embed(\d)\.', lambda m: f'stages.{int(m[1]) - 1}.patch_embed.'),
@@ -30,6 +38,7 @@ _RENAMED: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r'^decode_head\.linear_fuse\.bn\.', 'decode_head.fuse_norm.'),
     (r'^decode_head\.linear_pred\.', 'decode_head.conv_seg.'),
 ]
+_LETTERS = {'tiny': 't', 'base': 'b'}  # in the names of configs
 
 
 @dataclass(frozen=True)
@@ -37,20 +46,18 @@ class Conversion:
     """Converted weights, and what happened to every key of the source.
 
     ``renamed`` maps each used key to its new name, ``dropped`` each other key to the reason.
-    ``backbone_only`` is true for an ImageNet encoder, false for a segmentor.
     """
     state_dict: dict[str, Tensor]
     renamed: dict[str, str]
     dropped: dict[str, str]
-    backbone_only: bool
     sizes: dict[str, Any]
 
     @property
     def advice(self) -> str:
         """The model's sizes and the config to use."""
         arch = self.sizes['arch']
-        letter = {'tiny': 't', 'base': 'b'}.get(arch)
-        if self.backbone_only:
+        letter = _LETTERS.get(arch)
+        if 'head' not in self.sizes:
             return (f'EFT {arch}, an encoder: train edaformer_{letter or "t"}_*.py with '
                     '--backbone-weights FILE')
         classes = self.sizes['num_classes']
@@ -61,11 +68,7 @@ class Conversion:
 
 
 def convert_state_dict(source: Mapping[str, Tensor]) -> Conversion:
-    """Rename the weights of a released segmentor or encoder, and check each against the model.
-
-    Raises:
-        CheckpointError: A key is unknown or missing, or its shape does not fit the others.
-    """
+    """Rename the weights of a released segmentor or encoder, and check each against the model."""
     source = {name.removeprefix('module.'): tensor for name, tensor in source.items()}
     segmentor = any(name.startswith('decode_head.') for name in source)
     weights: dict[str, Tensor] = {}
@@ -81,21 +84,15 @@ def convert_state_dict(source: Mapping[str, Tensor]) -> Conversion:
             weights[new] = tensor
     sizes = infer_sizes(weights)
     prefix = 'backbone.' if segmentor else ''
-    wanted = {f'{prefix}{name}': tensor.shape for name, tensor in _on_meta(EFT, sizes['eft'])}
+    wanted = {f'{prefix}{name}': tensor for name, tensor in _on_meta(EFT, sizes['eft'])}
     if segmentor:
-        wanted.update({f'decode_head.{name}': tensor.shape
+        wanted.update({f'decode_head.{name}': tensor
                        for name, tensor in _on_meta(EDAFormerHead, sizes['head'])})
-    problems = [f'{name} is missing' for name in wanted if name not in weights]
-    problems += [f'{old} is not known' for old, new in renamed.items()
-                 if new not in wanted and not new.endswith('num_batches_tracked')]
-    problems += [f'{name} is {tuple(weights[name].shape)}, not {tuple(shape)}'
-                 for name, shape in wanted.items()
-                 if name in weights and weights[name].shape != shape]
+    problems = compare_weights(weights, wanted)
     if problems:
-        raise CheckpointError('the weights are not those of an EDAFormer: ' +
-                              '; '.join(problems[:8]) +
-                              (f' and {len(problems) - 8} more' if len(problems) > 8 else ''))
-    return Conversion(weights, renamed, dropped, not segmentor, sizes)
+        raise CheckpointError(f'the weights are not those of an EDAFormer: '
+                              f'{join_problems(problems)}')
+    return Conversion(weights, renamed, dropped, sizes)
 
 
 def rename_key(name: str) -> str:
@@ -112,9 +109,6 @@ def infer_sizes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
 
     Weights do not show the numbers of heads and the pool ratios. They are assumed to double from
     stage to stage, as in every released model.
-
-    Raises:
-        CheckpointError: A weight that tells a size is missing.
     """
     encoder = {name.removeprefix('backbone.'): tensor for name, tensor in weights.items()
                if not name.startswith('decode_head.')}
@@ -135,7 +129,10 @@ def infer_sizes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         eft = dict(arch=dict(embed_dims=dims, depths=depths, ffn_ratios=ffn_ratios,
                              num_heads=[2 ** i for i in range(len(dims))],
                              pool_ratios=[2 ** i for i in range(len(dims) - 1, -1, -1)]))
-        sizes: dict[str, Any] = dict(arch=_name_arch(dims, depths), eft=eft)
+        arch = next((name for name, known in ARCHITECTURES.items()
+                     if (list(known['embed_dims']), list(known['depths'])) == (dims, depths)),
+                    f'dict(embed_dims={dims}, depths={depths})')
+        sizes: dict[str, Any] = dict(arch=arch, eft=eft)
         if 'decode_head.fuse.weight' in weights:
             levels = sorted({int(name.split('.')[2]) for name in weights
                              if name.startswith('decode_head.levels.')})
@@ -162,10 +159,6 @@ def convert_file(source: str | Path, target: str | Path) -> Conversion:
     """Convert a released checkpoint, .pth or .safetensors, to a file of either kind.
 
     It writes the target whole or not at all, with the class names and the palette of the source.
-
-    Raises:
-        CheckpointError: The source is not a whole checkpoint of EDAFormer or EFT, or the target
-            has another suffix.
     """
     target = Path(target)
     if target.suffix not in ('.pth', '.safetensors'):
@@ -201,18 +194,74 @@ def stored_classes(meta: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def _ffn_ratio(dim: int, hidden: int) -> float:
-    """Return the ratio of one decimal that gives a width, such as 3.8 for int(32 * 3.8) = 121."""
+    # One decimal that gives the width, such as 3.8 for int(32 * 3.8) = 121.
     return next((tenths / 10 for tenths in range(1, 200) if int(dim * tenths / 10) == hidden),
                 hidden / dim)
 
 
-def _name_arch(dims: list[int], depths: list[int]) -> str:
-    return next((name for name, sizes in ARCHITECTURES.items()
-                 if (list(sizes['embed_dims']), list(sizes['depths'])) == (dims, depths)),
-                f'dict(embed_dims={dims}, depths={depths})')
-
-
 def _on_meta(build: type, arguments: dict[str, Any]) -> list[tuple[str, Tensor]]:
     with torch.device('meta'):
-        return [(name, tensor) for name, tensor in build(**arguments).state_dict().items()
-                if not name.endswith('num_batches_tracked')]
+        return [*build(**arguments).state_dict().items()]
+
+
+def load_backbone(backbone: nn.Module, filename: str | Path) -> str:
+    """Copy the weights of a pretrained encoder into a backbone; every one must fit.
+
+    The file may hold the encoder alone, as the authors release it, or as the ``backbone`` of a
+    classifier or a segmentor of OpenMMLab.
+
+    Returns:
+        A line for the log: which weights were used and which were left out.
+    """
+    state = {name.removeprefix('module.'): tensor
+             for name, tensor in load_from_file(filename, 'cpu')['state_dict'].items()}
+    part = 'backbone.' if any(name.startswith('backbone.') for name in state) else ''
+    weights: dict[str, Tensor] = {}
+    left_out = []
+    for name, tensor in state.items():
+        inner = name.removeprefix(part)
+        if not name.startswith(part) or inner.startswith('head.'):
+            left_out.append(name)
+        else:
+            weights[rename_key(inner) if isinstance(backbone, EFT) else inner] = tensor
+    problems = compare_weights(weights, backbone.state_dict())
+    if problems:
+        raise CheckpointError(f'{filename} does not fit the backbone {type(backbone).__name__} of '
+                              f'the config: {join_problems(problems)}{_advice(backbone, weights)}')
+    backbone.load_state_dict(weights, strict=False)
+    parts = Counter('.'.join(name.split('.')[:2]) for name in weights)
+    return (f'Backbone from {filename}: {len(weights)} weights used (' +
+            ', '.join(f'{part} {count}' for part, count in parts.items()) + f'), {len(left_out)} '
+            'left out' + (f' ({", ".join(left_out[:4])}{", ..." if len(left_out) > 4 else ""})'
+                          if left_out else ''))
+
+
+def check_backbone(cfg: Config, filename: str | Path) -> None:
+    """Check that a pretrained encoder fits the config, and log which weights are used."""
+    init_default_scope(cfg.get('default_scope') or 'mmseg')
+    print_log(load_backbone(MODELS.build(cfg.model.backbone), filename), logger='current')
+
+
+@HOOKS.register_module()
+class BackboneWeightsHook(Hook):
+    """Starts the backbone from a pretrained encoder; a resumed run has its weights already."""
+
+    def __init__(self, checkpoint: str) -> None:
+        self.checkpoint = checkpoint
+
+    def before_train(self, runner: Runner) -> None:
+        if not runner._resume:
+            model: Any = runner.model.module if is_model_wrapper(runner.model) else runner.model
+            load_backbone(model.backbone, self.checkpoint)
+
+
+def _advice(backbone: nn.Module, weights: Mapping[str, Tensor]) -> str:
+    if not isinstance(backbone, EFT):
+        return ''
+    try:
+        arch = infer_sizes(weights)['arch']
+    except CheckpointError:
+        return '. It is not an EFT: give an encoder of the kind that the config names'
+    letter = _LETTERS.get(arch)
+    return f'. It is EFT {arch}' + (f': train configs/edaformer_{letter}_*.py with it' if letter
+                                    else f': set model.backbone.arch={arch}')

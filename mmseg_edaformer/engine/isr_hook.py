@@ -20,15 +20,7 @@ class ISRHook(Hook):
     """Reduce the keys of the model during validation and test, never during training.
 
     The trained pools are back after each of them, also when it ends in an error: the loops' runs
-    are wrapped, because mmengine calls no hook then. The log says what is reduced.
-
-    Args:
-        isr_ratio: What `ISRRatio.parse` reads.
-        crop_size: As for `apply_isr`.
-        method: As for `apply_isr`.
-
-    Raises:
-        RatioError: The ratio makes no sense, or not for this model.
+    are wrapped, because mmengine calls no hook then. The arguments are those of `apply_isr`.
     """
 
     def __init__(self, isr_ratio: int | str = 1, crop_size: tuple[int, int] | None = None,
@@ -43,7 +35,6 @@ class ISRHook(Hook):
         self.wrapped: list[BaseLoop] = []
 
     def before_run(self, runner: Runner) -> None:
-        """Wrap the loops that are there; logs the report."""
         size = self._input_size(runner.model)
         try:
             report = report_isr(runner.model, self.isr_ratio, size, method=self.method,

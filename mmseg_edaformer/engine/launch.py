@@ -25,9 +25,9 @@ from ..isr import ISRRatio
 from ..isr.pooling import check_method
 from . import checks
 from .allocator import keep_freed_memory
-from .backbone_weights import check_backbone
 from .checkpoint_hook import find_checkpoint
 from .compile import compile_model
+from .convert import check_backbone
 from .nonfinite import skip_nonfinite_steps
 from .preemption import EXIT_PREEMPTED, Preempted, Watchdog, is_lost_peer
 from .run_config import add_hook
@@ -44,10 +44,7 @@ def add_report(cfg: Config) -> None:
 
 
 def build_runner(cfg: Config) -> Runner:
-    """Start the process group where there is one, and build the runner that the config names.
-
-    The config's ``compile`` is True, or the arguments of `compile_model`.
-    """
+    """Start the process group where there is one, and build the runner that the config names."""
     if cfg.get('custom_imports'):  # some were added after the config was read
         import_modules_from_strings(**cfg.custom_imports)
     if cfg.launcher == 'pytorch':
@@ -68,9 +65,6 @@ def prepare_train(cfg: Config, *, resume: bool = False, load_from: str | None = 
     """Apply the flags of a training to its config, and fail early if it cannot run.
 
     A training that torchrun restarts after a failed process resumes.
-
-    Raises:
-        UserError: A check of `checks` fails.
     """
     if load_from is not None:
         cfg.load_from = load_from
@@ -86,19 +80,16 @@ def prepare_train(cfg: Config, *, resume: bool = False, load_from: str | None = 
     cfg.resume = False
     if resume or restart:
         since = started.stat().st_mtime if restart and started.is_file() else 0.
-        found = find_checkpoint(cfg.work_dir, since)
+        newest = find_checkpoint(cfg.work_dir, since)
         again = f' (start {restart + 1} of this run)' if restart else ''
-        if found is None:
+        if newest is None:
             print_log(f'Nothing to resume in {cfg.work_dir}: training starts from the beginning'
                       f'{again}', logger='current', level=logging.WARNING)
         else:
-            print_log(f'Resuming from {found}{again}', logger='current')
-            cfg.resume, cfg.load_from = True, found
+            print_log(f'Resuming from {newest}{again}', logger='current')
+            cfg.resume, cfg.load_from = True, newest
     add_hook(cfg, dict(type='PreemptionHook'), replace=False)
     add_report(cfg)
-    if skip_nonfinite is not None and skip_nonfinite < 0:
-        raise ConfigError(f'--skip-nonfinite {skip_nonfinite} is negative: give a number of '
-                          'steps, 0 or more')
     if skip_nonfinite is None:
         add_hook(cfg, dict(type='FiniteLossHook'), replace=False)
     else:
@@ -159,7 +150,7 @@ def train(cfg: Config) -> int:
                  f'({error}): the last lines of that one say why. Continue with --resume')
     finally:
         if watchdog is not None:
-            watchdog.stop()  # the others may leave now, and wait while the first one writes
+            watchdog.stopped.set()  # the others may leave now, and wait while the first one writes
     runner.call_hook('after_success')
     return 0
 
@@ -168,12 +159,7 @@ def prepare_test(cfg: Config, checkpoint: str, *, isr_ratio: str | None = None,
                  isr_method: str = 'average', tta: bool = False, out: str | None = None,
                  show: bool = False, show_dir: str | None = None, wait_time: float = 2.,
                  bf16: bool = False, skip_bad_files: bool = False) -> None:
-    """Apply the flags of a test to its config.
-
-    Raises:
-        UserError: The checkpoint or the data is missing, the ratio cannot be parsed, or the config
-            lacks what a flag needs.
-    """
+    """Apply the flags of a test to its config, and fail early if it cannot run."""
     if '://' not in checkpoint and not Path(checkpoint).is_file():
         raise CheckpointError(f'checkpoint not found: {checkpoint}')
     cfg.load_from = checkpoint
@@ -214,15 +200,12 @@ def prepare_test(cfg: Config, checkpoint: str, *, isr_ratio: str | None = None,
 
 
 def evaluate(cfg: Config, json_file: str | None = None, *, bf16: bool = False) -> dict[str, float]:
-    """Test, and write the metrics, the ISR ratio, the time and the machine to a JSON file.
+    """Test a config that `prepare_test` has seen, and return the metrics.
 
     Args:
-        cfg: A config that `prepare_test` has seen.
-        json_file: The file, if one is wanted.
+        cfg: The config.
+        json_file: File for the metrics, the ISR ratio, the time and the machine.
         bf16: Whether to compute in bfloat16, except for the normalisation of images.
-
-    Returns:
-        The metrics.
     """
     runner = build_runner(cfg)
     if bf16:
@@ -234,20 +217,16 @@ def evaluate(cfg: Config, json_file: str | None = None, *, bf16: bool = False) -
     metrics = runner.test()
     seconds = time.perf_counter() - start
     if json_file is not None and is_main_process():
-        write_file(json_file, json.dumps(_figures(cfg, runner, metrics, seconds), indent=2) + '\n')
+        hook: dict[str, Any] = next(
+            (hook for hook in cfg.custom_hooks if hook['type'] == 'ISRHook'), {})
+        figures = dict(
+            config=str(cfg.filename), checkpoint=cfg.load_from,
+            isr_ratio=hook.get('isr_ratio', 'none'), isr_method=hook.get('method', 'average'),
+            metrics={name: float(value) for name, value in metrics.items()},
+            images=len(runner.test_dataloader.dataset), seconds=round(seconds, 3),
+            device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu',
+            threads=torch.get_num_threads(), processes=runner.world_size,
+            versions=dict(mmseg_edaformer=__version__, torch=torch.__version__))
+        write_file(json_file, json.dumps(figures, indent=2) + '\n')
     runner.call_hook('after_success')
     return metrics
-
-
-def _figures(cfg: Config, runner: Runner, metrics: dict[str, float],
-             seconds: float) -> dict[str, Any]:
-    hook: dict[str, Any] = next(
-        (hook for hook in cfg.custom_hooks if hook['type'] == 'ISRHook'), {})
-    return dict(
-        config=str(cfg.filename), checkpoint=cfg.load_from, isr_ratio=hook.get('isr_ratio', 'none'),
-        isr_method=hook.get('method', 'average'),
-        metrics={name: float(value) for name, value in metrics.items()},
-        images=len(runner.test_dataloader.dataset), seconds=round(seconds, 3),
-        device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu',
-        threads=torch.get_num_threads(), processes=runner.world_size,
-        versions=dict(mmseg_edaformer=__version__, torch=torch.__version__))

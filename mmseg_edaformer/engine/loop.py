@@ -30,9 +30,8 @@ def seed_all(*key: int) -> None:
 
 
 class SeededIndices(list[int]):
-    """The indices of a batch, which seed all generators before each sample.
+    """The indices of a batch, which seed all generators before a worker reads each sample.
 
-    DataLoader hands such a list to a worker, which iterates over it and reads one sample at a time.
     So the augmentation of a sample depends on its number in the run, not on the worker.
     """
 
@@ -50,14 +49,9 @@ class SeededIndices(list[int]):
 
 
 class CountedBatches(Sampler):
-    """Repeats a batch sampler without end, from any batch on, and numbers the samples.
+    """Repeats the batch sampler of a rank without end, from any batch on, and numbers the samples.
 
-    Starting at a later batch draws indices and reads no data.
-
-    Args:
-        batches: The batch sampler of a rank.
-        rank: The rank.
-        world_size: Number of ranks, whose samples alternate in the numbering.
+    The samples of the ranks alternate in the numbering. Starting at a later batch reads no data.
     """
 
     def __init__(self, batches: Sampler, rank: int, world_size: int) -> None:
@@ -98,10 +92,7 @@ class CountedBatches(Sampler):
 
 
 class CountedLoader(DataLoader):
-    """A DataLoader rebuilt to read `CountedBatches`; its workers start with the first batch.
-
-    mmengine makes the iterator before it knows where the run resumes.
-    """
+    """A DataLoader of `CountedBatches`, whose workers start with the first batch that is drawn."""
 
     def __init__(self, loader: DataLoader, rank: int, world_size: int) -> None:
         self.samples_per_step = world_size * (
@@ -112,6 +103,7 @@ class CountedLoader(DataLoader):
             **{name: getattr(loader, name) for name in _LOADER_SETTINGS})
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        # mmengine makes the iterator before it knows where the run resumes.
         yield from super().__iter__()
 
 
@@ -162,8 +154,10 @@ class ExactTrainLoop(IterBasedTrainLoop):
         self._resumed = dict(iter=iterations, samples=samples)
 
     def run(self) -> nn.Module:
-        """Train from the current iteration to the last."""
-        runner, seed, rank = self.runner, self._seed(), get_dist_info()[0]
+        runner, rank = self.runner, get_dist_info()[0]
+        seed: int = runner.seed
+        if runner._randomness_cfg.get('diff_rank_seed', False):
+            seed -= rank  # the same on all ranks
         runner.call_hook('before_train')
         runner.call_hook('before_train_epoch')
         if self.counted:
@@ -198,10 +192,3 @@ class ExactTrainLoop(IterBasedTrainLoop):
             for buffer in self.runner.model.buffers():
                 broadcast(buffer)
             self.runner.val_loop.run()
-
-    def _seed(self) -> int:
-        """Return the run's seed, the same on all ranks."""
-        seed: int = self.runner.seed
-        if self.runner._randomness_cfg.get('diff_rank_seed', False):
-            seed -= get_dist_info()[0]
-        return seed

@@ -17,10 +17,6 @@ from ..errors import ConfigError, DataError
 from .checkpoint_hook import SafeCheckpointHook
 
 
-class NotFinite(DataError):
-    """A loss or its gradient is nan or infinite."""
-
-
 class FiniteSteps(OptimWrapper):
     """Mixed into an optim wrapper: skips a step whose gradient is not finite, and logs its norm.
 
@@ -31,11 +27,8 @@ class FiniteSteps(OptimWrapper):
     scale, and mmengine's wrapper skips such steps itself.
     """
 
-    finite = True
-    """Whether the gradient of the last step was finite."""
-
-    stepped = True
-    """Whether the last call of `update_params` made a step; if not, it accumulated gradients."""
+    finite = True  # the gradient of the last step
+    stepped = True  # in the last call of update_params, which else accumulated gradients
 
     @property
     def judges(self) -> bool:
@@ -43,7 +36,6 @@ class FiniteSteps(OptimWrapper):
         return not isinstance(self, AmpOptimWrapper) or self._scale_update_param is not None
 
     def update_params(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Add to the gradients, and make a step when it is time to."""
         if self.judges:
             self.stepped = False
             # An infinite loss can have a finite gradient: make it one that all ranks see.
@@ -51,34 +43,23 @@ class FiniteSteps(OptimWrapper):
         super().update_params(loss, *args, **kwargs)
 
     def step(self, **kwargs: Any) -> None:
-        """Make a step if the gradient is finite."""
         if self.judges:
             self.stepped = True
-            norm = self._gradient_norm()
+            norm = float(torch.stack(torch._foreach_norm([
+                parameter.grad for group in self.param_groups for parameter in group['params']
+                if parameter.grad is not None])).norm())
+            if isinstance(self, AmpOptimWrapper):
+                norm /= self.loss_scaler.get_scale()
             self.finite = math.isfinite(norm)
             if not self.clip_grad_kwargs:  # else mmengine logs it
                 self.message_hub.update_scalar('train/grad_norm', norm)
         if self.finite:
             super().step(**kwargs)
 
-    def _gradient_norm(self) -> float:
-        """Return the norm of all gradients, without the scale of mixed precision."""
-        norm = torch.stack(torch._foreach_norm([
-            parameter.grad for group in self.param_groups for parameter in group['params']
-            if parameter.grad is not None])).norm()
-        if isinstance(self, AmpOptimWrapper):
-            norm = norm / self.loss_scaler.get_scale()
-        return float(norm)
-
 
 @OPTIM_WRAPPERS.register_module(name='FiniteOptimWrapper')
 def finite_optim_wrapper(wrapped: str | type = 'OptimWrapper', **kwargs: Any) -> OptimWrapper:
-    """Build an optim wrapper of any class that skips steps which are not finite.
-
-    Args:
-        wrapped: A subclass of mmengine's OptimWrapper, or its name.
-        kwargs: Arguments of that class.
-    """
+    """Build an optim wrapper that skips steps which are not finite, of a subclass or its name."""
     base = _find_wrapper(wrapped)
     cls = type(f'Finite{base.__name__}', (FiniteSteps, base), {})
     wrapper: OptimWrapper = cls(**kwargs)
@@ -110,16 +91,12 @@ def _find_wrapper(name: str | type) -> Any:
 class FiniteLossHook(Hook):
     """End the run, or report a skipped step, when a loss or gradient is nan or infinite.
 
-    `FiniteSteps` keeps such a step from the weights. Without it, as in a config that names this
-    hook alone, the run ends after the step and before the next checkpoint.
+    `FiniteSteps` keeps such a step from the weights. Without it the run ends after the step and
+    before the next checkpoint.
 
     Args:
         skip: Number of such steps to skip before the run ends. A skipped step changes no weight, no
             moment of the optimizer and no buffer.
-
-    Raises:
-        NotFinite: It names the files of the batch, the last good checkpoint and what to try.
-        ConfigError: Steps are to be skipped, and the optim wrapper cannot skip them.
     """
 
     def __init__(self, skip: int = 0) -> None:
@@ -127,7 +104,6 @@ class FiniteLossHook(Hook):
         self.batches: list[tuple[float, list[str]]] = []  # since the last step of the optimizer
 
     def before_train(self, runner: Runner) -> None:
-        """Check that steps can be skipped."""
         if self.skip and not isinstance(runner.optim_wrapper, FiniteSteps):
             raise ConfigError(
                 'FiniteLossHook.skip: the steps of optim_wrapper.type='
@@ -142,7 +118,6 @@ class FiniteLossHook(Hook):
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None,
                          outputs: Mapping[str, Tensor] | None = None) -> None:
-        """Report a step that was not finite."""
         loss = outputs['loss'].item() if outputs and 'loss' in outputs else 0.
         self.batches.append((loss, _files(data_batch)))
         wrapper = runner.optim_wrapper
@@ -170,7 +145,7 @@ class FiniteLossHook(Hook):
             return
         last = next((hook.last_ckpt for hook in runner.hooks
                      if isinstance(hook, SafeCheckpointHook)), None)
-        raise NotFinite(
+        raise DataError(
             f'{message}. ' + (f'The last good checkpoint is {last}. ' if last
                               else 'No checkpoint was written yet. ') +
             'Look at these images and masks with tools/check_data.py; try a lower learning rate or '

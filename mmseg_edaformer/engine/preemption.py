@@ -24,8 +24,7 @@ EXIT_PREEMPTED = 75
 
 _SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGUSR1') if hasattr(signal, name)]
 
-GRACE = 60
-"""Seconds that data loader workers live on after SIGTERM."""
+GRACE = 60  # seconds that data loader workers live on after SIGTERM
 
 
 class Preempted(Exception):
@@ -43,17 +42,12 @@ class PreemptionHook(Hook):
     All ranks agree after every step, over a process group on the CPU. So a rank without a signal
     stops at the same step, and a rank whose peer is gone fails instead of waiting in a collective
     on a GPU.
-
-    Raises:
-        Preempted: The run was told to stop; the checkpoint is written.
-        LostPeer: A peer is gone.
     """
 
     priority = 'LOWEST'  # after the checkpoint hook
 
     def __init__(self) -> None:
-        self.signal: int | None = None
-        self.main = os.getpid()
+        self.signal, self.main = 0, os.getpid()
         self.group: Any = None
         self.device = 'cpu'
         self.together = True
@@ -79,7 +73,6 @@ class PreemptionHook(Hook):
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None,
                          outputs: dict[str, Any] | None = None) -> None:
-        """Stop if any rank was told to."""
         self._stop_if_told(runner, runner.iter + 1)
 
     def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None,
@@ -89,7 +82,6 @@ class PreemptionHook(Hook):
             self._stop_if_told(runner, runner.iter)
 
     def after_run(self, runner: Runner) -> None:
-        """Restore the signal handlers."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
@@ -101,7 +93,7 @@ class PreemptionHook(Hook):
             signal.alarm(GRACE)
 
     def _stop_if_told(self, runner: Runner, iterations: int) -> None:
-        told = self.signal or 0
+        told = self.signal
         if self.group is not None:
             flag = torch.tensor([told], device=self.device)
             try:
@@ -121,30 +113,26 @@ class PreemptionHook(Hook):
 
 
 class Watchdog(threading.Thread):
-    """Ends this process when another of the run is gone: killed, or on a lost machine.
+    """Ends this process when another of the run gave no sign of life for ``patience`` seconds.
 
     Each process increments its own counter in a store that all reach. A counter that stands still,
     or a store out of reach, means that its process is gone. Without this, a process would wait for
     it until the timeout of NCCL or gloo. The environment must name the ranks, as torchrun does, and
     mmengine's init_dist.
-
-    Args:
-        patience: Seconds without a sign of life after which a process counts as gone.
-        start: Seconds until each process must have been seen once.
     """
 
-    def __init__(self, patience: float = 40., start: float = 600.) -> None:
+    def __init__(self, patience: float = 40.) -> None:
         super().__init__(name='watchdog', daemon=True)
-        self.patience, self.first = patience, start
+        self.patience = patience
         self.rank, self.world_size = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
         self.prefix = f"alive/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/"
         self.stopped = threading.Event()
         self.counts: dict[int, int] = {}
 
     def run(self) -> None:
-        """Watch until stopped."""
         threading.Thread(target=self._count, name='alive', daemon=True).start()
-        moved = dict.fromkeys(range(self.world_size), time.monotonic() + self.first - self.patience)
+        # Each process must have been seen once after ten minutes.
+        moved = dict.fromkeys(range(self.world_size), time.monotonic() + 600 - self.patience)
         seen = dict.fromkeys(moved, 0)
         while not self.stopped.wait(self.patience / 8):
             now, counts = time.monotonic(), self.counts
@@ -175,10 +163,6 @@ class Watchdog(threading.Thread):
                 pass
             if self.stopped.wait(self.patience / 8):
                 return
-
-    def stop(self) -> None:
-        """Stop watching."""
-        self.stopped.set()
 
 
 def is_lost_peer(error: Exception) -> bool:

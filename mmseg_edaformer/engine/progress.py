@@ -1,16 +1,19 @@
-"""A progress bar on the terminal."""
+"""What a run shows on the terminal: a progress bar, and little of the log."""
 import atexit
 import logging
+import re
 import sys
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
-from mmengine.registry import HOOKS
+from mmengine.logging import MMLogger
+from mmengine.registry import HOOKS, RUNNERS
 from mmengine.runner import Runner
 from mmseg.evaluation import IoUMetric
 from rich.progress import (
@@ -21,6 +24,10 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+
+_PACKAGE = str(Path(__file__).resolve().parents[1])
+# What mmengine warns of in every run of mmseg, though nobody can do anything about it.
+_OF_NO_USE = re.compile('prefix is not set in metric|"FileClient" will be|"HardDiskBackend" is')
 
 
 @HOOKS.register_module()
@@ -44,22 +51,18 @@ class ProgressHook(Hook):
         self.figures: dict[str, str] = {}
 
     def before_train(self, runner: Runner) -> None:
-        """Start the bar of the training."""
         self._start(runner, 'train', runner.max_iters, runner.iter)
         self.train_task = self.task
         self.tick = self.printed = time.perf_counter()
         self.begun = runner.iter
 
     def after_train(self, runner: Runner) -> None:
-        """Remove the bar."""
         self._stop(runner)
 
     def before_val(self, runner: Runner) -> None:
-        """Start a bar of the validation, below that of the training if there is one."""
         self._start(runner, 'validate', len(runner.val_dataloader))
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        """Remove the bar of the validation, and log its figures."""
         self._log_figures(runner, f'Validation at iteration {runner.iter}', metrics)
         if self.progress is None:
             return
@@ -71,17 +74,14 @@ class ProgressHook(Hook):
             self._stop(runner)
 
     def before_test(self, runner: Runner) -> None:
-        """Start the bar of the test."""
         self._start(runner, 'test', len(runner.test_dataloader))
 
     def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        """Remove the bar, and log the figures."""
         self._stop(runner)
         self._log_figures(runner, 'Test', metrics)
 
     def _after_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None,
                     outputs: Any = None, mode: str = 'train') -> None:
-        """Advance the bar of the training, validation or test."""
         if self.progress is None:
             if mode == 'train' and is_main_process():
                 self._print_progress(runner, outputs)
@@ -90,12 +90,13 @@ class ProgressHook(Hook):
         if mode == 'train':
             if self.every_n_train_iters(runner, self.interval):
                 now = time.perf_counter()
-                self._show_rate(self.interval * images, now - self.tick)
+                self.figures['images/s'] = f'{self.interval * images / (now - self.tick):.1f}'
                 self.figures['loss'] = f'{outputs["loss"].item():.3f}'
                 self.tick = now
         else:
             self.images += images
-            self._show_rate(self.images, time.perf_counter() - self.started)
+            seconds = time.perf_counter() - self.started
+            self.figures['images/s'] = f'{self.images / seconds:.1f}'
             self._show_miou(getattr(runner, f'{mode}_loop').evaluator.metrics)
         self.progress.update(
             self.train_task if mode == 'train' else self.task, advance=1,
@@ -144,9 +145,6 @@ class ProgressHook(Hook):
             if type(handler) is logging.StreamHandler:
                 handler.setStream(stream)
 
-    def _show_rate(self, images: int, seconds: float) -> None:
-        self.figures['images/s'] = f'{images / seconds:.1f}'
-
     def _show_miou(self, metrics: Sequence[Any]) -> None:
         for metric in metrics:
             if isinstance(metric, IoUMetric) and len(metric.results) > self.seen:
@@ -157,3 +155,25 @@ class ProgressHook(Hook):
         if self.areas is not None:
             # A class that has not occurred yet is nan and does not count, as in the final mIoU.
             self.figures['mIoU'] = f'{100 * (self.areas[0] / self.areas[1]).nanmean():.2f}'
+
+
+@RUNNERS.register_module()
+class QuietRunner(Runner):
+    """mmengine's Runner that writes its whole log to the file in the work dir alone.
+
+    The terminal shows warnings and what this package itself has to say, such as the figures of a
+    validation and where the report lies.
+    """
+
+    def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
+        logger: MMLogger = super().build_logger(*args, **kwargs)
+        for handler in logger.handlers:
+            if type(handler) is logging.StreamHandler:
+                handler.addFilter(_matters)
+        return logger
+
+
+def _matters(record: logging.LogRecord) -> bool:
+    if record.pathname.startswith(_PACKAGE):
+        return True
+    return record.levelno >= logging.WARNING and not _OF_NO_USE.search(record.getMessage())

@@ -70,11 +70,7 @@ def load_config(path: str | Path, *, cfg_options: Mapping[str, Any] | Sequence[s
 
 
 def parse_options(options: Mapping[str, Any] | Sequence[str] | None) -> dict[str, Any]:
-    """Return settings by dotted name from what ``--cfg-options`` was given.
-
-    Raises:
-        ConfigError: A string is not ``KEY=VALUE``.
-    """
+    """Return settings by dotted name from what ``--cfg-options`` was given."""
     if isinstance(options, Mapping):
         return dict(options)
     parsed = {}

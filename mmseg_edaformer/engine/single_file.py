@@ -25,8 +25,7 @@ from ..errors import CheckpointError, ConfigError
 from .checkpoint_loading import check_weights, load_from_file
 from .convert import convert_state_dict, stored_classes, write_weights
 
-DESCRIPTION_FORMAT = 1
-"""Version of the descriptions written here; a larger one comes from a newer package."""
+DESCRIPTION_FORMAT = 1  # of what is written here; a larger one comes from a newer package
 
 _KEY = 'mmseg_edaformer'
 _DESCRIBED = {
@@ -37,10 +36,9 @@ _DESCRIBED = {
 """Classes that a file may name; mmengine imports and calls anything that a ``type`` names."""
 _TRAINING = ('init_cfg', 'pretrained', 'train_cfg', 'loss_decode', 'auxiliary_head')
 """Arguments for training alone; most can name files, some of which would be unpickled."""
+# Arguments that a described LoadImageFromFile may have, and what may follow it: the last one ends.
 _READING = ('type', 'to_float32', 'color_type', 'imdecode_backend')
-"""Arguments that a described LoadImageFromFile may have."""
 _STEPS = ('Resize', 'ResizeToMultiple', 'PackSegInputs')
-"""Transforms that may follow it; the last one is at the end."""
 _RULES: dict[str, tuple[Any, ...] | range] = {
     **dict.fromkeys(('align_corners', 'keep_ratio', 'to_float32', 'bgr_to_rgb', 'rgb_to_bgr',
                      'qkv_bias', 'seg_logits'), (False, True)),
@@ -53,21 +51,14 @@ _RULES: dict[str, tuple[Any, ...] | range] = {
     **dict.fromkeys(('depths', 'num_layers', 'num_heads', 'pool_ratios', 'sr_ratios',
                      'patch_sizes', 'strides'), range(1, 257)),
     **dict.fromkeys(('in_index', 'out_indices'), range(4))}
-"""Allowed values by argument name; unless they are words, also None and lists of them.
-
-2^14 x 2^14 pixels is the largest image that is read.
-"""
+"""Allowed values by argument name; unless they are words, also None and lists of them."""
 _LIMITS = dict(std=(1e-6, 1e6), scale_factor=(1e-3, 4), ffn_ratios=(.1, 64), mlp_ratio=(.1, 64))
 """Lowest and highest number by argument name; for all others -1e6 and 1e6."""
 
 
 @dataclass(frozen=True)
 class Description:
-    """What a prediction needs besides weights.
-
-    ``model`` is the config of the segmentor without its training settings, ``pipeline`` the test
-    pipeline without labels; ``classes`` are names, ``palette`` their colours as RGB.
-    """
+    """What a prediction needs besides weights: a config without its settings for training."""
     model: dict[str, Any]
     pipeline: list[dict[str, Any]]
     classes: tuple[str, ...]
@@ -75,17 +66,9 @@ class Description:
 
 
 def pack_file(source: str | Path, target: str | Path, cfg: Config) -> Description:
-    """Write weights, config, classes and palette to one file, from which `Segmenter` predicts.
+    """Write weights, config, classes and palette to one .safetensors, whole or not at all.
 
-    Args:
-        source: A checkpoint of a training, or one that the authors released.
-        target: A .safetensors file, which is written whole or not at all.
-        cfg: The config that the checkpoint was trained with.
-
-    Raises:
-        CheckpointError: The source is not a whole checkpoint of that config, or the target has
-            another suffix.
-        ConfigError: The config is not a segmentor's, or names classes that a file may not name.
+    The source is a checkpoint of a training with ``cfg``, or one that the authors released.
     """
     target = Path(target)
     if target.suffix != '.safetensors':
@@ -109,11 +92,7 @@ def pack_file(source: str | Path, target: str | Path, cfg: Config) -> Descriptio
 
 
 def read_description(path: str | Path) -> Description:
-    """Read what `pack_file` wrote besides the weights; nothing in it is executed.
-
-    Raises:
-        CheckpointError: The file has no description, or names what a file may not name.
-    """
+    """Read what `pack_file` wrote besides the weights; nothing in it is executed."""
     try:
         with safe_open(path, 'pt') as file:
             text = (file.metadata() or {}).get(_KEY)
@@ -134,9 +113,6 @@ def describe(cfg: Config, meta: Mapping[str, Any]) -> Description:
     """Return what a prediction needs of a config, and of the ``meta`` of its checkpoint.
 
     The class names are the checkpoint's, or else those of the config's test set.
-
-    Raises:
-        ConfigError: The config is not a segmentor's, or has no test pipeline.
     """
     # Test-time augmentation wraps the model, also in the config that it writes to a work dir.
     model = (cfg.get('model') or {}).get('module') or cfg.get('model') or {}
@@ -168,11 +144,7 @@ def describe(cfg: Config, meta: Mapping[str, Any]) -> Description:
 
 
 def load_model(description: Description, content: Mapping[str, Any]) -> nn.Module:
-    """Build the described segmentor with the weights of a checkpoint, in eval mode on the CPU.
-
-    Raises:
-        CheckpointError: The weights are not those of this model.
-    """
+    """Build the described segmentor with the weights of a checkpoint, in eval mode on the CPU."""
     init_default_scope('mmseg')
     config = dict(description.model)
     if config['type'] == 'EncoderDecoder':  # the same labels, in less time and memory
@@ -189,11 +161,7 @@ def load_model(description: Description, content: Mapping[str, Any]) -> nn.Modul
 
 
 def _parse(data: Any) -> Description:
-    """Return a description from JSON.
-
-    Raises:
-        ValueError: It is no description, or names a class outside of `_DESCRIBED`.
-    """
+    """Return a description from JSON."""
     if not isinstance(data, dict) or not isinstance(data.get('format'), int):
         raise ValueError('it does not say its format')
     if data['format'] > DESCRIPTION_FORMAT:
@@ -217,12 +185,7 @@ def _parse(data: Any) -> Description:
 
 
 def _checked(value: Any, name: str = '') -> Any:
-    """Return JSON with tuples for lists, as mmseg needs them; ``name`` is the argument's name.
-
-    Raises:
-        ValueError: It names a class outside of `_DESCRIBED`, has an argument of `_TRAINING`, or a
-            value that breaks `_RULES` or `_LIMITS`.
-    """
+    """Return JSON with tuples for lists, as mmseg needs them; ``name`` is the argument's name."""
     allowed, (low, high) = _RULES.get(name), _LIMITS.get(name, (-1e6, 1e6))
     word = allowed is not None and isinstance(allowed[0], str)
     if isinstance(value, list) and not word:

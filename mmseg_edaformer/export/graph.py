@@ -27,15 +27,7 @@ _TRACED = (613, 741)  # several cells of every sensible pool; free, for nothing 
 
 
 class Deployed(nn.Module):
-    """A segmentor from pixels to labels or logits, in plain operators.
-
-    Args:
-        model: The segmentor, in eval mode.
-        labels: Whether to give labels at the size of the images in place of the head's logits.
-
-    Raises:
-        ConfigError: The segmentor does more than a graph can hold.
-    """
+    """A segmentor in plain operators, to labels at the size of the images or the head's logits."""
 
     def __init__(self, model: nn.Module, labels: bool) -> None:
         super().__init__()
@@ -88,11 +80,8 @@ def trace(deployed: Deployed, size: tuple[int, int] | None
     """Trace a model for any number of images, of one size or of any.
 
     Returns:
-        The graph, and the smallest height and width for which it is right: below these, pools of
-        keys would shrink to their map, which a graph cannot express.
-
-    Raises:
-        ConfigError: torch.export cannot trace the model, or not with an open size.
+        The graph, and the smallest height and width: below these, pools of keys would shrink to
+        their map, which a graph cannot express.
     """
     example = torch.zeros(2, *(size or _TRACED), 3, dtype=torch.uint8)
     free = Dim.DYNAMIC

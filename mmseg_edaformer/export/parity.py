@@ -30,8 +30,6 @@ LEAST_EQUAL = {False: 0.999, True: 0.9}
 """Least share of PyTorch's labels that a file, in int8 or not, must give to be written."""
 FARTHEST = 0.01
 """Maximum logit error relative to the largest logit; not in int8."""
-UNSTEADY = 1.5
-"""Times are useless if the upper quartile of their ratio is so many times the lower one."""
 
 _CHECKED = 8
 _DRAWN = (360, 480)
@@ -92,7 +90,6 @@ class ExportReport:
             table.del_column('mIoU')
         shapes = next(row.parity.inputs for row in self.rows if row.parity)
         checked = ', '.join(f'{n}x{h}x{w}' for n, h, w in dict.fromkeys(shapes))
-        unsteady = [row.name for row in self.rows if row.spread[1] > UNSTEADY * row.spread[0]]
         size = 'x'.join(map(str, metadata['size'] or metadata['minimum']))
         megabytes = sum(path.stat().st_size for path in (
             self.path, *([self.path.with_suffix('.bin')] if self.path.suffix == OPENVINO else []))
@@ -106,10 +103,9 @@ class ExportReport:
             f'{self.timed[1]} in turn (with quartiles), {self.threads} '
             f'thread{"s" if self.threads > 1 else ""}' +
             (f'; mIoU of {self.labelled} labelled images' if self.labelled else '') + '.']
-        if unsteady:
-            lines.append(f'The times of {" and ".join(unsteady)} are useless: their ratio to '
-                         'PyTorch differs too much from turn to turn. Export again while nothing '
-                         'else runs here, or with fewer --threads.')
+        lines += [f'The times of {row.name} are useless, because their ratio to PyTorch differs '
+                  'too much from turn to turn: export again while nothing else runs here, or with '
+                  'fewer --threads.' for row in self.rows if row.spread[1] > 1.5 * row.spread[0]]
         if metadata['output'] == 'labels':
             lines.append("Logits apart: where labels differ, PyTorch's logit of its own label less "
                          "that of the file's.")
@@ -136,13 +132,7 @@ def reference(deployed: Deployed, images: np.ndarray) -> np.ndarray:
 
 
 def compare(run: Run, deployed: Deployed, inputs: Sequence[np.ndarray]) -> Parity:
-    """Run a file and PyTorch on the same images.
-
-    Args:
-        run: The file.
-        deployed: The model that it was made from.
-        inputs: Images, each N x H x W x 3.
-    """
+    """Run a file, and the model that it was made from, on batches of N x H x W x 3."""
     equal = pixels = 0
     difference = largest = 0.
     for images in inputs:
@@ -171,11 +161,7 @@ def compare(run: Run, deployed: Deployed, inputs: Sequence[np.ndarray]) -> Parit
 
 def check(path: Path, out: Path, deployed: Deployed, inputs: Sequence[np.ndarray], *,
           int8: bool) -> tuple[Run, Parity]:
-    """Load a file again and check its parity with PyTorch.
-
-    Raises:
-        ConfigError: It cannot be run, or is too far from PyTorch.
-    """
+    """Load a file again and check its parity with PyTorch."""
     try:
         run = Exported(path)
         parity = compare(run, deployed, inputs)
@@ -198,13 +184,9 @@ def check(path: Path, out: Path, deployed: Deployed, inputs: Sequence[np.ndarray
 
 
 class TestImages:
-    """Images on which a file is compared with PyTorch.
+    """Images on which a file is compared with PyTorch: of a folder, or the model's test set.
 
-    Args:
-        segmenter: The model, whose pipeline prepares the images.
-        model: As given to `export`: its config names a test set.
-        folder: Images to compare on instead.
-        samples: Most labelled images.
+    The pipeline of the segmenter prepares them. At most ``samples`` of them are labelled.
     """
     __test__ = False  # no test of pytest
 
@@ -241,9 +223,8 @@ class TestImages:
             return None
 
     def _order(self, count: int) -> list[int]:
-        order = np.random.default_rng(0).permutation(0 if self.dataset is None else
-                                                     len(self.dataset))
-        return [int(index) for index in order[:count]]
+        total = 0 if self.dataset is None else len(self.dataset)
+        return np.random.default_rng(0).permutation(total)[:count].tolist()
 
     def inputs(self, size: tuple[int, int] | None, minimum: tuple[int, int]) -> list[np.ndarray]:
         """Return batches of one image and of two; for an open size also of another, odd size."""
@@ -285,7 +266,6 @@ class TestImages:
 
 
 def _to_labels(output: np.ndarray, size: tuple[int, int]) -> Tensor:
-    """Return the labels of one image at a size, from labels or from logits."""
     if output.ndim == 4:
         return F.interpolate(torch.from_numpy(output), size, None, 'bilinear').argmax(1)[0]
     return F.interpolate(torch.from_numpy(output).float()[None], size)[0, 0].long()
@@ -299,7 +279,6 @@ def read_images(segmenter: Segmenter, source: str | Path, most: int) -> list[np.
 
 
 def _to_rgb(data: dict[str, Any]) -> np.ndarray:
-    """Return the image of a packed sample, 3 x H x W and BGR, as H x W x 3 and RGB."""
     return np.ascontiguousarray(data['inputs'].numpy().transpose(1, 2, 0)[..., ::-1])
 
 

@@ -1,7 +1,4 @@
-"""The formats: how a file of each is written, quantised and run, on the CPU.
-
-Their packages are extras, so they are imported where they are used.
-"""
+"""The formats: how a file of each is written, quantised and run, on the CPU."""
 import importlib.util
 import io
 import json
@@ -23,36 +20,25 @@ from ..errors import ConfigError
 from ..files import replacing
 from .graph import images_of
 
-KEY = 'mmseg_edaformer'
-"""The name under which a file holds its metadata, as JSON."""
-OPENVINO = '.xml'
-"""The suffix of OpenVINO's graph; its weights lie beside it in a .bin."""
+KEY = 'mmseg_edaformer'  # under which a file holds its metadata, as JSON
+OPENVINO = '.xml'  # the graph, whose weights lie beside it in a .bin
 
 Run = Callable[[np.ndarray], np.ndarray]
 """A function from images, N x H x W x 3, to labels or logits."""
-Quantise = Callable[[Path, Path, str, list[np.ndarray]], None]
 
 
 @dataclass(frozen=True)
 class Format:
-    """A format: ``write`` and ``quantise`` put the metadata into the file, ``load`` returns them.
-
-    ``quantise`` takes the source, the target, the metadata and images; ``load`` takes a number of
-    threads.
-    """
+    """A format: ``write`` and ``quantise`` put metadata into the file, ``load`` returns them."""
     name: str
     suffix: str
     packages: tuple[str, ...]
     write: Callable[[ExportedProgram, Path, str], None]
     load: Callable[[Path, int], tuple[Run, str]]
-    quantise: Quantise | None = None
+    quantise: Callable[[Path, Path, str, list[np.ndarray]], None] | None = None
 
     def check(self, *more: str) -> None:
-        """Check that its packages, and ``more``, are installed.
-
-        Raises:
-            ConfigError: One is not; the message says what to install.
-        """
+        """Raise ConfigError unless its packages, and ``more``, are installed."""
         missing = [name for name in (*self.packages, *more)
                    if importlib.util.find_spec(name) is None]
         if missing:
@@ -63,15 +49,7 @@ class Format:
 class Exported:
     """A file that `export` wrote, in its runtime on the CPU.
 
-    Args:
-        path: The .onnx, .xml or .pt2.
-        threads: Threads of the runtime; by default as many as PyTorch has.
-
-    Attributes:
-        metadata: The metadata of the file: ``classes``, ``isr_ratio``, ``output`` and more.
-
-    Raises:
-        ConfigError: The package that runs the file is missing, or `export` did not write the file.
+    Its ``metadata`` holds ``classes``, ``isr_ratio``, ``output`` and more.
     """
 
     def __init__(self, path: str | Path, threads: int | None = None) -> None:
@@ -87,11 +65,7 @@ class Exported:
         self.metadata: dict[str, Any] = json.loads(text)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Return labels or logits of images, N x H x W x 3, uint8, RGB.
-
-        Raises:
-            ConfigError: The images have another type, shape or size.
-        """
+        """Return labels or logits of images, N x H x W x 3, uint8, RGB."""
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
             raise ConfigError(f'{images.dtype} of {images.shape} are not images: give N x H x W x '
                               '3, uint8')
@@ -155,9 +129,9 @@ def _to_onnx(program: ExportedProgram, metadata: str) -> Any:
 
 def _write_onnx(program: ExportedProgram, path: Path, metadata: str) -> None:
     import onnx
-    model = _to_onnx(program, metadata)
-    if not json.loads(metadata)['size']:
-        _refuse_small_images(model.graph, json.loads(metadata)['minimum'])
+    model, data = _to_onnx(program, metadata), json.loads(metadata)
+    if not data['size']:
+        _refuse_small_images(model.graph, data['minimum'])
     onnx.save_model(model, path)
 
 
@@ -198,13 +172,10 @@ def _quantise_onnx(source: Path, target: Path, metadata: str, images: list[np.nd
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
-
-        def __init__(self) -> None:
-            self.images = iter(images)
+        inputs = iter([{'images': image} for image in images])
 
         def get_next(self) -> dict[str, np.ndarray] | None:
-            image = next(self.images, None)
-            return None if image is None else {'images': image}
+            return next(self.inputs, None)
 
     folded = source.with_name('folded.onnx')  # computed weights become plain ones
     quant_pre_process(source, folded, skip_symbolic_shape=True)

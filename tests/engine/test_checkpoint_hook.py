@@ -57,22 +57,16 @@ def test_the_newest_that_loads(work, monkeypatch, damage, why):
         find_checkpoint(work)
 
 
-def test_what_is_no_candidate(work, tmp_path):
-    """Best checkpoints, half-written ones, and what is not there."""
-    for name in 'iter_9.pth', 'iter_12.pth':
-        (work / name).rename(work / f'.{name[:-4]}.1.partial.pth')
-    assert find_checkpoint(work) is None
-    assert find_checkpoint(tmp_path) is None
-    assert find_checkpoint(tmp_path / 'none') is None
-
-
 def test_checkpoints_elsewhere_are_found_by_the_pointer(work, tmp_path):
     assert (work / 'last_checkpoint').read_text() == 'iter_12.pth'
     (tmp_path / 'far').mkdir()
     for name in 'iter_9.pth', 'iter_12.pth':
-        (work / name).rename(tmp_path / 'far' / name)
+        shutil.copy(work / name, tmp_path / 'far')
+        (work / name).rename(work / f'.{name[:-4]}.1.partial.pth')
+    assert find_checkpoint(work) is None  # neither the best one nor those half-written
     (work / 'last_checkpoint').write_text('../far/iter_12.pth')
     assert find_checkpoint(work).endswith('far/iter_12.pth')
+    assert find_checkpoint(tmp_path / 'none') is None
 
 
 def test_another_run_in_the_same_folder(work):
@@ -95,14 +89,11 @@ def test_another_run_in_the_same_folder(work):
 
 POINTERS = [
     *(name.encode() for name in (
-        'iter_15.pth', 'iter_0.pth', '/gone/iter_4.pth', '../iter_15.pth', 'iter_15.pth/',
-        'x' * 256 + '.pth', 'iter_' + '9' * 5000 + '.pth', '9' * 5000, '/' * 5000,
-        'a/' * 3000 + 'iter_15.pth', 'loop', 'loop/iter_15.pth', 'folder', 'folder_7.pth',
-        'dangling_99.pth', '/proc/self/root/x/iter_15.pth', '/proc/self/fd/0',
-        '/proc/1/root/iter_15.pth', '/dev/zero', '/etc/passwd', '.', '..', '/', '', ' ', '~',
-        '~root/iter_15.pth', 's3://x/iter_15.pth', 'best_mIoU_iter_6.pth',
-        'iter_30.pth\niter_35.pth', 'iter_\u0663.pth', '\x1b[31m', 'None')),
-    b'\0', b'iter_30.pth\0.pth', b'\xff\xfe', b'\xed\xa0\x80', b'\n' * 10000]
+        'iter_15.pth', '/gone/iter_4.pth', '../iter_15.pth', 'iter_' + '9' * 5000 + '.pth',
+        'a/' * 3000 + 'iter_15.pth', 'loop', 'folder_7.pth', 'dangling_99.pth',
+        '/proc/1/root/iter_15.pth', '/dev/zero', '/etc/passwd', '..', '', '~root/iter_15.pth',
+        's3://x/iter_15.pth', 'best_mIoU_iter_6.pth', 'iter_30.pth\niter_35.pth', '\x1b[31m')),
+    b'iter_30.pth\0.pth', b'\xff\xfe']
 """What last_checkpoint may hold by accident or malice, beside sound checkpoints."""
 
 
@@ -123,8 +114,7 @@ def test_a_pointer_to_no_checkpoint(sound, monkeypatch, content):
     monkeypatch.setattr(checkpoint_hook, 'print_log', lambda message, **_: messages.append(message))
     for name, target in (('loop', 'loop'), ('dangling_99.pth', 'none')):
         (sound / name).symlink_to(target)
-    for name in ('folder', 'folder_7.pth'):
-        (sound / name).mkdir()
+    (sound / 'folder_7.pth').mkdir()
     pointer = sound / 'last_checkpoint'
     if isinstance(content, bytes):
         pointer.write_bytes(content)
@@ -154,7 +144,7 @@ def test_a_sound_one_of_an_earlier_run_wins_over_none(sound):
 class FullDiskHook(Hook):
     """No file may grow over 100 kB between two iterations."""
 
-    def __init__(self, start, end=10**9):
+    def __init__(self, start, end):
         self.start, self.end = start, end
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
@@ -191,30 +181,21 @@ def read_only(cfg):
     checkpoint_hook.SafeLocalBackend.put = refuse
 
 
-@pytest.mark.parametrize(('spoil', 'why', 'left'), [
-    (lambda cfg: cfg.custom_hooks.append(dict(type='FullDiskHook', start=4)), 'File too large',
-     ['iter_3.pth']),
-    (read_only, 'Read-only file system', ['iter_3.pth', 'iter_6.pth'])])
-def test_a_folder_that_cannot_be_written_any_more(config, tmp_path, spoil, why, left):
+def test_a_folder_that_cannot_be_written_any_more(config, tmp_path):
     work, log = tmp_path / 'work', tmp_path / 'log'
-    assert finish(in_child(train, config, work, log=log, before=spoil)) == 1
-    assert re.search(rf'iter_9.pth could not be written to .*: {why}. .*{left[-1]} is kept; the '
-                     'run continues', log.read_text())
+    assert finish(in_child(train, config, work, log=log, before=read_only)) == 1
+    assert re.search('iter_9.pth could not be written to .*: Read-only file system. .*iter_6.pth '
+                     'is kept; the run continues', log.read_text())
     assert re.search('error: the last checkpoint of this training could not be written .*make '
-                     f'room.*--resume; .*{left[-1]} is kept', log.read_text())
-    assert names(work) == left
+                     'room.*--resume; .*iter_6.pth is kept', log.read_text())
+    assert names(work) == ['iter_3.pth', 'iter_6.pth']
 
 
 def test_figures_that_cannot_be_written(config, tmp_path):
     def full(cfg):
-        backend = checkpoint_hook.SafeLocalVisBackend
-        original = backend._init_env
+        checkpoint_hook.SafeLocalVisBackend._scalar_save_file = property(
+            lambda self: '/dev/full', lambda self, path: None)
 
-        def to_full(self):
-            original(self)
-            self._scalar_save_file = '/dev/full'
-
-        backend._init_env = to_full
     log = run_to_end(config, tmp_path / 'work', before=full)
     assert log.count('Figures are lost, /dev/full cannot be written: No space left') >= 1
     assert 'iter_12.pth' in names(tmp_path / 'work')
@@ -270,17 +251,3 @@ def test_resumed_with_other_batches(config, whole, tmp_path):
     assert meta['samples'] == 6 * 2 + 6 * 4
     whole_meta = torch.load(whole / 'iter_12.pth', weights_only=True)['meta']
     assert whole_meta['mmseg_edaformer']['samples'] == 24
-
-
-def test_another_class_count_is_refused(config, work, tmp_path):
-    (work / 'iter_12.pth').unlink()
-    log = tmp_path / 'log'
-    letters = dict(type='BaseSegDataset', img_suffix='.png', seg_map_suffix='.png',
-                   metainfo=dict(classes=list('abcdefghi'), palette=[[0] * 3] * 9))
-    code = finish(in_child(train, config, work, log=log, options={
-        'model.decode_head.num_classes': 9,
-        **{f'{split}_dataloader.dataset.{key}': value for split in ('train', 'val')
-           for key, value in letters.items()}}))
-    assert code == 1
-    assert re.search(r'error: the checkpoint does not fit the model: decode_head.conv_seg.weight '
-                     'is 8x32x1x1 in the checkpoint and 9x32x1x1 in the model', log.read_text())

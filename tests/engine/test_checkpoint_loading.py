@@ -26,7 +26,7 @@ def test_what_mmengine_writes(tmp_path):
 @pytest.mark.parametrize(('name', 'content', 'message'), [
     ('none.pth', None, 'checkpoint not found'),
     ('empty.pth', b'', 'damaged'),
-    ('text.pth', b'<html>404</html>', 'not a checkpoint, or it is damaged'),
+    ('text.pth', b'<html>404</html>', 'damaged, or not a checkpoint'),
     ('short.safetensors', b'\x10\x00\x00\x00\x00\x00\x00\x00{"w"', 'damaged or cut short'),
     ('list.pth', [1, 2], 'holds a list'),
     ('numbers.pth', dict(a=1), 'holds no weights: its entries are a'),
@@ -57,16 +57,16 @@ def test_a_damaged_tensor_is_found(tmp_path):
 
 def test_without_checksums(tmp_path):
     """What torch writes with set_crc32_options(False): nothing can be verified."""
-    content = dict(state_dict={'w': torch.ones(2)})
-    torch.save(content, tmp_path / 'w.pth')
-    whole = bytearray((tmp_path / 'w.pth').read_bytes())
-    with zipfile.ZipFile(tmp_path / 'w.pth') as archive:
+    path = tmp_path / 'w.pth'
+    torch.save(dict(state_dict={'w': torch.ones(2)}), path)
+    whole = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
             # The checksum stands in the table of contents alone.
             place = whole.rindex(member.CRC.to_bytes(4, 'little'))
             whole[place:place + 4] = bytes(4)
-    (tmp_path / 'w.pth').write_bytes(whole)
-    assert load_from_file(tmp_path / 'w.pth')['state_dict']['w'].tolist() == [1, 1]
+    path.write_bytes(whole)
+    assert load_from_file(path)['state_dict']['w'].tolist() == [1, 1]
 
 
 @pytest.mark.parametrize(('form', 'message'), [

@@ -99,7 +99,7 @@ def test_frozen(segmentor, images):
     with torch.no_grad():
         expected = segmentor(images[0])
         compile_model(segmentor, fixed_size=True, frozen=True)
-        torch.testing.assert_close(segmentor(images[0]), expected, rtol=1e-4, atol=1e-5)
+        assert_near(segmentor(images[0]), expected)
 
 
 @pytest.mark.gpu

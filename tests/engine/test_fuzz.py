@@ -1,4 +1,4 @@
-"""Thousands of damaged inputs: each is understood, or refused as the user is told it is.
+"""Thousands of damaged checkpoints: each is read as it was, or refused.
 
 They are drawn from a seed, for two seconds each, or in a soak for FUZZ_SECONDS (120).
 """
@@ -15,8 +15,7 @@ from mmengine.logging import HistoryBuffer
 from safetensors.torch import save_file
 
 from mmseg_edaformer.engine import load_from_file
-from mmseg_edaformer.errors import CheckpointError, RatioError
-from mmseg_edaformer.isr.ratio import ISRRatio
+from mmseg_edaformer.errors import CheckpointError
 
 SOAK = float(os.environ.get('FUZZ_SECONDS', 120))
 
@@ -79,14 +78,10 @@ def test_every_byte_counts(tmp_path, good):
             found = load(path, bytes(damaged))
             assert found in (None, whole), place
             harmless += found is not None
-    covered = sum(map(len, members(content, tmp_path)))
+    path.write_bytes(content)
+    with zipfile.ZipFile(path) as archive:
+        covered = sum(member.file_size for member in archive.infolist())
     assert harmless <= 2 * (len(content) - covered)  # none of them in what the members hold
-
-
-def members(content, folder):
-    (folder / 'members.zip').write_bytes(content)
-    with zipfile.ZipFile(folder / 'members.zip') as archive:
-        return [archive.read(name) for name in archive.namelist()]
 
 
 @pytest.mark.parametrize('form', FORMS)
@@ -133,57 +128,3 @@ def test_damaged_checkpoints(tmp_path, good, form, seconds):
 def peak_memory():
     """MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-PIECES = ('1', '2', '9', '0', '12', ',', '-', ' ', '2211-222', 'optimal', 'none', 'auto', 'AUTO',
-          '٣', '²', '１', '-1', '1e9', '0x1', '_', '1_0', '.5', '\n', '\0', '\ud800', 'é',
-          '9' * 5000, '1,' * 50, 'None', '+1', '1-1-1')
-
-OTHERS = (None, True, False, 0, -1, 1, 7, 10 ** 30, 10 ** 5000, 1.0, float('nan'), float('inf'),
-          2j, b'2', (), (1, 2), [2, 2], {}, {'encoder': 1}, object(), int, {1, 2}, ((2,), (2,)))
-
-
-def draw_ratio(draw):
-    if draw.random() < .1:
-        value = draw.choice(OTHERS)
-        for _ in range(draw.choice((0, 0, 1, 1000))):
-            value = [value]
-        return value
-    text = ''.join(draw.choice(PIECES) for _ in range(draw.randrange(8)))
-    if draw.random() < .2:
-        text += chr(draw.randrange(0x110000))
-    return text
-
-
-@seconds
-def test_ratios(seconds):
-    draw, counts = random.Random(0), dict(refused=0, read=0)
-    longest = 0
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        value = draw_ratio(draw)
-        before = time.process_time()
-        try:
-            ratio = ISRRatio.parse(value)
-        except RatioError as error:
-            counts['refused'] += 1
-            longest = max(longest, len(str(error)))
-        else:
-            counts['read'] += 1
-            assert str(ratio) == 'none' or ISRRatio.parse(str(ratio)) == ratio, value
-            assert max(*ratio.encoder, *ratio.decoder) >= 1
-        assert time.process_time() - before < 1
-    print(counts)
-    assert longest < 1000
-    assert min(counts.values()) > 100
-
-
-@pytest.mark.parametrize('part', ['encoder', 'decoder'])
-def test_ratios_made_by_hand(part):
-    other = dict(encoder=(1,), decoder=(1,))
-    for value in (*OTHERS, 'x', [1], (1.5,), ('1',), (10 ** 5000,)):
-        try:
-            ratio = ISRRatio(**{**other, part: value})
-        except RatioError:
-            continue
-        assert ISRRatio.parse(str(ratio)) == ratio

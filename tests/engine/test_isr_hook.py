@@ -9,7 +9,6 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner
 
 from mmseg_edaformer import EFT, ISRHook
-from mmseg_edaformer.errors import RatioError
 from tests.conftest import MINI
 
 
@@ -88,11 +87,6 @@ def test_auto_counts_from_the_crop_size(tmp_path):
     assert pools[-2:] == [(16, 16)] * 2  # those before are of the report
     assert layer.isr_keys is None
     assert 'ISR auto on 64x64' in next(tmp_path.rglob('*.log')).read_text()
-
-
-def test_nonsense_is_told_before_the_run():
-    with pytest.raises(RatioError):
-        ISRHook('fast')
 
 
 def test_a_network_that_cannot_be_counted_runs_all_the_same(tmp_path):

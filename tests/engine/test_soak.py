@@ -182,13 +182,12 @@ def test_memory_of_2000_iterations(config, tmp_path):
         'default_hooks.checkpoint.interval': 500, 'default_hooks.logger.interval': 100,
     }, before=lambda cfg: cfg.custom_hooks.append(
         dict(type='MemoryHook', path=str(tmp_path / 'memory'))))
-    sizes = [float(line) for line in (tmp_path / 'memory').read_text().split()]
-    print('MiB after every 100 iterations:', *sizes)
-    assert_flat(sizes)
+    assert_flat([float(line) for line in (tmp_path / 'memory').read_text().split()])
 
 
 def assert_flat(sizes):
     """The last quarter holds no more than the second one did, but for a few MiB."""
+    print('MiB at equal intervals:', *sizes)
     quarter = len(sizes) // 4
     assert max(sizes[-quarter:]) - max(sizes[quarter:2 * quarter]) < 8
 
@@ -213,8 +212,6 @@ def test_memory_of_5000_predictions(tmp_path):
 
     log = tmp_path / 'log'
     assert finish(in_child(predict, log=log)) == 0, log.read_text()[-3000:]
-    sizes = [float(line) for line in log.read_text().split('\n')
-             if line.replace('.', '').isdigit()]
+    sizes = [float(line) for line in log.read_text().split('\n') if line.replace('.', '').isdigit()]
     assert len(sizes) == 20
-    print('MiB after every 250 predictions:', *sizes)
     assert_flat(sizes)

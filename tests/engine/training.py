@@ -66,12 +66,6 @@ def run_to_end(config, work, **keywords):
     return log.read_text()
 
 
-def losses(work, name='iter_12.pth'):
-    """The loss of each iteration up to a checkpoint."""
-    content = torch.load(Path(work) / name, weights_only=True)
-    return content['message_hub']['log_scalars']['train/loss'].data[0]
-
-
 def state(work, name='iter_12.pth'):
     """All of a checkpoint that later steps depend on, as plain tensors and numbers."""
     content = torch.load(Path(work) / name, weights_only=True)

@@ -3,6 +3,8 @@ import dataclasses
 import importlib.util
 import json
 import re
+import resource
+import signal
 from argparse import Namespace
 
 import numpy as np
@@ -15,11 +17,12 @@ from PIL import Image
 from mmseg_edaformer import export as package
 from mmseg_edaformer.engine.single_file import pack_file
 from mmseg_edaformer.errors import CheckpointError, ConfigError, DataError
-from mmseg_edaformer.export import FORMATS, Exported, export, parity
+from mmseg_edaformer.export import FORMATS, Exported, export, parity, runtimes
 from mmseg_edaformer.export.runtimes import placing
+from mmseg_edaformer.models import EDAFormerHead
 from mmseg_edaformer.predict.segmenter import Segmenter
 from tests.conftest import ROOT, run, seeing_model, write_config
-from tests.processes import run_tool
+from tests.processes import finish, in_child, run_tool
 
 NEEDS = {'onnx': ('onnxscript', 'onnxruntime'), 'openvino': ('onnxscript', 'openvino'), 'pt2': ()}
 RATIO = '2211-222'
@@ -102,7 +105,7 @@ def test_a_file_predicts_as_the_model_at_any_size_and_number(work, scenes, files
     path, report = files(kind, ratio, labels)
     file, segmenter = Exported(path), Segmenter(work, device='cpu', isr_ratio=ratio)
     mean, std = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
-    for size, count in (((128, 160), 1), ((131, 157), 3), ((187, 129), 2)):
+    for size, count in (((128, 160), 1), ((187, 129), 2)):
         images = draw(scenes, size, count)
         output, wanted = file(images), predict(segmenter, images)
         if labels:
@@ -121,7 +124,6 @@ def test_a_file_predicts_as_the_model_at_any_size_and_number(work, scenes, files
     assert near.relative < 1e-3
     assert len({shape[0] for shape in near.inputs}) == len({shape[1] for shape in near.inputs}) == 2
     assert report.rows[0].relative == 1
-    assert report.rows[1].ms > 0
     assert f'ISR {ratio}' in str(report)
     assert ('Smaller images were enlarged.' in report.notes) == (ratio == RATIO)
 
@@ -163,7 +165,7 @@ def test_the_metadata_and_what_a_file_refuses(work, files, scenes, tmp_path):
 def test_a_file_alone_refuses_smaller_images(files, scenes, kind):
     """The runtime without `Exported`, as the page of the documentation shows it."""
     run = FORMATS[kind].load(files(kind, RATIO, False)[0], 1)[0]
-    for size in (32, 32), (124, 160), (160, 124), (1, 125):
+    for size in (124, 160), (160, 124):
         with pytest.raises(Exception, match='125'):  # each runtime has its own
             run(draw(scenes, size, 1))
     assert run(draw(scenes, (125, 125), 1)).shape[0] == 1
@@ -175,9 +177,8 @@ def test_useless_times_are_named(files):
         rows = report.rows[0], dataclasses.replace(report.rows[1], relative=0.95, spread=spread)
         text = str(dataclasses.replace(report, rows=rows))
         assert f'x 0.95 ({spread[0]} to {spread[1]})' in text
-        assert ('The times of pt2 are useless: their ratio' in text) != steady
-    low, middle, high = report.rows[1].spread[0], report.rows[1].relative, report.rows[1].spread[1]
-    assert low <= middle <= high
+        assert ('The times of pt2 are useless, ' in text) != steady
+    assert report.rows[1].spread[0] <= report.rows[1].relative <= report.rows[1].spread[1]
 
 
 @pytest.mark.slow
@@ -238,7 +239,7 @@ test_dataloader = dict(dataset=dict(data_root='{scenes}'))
     export(config, path, format='pt2', checkpoint=weights, isr_ratio='21', labels=True)
     file, segmenter = Exported(path), Segmenter(config, weights, device='cpu', isr_ratio='21')
     # Cells that are all whole, and such that are cut off at the border.
-    for size, count in (((96, 128), 1), ((128, 256), 2), ((131, 157), 2), ((187, 129), 1)):
+    for size, count in (((128, 256), 2), ((187, 129), 1)):
         images = draw(scenes, size, count)
         assert (file(images) == predict(segmenter, images)).mean() > 0.9995
 
@@ -262,7 +263,7 @@ def test_int8_is_near_and_says_what_it_costs(work, scenes, tmp_path, kind, monke
                             '--work-dir', tmp_path / 'test', '--json', tmp_path / 'test' / 'json')
     assert code == 0, output
     assert report.rows[0].miou == pytest.approx(
-        json.loads((tmp_path / 'test' / 'json').read_text())['mIoU'], abs=0.01)
+        json.loads((tmp_path / 'test' / 'json').read_text())['metrics']['mIoU'], abs=0.01)
     assert report.rows[1].miou == pytest.approx(report.rows[0].miou, abs=0.05)
     assert 'mIoU' in str(report)
     assert {file.name for file in tmp_path.iterdir()} == {'test', path.name, *(
@@ -301,18 +302,15 @@ def truncate(program, path, metadata):
     path.write_bytes(path.read_bytes()[:10000])
 
 
-@pytest.mark.parametrize(('write', 'labels', 'message'), [
-    (spoil, False, r"it gives \d.* of PyTorch's labels"),
-    (spoil, True, r"it gives \d.* of PyTorch's labels"),
-    (truncate, False, 'its runtime cannot run it')])
-def test_a_file_that_predicts_otherwise_is_not_written(work, tmp_path, monkeypatch, write, labels,
-                                                       message):
+@pytest.mark.parametrize(('write', 'message'), [
+    (spoil, r"it gives \d.* of PyTorch's labels"), (truncate, 'its runtime cannot run it')])
+def test_a_file_that_predicts_otherwise_is_not_written(work, tmp_path, monkeypatch, write, message):
     path = tmp_path / 'model.pt2'
     path.write_bytes(b'the old one')
     monkeypatch.setattr(package, 'FORMATS', {
         **FORMATS, 'pt2': dataclasses.replace(FORMATS['pt2'], write=write)})
     with pytest.raises(ConfigError, match=f'is not written: {message}'):
-        export(work, path, format='pt2', labels=labels, size=(64, 96))
+        export(work, path, format='pt2', labels=True, size=(64, 96))
     assert [*tmp_path.iterdir()] == [path]
     assert path.read_bytes() == b'the old one'
 
@@ -332,31 +330,22 @@ def test_differences_are_measured(monkeypatch, change, equal):
 def test_a_full_disk(work, tmp_path):
     """Simulated by a limit on the size of files, in a process of its own."""
     pytest.importorskip('openvino')
-    output = run('-c', """
-import resource, signal, sys
-from pathlib import Path
-import numpy as np
-from mmseg_edaformer.errors import UserError
-from mmseg_edaformer.export import export, runtimes
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (200000, 200000))
-work, out = map(Path, sys.argv[1:])
-try:
-    export(work, out / 'model.pt2', format='pt2', size=(64, 96))
-except OSError as error:
-    print('pt2:', error)
-openvino = runtimes._openvino()
-ops = openvino.opset13
-large = ops.result(ops.constant(np.zeros(100000, np.float32)))
-try:
-    with runtimes.placing(out / 'model.xml') as partial:
-        runtimes._save_openvino(openvino.Model([large], []), partial, '{}')
-except UserError as error:
-    print('openvino:', error)
-""", work, tmp_path).stdout
-    assert re.search('^pt2: .*File too large', output, re.M)
-    assert re.search('^openvino: OpenVINO cannot write to .*free some space', output, re.M)
-    assert not list(tmp_path.iterdir())
+    out = tmp_path / 'out'
+
+    def write():
+        openvino = runtimes._openvino()
+        ops = openvino.opset13
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200000, 200000))
+        with pytest.raises(OSError, match='File too large'):
+            export(work, out / 'model.pt2', format='pt2', size=(64, 96))
+        large = ops.result(ops.constant(np.zeros(100000, np.float32)))
+        with (pytest.raises(ConfigError, match=r'OpenVINO cannot write to .*free some space'),
+              placing(out / 'model.xml') as partial):
+            runtimes._save_openvino(openvino.Model([large], []), partial, '{}')
+
+    assert finish(in_child(write, log=tmp_path / 'log')) == 0, (tmp_path / 'log').read_text()
+    assert not list(out.iterdir())
 
 
 def test_weights_never_stand_beside_the_graph_of_another(tmp_path):
@@ -381,15 +370,6 @@ def test_weights_never_stand_beside_the_graph_of_another(tmp_path):
     assert content() == {'model.xml': 'new', 'model.bin': 'new'}
 
 
-def test_a_file_that_describes_its_model_is_compared_on_drawn_images(work, tmp_path):
-    single = tmp_path / 'model.safetensors'
-    pack_file(work / 'best_mIoU_iter_4.pth', single, Config.fromfile(work / 'mini.py'))
-    report = export(single, tmp_path / 'model.pt2', format='pt2', isr_ratio='2', size=(64, 96))
-    assert report.notes == (
-        'The compared images are drawn, so they tell little about real ones.',)
-    assert {shape[0] for shape in report.rows[1].parity.inputs} == {1, 2}
-
-
 def test_unknown_classes_and_a_test_set_that_cannot_be_read(work, tmp_path):
     """The checkpoint does not hold their names, and the data set does not have the config's."""
     config, out = tmp_path / 'config.py', tmp_path / 'model.pt2'
@@ -411,10 +391,8 @@ def test_a_missing_package_is_named(work, tmp_path, monkeypatch, untraced):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name, *rest: None if name in (
         'onnxruntime', 'openvino', 'nncf', 'onnx', 'onnxscript') else find(name, *rest))
-    for kind, named in (('onnx', 'onnx, onnxscript, onnxruntime'),
-                        ('openvino', 'onnx, onnxscript, openvino')):
-        with pytest.raises(ConfigError, match=named + r' is missing .*\[export\]'):
-            export(work, tmp_path / f'm{FORMATS[kind].suffix}', format=kind)
+    with pytest.raises(ConfigError, match=r'onnx, onnxscript, openvino is missing .*\[export\]'):
+        export(work, tmp_path / 'm.xml', format='openvino')
     path = tmp_path / 'm.onnx'
     path.write_bytes(b'x')
     with pytest.raises(ConfigError, match='onnxruntime is missing'):
@@ -428,7 +406,6 @@ def test_a_missing_package_is_named(work, tmp_path, monkeypatch, untraced):
     (dict(int8=True, calibrate='.'), '--int8 does not work with --format pt2: use onnx or'),
     (dict(calibrate='.'), '--calibrate is for --int8: give both or none'),
     (dict(size=(16, 64)), r'--size 16,64: give height and width in pixels from 32 up'),
-    (dict(samples=0), '--samples 0: give 1 or more'),
     (dict(threads=0), '--threads 0: give 1 or more'),
     (dict(isr_ratio='auto'), '--isr-ratio auto follows the size .* with --size H,W'),
 ])
@@ -446,14 +423,13 @@ def test_models_and_images_that_cannot_work(work, scenes, tmp_path, untraced, mo
     (tmp_path / 'empty').mkdir()
     with pytest.raises(DataError, match='no image in the folder'):
         export(work, out, format='pt2', images=tmp_path / 'empty')
-    for kind in ('onnx', 'openvino'):
-        monkeypatch.setattr(importlib.util, 'find_spec', lambda name, *_: name)
-        wanted = dict(out=out.with_suffix(FORMATS[kind].suffix), format=kind, int8=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, 'find_spec', lambda name, *_: name)
+        wanted = dict(out=out.with_suffix('.onnx'), format='onnx', int8=True)
         with pytest.raises(ConfigError, match='--int8 needs --calibrate FOLDER'):
             export(work, **wanted)
         with pytest.raises(DataError, match='no image in the folder'):
             export(work, **wanted, calibrate=tmp_path / 'empty')
-    monkeypatch.undo()
     other = tmp_path / 'other.pth'
     torch.save(dict(state_dict={'backbone.weight': torch.zeros(2)}, meta=dict()), other)
     with pytest.raises(CheckpointError):
@@ -472,7 +448,6 @@ def test_models_and_images_that_cannot_work(work, scenes, tmp_path, untraced, mo
 
 
 def test_a_model_that_looks_at_values_cannot_be_traced(work, tmp_path, monkeypatch):
-    from mmseg_edaformer.models import EDAFormerHead
     forward = EDAFormerHead.forward
     monkeypatch.setattr(EDAFormerHead, 'forward', lambda self, maps: forward(
         self, maps) * (2 if maps[0].mean().item() > 0 else 1))
@@ -480,22 +455,21 @@ def test_a_model_that_looks_at_values_cannot_be_traced(work, tmp_path, monkeypat
                           ((64, 96), 'torch.export cannot trace this model')):
         with pytest.raises(ConfigError, match=message):
             export(work, tmp_path / 'model.pt2', format='pt2', size=size)
-    assert not list(tmp_path.iterdir())
 
 
-def test_the_command_line(work, scenes, tmp_path):
-    out = tmp_path / 'model.pt2'
-    code, output = run_tool('tools/export.py', '--model', work, '--format', 'pt2', '--out', out,
+def test_the_command_line(work, tmp_path):
+    """With a file that describes its model and names no test images."""
+    single, out = tmp_path / 'model.safetensors', tmp_path / 'model.pt2'
+    pack_file(work / 'best_mIoU_iter_4.pth', single, Config.fromfile(work / 'mini.py'))
+    code, output = run_tool('tools/export.py', '--model', single, '--format', 'pt2', '--out', out,
                             '--labels', '--size', '64,96', '--isr-ratio', '2', '--threads', '1')
     assert code == 0, output
+    assert 'The compared images are drawn, so they tell little about real ones.' in output
     assert '8 classes, ISR 2, labels, images of 64x96, any number at once' in output
     assert 'Warning' not in output
     assert Exported(out).metadata['isr_ratio'] == '2'
-    assert json.dumps(Exported(out).metadata)
     for wrong, expected, message in (
-            (('--format', 'tflite'), 2, "invalid choice: 'tflite'"),
             (('--format', 'pt2', '--size', '64x96'), 2, "'64x96' is no image size"),
-            (('--format', 'pt2', '--size', '16'), 1, '--size 16,16: give height and width'),
             (('--format', 'pt2', '--images', tmp_path / 'gone'), 1, 'gone does not exist'),
             (('--format', 'onnx'), 1, 'ends in .onnx')):
         code, output = run_tool('tools/export.py', '--model', work, '--out', out, *wrong)

@@ -6,12 +6,13 @@ import sys
 
 import pytest
 import torch
+from mmengine.config import Config
 
-from mmseg_edaformer.engine import find_checkpoint
+from mmseg_edaformer.engine import checks, find_checkpoint
 from mmseg_edaformer.engine.preemption import EXIT_PREEMPTED
-from tests.conftest import ROOT, run, write_config
+from tests.conftest import ROOT, write_config
 from tests.engine.training import train_here
-from tests.processes import free_port
+from tests.processes import free_port, run_tool
 
 pytestmark = pytest.mark.slow
 
@@ -55,6 +56,18 @@ optim_wrapper = dict(
     return path
 
 
+@pytest.fixture(scope='module')
+def one(config, tmp_path_factory):
+    """The work dir of a run of one process."""
+    work = tmp_path_factory.mktemp('one')
+    code, output = run_tool('tools/train.py', config, '--work-dir', work)
+    assert code == 0, output
+    return work
+
+
+HALF = ('--cfg-options', 'train_dataloader.batch_size=2')
+
+
 def weights(path):
     return torch.load(path, weights_only=True)['state_dict']
 
@@ -65,16 +78,23 @@ def assert_close(found, expected):
         torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-4)
 
 
-def test_two_processes_train_like_one_survive_and_test(config, tmp_path):
-    run('tools/train.py', config, '--work-dir', tmp_path / 'one')
-    half = ('--cfg-options', 'train_dataloader.batch_size=2')
-    log = script('dist_train.sh', config, 2, '--work-dir', tmp_path / 'two', *half)
+def test_two_processes_train_and_test_like_one(config, one, tmp_path):
+    log = script('dist_train.sh', config, 2, '--work-dir', tmp_path / 'two', *HALF)
     assert 'learning rate of this config' not in log  # 2 x 2 images are the recipe's 4
-    one = weights(tmp_path / 'one' / 'iter_4.pth')
-    assert_close(weights(tmp_path / 'two' / 'iter_4.pth'), one)
+    assert_close(weights(tmp_path / 'two' / 'iter_4.pth'), weights(one / 'iter_4.pth'))
+    # The test of two processes sees every image once.
+    arguments = (one / 'iter_4.pth', '--work-dir', tmp_path, '--isr-ratio', '2')
+    code, single = run_tool('tools/test.py', config, *arguments)
+    assert code == 0, single
+    double = script('dist_test.sh', config, arguments[0], 2, *arguments[1:])
+    figures = re.compile(r'mIoU [\d.]+, .*')
+    assert figures.search(double)[0] == figures.search(single)[0]
+    assert double.count('GMACs') == 1  # only one process reports
 
-    # Stopped by a signal after two or three iterations, started again, and a process killed.
-    work = tmp_path / 'three'
+
+def test_two_processes_survive_a_signal_and_a_kill(config, one, tmp_path):
+    """Stopped after two or three iterations, started again, and then one of them is killed."""
+    work, one = tmp_path / 'work', weights(one / 'iter_4.pth')
 
     def with_hook(hook, iteration):
         path = config.parent / f'{hook}.py'
@@ -87,25 +107,16 @@ default_hooks = dict(checkpoint=dict(interval=10))
 """)
         return path
 
-    log = script('dist_train.sh', with_hook('StopHook', 1), 2, '--work-dir', work, *half,
+    log = script('dist_train.sh', with_hook('StopHook', 1), 2, '--work-dir', work, *HALF,
                  code=EXIT_PREEMPTED)
     assert re.search(r'stopped by SIG\w+ after iteration (2|3); its state is saved', log)
     halfway = weights(find_checkpoint(work))
     assert max((one[name] - halfway[name]).abs().max() for name in one) > 1e-3  # it does move
     log = script('dist_train.sh', with_hook('KillHook', 3), 2, '--work-dir', work, '--resume',
-                 *half)
+                 *HALF)
     assert re.search(r'rank 0 ends because another process of this run ended', log)
-    assert re.search(r'Resuming from .*three/iter_\d.pth \(start 2 of this run\)', log)
+    assert re.search(r'Resuming from .*work/iter_\d.pth \(start 2 of this run\)', log)
     assert_close(weights(work / 'iter_4.pth'), one)
-
-    # The test of two processes sees every image once.
-    single = run('tools/test.py', config, tmp_path / 'one' / 'iter_4.pth', '--work-dir', tmp_path,
-                 '--isr-ratio', '2').stdout
-    double = script('dist_test.sh', config, tmp_path / 'one' / 'iter_4.pth', 2, '--work-dir',
-                    tmp_path, '--isr-ratio', '2')
-    figures = re.compile(r'aAcc: ([\d.]+)  mIoU: ([\d.]+)  mAcc: ([\d.]+)')
-    assert figures.search(double).groups() == figures.search(single).groups()
-    assert double.count('GMACs') == 1  # only one process reports
 
 
 @pytest.mark.gpu
@@ -123,7 +134,7 @@ env_cfg = dict(cudnn_benchmark=False)
 default_hooks = dict(checkpoint=dict(interval=1))
 """)
     # cuDNN and cuBLAS take no TF32 then; in this process the fixture sees to that.
-    log = script('dist_train.sh', path, processes, '--work-dir', tmp_path / 'ranks',
+    log = script('dist_train.sh', path, processes, '--work-dir', tmp_path / 'ranks', '--verbose',
                  '--cfg-options', f'train_dataloader.batch_size={4 // processes}',
                  NVIDIA_TF32_OVERRIDE='0')
     has_gpu = gpus and 'passes for a GPU' not in torch.cuda.get_device_name()
@@ -140,30 +151,32 @@ default_hooks = dict(checkpoint=dict(interval=1))
     assert distance(ranks, one) < 0.02 * distance(first, one)
 
 
-def test_two_nodes(config, tmp_path):
+def test_two_nodes(config, one, tmp_path):
     """Two launchers on loopback, as two machines would run them."""
     port = str(free_port())
     logs = [tmp_path / f'node{rank}.log' for rank in range(2)]
     nodes = [subprocess.Popen(
         ['bash', 'tools/dist_train.sh', str(config), '1', '--work-dir', str(tmp_path / 'nodes'),
-         '--cfg-options', 'train_dataloader.batch_size=2'], cwd=ROOT,
+         *HALF], cwd=ROOT,
         stdout=logs[rank].open('w'), stderr=subprocess.STDOUT,
         env={**os.environ, 'PYTHON': sys.executable, 'NNODES': '2', 'NODE_RANK': str(rank),
              'MASTER_ADDR': '127.0.0.1', 'PORT': port, 'OMP_NUM_THREADS': '1'})
         for rank in range(2)]
     codes = [node.wait(timeout=400) for node in nodes]
     assert codes == [0, 0], [log.read_text()[-2000:] for log in logs]
-    run('tools/train.py', config, '--work-dir', tmp_path / 'one')
-    assert_close(weights(tmp_path / 'nodes' / 'iter_4.pth'),
-                 weights(tmp_path / 'one' / 'iter_4.pth'))
+    assert_close(weights(tmp_path / 'nodes' / 'iter_4.pth'), weights(one / 'iter_4.pth'))
 
 
 def test_another_number_of_gpus_warns_and_scales(config, tmp_path):
-    log = script('dist_train.sh', config, 2, '--work-dir', tmp_path / 'more')
-    assert ('2 x 4 = 8 images per step, but the learning rate of this config is for 4: pass '
-            '--auto-scale-lr to scale it by 2, or keep the recipe with --cfg-options '
-            'train_dataloader.batch_size=2') in log
-    log = script('dist_train.sh', config, 2, '--work-dir', tmp_path / 'scaled', '--auto-scale-lr')
+    told = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checks, '_warn', told.append)
+        checks.check_batch_size(Config.fromfile(config), 2)
+    assert told == ['2 x 4 = 8 images per step, but the learning rate of this config is for 4: '
+                    'pass --auto-scale-lr to scale it by 2, or keep the recipe with --cfg-options '
+                    'train_dataloader.batch_size=2']
+    log = script('dist_train.sh', config, 2, '--work-dir', tmp_path / 'scaled', '--auto-scale-lr',
+                 '--verbose')
     assert re.search(r'Iter\(train\) \[4/4\].* lr: 4.0000e-02', log)
 
 
