@@ -1,9 +1,11 @@
 """Processes of their own for what is to be killed or ends: forks, which start at once."""
 import os
 import runpy
+import signal
 import socket
 import sys
 import tempfile
+import threading
 import traceback
 from pathlib import Path
 
@@ -50,9 +52,15 @@ def forget(managed):
         forget(each)
 
 
-def finish(pid):
-    """Wait for a child; returns its exit code, negative for a signal."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+def finish(pid, seconds=300):
+    """Wait for a child; returns its exit code, negative for a signal. One that hangs is killed."""
+    alarm = threading.Timer(seconds, os.kill, (pid, signal.SIGKILL))
+    alarm.daemon = True
+    alarm.start()
+    try:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    finally:
+        alarm.cancel()
 
 
 def run_tool(*command):
