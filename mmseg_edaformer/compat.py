@@ -163,7 +163,8 @@ class _Stub(MetaPathFinder, Loader):
     """Finds ``mmcv._ext`` where no other finder does, so that ``mmcv.ops`` can be imported."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        return ModuleSpec(name, self) if name == 'mmcv._ext' else None
+        missing = name == 'mmcv._ext' and _version('onedl-mmcv') is None
+        return ModuleSpec(name, self) if missing else None
 
     def create_module(self, spec: ModuleSpec) -> types.ModuleType:
         return _MissingOps(spec.name)
