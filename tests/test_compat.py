@@ -3,6 +3,7 @@ import getpass
 import importlib
 import os
 import pwd
+import sys
 import tempfile
 from pathlib import Path
 
