@@ -5,8 +5,9 @@ functions receive, after ISR has reduced them, and computes the softmax of the c
 The network runs unchanged.
 """
 import fnmatch
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from ..errors import ConfigError
 from ..isr.pooling import Grid, cells
 from ..isr.reduction import Record, recording
-from ..isr.registry import Layer, find_attention
+from ..isr.registry import find_attention
 from ..models.attention import EmbeddingFreeAttention
 
 _UNSUPPORTED = 'its kind of attention is not supported'
@@ -29,21 +30,12 @@ _SINGLE = 9  # numbers of single tokens in front of a map that are tried: 0 to 8
 
 @dataclass(frozen=True, eq=False)
 class Attended:
-    """What one attention layer did in one pass through the network.
-
-    Attributes:
-        weights: Softmax of the query at each point, P points x h heads x M keys, float32.
-        single: Number of leading keys that have no place in the image, such as a class token.
-        cells: Rows and columns, in pixels of the network's input, at which the cells of the other
-            keys begin, and the end of the last one.
-        features: What the layer's forward returns, as C x H x W, float32.
-        tokens: Rows and columns, in pixels, at which the tokens of the features begin.
-    """
-    weights: Tensor
-    single: int
-    cells: tuple[np.ndarray, np.ndarray]
-    features: Tensor
-    tokens: tuple[np.ndarray, np.ndarray]
+    """What one attention layer did in one pass; rows and columns are pixels of the input."""
+    weights: Tensor  # softmax of the query at each point, P points x h heads x M keys, float32
+    single: int  # number of leading keys that have no place in the image, such as a class token
+    cells: tuple[np.ndarray, np.ndarray]  # where the other keys' cells begin, and the last ends
+    features: Tensor  # what the layer's forward returns, C x H x W, float32
+    tokens: tuple[np.ndarray, np.ndarray]  # where the tokens of the features begin, the last ends
 
     @property
     def keys(self) -> int:
@@ -61,47 +53,34 @@ class Attended:
         return weights * (areas.sum() / areas)
 
 
-def layer_names(model: nn.Module) -> dict[str, str]:
-    """Return the names of a model's attention layers, and descriptions of where they are.
-
-    Raises:
-        ConfigError: The model has no attention that is known.
-    """
-    names = {layer.name: text for layer, text, _ in _layers(model)}
-    if not names:
-        raise ConfigError(f'{type(model).__name__} has no attention that can be shown. Found: '
-                          f'{find_attention(model)}')
-    return names
-
-
-def choose_layers(model: nn.Module, patterns: Sequence[str] = ()) -> list[str]:
+def choose_layers(model: nn.Module, patterns: Sequence[str] = ()) -> dict[str, str]:
     """Return names of attention layers that match names or patterns such as ``decode_head.*``.
 
-    Without patterns these are the last layers of each stage.
+    Without patterns these are the last layers of each stage. The values describe where they are.
 
     Raises:
-        ConfigError: No layer matches, or the model has no attention.
+        ConfigError: No layer matches, or the model has no attention that is known.
     """
-    names = list(layer_names(model))
+    layers = [(layer.name, f'{part.kind} {number}, layer {i} of {len(stage)}', i == len(stage))
+              for part in find_attention(model).parts for number, stage in part.stages.items()
+              for i, layer in enumerate(stage, 1)]
+    if not layers:
+        raise ConfigError(f'{type(model).__name__} has no attention that can be shown. Found: '
+                          f'{find_attention(model)}')
     if not patterns:
-        return [layer.name for layer, _, last in _layers(model) if last]
+        return {name: text for name, text, last in layers if last}
+    texts = {name: text for name, text, _ in layers}
     chosen = []
     for pattern in patterns:
-        matches = fnmatch.filter(names, pattern)
+        matches = fnmatch.filter(texts, pattern)
         if not matches:
             raise ConfigError(f'no attention layer is called {pattern}. There are: '
-                              f'{", ".join(names)}')
+                              f'{", ".join(texts)}')
         chosen += matches
-    return list(dict.fromkeys(chosen))
+    return {name: texts[name] for name in chosen}
 
 
-def _layers(model: nn.Module) -> list[tuple[Layer, str, bool]]:
-    return [(layer, f'{part.kind} {number}, layer {i} of {len(stage)}', i == len(stage))
-            for part in find_attention(model).parts for number, stage in part.stages.items()
-            for i, layer in enumerate(stage, 1)]
-
-
-def look(model: nn.Module, inputs: Tensor, layers: Sequence[str],
+def look(model: nn.Module, inputs: Tensor, layers: Iterable[str],
          points: Sequence[tuple[float, float]]) -> tuple[dict[str, Attended], dict[str, str]]:
     """Run an image through a model and observe some of its attention layers.
 
@@ -117,12 +96,11 @@ def look(model: nn.Module, inputs: Tensor, layers: Sequence[str],
         Observations by name of the layer; and by name, the reasons why layers cannot be shown,
         because their attention is not over a map.
     """
-    modules = {layer.name: layer.module for layer, _, _ in _layers(model)}
+    modules = dict(model.named_modules())
     watch = _Watch((inputs.shape[2], inputs.shape[3]), points)
     with ExitStack() as stack:
         for name in layers:
-            for handle in watch.hooks(name, modules[name]):
-                stack.callback(handle.remove)
+            watch.follow(name, modules[name], stack)
         records = stack.enter_context(recording())
         stack.enter_context(torch.no_grad())
         stack.enter_context(watch)
@@ -153,9 +131,6 @@ class _Place:
                        for at, side in zip(point, self.grid[::-1]))
         return self.single + row * self.grid[1] + column
 
-    def pixels(self, edges: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        return edges[0] * self.stride, edges[1] * self.stride
-
 
 @dataclass
 class _Run:
@@ -171,7 +146,7 @@ class _Run:
         place = self.place
         if self.weights is None or place is None:
             raise _NoMapError(self.reason)
-        weights = self.weights.float().cpu()
+        weights = self.weights.cpu()
         if isinstance(self.module, EmbeddingFreeAttention):
             single, pool = 0, self.module.pool_size(*place.grid)
             edges = [np.arange(side // step + 1) * step for side, step in zip(place.grid, pool)]
@@ -183,9 +158,10 @@ class _Run:
         if single + math.prod(len(edge) - 1 for edge in edges) != weights.shape[-1]:
             raise _NoMapError(f'its {weights.shape[-1]} keys are not the cells of a map')
         features = self.out[0] if isinstance(self.out, (tuple, list)) else self.out
+        rows, columns = (np.arange(side + 1) * place.stride for side in place.grid)
         return Attended(
-            weights, single, place.pixels(edges), _as_map(features, place).float().cpu(),
-            place.pixels([np.arange(side + 1) for side in place.grid]))
+            weights, single, (edges[0] * place.stride, edges[1] * place.stride),
+            _as_map(features, place).float().cpu(), (rows, columns))
 
 
 class _Watch(TorchFunctionMode):
@@ -197,7 +173,7 @@ class _Watch(TorchFunctionMode):
         self.runs: dict[str, _Run] = {}
         self.current: _Run | None = None
 
-    def hooks(self, name: str, module: nn.Module) -> Iterator[Any]:
+    def follow(self, name: str, module: nn.Module, stack: ExitStack) -> None:
         run = self.runs[name] = _Run(module)
 
         def enter(*_: Any) -> None:
@@ -206,8 +182,8 @@ class _Watch(TorchFunctionMode):
         def leave(module: nn.Module, args: Any, out: Any) -> None:
             self.current, run.out = None, out
 
-        yield module.register_forward_pre_hook(enter)
-        yield module.register_forward_hook(leave)
+        stack.callback(module.register_forward_pre_hook(enter).remove)
+        stack.callback(module.register_forward_hook(leave).remove)
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (),
                            kwargs: dict[str, Any] | None = None) -> Any:
@@ -217,7 +193,8 @@ class _Watch(TorchFunctionMode):
         name = getattr(func, '__name__', '').partition('.')[0]
         if run is not None and run.weights is None and name in _TAKEN:
             try:
-                run.weights = getattr(self, _TAKEN[name])(run, out, *args, **kwargs)
+                weights = getattr(self, _TAKEN[name])(run, out, *args, **kwargs)
+                run.weights = weights[0].transpose(0, 1).float().clone()  # P x h x M
             except _NoMapError as error:
                 run.reason = str(error)
         return out
@@ -234,34 +211,29 @@ class _Watch(TorchFunctionMode):
         rows = self._rows(run, query.shape)
         q, k = query[..., rows, :].float(), key.float()
         scores = q @ k.transpose(-2, -1) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-        return _heads_first(_masked(scores, attn_mask, rows).softmax(-1))
+        if attn_mask is not None:
+            mask = _rows_of(attn_mask, rows)
+            scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else (
+                scores + mask.float())
+        return scores.softmax(-1)
 
-    def _multi_head(self, run: _Run, out: Any, *args: Any, **kwargs: Any) -> Tensor:
-        call = {**dict(zip(_MULTI_HEAD, args)), **kwargs}
-        query, key, heads, width = (call[name] for name in (
-            'query', 'key', 'num_heads', 'embed_dim_to_check'))
-        if query.dim() != 3 or call.get('is_causal') or call.get('add_zero_attn') or any(
-                call.get(name) is not None for name in ('bias_k', 'key_padding_mask')):
+    def _multi_head(self, run: _Run, out: Any, query: Tensor, key: Tensor, value: Tensor,
+                    embed_dim_to_check: int, num_heads: int, *args: Any,
+                    attn_mask: Tensor | None = None, is_causal: bool = False,
+                    **kwargs: Any) -> Any:
+        if query.dim() != 3 or is_causal:
             raise _NoMapError(_UNSUPPORTED)
-        weight, bias = call['in_proj_weight'], call['in_proj_bias']
-        weights = (call['q_proj_weight'], call['k_proj_weight']) if weight is None else (
-            weight[:width], weight[width:2 * width])
-        biases = (None, None) if bias is None else (bias[:width], bias[width:2 * width])
-        q, k = (F.linear(x, weight, bias).unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
-                for x, weight, bias in zip((query, key), weights, biases))  # N B C -> B h N d
-        rows = self._rows(run, q.shape)
-        q = q[..., rows, :].float()
-        scores = q @ k.float().transpose(-2, -1) / math.sqrt(q.shape[-1])
-        mask = call.get('attn_mask')
-        if mask is not None:
-            mask = mask if mask.dim() == 2 else mask.unflatten(0, (-1, heads))
-            mask = ~mask if mask.dtype == torch.bool else mask
-        return _heads_first(_masked(scores, mask, rows).softmax(-1))
+        length, batch, _ = query.shape
+        rows = self._rows(run, torch.Size((batch, num_heads, length, 1)))
+        return F.multi_head_attention_forward(
+            query[rows], key, value, embed_dim_to_check, num_heads, *args, **{
+                **kwargs, 'attn_mask': None if attn_mask is None else _rows_of(attn_mask, rows),
+                'need_weights': True, 'average_attn_weights': False})[1]
 
     def _explicit(self, run: _Run, out: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if out.dim() == 3:
             out = out[None]  # B h x Nq x M
-        return _heads_first(out[..., self._rows(run, out.shape), :].float())
+        return out[..., self._rows(run, out.shape), :]
 
     def _rows(self, run: _Run, shape: torch.Size) -> list[int]:
         """Return the queries at the points; ``shape`` is that of all queries, 1 x h x Nq x d."""
@@ -275,25 +247,10 @@ class _Watch(TorchFunctionMode):
 
 _TAKEN = {'attend_by_rows': '_by_rows', 'scaled_dot_product_attention': '_fused',
           'multi_head_attention_forward': '_multi_head', 'softmax': '_explicit'}
-_MULTI_HEAD = ('query', 'key', 'value', 'embed_dim_to_check', 'num_heads', 'in_proj_weight',
-               'in_proj_bias', 'bias_k', 'bias_v', 'add_zero_attn', 'dropout_p', 'out_proj_weight',
-               'out_proj_bias')
 
 
-def _heads_first(weights: Tensor) -> Tensor:
-    """1 x h x P x M -> P x h x M."""
-    return weights[0].transpose(0, 1).clone()
-
-
-def _masked(scores: Tensor, mask: Tensor | None, rows: list[int]) -> Tensor:
-    """Apply the rows of a mask to scores ... x P x M; True in a boolean mask keeps a score."""
-    if mask is None:
-        return scores
-    if mask.shape[-2] > 1:
-        mask = mask[..., rows, :]
-    if mask.dtype == torch.bool:
-        return scores.masked_fill(~mask, -math.inf)
-    return scores + mask.float()
+def _rows_of(mask: Tensor, rows: list[int]) -> Tensor:
+    return mask[..., rows, :] if mask.shape[-2] > 1 else mask
 
 
 def _find_place(size: Grid, queries: int) -> _Place | None:
@@ -304,11 +261,10 @@ def _find_place(size: Grid, queries: int) -> _Place | None:
     longest = max(size)
     powers = [2 ** i for i in range(longest.bit_length() + 1)]
     for strides in (powers, [s for s in range(3, min(longest, 65)) if s not in powers]):
-        for single in range(_SINGLE):
-            for stride in strides:
-                for grid in (cells(size, stride), (size[0] // stride, size[1] // stride)):
-                    if grid[0] * grid[1] == queries - single and min(grid) > 0:
-                        return _Place(grid, single, stride)
+        for single, stride in itertools.product(range(_SINGLE), strides):
+            for grid in (cells(size, stride), (size[0] // stride, size[1] // stride)):
+                if grid[0] * grid[1] == queries - single and min(grid) > 0:
+                    return _Place(grid, single, stride)
     return None
 
 

@@ -259,8 +259,8 @@ def open_bench(cfg: Config, checkpoint: str, folder: Path | None = None,
     """Load the checkpoint and the test set of a config; a ``folder`` keeps the measurements."""
     if samples is not None and samples < 1:
         raise ConfigError(f'--samples {samples}: give 1 or more')
-    launch.prepare_test(cfg, checkpoint)
     metric = _iou_metric(cfg)
+    launch.prepare_test(cfg, checkpoint)
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     if device.type == 'cpu':
         keep_freed_memory()
@@ -290,8 +290,8 @@ def _iou_metric(cfg: Config) -> dict[str, Any]:
             return dict(classes=head.get('num_classes'),
                         ignore_index=evaluator.get('ignore_index', 255),
                         nan_to_num=evaluator.get('nan_to_num'))
-    raise ConfigError(f'{cfg.filename} has no IoUMetric as test_evaluator: the sweep measures '
-                      'its mIoU')
+    raise ConfigError(f'{cfg.filename} has no IoUMetric as test_evaluator, and mIoU is what '
+                      'is measured here: run tools/test.py at each ratio')
 
 
 def mean_iou(areas: np.ndarray, nan_to_num: float | None = None) -> np.ndarray:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..data.transforms import IGNORED
 from ..isr.pooling import Grid
-from ..predict.segmenter import Segmentation, count_pixels
+from ..predict.outputs import draw_legend
+from ..predict.segmenter import Segmentation
 from .attention import Attended
 
 _PANEL = 300  # pixels of the longer side of a panel
@@ -28,22 +29,13 @@ _DARK, _CYAN = '#222222', '#00e5ff'
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """An image, and the points in it whose attention is shown.
-
-    Attributes:
-        path: Path of the image.
-        image: The image, H x W x 3, BGR.
-        inputs: The image as the network sees it, 1 x 3 x h x w.
-        points: Column and row of pixels of the image.
-        names: Names of the points.
-        step: Rows and columns of pixels of the inputs per pixel of the image.
-    """
+    """An image, and the points in it whose attention is shown."""
     path: Path
-    image: np.ndarray
-    inputs: Tensor
-    points: Sequence[tuple[int, int]]
-    names: Sequence[str]
-    step: tuple[float, float]
+    image: np.ndarray  # H x W x 3, BGR
+    inputs: Tensor  # the image as the network sees it, 1 x 3 x h x w
+    points: Sequence[tuple[int, int]]  # column and row of pixels of the image
+    names: Sequence[str]  # of the points
+    step: tuple[float, float]  # rows and columns of pixels of the inputs per pixel of the image
 
     def to_inputs(self, point: tuple[int, int]) -> tuple[float, float]:
         """Return column and row of the centre of a pixel in the inputs."""
@@ -99,18 +91,17 @@ def draw_attention(subject: Subject, shots: Sequence[Shot], texts: dict[str, str
     for name, text in texts.items():
         row = [_layer_label(name, text)]
         for i, point in enumerate(subject.points):
-            maps = [shot.seen[name].density()[i] for shot in shots]
-            high = max(float(values.max()) for values in maps)
-            group = []
-            for shot, values in zip(shots, maps):
+            high = max(float(shot.seen[name].density()[i].max()) for shot in shots)
+            for shot in shots:
                 seen = shot.seen[name]
+                values = seen.density()[i]
                 panel = draw_cells(subject, size, values, seen.cells, _HEAT, 0., high, photo=True)
                 draw_cross(panel, subject, point)
                 caption = f'{shot.title}: {seen.keys} keys, up to {values.max():.1f}'
                 if seen.single:
                     caption += f', {seen.weights[i].mean(0)[:seen.single].sum():.0%} elsewhere'
-                group.append(captioned(panel, caption))
-            row.append(beside([*group, _bar(_HEAT, '0', f'{high:.1f}', size[1])]))
+                row.append(captioned(panel, caption))
+            row.append(_bar(_HEAT, '0', f'{high:.1f}', size[1]))
         rows.append(beside(row))
     return _sheet(
         f'Attention, {subject.path.name}',
@@ -163,7 +154,7 @@ def draw_predictions(subject: Subject, shots: Sequence[Shot], others: Sequence[S
                              first.result.palette).draw()
         drawn[void] = 0
         blocks.append(captioned(resized(drawn, size), 'ground truth; black: none', 4))
-        counted.append(truth[~void][None])
+        counted.append(truth[~void])
     for shot in everything:
         lines = [shot.title, f'{shot.gmacs:.2f} GMACs']
         if shot in shots[1:]:
@@ -171,30 +162,27 @@ def draw_predictions(subject: Subject, shots: Sequence[Shot], others: Sequence[S
         if shot is not first:
             lines.append(f'{shot.changed(first):.1%} of the pixels differ from {first.title}')
         if truth is not None:
-            right = (shot.result.labels == truth)[~void].mean() if counted[-1].size else 0.
+            right = (shot.result.labels == truth)[~void].sum() / max(1, (~void).sum())
             lines.append(f'{right:.1%} of the labelled pixels right')
         blocks.append(captioned(resized(shot.result.draw(), size), '\n'.join(lines), 4))
     rows = [beside(blocks[start:start + 4]) for start in range(0, len(blocks), 4)]
-    counts = np.sum([count_pixels(labels, len(first.result.classes)) for labels in counted], 0)
-    rows.append(legend([(first.result.classes[i], first.result.palette[i])
-                         for i in np.argsort(-counts, kind='stable') if counts[i]],
-                        max(row.width for row in rows)))
+    rows.append(draw_legend([(first.result.classes[i], first.result.palette[i])
+                             for i in np.unique(np.concatenate(counted, None))],
+                            max(row.width for row in rows)))
     return _sheet(f'Predictions, {subject.path.name}', note, rows)
 
 
 def paint(values: np.ndarray, edges: tuple[np.ndarray, np.ndarray], size: Grid,
           step: tuple[float, float]) -> np.ndarray:
-    """Give each pixel the value of the cell around its centre, or NaN outside of all.
+    """Give each pixel the value of the cell around its centre, or NaN behind the last cell.
 
-    The edges are in pixels of the inputs, of which ``step`` make a pixel of the result.
+    The edges begin at 0 and are in pixels of the inputs, of which ``step`` make a pixel of the
+    result.
     """
-    where = [np.searchsorted(edge, (np.arange(side) + 0.5) * pixel, 'right') - 1
-             for edge, side, pixel in zip(edges, size, step)]
-    inside = [(at >= 0) & (at < count) for at, count in zip(where, values.shape)]
-    rows, columns = (np.where(good, at, 0) for good, at in zip(inside, where))
-    painted: np.ndarray = np.where(inside[0][:, None] & inside[1],
-                                   values[rows[:, None], columns].astype(float), np.nan)
-    return painted
+    rows, columns = (np.diff(np.append(np.ceil(edge / pixel - 0.5).clip(0, side), side)).astype(int)
+                     for edge, side, pixel in zip(edges, size, step))
+    padded = np.pad(values.astype(float), (0, 1), constant_values=np.nan)
+    return padded.repeat(rows, 0).repeat(columns, 1)
 
 
 def draw_cells(subject: Subject, size: Grid, values: np.ndarray,
@@ -275,20 +263,6 @@ def _bar(name: str, low: str, high: str, height: int) -> Image.Image:
     pen = ImageDraw.Draw(image)
     pen.text((16, 0), high, _DARK, ImageFont.load_default(12))
     pen.text((16, height - 1), low, _DARK, ImageFont.load_default(12), 'ld')
-    return image
-
-
-def legend(classes: Sequence[tuple[str, tuple[int, int, int]]], width: int) -> Image.Image:
-    """Draw the names of classes beside their colours, in columns."""
-    font = ImageFont.load_default(15)
-    column = min(width, 50 + max(int(font.getlength(name)) for name, _ in classes))
-    across = max(1, width // column)
-    image = _blank(width, -(-len(classes) // across) * 28)
-    pen = ImageDraw.Draw(image)
-    for i, (name, colour) in enumerate(classes):
-        x, y = i % across * column, i // across * 28
-        pen.rectangle((x, y + 2, x + 26, y + 20), colour, (90, 90, 90))
-        pen.text((x + 34, y + 11), name, _DARK, font, 'lm')
     return image
 
 

@@ -1,7 +1,6 @@
 """Sheets that show what a network does at several ISR ratios: attention, features, predictions."""
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from ..predict.inputs import find_images, name_targets
 from ..predict.outputs import writing
 from ..predict.segmenter import Segmenter
 from . import sheets
-from .attention import choose_layers, layer_names, look
+from .attention import Attended, choose_layers, look
 from .loading import count_windows
 
 
@@ -67,40 +66,42 @@ def visualize(segmenter: Segmenter, images: Sequence[str | Path], out: str | Pat
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     written = []
-    for path, name in files.items():
-        subject = find_subject(segmenter, path, points, ratios[0])
-        truth = None if labels is None else read_labels(
-            Path(labels), path, subject.image.shape[:2], len(segmenter.classes), reduce_zero_label)
-        shots, reasons = _observe(segmenter, subject, ratios, chosen)
-        if layers and reasons:
-            raise ConfigError('this attention cannot be drawn: ' + '; '.join(
-                f'{layer}: {reason}' for layer, reason in reasons.items()))
-        beside = [_predict(other, subject, title) for title, other in others]
-        sources = f'ISR: {segmenter.source}' + ''.join(
-            f'. {title}: {other.source}' for title, other in others)
-        texts = {layer: text for layer, text in layer_names(segmenter.model).items()
-                 if layer in shots[0].seen}
-        drawn = dict(attention=sheets.draw_attention(subject, shots, texts),
-                     features=sheets.draw_features(subject, shots, texts)) if texts else {}
-        drawn['predictions'] = sheets.draw_predictions(subject, shots, beside, truth, sources)
-        say(_tables(subject, shots, beside))
-        for layer, reason in reasons.items():
-            say(f'not drawn: {layer}: {reason}')
-        for kind, sheet in drawn.items():
-            written.append(out / f'{name}_{kind}.png')
-            with writing(out), replacing(written[-1]) as partial:
-                sheet.save(partial)
+    before = segmenter.isr_ratio
+    try:
+        for path, name in files.items():
+            subject = find_subject(segmenter, path, points, ratios[0])
+            truth = None if labels is None else read_labels(
+                Path(labels), path, subject.image.shape[:2], len(segmenter.classes),
+                reduce_zero_label)
+            shots, reasons = _observe(segmenter, subject, ratios, chosen)
+            not_drawn = [f'not drawn: {layer}: {reason}' for layer, reason in reasons.items()]
+            if layers and not_drawn:
+                raise ConfigError('; '.join(not_drawn))
+            beside = [_predict(other, path, title) for title, other in others]
+            sources = '. '.join(f'{title}: {one.source}' for title, one in (
+                ('ISR', segmenter), *others))
+            texts = {layer: text for layer, text in chosen.items() if layer not in reasons}
+            drawn = dict(attention=sheets.draw_attention(subject, shots, texts),
+                         features=sheets.draw_features(subject, shots, texts)) if texts else {}
+            drawn['predictions'] = sheets.draw_predictions(subject, shots, beside, truth, sources)
+            say('\n'.join([_tables(subject, shots, beside, texts), *not_drawn]))
+            for kind, sheet in drawn.items():
+                written.append(out / f'{name}_{kind}.png')
+                with writing(out), replacing(written[-1]) as partial:
+                    sheet.save(partial)
+    finally:
+        segmenter.isr_ratio = before
     say('Written: ' + ', '.join(map(shown, written)))
     return written
 
 
 def find_subject(segmenter: Segmenter, path: Path, points: Sequence[str],
                  isr_ratio: ISRRatio) -> sheets.Subject:
-    """Load an image, with the given points, or points that the prediction at a ratio suggests."""
+    """Load an image, with the given points, or those that its prediction at a ratio suggests."""
     image, inputs, (rows, columns) = _load(segmenter, path)
     height, width = image.shape[:2]
-    with _at_ratio(segmenter, isr_ratio):
-        labels = segmenter(path).labels
+    segmenter.isr_ratio = isr_ratio
+    labels = segmenter(path).labels
     chosen = [parse_point(point, (height, width), path) for point in points] or (
         choose_points(labels))
     names = [f'point {i} at {x},{y}: {segmenter.classes[labels[y, x]]}'
@@ -111,23 +112,17 @@ def find_subject(segmenter: Segmenter, path: Path, points: Sequence[str],
 def parse_point(text: str, size: Grid, path: Path | str = 'the image') -> tuple[int, int]:
     """Return column and row of a pixel, from ``120,80`` or from fractions, ``0.5,0.3``.
 
-    Numbers with a decimal point are fractions of width and height.
+    Numbers with a decimal point are fractions of width and height; 1.0 is the last pixel.
 
     Raises:
         ConfigError: The text is no point, or the point lies outside of the image.
     """
-    words = text.split(',')
     try:
-        numbers = [float(word) * side if '.' in word else int(word)
-                   for word, side in zip(words, size[::-1])]
-    except ValueError:
-        numbers = []
-    if len(words) != 2 or len(numbers) != 2 or not all(map(math.isfinite, numbers)):
+        x, y = (math.floor(float(word) * side) - (float(word) == 1) if '.' in word else int(word)
+                for word, side in zip(text.split(','), size[::-1], strict=True))
+    except (ValueError, OverflowError):
         raise ConfigError(f"cannot parse point '{text}': give column and row in pixels, 120,80, "
-                          'or fractions of width and height, 0.5,0.3')
-    # The far edge, 1.0, is the last pixel.
-    x, y = (side - 1 if '.' in word and number == side else math.floor(number)
-            for word, number, side in zip(words, numbers, size[::-1]))
+                          'or fractions of width and height, 0.5,0.3') from None
     if not (0 <= x < size[1] and 0 <= y < size[0]):
         raise ConfigError(f'point {text} lies outside of {path}, which has columns 0 to '
                           f'{size[1] - 1} and rows 0 to {size[0] - 1}')
@@ -157,28 +152,24 @@ def _load(segmenter: Segmenter, path: Path) -> tuple[np.ndarray, Tensor, Grid]:
 
 
 def _observe(segmenter: Segmenter, subject: sheets.Subject, ratios: Sequence[ISRRatio],
-             layers: Sequence[str]) -> tuple[list[sheets.Shot], dict[str, str]]:
+             layers: Iterable[str]) -> tuple[list[sheets.Shot], dict[str, str]]:
     """Return the image at each ratio, and the reasons why layers cannot be drawn."""
     shots = []
     reasons: dict[str, str] = {}
     points = [subject.to_inputs(point) for point in subject.points]
     for ratio in ratios:
-        with _at_ratio(segmenter, ratio):
-            seen, why = look(segmenter.model, subject.inputs, layers, points)
-            shot = _predict(segmenter, subject, f'ISR {ratio!s}')
-        shot.seen.update(seen)
-        shots.append(shot)
+        segmenter.isr_ratio = ratio
+        seen, why = look(segmenter.model, subject.inputs, layers, points)
+        shots.append(_predict(segmenter, subject.path, f'ISR {ratio!s}', seen))
         reasons |= why
-    for shot in shots:
-        for name in reasons:
-            shot.seen.pop(name, None)
     return shots, reasons
 
 
-def _predict(segmenter: Segmenter, subject: sheets.Subject, title: str) -> sheets.Shot:
-    height, width = _load(segmenter, subject.path)[1].shape[2:]
+def _predict(segmenter: Segmenter, path: Path, title: str,
+             seen: dict[str, Attended] | None = None) -> sheets.Shot:
+    height, width = _load(segmenter, path)[1].shape[2:]
     gmacs = count_windows(segmenter.model, (height, width)) / 1e9
-    return sheets.Shot(title, segmenter(subject.path), gmacs, {})
+    return sheets.Shot(title, segmenter(path), gmacs, seen or {})
 
 
 def read_labels(labels: Path, path: Path, size: Grid, classes: int,
@@ -196,18 +187,8 @@ def read_labels(labels: Path, path: Path, size: Grid, classes: int,
     return np.asarray(results['gt_seg_map'])
 
 
-@contextmanager
-def _at_ratio(segmenter: Segmenter, isr_ratio: ISRRatio) -> Iterator[None]:
-    before = segmenter.isr_ratio
-    segmenter.isr_ratio = isr_ratio
-    try:
-        yield
-    finally:
-        segmenter.isr_ratio = before
-
-
 def _tables(subject: sheets.Subject, shots: Sequence[sheets.Shot],
-            others: Sequence[sheets.Shot]) -> str:
+            others: Sequence[sheets.Shot], layers: Collection[str]) -> str:
     first = shots[0]
     table = PrettyTable([subject.path.name, 'GMACs', 'other labels'], align='r')
     table.align[subject.path.name] = 'l'
@@ -215,13 +196,14 @@ def _tables(subject: sheets.Subject, shots: Sequence[sheets.Shot],
         table.add_row([shot.title, f'{shot.gmacs:.2f}',
                        '' if shot is first else f'{shot.changed(first):.1%}'])
     lines = [*subject.names, str(table)]
-    if first.seen:
+    if layers:
         table = PrettyTable(['layer', *(shot.title for shot in shots)], align='r')
         table.align['layer'] = 'l'
-        for name, before in first.seen.items():
+        for name in layers:
+            before, *others_seen = (shot.seen[name] for shot in shots)
             table.add_row([name, f'{before.keys} keys', *(
                 f'{after.keys} keys, {sheets.relative_error(after.features, before.features):.1%}'
-                for after in (shot.seen[name] for shot in shots[1:]))])
+                for after in others_seen)])
         if len(shots) > 1:
             lines.append(f'Percentages: how far the output features are from {first.title}')
         lines.append(str(table))

@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -99,18 +99,17 @@ def encode_png(image: Image.Image, note: str | None = None) -> bytes:
     return content.getvalue()
 
 
-def draw_legend(segmenter: Segmenter) -> Image.Image:
-    """Draw the names of the classes beside their colours, in columns."""
-    font = ImageFont.load_default(16)
-    rows = min(len(segmenter.classes), 25)
-    width = 60 + max(int(font.getlength(name)) for name in segmenter.classes)
-    columns = -(-len(segmenter.classes) // rows)
-    legend = Image.new('RGB', (columns * width, rows * 28 + 12), 'white')
+def draw_legend(classes: Sequence[tuple[str, tuple[int, int, int]]], width: int) -> Image.Image:
+    """Draw the names of classes beside their colours (RGB), in as many columns as fit."""
+    font = ImageFont.load_default(15)
+    column = 50 + max(int(font.getlength(name)) for name, _ in classes)
+    across = max(1, width // column)
+    legend = Image.new('RGB', (max(width, column), -(-len(classes) // across) * 28), 'white')
     pen = ImageDraw.Draw(legend)
-    for index, (name, colour) in enumerate(zip(segmenter.classes, segmenter.description.palette)):
-        x, y = index // rows * width + 10, index % rows * 28 + 10
-        pen.rectangle((x, y, x + 28, y + 20), colour, (90, 90, 90))
-        pen.text((x + 38, y + 10), name, 'black', font, 'lm')
+    for i, (name, colour) in enumerate(classes):
+        x, y = i % across * column, i // across * 28
+        pen.rectangle((x, y + 2, x + 26, y + 20), colour, (90, 90, 90))
+        pen.text((x + 34, y + 11), name, 'black', font, 'lm')
     return legend
 
 
@@ -130,7 +129,8 @@ class Summary:
     def begin(self) -> None:
         """Write the legend, and remove what killed runs left half-written."""
         with writing(self.out):
-            write_file(self.out / 'legend.png', encode_png(draw_legend(self.segmenter)))
+            classes = list(zip(self.segmenter.classes, self.segmenter.description.palette))
+            write_file(self.out / 'legend.png', encode_png(draw_legend(classes, 600)))
             remove_leftovers(self.out)
 
     def count(self, labels: np.ndarray) -> np.ndarray:

@@ -87,38 +87,12 @@ def silent(*args, **options):
     return visualize(*args, **{'say': lambda text: None, **options})
 
 
-def test_sheets(segmenter, other, path, mask, tmp_path):
-    texts = []
-    written = silent(segmenter, [path], tmp_path, isr_ratio=['none', '2', '2211-222'],
-                     others=[('segformer', other)], labels=mask, points=['10,10', '0.9,0.9'],
-                     say=texts.append)
-    assert sorted(tmp_path.iterdir()) == written == [
-        tmp_path / f'00000_{kind}.png' for kind in ('attention', 'features', 'predictions')]
-    assert segmenter.isr_ratio == ISRRatio.parse('none')
-    for file in written:
-        with Image.open(file) as sheet:
-            sheet.load()
-            assert np.array(sheet).std() > 20
-    assert sheet.width == 40 + 4 * (440 + 10) - 10
-    # The figures are those of the predictions.
-    labels = {}
-    for ratio in 'none', '2':
-        segmenter.isr_ratio = ratio
-        labels[ratio] = segmenter(path).labels
-    segmenter.isr_ratio = 'none'
-    changed = (labels['2'] != labels['none']).mean()
-    assert changed > 0
-    line = next(line for line in texts[0].splitlines() if '| ISR 2 ' in line)
-    assert line.split()[-2] == f'{changed:.1%}'
-    assert 'segformer' in texts[0]
-    assert f'point 1 at 10,10: {segmenter.classes[labels["none"][10, 10]]}' in texts[0]
-
-
 def test_the_panels_are_what_they_say(segmenter, path, mask, tmp_path):
     """Painted cells show in the sheet, and the truth is that of the mask."""
     name = 'backbone.stages.0.blocks.0.attn'
-    silent(segmenter, [path], tmp_path, isr_ratio=['none'], points=['40,20'], layers=[name],
+    silent(segmenter, [path], tmp_path, isr_ratio=['none', '2'], points=['40,20'], layers=[name],
            labels=mask)
+    assert segmenter.isr_ratio == ISRRatio.parse('none')
     sheet = np.array(Image.open(tmp_path / '00000_attention.png'))
     subject = find_subject(segmenter, path, ['40,20'], segmenter.isr_ratio)
     seen = look(segmenter.model, subject.inputs, [name], [subject.to_inputs((40, 20))])[0][name]
@@ -169,15 +143,28 @@ def test_models_that_do_not_fit(segmenter, other, path, tmp_path, monkeypatch):
         silent(segmenter, [path], tmp_path / 'out', others=[('cars', other)])
 
 
-def test_command_line(edaformer, segformer, path, tmp_path):
+def test_command_line(edaformer, segformer, segmenter, path, mask, tmp_path):
     command = ('tools/visualize.py', path, '--model', Path(edaformer[0]).parent,
                '--out', tmp_path / 'out')
-    code, output = run_tool(
-        *command, '--with', ':'.join(segformer), '--isr-ratio', 'none', '2', '--layers',
-        'decode_head.*', '--device', 'cpu')
+    code, output = run_tool(*command, '--with', ':'.join(segformer), '--isr-ratio', 'none', '2',
+                            '2211-222', '--labels', mask, '--points', '10,10', '0.9,0.9',
+                            '--device', 'cpu')
     assert code == 0, output
-    assert len(list((tmp_path / 'out').iterdir())) == 3
-    for text in 'decode_head.levels.2.2.attn', 'ISR 2', 'segformer', 'Written: ':
+    for kind in 'attention', 'features', 'predictions':
+        with Image.open(tmp_path / 'out' / f'00000_{kind}.png') as sheet:
+            assert np.array(sheet).std() > 20
+    assert sheet.width == 40 + 4 * (440 + 10) - 10
+    # The figures are those of the predictions.
+    labels = {}
+    for ratio in '2', 'none':
+        segmenter.isr_ratio = ratio
+        labels[ratio] = segmenter(path).labels
+    changed = (labels['2'] != labels['none']).mean()
+    assert changed > 0
+    line = next(line for line in output.splitlines() if '| ISR 2 ' in line)
+    assert line.split()[-2] == f'{changed:.1%}'
+    for text in ('decode_head.levels.2.2.attn', 'segformer', 'Written: ',
+                 f'point 1 at 10,10: {segmenter.classes[labels["none"][10, 10]]}'):
         assert text in output
     assert 'Warning' not in output
     for flags, says in ((('--isr-ratios', 'none'), '--isr-ratios is now --isr-ratio'),
