@@ -52,14 +52,23 @@ class EvaluationHook(Hook):
             with suppress(OSError):  # if it cannot be replaced either, the log will say so
                 path.unlink()
 
-    def before_val_epoch(self, runner: Runner) -> None:
-        """Start counting."""
-        self._begin(runner.val_loop)
-
-    def before_test_epoch(self, runner: Runner) -> None:
-        """Start counting."""
-        self.kind = 'test'
-        self._begin(runner.test_loop)
+    def _before_epoch(self, runner: Runner, mode: str = 'train') -> None:
+        """Start counting a validation or a test."""
+        if mode == 'train':
+            return
+        self.kind = 'test' if mode == 'test' else self.kind
+        loop: Any = runner.test_loop if mode == 'test' else runner.val_loop
+        dataset = loop.dataloader.dataset
+        meta = getattr(dataset, 'metainfo', {})
+        classes = tuple(map(str, meta.get('classes') or ()))
+        palette = np.asarray(meta.get('palette') or np.random.default_rng(0).integers(
+            256, size=(len(classes), 3))).tolist()
+        self.evaluation = Evaluation(classes, tuple(map(tuple, palette)), size=len(dataset))
+        for metric in loop.evaluator.metrics:
+            if isinstance(metric, IoUMetric):
+                self.evaluation.ignore_index = metric.ignore_index
+                self.evaluation.nan_to_num = metric.nan_to_num
+        self.seen, self.begun = 0, time.perf_counter()
 
     def _after_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None,
                     outputs: Any = None, mode: str = 'train') -> None:
@@ -110,26 +119,11 @@ class EvaluationHook(Hook):
             self._report(runner, final=False)
 
     def after_success(self, runner: Runner) -> None:
-        """Write the report of a run that ended well, once all of its results are saved.
+        """Write the report of a finished run; called by the tools, as mmengine has no such hook.
 
-        mmengine calls no hook that late, so `launch.train` and `launch.evaluate` call this one: the
-        report takes a while, in which a signal must end the process.
+        All results are saved by then: a signal may end the process while the report is made.
         """
         self._report(runner, final=True)
-
-    def _begin(self, loop: Any) -> None:
-        dataset = loop.dataloader.dataset
-        meta = getattr(dataset, 'metainfo', {})
-        classes = tuple(map(str, meta.get('classes') or ()))
-        palette = np.asarray(meta.get('palette') or np.random.default_rng(0).integers(
-            256, size=(len(classes), 3))).tolist()
-        self.evaluation = Evaluation(classes, tuple(map(tuple, palette)), size=len(dataset))
-        for metric in loop.evaluator.metrics:
-            if isinstance(metric, IoUMetric):
-                self.evaluation.ignore_index = metric.ignore_index
-                self.evaluation.nan_to_num = metric.nan_to_num
-        self.seen = 0
-        self.begun = time.perf_counter()
 
     def _report(self, runner: Runner, final: bool) -> None:
         """Write the report; whatever happens, the run and its exit code stay as they are."""

@@ -1,30 +1,29 @@
-"""The report of a training or test: report.html in its work dir, and images and tables beside it.
+"""The report of a training or test: report.html in its work dir, and charts and tables beside it.
 
 The page is one file that loads nothing. Its ISR curve is measured here, on a small sample and
 within a time limit.
 """
 import base64
-import csv
-import io
 import math
 import shlex
 import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, astuple
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from mmengine.dataset import pseudo_collate
 from mmengine.hooks import EMAHook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import Runner
-from mmengine.utils.dl_utils import collect_env
 
 from ..cost import unwrap
 from ..data.classification import is_classifier
@@ -34,22 +33,20 @@ from ..files import write_file
 from ..isr import isr
 from . import report_plots as plots
 from .bench import Bench
-from .counts import EXAMPLES, FOLDER, Evaluation
+from .counts import FOLDER, Evaluation
 from .loading import count_windows
 from .sweep import DEFAULT, GREEDY, make_rows
-from .sweep_report import Ratios, draw, find_sweep
+from .sweep_report import Row, draw, find_sweep
 from .timing import environment, render, size_text
 
 _CURVE_SECONDS, _CURVE_SHARE, _LEAST_SECONDS = 60., 0.05, 10.
 _CURVE_IMAGES = 50
 _PAIRS = 12  # of classes that are confused
-_FILES = ('curves.csv', 'loss.png', 'lr.png', 'metric.png', 'classes.csv', 'confusion.csv',
-          'confusion.png', 'images.csv', 'isr.csv', 'isr.png',
-          *(f'{rank}_{i}.png' for rank in ('best', 'worst') for i in range(1, EXAMPLES + 1)))
+_NAMED = 40  # classes whose confusion matrix can be read
 
 
 class Report:
-    """Writes report.html to the work dir, and its images and tables to report/ as PNG and CSV.
+    """Writes report.html to the work dir, and its charts and tables to report/ as PNG and CSV.
 
     Args:
         runner: The runner that trains, has trained or has tested.
@@ -78,7 +75,7 @@ class Report:
             self.hook.method)
         self.curves = plots.read_curves(self.work_dir)
         self.metric = next((name for name in ('mIoU', 'accuracy/top1')
-                            if self.curves.of(name, True)), 'mIoU')
+                            if self.curves.of(f'val/{name}')), 'mIoU')
         # The tested checkpoint, or the last one of the training.
         pointer = self.work_dir / 'last_checkpoint'
         self.checkpoint = Path(runner._load_from) if runner._load_from else None
@@ -94,43 +91,37 @@ class Report:
         training = self.model.training
         self.model.eval()
         try:
-            self.ratios = self._measure_ratios()
+            self.ratios, self.ratios_note = self._measure_ratios()
             self.gmacs = self._count_gmacs()
         finally:
             self.model.train(training)
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        for name in _FILES:  # of an earlier report
-            (self.folder / name).unlink(missing_ok=True)
-        counts: dict[str, Any] = dict(classes=[], confusion=None, examples={})
-        if self.counted is not None:
-            counts = dict(classes=self._classes(self.counted),
-                          confusion=self._confusion(self.counted),
-                          examples=self._examples(self.counted))
+        for path in (*self.folder.glob('*.csv'), *self.folder.glob('*.png')):
+            path.unlink()  # of an earlier report
+        counts: dict[str, Any] = dict(classes=[]) if self.counted is None else dict(
+            classes=self._classes(self.counted), confusion=self._confusion(self.counted),
+            examples=self._examples(self.counted))
         cfg = self.runner.cfg
         dumped = self.work_dir / (Path(cfg.filename).name if cfg.filename else '')
-        facts = {'command': shlex.join(sys.argv), 'compile': 'yes' if self.compiled else 'no',
-                 **environment('cuda' if torch.cuda.is_available() else 'cpu'), **collect_env()}
-        facts.pop('numpy_random_seed', None)  # not that of the run
+        device = 'cuda' if torch.cuda.is_available() else 'cpu'
         path = self.work_dir / 'report.html'
         write_file(path, render(
-            'report.html.jinja', filters=_FILTERS, report=self, runner=self.runner, cfg=cfg,
-            evaluation=self.evaluation,
-            date=time.strftime('%Y-%m-%d %H:%M'), folder=FOLDER, named=plots.NAMED,
-            best=self._best(), curves=self._curves(), isr=self._isr(), steps=self._steps(),
-            memory=_peak_memory(),
+            'report.html.jinja', filters=_FILTERS, report=self, cfg=cfg, folder=FOLDER,
+            named=_NAMED, date=time.strftime('%Y-%m-%d %H:%M'), best=self._best(),
+            charts=self._curves(), isr=self._isr(), steps=self._steps(),
+            memory=torch.cuda.max_memory_allocated() / 2**30 if device == 'cuda' else 0,
             settings=dumped.read_text('utf-8') if dumped.is_file() else cfg.pretty_text,
-            built=facts.pop('PyTorch compiling details', ''), environment=facts, **counts))
+            environment={'command': shlex.join(sys.argv), 'compile': 'yes' if self.compiled else
+                         'no', **environment(device)}, **counts))
         return path
 
-    def _measure_ratios(self) -> Ratios:
-        """Return the ISR curve, from a sweep of this checkpoint or measured now."""
-        if not self.training and self.checkpoint is not None and self.checkpoint.is_file():
-            swept = find_sweep(self.checkpoint, self.work_dir)
-            if swept is not None:
-                return swept
+    def _measure_ratios(self) -> tuple[list[Row], str]:
+        """Return the ISR curve, from a sweep of this checkpoint or measured now, and its source."""
+        swept = None if self.training or self.checkpoint is None else find_sweep(
+            self.checkpoint, self.work_dir)
         reason = self._why_no_ratios()
-        if reason:
-            return Ratios(note=reason)
+        if swept or reason:
+            return swept or ([], reason)
         counted = self.counted
         assert counted is not None
         try:
@@ -147,48 +138,42 @@ class Report:
                 limit = max(min(_CURVE_SECONDS, _CURVE_SHARE * self.seconds), _LEAST_SECONDS)
                 image = counted.seconds * self.runner.world_size / counted.size
                 if 2 * len(ratios) * image > 1.5 * limit:
-                    return Ratios(note=(
+                    return [], (
                         f'Not measured: one image takes {image:.1f} s here, so {len(ratios)} '
                         f'ratios would exceed the {limit:.0f} s that a report may take. '
-                        'Use tools/isr_sweep.py.'))
+                        'Use tools/isr_sweep.py.')
                 bench.measure(ratios, seconds=limit)
                 rows = make_rows(bench, ratios, memory=False)
         except UserError as error:
-            return Ratios(note=f'Not measured: {error}.')
+            return [], f'Not measured: {error}.'
         except Exception as error:  # of a foreign model, at a ratio that it was not tested with
             self.runner.logger.warning('The ISR curve of the report could not be measured: '
                                        f'{error!r}')
-            return Ratios(note=f'It could not be measured: {type(error).__name__}: {error}')
+            return [], f'It could not be measured: {type(error).__name__}: {error}'
         sample = '' if bench.images == len(bench.dataset) else (
             f' of {len(bench.dataset)}, drawn at random, so the mIoU is not that of the whole set')
         method = self.other_method and (
             f' Keys are averaged here; the metrics above are those of {self.other_method}.')
-        return Ratios(rows, bench.size, (
+        return rows, (
             f'Measured at the end of the run on {bench.images} image'
             f'{"s" if bench.images != 1 else ""}{sample}.{method} GMACs for '
             f'{size_text(bench.size)} pixels; ms: batch 1, from the image to its labels. '
-            'tools/isr_sweep.py measures more ratios on more images and recommends one.'))
+            'tools/isr_sweep.py measures more ratios on more images and recommends one.')
 
     def _why_no_ratios(self) -> str:
-        if is_classifier(self.runner.cfg):
-            return 'Not measured for classifiers: use tools/compare_isr.py.'
-        if self.counted is None:
-            return 'Not measured: no image with labels was predicted.'
-        if self.augmented:
-            return 'Not measured with test-time augmentation: test without --tta.'
-        if self.compiled:
-            return ('Not measured, because the network would be compiled anew for each ratio: use '
-                    'tools/isr_sweep.py.')
-        if any(isinstance(hook, EMAHook) for hook in self.runner.hooks):
-            return ('Not measured, because EMAHook has put the averaged weights away: use '
-                    'tools/isr_sweep.py.')
-        return '' if self.final else 'Measured when the run ends.'
+        ema = any(isinstance(hook, EMAHook) for hook in self.runner.hooks)
+        reasons = (
+            (is_classifier(self.runner.cfg), 'for classifiers: run tools/test.py at each ratio'),
+            (self.counted is None, 'because no image with labels was predicted'),
+            (self.augmented, 'with test-time augmentation: test without --tta'),
+            (self.compiled, 'because the network would be compiled anew for each ratio: use '
+             'tools/isr_sweep.py'),
+            (ema, 'because EMAHook has put the averaged weights away: use tools/isr_sweep.py'),
+            (not self.final, 'before the run ends'))
+        return next((f'Not measured {reason}.' for holds, reason in reasons if holds), '')
 
     def _count_gmacs(self) -> tuple[float, str] | None:
         """Return the GMACs in effect, and for which image size."""
-        for row in self.ratios.rows:
-            if self.ratios.size is not None and row.isr_ratio == self.isr_ratio:
-                return row.gmacs, size_text(self.ratios.size)
         if not self.dataset or self.augmented:
             return None
         try:
@@ -204,7 +189,7 @@ class Report:
         return macs / 1e9, size_text(size)
 
     def _best(self) -> str:
-        validated = self.curves.of(self.metric, True) if self.training else {}
+        validated = self.curves.of(f'val/{self.metric}') if self.training else {}
         best = max(validated, key=lambda step: validated[step], default=None)
         return '' if best is None else f'best {validated[best]:.2f} at {best}'
 
@@ -217,113 +202,79 @@ class Report:
                     median=statistics.median(times.values()),
                     waiting=sum(waits.values()) / sum(times.values()))
 
-    def _curves(self) -> dict[str, Any] | None:
+    def _curves(self) -> dict[str, Path]:
+        """Write the table and the charts of the training log; returns the charts by title."""
         curves = self.curves
-        charts: dict[str, bytes] = {}
-        if curves.train or curves.val:
-            self._write_csv('curves.csv', *plots.join_curves(curves))
-            by_epoch = self.runner.log_processor.by_epoch
-            for file, title, points, measured in (
-                    ('loss.png', 'Loss', curves.of('loss'), False),
-                    ('metric.png', f'Validated {self.metric}', curves.of(self.metric, True), True),
-                    ('lr.png', 'Learning rate', curves.of('lr'), False)):
-                if points:
-                    plots.draw_curve(points, self.folder / file, title, measured=measured,
-                                     unit='epoch' if measured and by_epoch else 'iteration')
-                    charts[title] = (self.folder / file).read_bytes()
-        elif not self.training:
-            return None
-        return dict(charts=charts, starts=curves.starts)
+        charts: dict[str, Path] = {}
+        if curves.lines:
+            names = sorted({name for line in curves.lines.values() for name in line},
+                           key=lambda name: (name.startswith('val/'), name))
+            plots.write_csv(self.folder / 'curves.csv', ['step', *names], [
+                [step, *(line.get(name, '') for name in names)]
+                for step, line in sorted(curves.lines.items())])
+        for name, title, points, measured in (
+                ('loss', 'Loss', curves.of('loss'), False),
+                ('metric', f'Validated {self.metric}', curves.of(f'val/{self.metric}'), True),
+                ('lr', 'Learning rate', curves.of('lr'), False)):
+            if points:
+                charts[title] = self.folder / f'{name}.png'
+                plots.draw_curve(points, charts[title], title, measured=measured,
+                                 unit='epoch' if measured and self.runner.log_processor.by_epoch
+                                 else 'iteration')
+        return charts
 
     def _classes(self, evaluation: Evaluation) -> list[dict[str, Any]]:
         rows = [dict(zip(('class', 'IoU', 'Acc', 'pixels labelled', 'pixels predicted', 'images'),
                          values)) for values in zip(
             evaluation.classes, 100 * evaluation.iou, 100 * evaluation.accuracy,
             evaluation.labelled, evaluation.predicted, evaluation.occurs)]
-        self._write_csv('classes.csv', ('number', *rows[0]), [
+        plots.write_csv(self.folder / 'classes.csv', ('number', *rows[0]), [
             (i, *row.values()) for i, row in enumerate(rows)])
         return rows
 
     def _confusion(self, evaluation: Evaluation) -> dict[str, Any]:
         counts, classes = evaluation.matrix[:-1, :-1], evaluation.classes
-        with np.errstate(invalid='ignore'):
-            shares = counts / evaluation.labelled[:, None]
-        self._write_csv('confusion.csv', ('label \\ predicted', *classes), [
+        shares = counts / np.maximum(evaluation.labelled, 1)[:, None]
+        plots.write_csv(self.folder / 'confusion.csv', ('label \\ predicted', *classes), [
             (name, *row) for name, row in zip(classes, counts.tolist())])
-        path = self.folder / 'confusion.png'
-        plots.draw_matrix(shares, classes, path)
-        errors = np.where(np.eye(len(shares), dtype=bool), 0, np.nan_to_num(shares))
-        order = np.argsort(-errors, axis=None, kind='stable')[:_PAIRS]
-        pairs = [(classes[i], classes[j], f'{100 * shares[i, j]:.2f} %', f'{counts[i, j]:,}')
-                 for i, j in zip(*np.unravel_index(order, shares.shape))
-                 if counts[i, j] and i != j]
-        return dict(png=path.read_bytes(), pairs=pairs)
+        pairs = sorted(((shares[i, j], i, j) for i, j in np.argwhere(counts) if i != j),
+                       key=lambda pair: -pair[0])
+        return dict(shares=shares.tolist(), pairs=[
+            (classes[i], classes[j], f'{100 * share:.2f} %', f'{counts[i, j]:,}')
+            for share, i, j in pairs[:_PAIRS]])
 
     def _examples(self, evaluation: Evaluation) -> dict[str, list[Any]]:
         """Return the worst and the best images, each with score and panels; none is in both."""
-        self._write_csv('images.csv', ('name', 'miou', 'accuracy'),
+        plots.write_csv(self.folder / 'images.csv', ('name', 'miou', 'accuracy'),
                         [astuple(score) for score in evaluation.images])
         scored = sum(not math.isnan(score.miou) for score in evaluation.images)
         shown: dict[str, list[Any]] = {}
         for rank, examples in (('worst', evaluation.worst[:scored // 2]),
                                ('best', evaluation.best[:max(scored // 2, 1)])):
-            for i, example in enumerate(examples, 1):
+            for example in examples:
                 panels = plots.panels(example, evaluation.palette)
-                plots.write_row(list(panels.values()), self.folder / f'{rank}_{i}.png')
                 shown.setdefault(rank, []).append((example.score, {
-                    name: plots.encode(panel, photo=name == 'image')
+                    name: cv2.imencode('.jpg' if name == 'image' else '.png', panel)[1].tobytes()
                     for name, panel in panels.items()}))
         return shown
 
-    def _isr(self) -> dict[str, Any]:
-        rows = sorted(self.ratios.rows, key=lambda row: -row.gmacs)
-        if not rows:
-            return dict(rows=[], note=self.ratios.note)
-        self._write_csv('isr.csv', list(asdict(rows[0])), [astuple(row) for row in rows])
-        path = self.folder / 'isr.png'
-        draw(rows, path, named={row.isr_ratio for row in rows})
-        here = self.isr_ratio if self.hook and not self.other_method else ''
-        return dict(png=path.read_bytes(), note=self.ratios.note, rows=[
-            (row.isr_ratio + (' (this run)' if row.isr_ratio == here else ''), f'{row.miou:.2f}',
-             f'{row.change:+.2f}', f'{row.gmacs:.3f}', f'{row.ms:.1f}') for row in rows])
-
-    def _write_csv(self, name: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Write a table, floats rounded, and nothing where there is no number."""
-        text = io.StringIO()
-        csv.writer(text, lineterminator='\n').writerows([header, *(
-            [('' if math.isnan(cell) else round(float(cell), 4)) if isinstance(cell, float) else
-             cell for cell in row] for row in rows)])
-        write_file(self.folder / name, text.getvalue())
+    def _isr(self) -> Path:
+        """Write the table and the chart of the ISR curve, if there is one."""
+        rows, path = self.ratios, self.folder / 'isr.png'
+        if rows:
+            plots.write_csv(path.with_suffix('.csv'), list(asdict(rows[0])),
+                            [astuple(row) for row in rows])
+            draw(rows, path, named={row.isr_ratio for row in rows})
+        return path
 
 
-def _peak_memory() -> dict[str, str]:
-    peaks = {}
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated() / 2**30
-        peaks['peak GPU memory'] = f'{peak:.2f} GiB allocated on the first GPU'
-    with suppress(ImportError):
-        import resource  # Windows has none
-        # Kilobytes on Linux, bytes on macOS.
-        unit = 2**30 if sys.platform == 'darwin' else 2**20
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-        peaks['peak memory'] = f'{peak:.2f} GiB of the first process'
-    return peaks
-
-
-def _data_uri(content: bytes) -> str:
+def _data_uri(source: bytes | Path) -> str:
+    content = source.read_bytes() if isinstance(source, Path) else source
     kind = 'png' if content.startswith(b'\x89PNG') else 'jpeg'
     return f'data:image/{kind};base64,{base64.b64encode(content).decode()}'
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f'{seconds:.1f} s'
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f'{hours} h {minutes} min' if hours else f'{minutes} min {rest} s'
-
-
 _FILTERS: dict[str, Callable[[Any], str]] = dict(
-    uri=_data_uri, duration=_duration, file_name=lambda path: Path(path).name,
-    file_stem=lambda path: Path(path).stem,
+    uri=_data_uri, duration=lambda seconds: str(timedelta(seconds=round(seconds))),
+    file_name=lambda path: Path(path).name, file_stem=lambda path: Path(path).stem,
     figure=lambda value: '–' if math.isnan(value) else f'{value:.2f}')

@@ -4,29 +4,19 @@ All ratios of a pass take turns on each image, so that they see the same images 
 the machine falls on all of them alike.
 """
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..data.classification import is_classifier
 from ..engine.run_config import load_config
 from ..errors import ConfigError, RatioError
 from ..files import write_file
 from ..isr import ISRRatio
 from .bench import Bench, mean_iou, open_bench
-from .sweep_report import (
-    FEWEST,
-    Goal,
-    Row,
-    advice,
-    draw,
-    notes,
-    option_words,
-    table,
-    write,
-)
+from .sweep_report import Goal, Row, advice, draw, note, table, write
 from .timing import size_text
 
 GREEDY = 'greedy'
@@ -37,6 +27,7 @@ _MOST = 4  # the largest multiplier that the search tries
 _WORTH = 0.005  # of the trained GMACs: a step that saves less is tried for a budget only
 _LEAST_LOSS = 0.01  # mIoU: less counts as this much, so that noise does not make a saving endless
 _RESAMPLES = 1000
+_FEWEST = 10  # images that a confidence interval needs
 
 
 def change_interval(areas: np.ndarray, trained: np.ndarray,
@@ -106,10 +97,7 @@ def search(bench: Bench, ratios: Sequence[ISRRatio], goal: Goal, greedy: bool) -
 
 def _steps(bench: Bench, ratio: ISRRatio, closed: set[tuple[str, int]],
            budget: float | None) -> dict[tuple[str, int], ISRRatio]:
-    """Return ratios with one stage higher that save much, or for a budget some that save at all.
-
-    No multiplier exceeds `_MOST`.
-    """
+    """Return ratios with one stage higher that save much, or for a budget some that save at all."""
     parts = {kind: ratio.for_stages(kind, count) for kind, count in bench.stages.items()}
     saved = {}
     for kind, multipliers in parts.items():
@@ -136,12 +124,9 @@ def recommend(rows: Sequence[Row], goal: Goal) -> Row | None:
     if goal.max_drop is not None:
         fit = [row for row in rows if -row.change <= goal.max_drop]
         return min(fit, key=lambda row: (row.gmacs, -row.miou), default=None)
-    if goal.budget_ms is not None:
-        fit = [row for row in rows if row.ms <= goal.budget_ms]
-    elif goal.budget_gmacs is not None:
-        fit = [row for row in rows if row.gmacs <= goal.budget_gmacs]
-    else:
-        return None
+    cost, budget = ('ms', goal.budget_ms) if goal.budget_ms is not None else (
+        'gmacs', goal.budget_gmacs)
+    fit = [row for row in rows if budget is not None and getattr(row, cost) <= budget]
     return max(fit, key=lambda row: (row.miou, -row.gmacs), default=None)
 
 
@@ -160,7 +145,7 @@ def make_rows(bench: Bench, ratios: Sequence[ISRRatio], *, memory: bool = True) 
     trained = bench.ratio('none')
     rows = []
     for ratio in sorted(done, key=bench.gmacs, reverse=True):
-        low, high = (None, None) if bench.images < FEWEST else change_interval(
+        low, high = (None, None) if bench.images < _FEWEST else change_interval(
             bench.areas(ratio), bench.areas(trained), bench.metric['nan_to_num'])
         rows.append(Row(str(ratio), bench.images, bench.miou(ratio),
                         bench.miou(ratio) - bench.miou(trained), low, high, bench.gmacs(ratio),
@@ -196,24 +181,20 @@ def sweep(config: str, checkpoint: str, *, isr_ratios: Sequence[str] = DEFAULT,
     """
     goal = goal or Goal()
     cfg = load_config(config, cfg_options=cfg_options)
-    if is_classifier(cfg):
-        raise ConfigError(f'{config} trains a classifier, and the sweep measures the mIoU of a '
-                          'segmentor: use tools/compare_isr.py')
     folder = Path(out or Path(cfg.work_dir) / f'isr_sweep_{Path(checkpoint).stem}')
     bench = open_bench(cfg, checkpoint, folder, samples)
     wanted = []
     for value in isr_ratios:
-        try:
+        # A model may have other stages than the paper's.
+        with suppress(RatioError) if isr_ratios is DEFAULT else nullcontext():
             wanted += [] if value == GREEDY else [bench.ratio(value)]
-        except RatioError:
-            if isr_ratios is not DEFAULT:  # a model may have other stages than the paper's
-                raise
     write_file(folder / '.writable', '')  # fail before the hours that follow
     (folder / '.writable').unlink()
-    reused = min(bench.measured.count('none'), len(bench.order))
-    if reused:
+    if reused := min(bench.measured.count('none'), len(bench.order)):
         say(f'Reusing {folder / "sweep.npz"}, which holds {reused} images')
-    command = [config, checkpoint, *option_words(cfg_options or {})]
+    options = [f'{key}={value}' for key, value in cfg_options.items()] if isinstance(
+        cfg_options, Mapping) else list(cfg_options or ())
+    command = [config, checkpoint, *(['--cfg-options', *options] if options else [])]
 
     def report(tried: Sequence[ISRRatio], *, memory: bool = True) -> list[Row]:
         rows = make_rows(bench, tried, memory=memory)
@@ -224,7 +205,7 @@ def sweep(config: str, checkpoint: str, *, isr_ratios: Sequence[str] = DEFAULT,
         draw(rows, folder / 'sweep.png', name, named)
         tail = (['--max-drop, --budget-ms or --budget-gmacs recommends one of them']
                 if not goal.given else [] if best is None else advice(rows, goal, best, command))
-        say('\n'.join([table(rows, named), *notes(bench, rows), f'Written: {folder}/sweep.csv, '
+        say('\n'.join([table(rows, named), note(bench), f'Written: {folder}/sweep.csv, '
                        '.json, .png, and .npz for a later sweep', *tail]))
         return rows
 

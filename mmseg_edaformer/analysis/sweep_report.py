@@ -1,32 +1,25 @@
 """What a sweep over ISR ratios reports: rows, a table, advice, files and a chart."""
-import csv
-import io
 import json
 import math
 import os
 import shlex
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from prettytable import PrettyTable
 
-from ..engine.run_config import parse_options
 from ..errors import ConfigError
-from ..files import replacing, write_file
+from ..files import write_file
+from .report_plots import LINE, MARKED, figure_of, write_csv
 from .timing import environment, size_text, thread_text
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
     from .bench import Bench
 
-FEWEST = 10
-"""Images that a confidence interval needs."""
-
-_LINE, _RECOMMENDED, _TRIED = '#33658a', '#b5485d', '#b0b7bf'
+_TRIED = '#b0b7bf'
 
 
 @dataclass(frozen=True)
@@ -66,18 +59,15 @@ class Row:
 
     Attributes:
         isr_ratio: As `tools/test.py --isr-ratio` takes it.
-        images: Number of images it was measured on.
-        miou: In percent, of these images.
+        miou: In percent, of the ``images`` images.
         change: mIoU above that of the trained ratio, in points; below 0 is a loss.
-        change_low: Lower end of its 95 % interval; None for fewer than 10 images.
-        change_high: Upper end of its 95 % interval.
+        change_low, change_high: Its 95 % interval; None for fewer than 10 images.
         gmacs: Billions of multiply-adds of one image, of the size that the report names.
         ms: Milliseconds of a whole prediction, from the decoded image to its labels: the median of
             the trained ratio times ``time_vs_none``.
         time_vs_none: Median ratio of its time to that of the trained ratio in the same turn.
         peak_mib: Most memory at once for that image, see `timing.peak_bytes`.
-        pareto_gmacs: Whether no other ratio has both more mIoU and fewer GMACs.
-        pareto_ms: Whether no other ratio has both more mIoU and less time.
+        pareto_gmacs, pareto_ms: Whether no other ratio has more mIoU for fewer GMACs, or less time.
     """
     isr_ratio: str
     images: int
@@ -117,31 +107,20 @@ def table(rows: Sequence[Row], named: set[str]) -> str:
         if rest else '')
 
 
-def notes(bench: 'Bench', rows: Sequence[Row]) -> list[str]:
+def note(bench: 'Bench') -> str:
+    """Say what was measured where."""
     some = '' if bench.images == len(bench.dataset) else f' of {len(bench.dataset)}'
-    lines = [
-        f'{bench.images}{some} images, batch 1, '
-        f'{torch.cuda.get_device_name() if bench.device.type == "cuda" else "CPU"}, '
-        f'{thread_text()}, torch {torch.__version__}.',
-        'best: no other ratio gives more mIoU for fewer GMACs, or for less time.',
-        'time: median ratio to none, turn by turn; ms: that times the median of none, image to '
-        'labels.']
-    if rows[0].change_low is None:
-        lines.append(f'Too few images for an interval, which needs {FEWEST}.')
-    else:
-        lines.append('95 % interval: of the change, by resampling the images, the same for both.')
-    where = ('what torch allocates' if bench.device.type == 'cuda' else
-             "live tensors, without the kernels' scratch")
-    lines.append(f'GMACs: for {size_text(bench.size)} pixels.' if rows[0].peak_mib is None else
-                 f'GMACs, MiB: for {size_text(bench.size)} pixels; MiB: {where}, with the weights.')
-    return lines
+    device = torch.cuda.get_device_name() if bench.device.type == 'cuda' else 'CPU'
+    return (f'{bench.images}{some} images, batch 1, {device}, {thread_text()}, torch '
+            f'{torch.__version__}; GMACs and MiB for {size_text(bench.size)} pixels. '
+            'docs/choosing.md explains the columns.')
 
 
 def advice(rows: Sequence[Row], goal: Goal, best: Row, command: Sequence[str]) -> list[str]:
     """Say which ratio to take, and the command that tests it."""
     trained = next(row for row in rows if row.isr_ratio == 'none')
-    line = shlex.join(['python', 'tools/test.py', *command[:2], *(
-        [] if best is trained else ['--isr-ratio', best.isr_ratio]), *command[2:]])
+    flag = [] if best is trained else ['--isr-ratio', best.isr_ratio]
+    line = shlex.join(['python', 'tools/test.py', *command[:2], *flag, *command[2:]])
     if best is trained:
         return [f'{goal}: take none, the trained ratio; no cheaper ratio meets it as well', line]
     lines = [f'{goal}: take {best.isr_ratio}: mIoU {best.miou:.2f} ({best.change:+.2f}), '
@@ -154,24 +133,12 @@ def advice(rows: Sequence[Row], goal: Goal, best: Row, command: Sequence[str]) -
     return [*lines, line]
 
 
-def option_words(options: Mapping[str, Any] | Sequence[str]) -> list[str]:
-    """Return ``--cfg-options`` as a command line has them."""
-    words = [f'{key}={value}' if isinstance(value, str) else
-             f'{key}={value}'.replace("'", '').replace(' ', '')
-             for key, value in parse_options(options).items()]
-    return ['--cfg-options', *words] if words else []
-
-
 def write(folder: Path, bench: 'Bench', rows: Sequence[Row], goal: Goal, best: str | None,
           command: Sequence[str]) -> None:
     """Write sweep.csv and sweep.json."""
     figures = [{name: round(value, 6) if isinstance(value, float) else value
                 for name, value in asdict(row).items()} for row in rows]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [one.name for one in fields(Row)], lineterminator='\n')
-    writer.writeheader()
-    writer.writerows(figures)
-    write_file(folder / 'sweep.csv', text.getvalue())
+    write_csv(folder / 'sweep.csv', list(figures[0]), [astuple(row) for row in rows])
     write_file(folder / 'sweep.json', json.dumps(dict(
         config=command[0], checkpoint=command[1], cfg_options=command[3:],
         images=bench.images, images_of_test_set=len(bench.dataset), input_size=bench.size,
@@ -180,16 +147,11 @@ def write(folder: Path, bench: 'Bench', rows: Sequence[Row], goal: Goal, best: s
     ), indent=2) + '\n')
 
 
-@dataclass
-class Ratios:
-    """The ISR curve of a report: points, image size, and where it is from or why it lacks."""
-    rows: list[Row] = field(default_factory=list)
-    size: tuple[int, int] | None = None
-    note: str = ''
+def find_sweep(checkpoint: Path, work_dir: Path) -> tuple[list[Row], str] | None:
+    """Return the rows of the newest sweep of a checkpoint, if it is newer, and what it is.
 
-
-def find_sweep(checkpoint: Path, work_dir: Path) -> Ratios | None:
-    """Return the newest sweep of a checkpoint, in the work dir or beside it, that is newer."""
+    The sweep lies in the work dir or beside the checkpoint.
+    """
     paths = [path for folder in {work_dir.resolve(), checkpoint.resolve().parent}
              for pattern in ('sweep.json', 'isr_sweep_*/sweep.json')
              for path in folder.glob(pattern)]
@@ -198,75 +160,60 @@ def find_sweep(checkpoint: Path, work_dir: Path) -> Ratios | None:
             content = json.loads(path.read_text(encoding='utf-8'))
             if (os.path.realpath(content['checkpoint']) == os.path.realpath(checkpoint) and
                     path.stat().st_mtime > checkpoint.stat().st_mtime):
-                size = tuple(content['input_size'])
-                return Ratios([Row(**row) for row in content['rows']], size, (
+                return [Row(**row) for row in content['rows']], (
                     f'From {path}: {content["images"]} of {content["images_of_test_set"]} images, '
-                    f'GMACs for {size_text(size)} pixels.'))
+                    f'GMACs for {size_text(content["input_size"])} pixels.')
         except (OSError, ValueError, KeyError, TypeError):  # no sweep
             continue
     return None
 
 
-def draw(rows: Sequence[Row], path: str | Path, recommended: str | None = None,
+def draw(rows: Sequence[Row], path: Path, recommended: str | None = None,
          named: Collection[str] = ('none',)) -> None:
     """Draw mIoU over GMACs and over time, with what nothing beats as a line, as a PNG.
 
     The ``named`` ratios are labelled beside those on the line.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(11, 5.2), dpi=120, layout='constrained')
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 2, sharey=True)
-    labels = []
-    for axis, cost, title in zip(axes, ('gmacs', 'ms'), ('GMACs per image', 'ms per image')):
-        points = {row.isr_ratio: (getattr(row, cost), row.miou) for row in rows}
-        front = [row.isr_ratio for row in rows if getattr(row, f'pareto_{cost}')]
-        best = sorted(points[name] for name in front)
-        marked = [name for name in points if name in front or name in named]
-        labels.append({name: points[name] for name in marked})
-        others = [point for name, point in points.items() if name not in marked]
-        if others:
-            axis.scatter(*zip(*others), s=14, color=_TRIED, label='tried', zorder=2)
-        axis.plot(*zip(*best), color=_LINE, linewidth=1.4, zorder=3, marker='o', markersize=5,
-                  label='best for its cost')
-        off = [points[name] for name in marked if points[name] not in best]
-        if off:
-            axis.scatter(*zip(*off), s=26, facecolor='white', edgecolor=_LINE, zorder=4,
-                         label='named, but others give more for less')
-        if recommended is not None:
-            axis.scatter(*points[recommended], s=150, marker='*', color=_RECOMMENDED, zorder=5,
-                         label='recommended')
-        axis.set_xlabel(title)
-        axis.grid(color='#e5e5e5', linewidth=0.6)
-        axis.set_axisbelow(True)
-        axis.spines[['top', 'right']].set_visible(False)
-        axis.margins(0.12)
-    axes[0].set_ylabel('mIoU')
-    handles, names = axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc='outside lower center', ncols=4, frameon=False, fontsize=9)
-    figure.canvas.draw()  # settles the layout, which the labels must not change
-    figure.set_layout_engine('none')
-    for axis, points in zip(axes, labels):
-        _label(axis, points, recommended, named)
-    with replacing(path) as partial:
-        figure.savefig(partial)
+    with figure_of(path, (11, 5.2), 2) as (figure, axes):
+        labels = []
+        for axis, cost in zip(axes, ('gmacs', 'ms')):
+            points = {row.isr_ratio: (getattr(row, cost), row.miou) for row in rows}
+            best = {row.isr_ratio for row in rows if getattr(row, f'pareto_{cost}')}
+            labels.append({name: points[name] for name in points if name in best or name in named})
+            beaten = [points[name] for name in points if name not in best]
+            if beaten:
+                axis.scatter(*zip(*beaten), s=22, color=_TRIED, label='others give more for less',
+                             zorder=2)
+            axis.plot(*zip(*sorted(points[name] for name in best)), color=LINE, linewidth=1.4,
+                      zorder=3, marker='o', markersize=5, label='best for its cost')
+            if recommended is not None:
+                axis.scatter(*points[recommended], s=150, marker='*', color=MARKED, zorder=5,
+                             label='recommended')
+            axis.margins(0.12)
+        axes[0].set(xlabel='GMACs per image', ylabel='mIoU')
+        axes[1].set_xlabel('ms per image')
+        handles, texts = axes[0].get_legend_handles_labels()
+        figure.legend(handles, texts, loc='outside lower center', ncols=4, frameon=False,
+                      fontsize=9)
+        figure.canvas.draw()  # settles the layout, which the labels must not change
+        figure.set_layout_engine('none')
+        for axis, points in zip(axes, labels):
+            _label(axis, points, recommended, named)
 
 
-def _label(axis: 'Axes', points: Mapping[str, tuple[float, float]], recommended: str | None,
+def _label(axis: Any, points: Mapping[str, tuple[float, float]], recommended: str | None,
            named: Collection[str]) -> None:
     """Label points where there is room: the named ones first, and the others only close by."""
     from matplotlib.text import Text
-    figure: Any = axis.figure
     taken: list[Any] = []
     for name in sorted(points, key=lambda name: (name != recommended, name not in named)):
         for distance in (9, -9, 22, -22, 35, -35) if name in named else (9, -9):
             note = axis.annotate(
                 name, points[name], (0, distance), fontsize=8, textcoords='offset points',
                 annotation_clip=False, ha='center', va='center',
-                color=_RECOMMENDED if name == recommended else '#222222',
+                color=MARKED if name == recommended else '#222222',
                 arrowprops=dict(arrowstyle='-', color='#999999', linewidth=0.6))
-            note.update_positions(figure.canvas.get_renderer())
+            note.update_positions(axis.figure.canvas.get_renderer())
             box = Text.get_window_extent(note)  # without its line
             if not any(box.overlaps(other) for other in taken):
                 taken.append(box)

@@ -154,15 +154,14 @@ def test_curves_over_a_resume(tmp_path):
     (tmp_path / '20260101_030000' / 'vis_data').mkdir(parents=True)  # a test logs none
     curves = report_plots.read_curves(tmp_path)
     assert curves.of('loss') == {10: 3., 20: 3., 30: 3., 40: 2.}
-    assert curves.of('mIoU', True) == {30: 5., 40: 7.}
+    assert curves.of('val/mIoU') == {30: 5., 40: 7.}
     assert curves.starts == 3
-    header, lines = report_plots.join_curves(curves)
-    assert header == ['step', 'data_time', 'iter', 'loss', 'lr', 'time', 'val/mIoU', 'val/time']
-    assert lines[2] == [30, 0.5, 30, 3., 0.1, 2., 5., 1.]
+    assert curves.lines[30] == {'data_time': 0.5, 'iter': 30, 'loss': 3., 'lr': 0.1, 'time': 2.,
+                                'val/mIoU': 5., 'val/time': 1.}
     # Another training in the same folder.
     write_scalars(tmp_path, '20260102_000000', train_lines((10,), 9.))
     curves = report_plots.read_curves(tmp_path)
-    assert (curves.of('loss'), curves.of('mIoU', True), curves.starts) == ({10: 9.}, {}, 1)
+    assert (curves.of('loss'), curves.of('val/mIoU'), curves.starts) == ({10: 9.}, {}, 1)
 
 
 class Page(HTMLParser):
@@ -222,7 +221,7 @@ def test_names_are_escaped_and_those_of_an_earlier_report_go(runner, tmp_path):
     (folder / 'isr.png').touch()
     page = check_page(report.Report(runner, counts, 'test', 70., compiled=True).write())
     assert 'b' not in page.tags[page.tags.index('section'):]
-    for text in ('<b>&"', 'road $x^$', '<i>.png', 'a<b>.pth', '</pre><script>', '1 min 10 s',
+    for text in ('<b>&"', 'road $x^$', '<i>.png', 'a<b>.pth', '</pre><script>', '0:01:10',
                  'compiled anew'):
         assert text in page.says
     assert not (folder / 'isr.png').exists()
@@ -299,7 +298,7 @@ def test_a_training(trained):
     assert ratios.keys() == {'none', '2211-222', '2', '3', '4'}
     assert float(ratios['none']['miou']) == pytest.approx(float(miou), abs=0.006)
     assert {path.name for path in (work / 'report').iterdir()} >= {
-        'loss.png', 'lr.png', 'metric.png', 'confusion.png', 'isr.png', 'best_1.png', 'worst_2.png'}
+        'loss.png', 'lr.png', 'metric.png', 'confusion.csv', 'images.csv', 'isr.png'}
     for text in ('data_preprocessor', 'parameters', 'ISR ratio none', 'iter_5.pth', 'waiting for'):
         assert text in page.says
 
@@ -315,7 +314,7 @@ def test_a_training_that_goes_on(scenes, tmp_path):
     assert f'Report: {report}' in (tmp_path / 'log').read_text()
     page = check_page(report)
     for text in ('The run has not ended.', 'iterations 2 of 4', 'best: best_mIoU_iter_2.pth',
-                 'From the last validation, after iteration 2', 'Measured when the run ends'):
+                 'From the last validation, after iteration 2', 'Not measured before the run ends'):
         assert text in page.says
     steps = read_csv(tmp_path / 'work' / 'report' / 'curves.csv')
     assert [bool(row['val/mIoU']) for row in steps] == [False, True]
@@ -354,9 +353,9 @@ def test_a_sweep_of_the_checkpoint_is_shown(tmp_path):
     sweep.write_text(json.dumps(dict(checkpoint=str(tmp_path / 'x.pth'), rows=[row], images=3,
                                      images_of_test_set=4, input_size=[64, 96])))
     os.utime(tmp_path / 'x.pth', (1, 1))
-    ratios = sweep_report.find_sweep(tmp_path / 'x.pth', tmp_path)
-    assert ratios.note == f'From {sweep}: 3 of 4 images, GMACs for 64x96 pixels.'
-    assert [row.isr_ratio for row in ratios.rows] == ['2']
+    rows, note = sweep_report.find_sweep(tmp_path / 'x.pth', tmp_path)
+    assert note == f'From {sweep}: 3 of 4 images, GMACs for 64x96 pixels.'
+    assert [row.isr_ratio for row in rows] == ['2']
     os.utime(sweep, (0, 0))  # of an earlier checkpoint of this name
     assert sweep_report.find_sweep(tmp_path / 'x.pth', tmp_path) is None
 
@@ -367,7 +366,7 @@ def test_a_classifier(classifier, tmp_path):
          'train_cfg.max_iters=3', 'train_cfg.val_interval=3', 'default_hooks.logger.interval=1',
          'report=True')
     page = check_page(tmp_path / 'report.html')
-    for text in ('accuracy/top1', 'tools/compare_isr.py', 'Configuration', 'Environment', 'GMACs'):
+    for text in ('accuracy/top1', 'tools/test.py at each', 'Configuration', 'Environment', 'GMACs'):
         assert text in page.says
     assert {path.name for path in (tmp_path / 'report').iterdir()} == {
         'curves.csv', 'loss.png', 'lr.png', 'metric.png', 'validation.npz'}
