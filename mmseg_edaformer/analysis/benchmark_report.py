@@ -144,11 +144,12 @@ def _draw_bars(axis: 'Axes', rows: Sequence[Figures]) -> None:
     posts = [max(row.post_ms or 0., 0.) for row in rows]
     bars = axis.barh(range(len(rows)), values, 0.66, color=_NETWORK)
     axis.barh(range(len(rows)), [-post for post in posts], 0.66, left=values, color=_POST)
-    axis.bar_label(bars, [f'{number(_value(row))}  {speed(row)}' if _value(row) else
-                          'out of memory' for row in rows], padding=4, fontsize=8)
+    axis.bar_label(bars, [
+        'out of memory' if _value(row) is None else number(_value(row)) if row is rows[0] else
+        f'{number(_value(row))}  {speed(row)}' for row in rows], padding=4, fontsize=8)
     axis.set_yticks(range(len(rows)), [_variant(row) for row in rows])
     axis.invert_yaxis()
-    axis.margins(x=0.3)
+    axis.set_xlim(0, 1.3 * (max(values) or 1.))
     axis.set_xlabel(_unit(rows[0]) + (' (orange: post-processing)' if any(posts) else ''))
 
 

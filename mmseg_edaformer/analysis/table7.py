@@ -68,7 +68,8 @@ def table(names: Sequence[str], configs: Path, ratios: Sequence[str] = RATIOS, *
     lines.align['model'] = lines.align['note'] = 'l'
     for name in names or TABLE7:
         lines.add_rows(_rows(TABLE7[name], configs, ratios, every, input_size))
-    return lines.get_string()
+    return lines.get_string(fields=[name for name in _COLUMNS if name != 'note' or
+                                    any(row[-1] for row in lines.rows)])
 
 
 def _rows(published: Published, configs: Path, ratios: Sequence[str], every: bool,
