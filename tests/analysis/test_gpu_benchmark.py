@@ -22,7 +22,7 @@ def suite(tmp_path, monkeypatch, cuda):
     config.write_text(f"""
 _base_ = ['{ROOT}/configs/edaformer_t_ade.py']
 model = dict(backbone=dict(embed_dims=(16, 32, 64, 128), depths=(1, 1, 1, 1)),
-             decode_head=dict(in_channels=(32, 64, 128), channels=32))
+             decode_head=dict(in_channels=(32, 64, 128), channels=32, depths=(1, 1, 1)))
 """)
     # It takes minutes on a CPU, and tests/engine compiles there.
     if 'passes for a GPU' in torch.cuda.get_device_name():
