@@ -75,16 +75,11 @@ def trace_macs(shadow: nn.Module, inputs: tuple[int, int] | Inputs, *,
         return _trace(shadow, on(torch.device('meta'), torch.float))
     except UserError:
         raise
-    except Exception as error:
+    except Exception:
         if not compute:
             raise
         with_weights(shadow)
-        try:
-            return _trace(shadow, on(_place(shadow)[0]))
-        except UserError:
-            raise
-        except Exception as second:
-            raise second from error
+        return _trace(shadow, on(_place(shadow)[0]))
 
 
 def _trace(model: nn.Module, inputs: Inputs) -> int:

@@ -10,7 +10,6 @@ import contextlib
 import functools
 import runpy
 import sys
-import time
 import types
 import weakref
 from typing import Any
@@ -110,20 +109,6 @@ def _devices(name, args, kwargs):
     return *tree_unflatten(leaves, spec), wanted
 
 
-class _Event:
-    """In the place of ``torch.cuda.Event``."""
-
-    def __init__(self, enable_timing=False):
-        assert enable_timing
-        self.time = None
-
-    def record(self):
-        self.time = time.perf_counter()
-
-    def elapsed_time(self, end):
-        return 1e3 * (end.time - self.time)
-
-
 class _Graph(TorchDispatchMode):
     """In the place of ``torch.cuda.CUDAGraph`` and of the block that records it."""
 
@@ -142,13 +127,6 @@ class _Graph(TorchDispatchMode):
             for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs))):
                 if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
-
-
-class _Stream:
-    """In the place of ``torch.cuda.Stream``."""
-
-    def wait_stream(self, stream):
-        assert isinstance(stream, _Stream)
 
 
 def _compile(model=None, **options):
@@ -174,21 +152,21 @@ def fake_cuda():
     card = types.SimpleNamespace(
         name='a CPU that passes for a GPU', total_memory=1 << 46, multi_processor_count=132,
         major=9, minor=0, L2_cache_size=60 << 20)
-    free = card.total_memory // 2, card.total_memory
-    state: dict[str, Any] = dict(
-        is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0,
-        set_device=lambda *_, **__: None, synchronize=lambda *_, **__: None,
-        empty_cache=lambda: None,
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    state: dict[str, Any] = dict.fromkeys(
+        ('set_device', 'synchronize', 'empty_cache', 'reset_peak_memory_stats', 'manual_seed',
+         'manual_seed_all'), lambda *_, **__: None)
+    state |= dict.fromkeys(('memory_allocated', 'max_memory_allocated', 'memory_reserved',
+                            'current_device'), lambda *_, **__: 0)
+    state |= dict(
+        is_available=lambda: True, device_count=lambda: 1,
         get_device_name=lambda *_, **__: card.name, get_device_properties=lambda *_, **__: card,
         get_device_capability=lambda *_, **__: (9, 0), is_bf16_supported=lambda *_, **__: True,
-        Event=_Event, Stream=_Stream, CUDAGraph=_Graph, graph=lambda graph: graph,
-        current_stream=_Stream, stream=lambda stream: contextlib.nullcontext(),
-        is_current_stream_capturing=lambda: False, mem_get_info=lambda *_, **__: free,
-        memory_allocated=lambda *_, **__: 0, max_memory_allocated=lambda *_, **__: 0,
-        memory_reserved=lambda *_, **__: 0, reset_peak_memory_stats=lambda *_, **__: None,
+        Stream=lambda: stream, current_stream=lambda: stream, CUDAGraph=_Graph,
+        graph=lambda graph: graph, stream=lambda stream: contextlib.nullcontext(),
+        is_current_stream_capturing=lambda: False,
         get_rng_state=lambda *_, **__: torch.get_rng_state(),
-        set_rng_state=lambda value, *_: torch.set_rng_state(value),
-        manual_seed=lambda *_, **__: None, manual_seed_all=lambda *_, **__: None)
+        set_rng_state=lambda value, *_: torch.set_rng_state(value))
     autocast: Any = torch.autocast.__init__
     load: Any = torch.load
 

@@ -15,12 +15,7 @@ def half(keys, ratio):
 def block(queries, keys, width, hidden, projected=None):
     """One block: projections, scores and weighted values, feed-forward without convolution.
 
-    Args:
-        queries: Number of queries.
-        keys: Number of keys that the queries meet.
-        width: Channels.
-        hidden: Channels of the feed-forward network.
-        projected: Number of tokens that become keys and values, if not ``keys``.
+    ``projected`` tokens become keys and values; by default as many as the queries meet.
     """
     return (2 * queries + 2 * (projected or keys)) * width ** 2 + 2 * queries * keys * width + (
         2 * queries * width * hidden)

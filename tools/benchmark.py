@@ -102,7 +102,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     cells = []
     for rows in benchmark.run(contenders, plan):
         cells.append(rows)
-        print(report.table(rows), flush=True)
+        print(f'{report.title(rows[0])}\n{report.table(rows)}', flush=True)
         settings = timing.environment(plan.device, keep_memory=plan.keep_memory)
         if args.out:  # what is done is kept, even if the rest fails
             report.write(args.out, cells, settings, chart=False)

@@ -1,22 +1,18 @@
 """Measure this project on a GPU in a few minutes, and write gpu.json and the page gpu.md."""
 import argparse
-import json
 import math
 import os
 import sys
 from pathlib import Path
 
 from mmseg_edaformer.command_line import image_size
-from mmseg_edaformer.errors import ConfigError, clear_errors
-from mmseg_edaformer.files import write_file
+from mmseg_edaformer.errors import clear_errors
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--out', default='docs', metavar='DIR',
                         help='folder for gpu.json and gpu.md (default: %(default)s)')
-    parser.add_argument('--page-of', metavar='JSON',
-                        help='measure nothing: write gpu.md from this file')
     parser.add_argument('--seconds', type=float, default=460., metavar='S',
                         help='leave out what no longer fits into S seconds (default: %(default)s)')
     parser.add_argument('--size', nargs='+', type=image_size, metavar='H,W',
@@ -41,24 +37,12 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
-    out = Path(args.out)
-    sound = True
-    from mmseg_edaformer.analysis.gpu_benchmark import Settings, Suite, page
-    if args.page_of:
-        try:
-            text = page(json.loads(Path(args.page_of).read_text(encoding='utf-8')))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f'--page-of {args.page_of} was not written by this tool '
-                              f'({type(error).__name__}: {error})') from error
-    else:
-        suite = Suite(Settings(
-            sorted(set(args.size), key=math.prod), sorted(set(args.batch_size)),
-            args.train_batch, args.seconds, args.workers, args.repeats, args.steps, args.gemm,
-            out / 'gpu.json'))
-        sound = suite.run()
-        text = page(suite.content)
-    write_file(out / 'gpu.md', text)
-    print(f'Written: {out / "gpu.md"}')
+    from mmseg_edaformer.analysis.gpu_benchmark import Suite
+    suite = Suite(sorted(set(args.size), key=math.prod), sorted(set(args.batch_size)),
+                  args.train_batch, args.seconds, args.workers, args.repeats, args.steps,
+                  args.gemm, Path(args.out))
+    sound = suite.run()
+    print(f'Written: {suite.out / "gpu.md"}')
     return 0 if sound else 1
 
 

@@ -14,7 +14,7 @@ def parse_args() -> argparse.Namespace:
                         help='columns of the table, such as MiT or Swin (default: all)')
     add_isr_ratio(parser, several=True, default=None,
                   note='; the one nearest to the paper is shown')
-    parser.add_argument('--all', action='store_true', help='also show every ratio that was tried')
+    parser.add_argument('--all', action='store_true', help='show every ratio that fits')
     return parser.parse_args()
 
 
@@ -23,11 +23,7 @@ def main() -> None:
     import torch
 
     from mmseg_edaformer.analysis import table7
-    rows = [table7.measure(row, CONFIGS, args.isr_ratio or table7.RATIOS)
-            for row in table7.choose(args.models)]
-    print(table7.table(rows))
-    if args.all:
-        print(table7.tried_table(rows))
+    print(table7.table(args.models, CONFIGS, args.isr_ratio or table7.RATIOS, every=args.all))
     print(f'One image, counted on the meta device, torch {torch.__version__}. "paper": arXiv '
           '2407.17261, table 7; it publishes neither sizes nor ratios: the nearest of those tried '
           'is shown.')

@@ -6,7 +6,7 @@ import os
 import time
 import zipfile
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,58 +32,6 @@ _LOOK = 25  # images whose sizes are looked at
 _SAVE_SECONDS = 60.
 
 
-class Measurements:
-    """Areas and times of each ratio on the first images of an order, kept in a .npz file.
-
-    A file of another ``subject``, a digest of what is measured, is not used.
-
-    Attributes:
-        areas: Intersection and union of each class (2 x C), for each image, by ratio.
-        seconds: Of the prediction, and of that at the trained ratio in the same turn.
-    """
-
-    def __init__(self, path: Path | None = None, subject: str = '') -> None:
-        self.path, self.subject = path, subject
-        self.areas: dict[str, list[np.ndarray]] = {}
-        self.seconds: dict[str, list[tuple[float, float]]] = {}
-        self.saved = time.monotonic()
-        if path is None:
-            return
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                content = dict(file)
-        except (OSError, EOFError, ValueError, zipfile.BadZipFile):  # none, or damaged
-            return
-        if str(content.pop('subject', '')) == subject:
-            for name, areas in content.items():
-                ratio, _, kind = name.partition(' ')
-                if kind == 'areas':
-                    self.areas[ratio] = list(areas)
-                    self.seconds[ratio] = [(own, base) for own, base in
-                                           content[f'{ratio} seconds'].tolist()]
-
-    def count(self, ratio: ISRRatio | str) -> int:
-        """Return how many images a ratio was measured on."""
-        return len(self.areas.get(str(ratio), ()))
-
-    def add(self, ratio: str, areas: np.ndarray, seconds: tuple[float, float]) -> None:
-        """Note a prediction for the next image of a ratio."""
-        self.seconds.setdefault(ratio, []).append(seconds)
-        self.areas.setdefault(ratio, []).append(areas)
-
-    def save(self, interval: float = 0.) -> None:
-        """Write the file, unless it was written less than ``interval`` seconds ago."""
-        if self.path is None or not self.areas or time.monotonic() - self.saved < interval:
-            return
-        arrays: dict[str, Any] = dict(subject=np.array(self.subject))
-        for ratio, areas in self.areas.items():
-            arrays[f'{ratio} areas'] = np.stack(areas)
-            arrays[f'{ratio} seconds'] = np.array(self.seconds[ratio][:len(areas)])
-        with replacing(self.path) as partial:
-            np.savez_compressed(partial, **arrays)
-        self.saved = time.monotonic()
-
-
 class Bench:
     """A segmentor, images, and what was measured of them.
 
@@ -92,15 +40,20 @@ class Bench:
         dataset: Its test set, with labels.
         metric: ``classes``, ``ignore_index`` and ``nan_to_num`` of the IoUMetric.
         samples: Number of images, drawn at random but always the same ones; by default all.
-        measured: What was measured before.
+        store: A .npz file that keeps what is measured.
+        subject: A digest of what is measured; a file of another one is not used.
         look: Number of images whose median size is the `size` that costs are counted for.
+
+    Attributes:
+        measured: Intersections and unions of each class, and then the seconds of the prediction and
+            of that at the trained ratio in the same turn, 2 x (C + 1), for each image, by ratio.
 
     Raises:
         RatioError: The model holds no attention that ISR can reduce.
     """
 
     def __init__(self, model: Any, dataset: BaseDataset, metric: dict[str, Any], *,
-                 samples: int | None = None, measured: Measurements | None = None,
+                 samples: int | None = None, store: Path | None = None, subject: str = '',
                  look: int = _LOOK) -> None:
         self.model, self.dataset, self.metric = model, dataset, metric
         self.device = next(model.parameters()).device
@@ -110,7 +63,9 @@ class Bench:
         # The first images of one order: a larger sample holds a smaller one.
         order = np.random.default_rng(0).permutation(len(dataset))
         self.order = [int(index) for index in order[:samples]]
-        self.measured = measured or Measurements()
+        self.store, self.subject = store, subject
+        self.measured = {} if store is None else _read(store, subject)
+        self.saved = time.monotonic()
         self.cache: dict[int, Any] = {}
         self.cached = 0
         self.warm: set[str] = set()
@@ -147,11 +102,11 @@ class Bench:
 
     def areas(self, ratio: ISRRatio) -> np.ndarray:
         """Return intersections and unions of those images, N x 2 x C."""
-        return np.stack(self.measured.areas[str(ratio)][:self.images]).astype(np.float64)
+        return np.stack(self.measured[str(ratio)][:self.images])[..., :-1]
 
     def seconds(self, ratio: ISRRatio) -> np.ndarray:
         """Return the times on those images, and those of the trained ratio beside them, N x 2."""
-        return np.array(self.measured.seconds[str(ratio)][:self.images])
+        return np.stack(self.measured[str(ratio)][:self.images])[..., -1]
 
     def relative(self, ratio: ISRRatio) -> float:
         """Return the median ratio of the time to that of the trained ratio in the same turn."""
@@ -161,12 +116,16 @@ class Bench:
         """Return the time of one prediction; see `Row.ms`."""
         return self.relative(ratio) * milliseconds(self.seconds(NONE)[:, 0])
 
+    def count(self, ratio: ISRRatio | str) -> int:
+        """Return how many images a ratio was measured on."""
+        return len(self.measured.get(str(ratio), ()))
+
     @property
     def images(self) -> int:
         """How many images are measured: all, or so far in the first pass."""
-        if self.measured.count('none') >= len(self.order):
+        if self.count('none') >= len(self.order):
             return len(self.order)
-        return min((len(areas) for areas in self.measured.areas.values()), default=0)
+        return min(map(len, self.measured.values()), default=0)
 
     @torch.no_grad()
     def measure(self, ratios: Sequence[ISRRatio], *, title: str = '',
@@ -176,8 +135,7 @@ class Bench:
         What has been measured before is not measured again. No further image begins after so many
         ``seconds``. With a ``title`` a progress bar is shown.
         """
-        missing = {str(ratio): ratio for ratio in ratios
-                   if self.measured.count(ratio) < len(self.order)}
+        missing = {str(ratio): ratio for ratio in ratios if self.count(ratio) < len(self.order)}
         if not missing:
             return
         text = f'{title}: {len(missing)} ratio{"s" if len(missing) > 1 else ""}'
@@ -186,18 +144,19 @@ class Bench:
             with (progress_bar(text, len(self.order)) if title else
                   nullcontext(lambda done: None)) as advance:
                 for position in range(len(self.order)):
-                    due = {name: ratio for name, ratio in missing.items()
-                           if self.measured.count(name) == position}
-                    if due:
-                        self._take_turns(position, due)
-                        self.measured.save(_SAVE_SECONDS)
+                    self._take_turns(position, {name: ratio for name, ratio in missing.items()
+                                                if self.count(name) == position})
+                    if time.monotonic() - self.saved >= _SAVE_SECONDS:
+                        self._save()
                     advance(position + 1)
                     if time.monotonic() > end:
                         break
         finally:
-            self.measured.save()
+            self._save()
 
     def _take_turns(self, position: int, due: dict[str, ISRRatio]) -> None:
+        if not due:
+            return
         data = self._load(position)
         turn = list({'none': NONE, **due}.items())
         first = position % len(turn)  # none of them is always the one after loading
@@ -205,7 +164,8 @@ class Bench:
                 for name, ratio in (*turn[first:], *turn[:first])}
         for name in due:
             areas, seconds = done[name]
-            self.measured.add(name, areas, (seconds, done['none'][1]))
+            self.measured.setdefault(name, []).append(
+                np.column_stack([areas, (seconds, done['none'][1])]))
 
     def _predict(self, data: Any, name: str, ratio: ISRRatio) -> tuple[np.ndarray, float]:
         """Return intersections and unions of a prediction (2 x C), and the seconds it took."""
@@ -213,8 +173,7 @@ class Bench:
             if name not in self.warm:
                 self.model.test_step(data)
                 self.warm.add(name)
-            seconds, samples = time_call(lambda: self.model.test_step(data), self.device)
-        sample = samples[0]
+            seconds, [sample] = time_call(lambda: self.model.test_step(data), self.device)
         if 'gt_sem_seg' not in sample:
             raise DataError(f'{sample.img_path} has no labels to compare with: its pipeline needs '
                             'LoadAnnotations, and test_dataloader.dataset.data_prefix a '
@@ -223,7 +182,7 @@ class Bench:
         areas = IoUMetric.intersect_and_union(
             predicted, sample.gt_sem_seg.data.squeeze().to(predicted), self.metric['classes'],
             self.metric['ignore_index'])
-        return torch.stack(areas[:2]).round().to(torch.int32).numpy(), seconds
+        return torch.stack(areas[:2]).round().double().numpy(), seconds
 
     def _load(self, position: int) -> Any:
         """Return a batch of one image; it is kept for the next pass while there is room."""
@@ -240,11 +199,17 @@ class Bench:
         """Return the middle one by size of the first images, with its size in the network."""
         sized = []
         for position in range(min(len(self.order), look)):
-            data = self._load(position)
-            inputs = self.model.data_preprocessor(data, False)['inputs']
+            inputs = self.model.data_preprocessor(self._load(position), False)['inputs']
             sized.append((math.prod(inputs.shape[-2:]), position, tuple(inputs.shape[-2:])))
         _, position, size = sorted(sized)[len(sized) // 2]
         return self._load(position), size
+
+    def _save(self) -> None:
+        if self.store is not None and self.measured:
+            with replacing(self.store) as partial:
+                np.savez_compressed(partial, subject=np.array(self.subject), **{
+                    ratio: np.stack(rows) for ratio, rows in self.measured.items()})
+            self.saved = time.monotonic()
 
     @torch.no_grad()
     def peak_mib(self, ratio: ISRRatio) -> float:
@@ -252,6 +217,16 @@ class Bench:
         with isr(self.model, ratio):
             return peak_bytes(lambda: self.model.test_step(self.example), [
                 *self.model.parameters(), *self.model.buffers()], self.device) / 2**20
+
+
+def _read(path: Path, subject: str) -> dict[str, list[np.ndarray]]:
+    """Read what `Bench` measured; nothing from a file that is damaged or of another subject."""
+    content: dict[str, np.ndarray] = {}
+    with suppress(OSError, EOFError, ValueError, zipfile.BadZipFile), np.load(path) as file:
+        content = dict(file)
+    if str(content.pop('subject', '')) != subject:
+        return {}
+    return {ratio: list(rows) for ratio, rows in content.items()}
 
 
 def open_bench(cfg: Config, checkpoint: str, folder: Path | None = None,
@@ -267,18 +242,14 @@ def open_bench(cfg: Config, checkpoint: str, folder: Path | None = None,
     torch.backends.cudnn.benchmark = bool((cfg.get('env_cfg') or {}).get('cudnn_benchmark'))
     model = load_model(cfg, checkpoint).to(device)
     dataset = DATASETS.build(cfg.test_dataloader.dataset)
-    measured = None
-    if folder is not None:
-        files = [os.path.abspath(dataset.get_data_info(i)['img_path'])
-                 for i in range(len(dataset))]
-        weights = os.stat(checkpoint) if os.path.exists(checkpoint) else None
-        text = json.dumps([
-            cfg.model, cfg.test_dataloader.dataset, metric, files, os.path.realpath(checkpoint),
-            weights and (weights.st_size, weights.st_mtime_ns), torch.__version__,
-            torch.get_num_threads(), str(device)], default=str, sort_keys=True)
-        measured = Measurements(folder / 'sweep.npz',
-                                hashlib.sha256(text.encode()).hexdigest()[:16])
-    return Bench(model, dataset, metric, samples=samples, measured=measured)
+    files = [os.path.abspath(dataset.get_data_info(i)['img_path']) for i in range(len(dataset))]
+    weights = os.stat(checkpoint) if os.path.exists(checkpoint) else None
+    text = json.dumps([
+        'areas and seconds', cfg.model, cfg.test_dataloader.dataset, metric, files,
+        os.path.realpath(checkpoint), weights and (weights.st_size, weights.st_mtime_ns),
+        torch.__version__, torch.get_num_threads(), str(device)], default=str, sort_keys=True)
+    return Bench(model, dataset, metric, samples=samples, store=folder and folder / 'sweep.npz',
+                 subject=hashlib.sha256(text.encode()).hexdigest()[:16])
 
 
 def _iou_metric(cfg: Config) -> dict[str, Any]:

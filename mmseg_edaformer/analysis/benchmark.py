@@ -127,17 +127,6 @@ class Figures:
     total_share: float | None = None
 
 
-@dataclass(frozen=True)
-class _Cell:
-    plan: Plan
-    mode: str
-    dtype: str
-    size: tuple[int, int]
-    batch_size: int
-    rates: timing.Rates | None
-    pipelines: Mapping[tuple[str, str, tuple[int, int]], float]
-
-
 def load_contenders(config: str, checkpoint: str | None = None, compare: Sequence[str] = (),
                     isr_ratios: Sequence[str] = ('none',),
                     cfg_options: Mapping[str, Any] | Sequence[str] | None = None,
@@ -166,8 +155,7 @@ def run(contenders: Sequence[Contender], plan: Plan) -> Iterator[list[Figures]]:
     """Yield the figures of one cell after the other, each of every config at every ratio."""
     if plan.device == 'meta':
         for size in plan.sizes:
-            cell = _Cell(plan, '', '', size, 1, None, {})
-            yield [_figures(contender, ratio, cell)
+            yield [_figures(contender, ratio, plan, size)
                    for contender in contenders for ratio in contender.ratios]
         return
     if plan.keep_memory and plan.device == 'cpu':
@@ -183,37 +171,39 @@ def run(contenders: Sequence[Contender], plan: Plan) -> Iterator[list[Figures]]:
     for dtype in plan.dtypes:
         rates = timing.measure_rates(device, getattr(torch, dtype)) if plan.limits else None
         for mode in plan.modes:
-            subjects = {contender.name: Subject(contender, mode, dtype, device)
-                        for contender in contenders}
+            subjects = [Subject(contender, mode, dtype, device) for contender in contenders]
+            variants = [(subject, ratio) for subject in subjects for ratio in subject.ratios]
             for size, batch_size in product(plan.sizes, plan.batch_sizes):
+                rows = [_figures(subject.contender, ratio, plan, size, rates, mode=mode,
+                                 dtype=dtype, batch_size=batch_size, pipeline_ms=pipelines.get(
+                                     (subject.contender.name, mode, size)))
+                        for subject, ratio in variants]
                 try:
-                    figures = _measure(contenders, subjects, _Cell(
-                        plan, mode, dtype, size, batch_size, rates, pipelines))
+                    measured = _measure(variants, rows, plan)
                 finally:
                     allow_kernels(True)
-                yield figures
-            subjects.clear()
-            timing.free(device)
+                yield measured
+            del subjects, variants
+            torch.cuda.empty_cache()
 
 
 class Subject:
     """A contender's model on the device, ready for one mode and dtype."""
 
     def __init__(self, contender: Contender, mode: str, dtype: str, device: torch.device) -> None:
-        self.device, self.mode = device, mode
+        self.contender, self.device, self.mode = contender, device, mode
         self.ratios = contender.ratios if mode == 'eval' else (NONE,)
         self.model: Any = copy.deepcopy(contender.model).to(device)
-        self.kernels = contender.kernels
-        self.autocast = dtype == 'bfloat16'
-        self.input_dtype = torch.float32
+        autocast, self.input_dtype = dtype == 'bfloat16', torch.float32
         if mode == 'train':
             self.model.train()
             self.optim = build_optim_wrapper(self.model, _optim_cfg(contender))
-        elif self.autocast and any(cls.__name__ == 'StreamedEncoderDecoder'
-                                   for cls in type(self.model).__mro__):
+        elif autocast and any(cls.__name__ == 'StreamedEncoderDecoder'
+                              for cls in type(self.model).__mro__):
             # It takes float32 images with bfloat16 weights.
             self.model.bfloat16()
-            self.autocast, self.input_dtype = False, torch.bfloat16
+            autocast, self.input_dtype = False, torch.bfloat16
+        self.precision = partial(torch.autocast, device.type, torch.bfloat16, enabled=autocast)
         self.compiled = contender.execution != 'eager'
         if self.compiled:
             torch._dynamo.config.cache_size_limit = 64  # a compiled version for each ratio
@@ -221,48 +211,42 @@ class Subject:
 
     def calls(self, ratio: ISRRatio, inputs: Tensor) -> dict[str, timing.Prepare]:
         """Return what to time: the network and the whole, in training the whole only."""
-        size = (inputs.shape[2], inputs.shape[3])
-        views = windows(self.model, size)
+        def prepared(make: Callable[[Tensor], Callable[[], Any]]) -> timing.Prepare:
+            def prepare() -> Callable[[], Any]:
+                set_ratio(self.model, ratio)  # since others in turn may have other ones
+                allow_kernels(self.contender.kernels)
+                return make(inputs)
+            return prepare
+
+        if self.mode == 'train':
+            return dict(total=prepared(self._train))
+        return dict(network=prepared(self._network), total=prepared(self._predict))
+
+    def _network(self, inputs: Tensor) -> Callable[[], Any]:
+        views = windows(self.model, (inputs.shape[2], inputs.shape[3]))
         height, width = views[0]
-        precision = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=self.autocast)
+        window = inputs[:, :, :height, :width].to(self.input_dtype)
+        return lambda: [self._infer(window) for _ in views]
 
-        def prepare() -> None:  # since others in turn may have other ones
-            set_ratio(self.model, ratio)
-            allow_kernels(self.kernels)
+    def _predict(self, inputs: Tensor) -> Callable[[], Any]:
+        images, samples = inputs.to(self.input_dtype), data_samples(inputs.shape[2:], len(inputs))
+        return lambda: self._infer(images, samples, mode='predict')
 
-        def network() -> Callable[[], Any]:
-            prepare()
-            window = inputs[:, :, :height, :width].to(self.input_dtype)
+    def _infer(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad(), self.precision():
+            return self.model(*args, **kwargs)
 
-            def call() -> Any:
-                with torch.no_grad(), precision():
-                    return [self.model(window) for _ in views]
-            return call
+    def _train(self, inputs: Tensor) -> Callable[[], Any]:
+        self.optim.zero_grad()  # of a step that ran out of memory
+        count, _, *size = inputs.shape
+        labels = torch.randint(self.model.num_classes, (count, 1, *size), device=self.device)
+        samples = data_samples(size, count, labels)
 
-        def predict() -> Callable[[], Any]:
-            prepare()
-            images, samples = inputs.to(self.input_dtype), data_samples(size, len(inputs))
-
-            def call() -> Any:
-                with torch.no_grad(), precision():
-                    return self.model(images, samples, mode='predict')
-            return call
-
-        def train() -> Callable[[], Any]:
-            prepare()
-            self.optim.zero_grad()  # of a step that ran out of memory
-            labels = torch.randint(self.model.num_classes, (len(inputs), 1, *size),
-                                   device=self.device)
-            samples = data_samples(size, len(inputs), labels)
-
-            def call() -> None:
-                with self.optim.optim_context(self.model), precision():
-                    losses = self.model(inputs, samples, mode='loss')
-                    loss, _ = self.model.parse_losses(losses)
-                self.optim.update_params(loss)
-            return call
-
-        return dict(total=train) if self.mode == 'train' else dict(network=network, total=predict)
+        def step() -> None:
+            with self.optim.optim_context(self.model), self.precision():
+                loss, _ = self.model.parse_losses(self.model(inputs, samples, mode='loss'))
+            self.optim.update_params(loss)
+        return step
 
     def peak(self, prepare: timing.Prepare, inputs: Tensor) -> int | None:
         """Return the most bytes at once of a call; None where they are too many or not seen."""
@@ -277,7 +261,7 @@ class Subject:
         except (RuntimeError, MemoryError) as error:
             if not timing.is_out_of_memory(error):
                 raise
-        timing.free(self.device)
+        torch.cuda.empty_cache()
         return None
 
 
@@ -292,80 +276,69 @@ def _optim_cfg(contender: Contender) -> dict[str, Any]:
                 type='OptimWrapper')
 
 
-def data_samples(size: tuple[int, ...], count: int,
-                 labels: Tensor | None = None) -> list[SegDataSample]:
+def data_samples(size: Sequence[int], count: int,
+                 labels: Sequence[Tensor] | Tensor = ()) -> list[SegDataSample]:
     """Make samples of images that were neither resized nor padded."""
+    size = tuple(size)
     meta = dict(ori_shape=size, img_shape=size, pad_shape=size, padding_size=[0, 0, 0, 0])
     samples = [SegDataSample(metainfo=meta) for _ in range(count)]
-    if labels is not None:
-        for sample, label in zip(samples, labels):
-            sample.gt_sem_seg = PixelData(data=label)
+    for sample, label in zip(samples, labels):
+        sample.gt_sem_seg = PixelData(data=label)
     return samples
 
 
-def _measure(contenders: Sequence[Contender], subjects: Mapping[str, Subject],
-             cell: _Cell) -> list[Figures]:
-    device = torch.device(cell.plan.device)
-    compiled = any(subject.compiled for subject in subjects.values())
+def _measure(variants: Sequence[tuple[Subject, ISRRatio]], rows: Sequence[Figures],
+             plan: Plan) -> list[Figures]:
+    """Time the variants of a cell in turn, and add what was measured to their rows."""
+    device = torch.device(plan.device)
+    compiled = any(subject.compiled for subject, _ in variants)
     if compiled:
         torch._dynamo.reset()  # every cell compiles for its own size
-    inputs = torch.randn(cell.batch_size, 3, *cell.size, generator=torch.Generator().manual_seed(0))
-    inputs = inputs.to(device)
-    variants = [(contender, ratio) for contender in contenders
-                for ratio in subjects[contender.name].ratios]
-    calls = {(contender.name, ratio, phase): prepare for contender, ratio in variants
-             for phase, prepare in subjects[contender.name].calls(ratio, inputs).items()}
+    inputs = torch.randn(rows[0].batch_size, 3, rows[0].height, rows[0].width,
+                         generator=torch.Generator().manual_seed(0)).to(device)
+    calls = {(i, phase): prepare for i, (subject, ratio) in enumerate(variants)
+             for phase, prepare in subject.calls(ratio, inputs).items()}
     # A CUDA graph is compiled in the first round, and recorded in the next ones.
-    times = timing.take_turns(calls, device, repeats=cell.plan.repeats, seconds=cell.plan.seconds,
+    times = timing.take_turns(calls, device, repeats=plan.repeats, seconds=plan.seconds,
                               warm_up=4 if compiled else 2)
-    first = times.get((variants[0][0].name, variants[0][1], 'total'))
-    rows = []
-    for contender, ratio in variants:
-        network, total = (times.get((contender.name, ratio, phase))
-                          for phase in ('network', 'total'))
-        network_ms, total_ms = (None if seconds is None else timing.milliseconds(seconds)
-                                for seconds in (network, total))
-        peak = None if total is None else subjects[contender.name].peak(
-            calls[contender.name, ratio, 'total'], inputs)
-        row = _figures(
-            contender, ratio, cell, status='OOM' if total is None else 'ok',
-            rounds=total and len(total),
-            pipeline_ms=cell.pipelines.get((contender.name, cell.mode, cell.size)),
-            network_ms=network_ms, total_ms=total_ms,
-            post_ms=network_ms and total_ms and total_ms - network_ms,
-            total_p95_ms=None if total is None else timing.milliseconds(total, 0.95),
-            images_per_s=total_ms and 1e3 * cell.batch_size / total_ms,
-            time_vs_first=None if total is None or first is None else timing.relative(total, first),
-            peak_mib=peak and peak / 2**20)
-        rows.append(_with_limits(row, contender, ratio, cell))
-    return rows
+    measured = []
+    for i, (row, (subject, _)) in enumerate(zip(rows, variants)):
+        network = timing.milliseconds(times[i, 'network']) if (i, 'network') in times else None
+        if (i, 'total') not in times:
+            measured.append(replace(row, status='OOM', network_ms=network))
+            continue
+        seconds = times[i, 'total']
+        total, peak = timing.milliseconds(seconds), subject.peak(calls[i, 'total'], inputs)
+        limit = row.compute_limit_ms
+        measured.append(replace(
+            row, status='ok', rounds=len(seconds), network_ms=network, total_ms=total,
+            post_ms=network and total - network,
+            total_p95_ms=timing.milliseconds(seconds, 0.95),
+            images_per_s=1e3 * row.batch_size / total,
+            time_vs_first=timing.relative(seconds, times[0, 'total'])
+            if (0, 'total') in times else None, peak_mib=peak and peak / 2**20,
+            network_share=limit and network and limit / network,
+            total_share=limit and limit / total))
+    return measured
 
 
-def _figures(contender: Contender, ratio: ISRRatio, cell: _Cell, **measured: Any) -> Figures:
-    gmacs = None
-    if cell.plan.costs:
-        set_ratio(contender.model, ratio)
-        gmacs = count_windows(contender.model, cell.size) / 1e9
-        set_ratio(contender.model, NONE)
-    return Figures(contender.name, str(ratio), cell.mode, cell.dtype, *cell.size,
-                   cell.batch_size, len(windows(contender.model, cell.size)), gmacs,
-                   contender.parameters / 1e6, contender.execution, **measured)
-
-
-def _with_limits(row: Figures, contender: Contender, ratio: ISRRatio, cell: _Cell) -> Figures:
-    """Add what the multiply-adds and the bytes take at the rates of the machine."""
-    if cell.rates is None or row.gmacs is None:
-        return row
-    # A training step computes the gradients of inputs and of weights besides.
-    gmacs = cell.batch_size * row.gmacs * (1 if cell.mode == 'eval' else 3)
-    compute, memory = 1e3 * gmacs / cell.rates.gmacs_per_s, None
-    if cell.mode == 'eval':
-        set_ratio(contender.model, ratio)
-        activations = count_windows(contender.model, cell.size, timing.count_activations)
-        set_ratio(contender.model, NONE)
-        numbers = cell.batch_size * (3 * cell.size[0] * cell.size[1] + 2 * activations)
-        memory = (numbers + contender.parameters) * getattr(torch, cell.dtype).itemsize / (
-            1e6 * cell.rates.gb_per_s)
-    return replace(row, compute_limit_ms=compute, memory_limit_ms=memory,
-                   network_share=row.network_ms and compute / row.network_ms,
-                   total_share=row.total_ms and compute / row.total_ms)
+def _figures(contender: Contender, ratio: ISRRatio, plan: Plan, size: tuple[int, int],
+             rates: timing.Rates | None = None, *, mode: str = '', dtype: str = '',
+             batch_size: int = 1, pipeline_ms: float | None = None) -> Figures:
+    """Return the figures of a variant that are counted, and the limits at the machine's rates."""
+    gmacs = compute = memory = None
+    set_ratio(contender.model, ratio)
+    if plan.costs:
+        gmacs = count_windows(contender.model, size) / 1e9
+    if rates is not None and gmacs is not None:
+        # A training step computes the gradients of inputs and of weights besides.
+        compute = 1e3 * batch_size * gmacs * (3 if mode == 'train' else 1) / rates.gmacs_per_s
+    if rates is not None and mode == 'eval':
+        activations = count_windows(contender.model, size, timing.count_activations)
+        numbers = batch_size * (3 * size[0] * size[1] + 2 * activations) + contender.parameters
+        memory = numbers * getattr(torch, dtype).itemsize / (1e6 * rates.gb_per_s)
+    set_ratio(contender.model, NONE)
+    return Figures(contender.name, str(ratio), mode, dtype, *size, batch_size,
+                   len(windows(contender.model, size)), gmacs, contender.parameters / 1e6,
+                   contender.execution, pipeline_ms=pipeline_ms, compute_limit_ms=compute,
+                   memory_limit_ms=memory)

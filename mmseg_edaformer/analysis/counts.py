@@ -2,9 +2,9 @@
 import json
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -21,8 +21,7 @@ FOLDER = 'report'
 _SIDE = 400  # pixels of an example's longer side
 
 
-@dataclass(frozen=True)
-class ImageScore:
+class ImageScore(NamedTuple):
     """The mean IoU of the classes that are labelled in one image and its pixel accuracy.
 
     Both are percentages, and nan where no pixel is labelled.
@@ -131,13 +130,12 @@ class Evaluation:
         self.images.append(score)
         if not total:
             return
-        ranks = [(self.best, _best_first), (self.worst, _worst_first)]
-        ranks = [(kept, key) for kept, key in ranks
-                 if len(kept) < EXAMPLES or key(score) < key(kept[-1].score)]
+        ranks = [(kept, sign) for kept, sign in ((self.best, -1), (self.worst, 1))
+                 if len(kept) < EXAMPLES or _rank(score, sign) < _rank(kept[-1].score, sign)]
         if ranks:
             example = _shrink(score, labels, predicted, load(), count, self.ignore_index)
-        for kept, key in ranks:
-            kept[:] = _first([*kept, example], key)
+        for kept, sign in ranks:
+            kept[:] = _first([*kept, example], sign)
 
     def merge(self, others: Sequence['Evaluation']) -> None:
         """Add the counts of other processes, which took turns with the images."""
@@ -148,20 +146,18 @@ class Evaluation:
         longest = max(len(part.images) for part in parts)
         self.images = [part.images[i] for i in range(longest) for part in parts
                        if i < len(part.images)]
-        self.best = _first([example for part in parts for example in part.best], _best_first)
-        self.worst = _first([example for part in parts for example in part.worst], _worst_first)
+        self.best = _first([example for part in parts for example in part.best], -1)
+        self.worst = _first([example for part in parts for example in part.worst], 1)
 
     def save(self, path: Path) -> None:
         """Write everything to a .npz file."""
         examples = [*self.best, *self.worst]
-        plain = dict(
-            classes=self.classes, palette=self.palette, ignore_index=self.ignore_index,
-            nan_to_num=self.nan_to_num, unlabelled=self.unlabelled, iteration=self.iteration,
-            seconds=self.seconds, size=self.size,
+        plain = vars(self) | dict(
             metrics={name: float(value) for name, value in self.metrics.items()
                      if isinstance(value, (int, float, np.number))},
-            images=[astuple(score) for score in self.images],
-            examples=[astuple(example.score) for example in examples], best=len(self.best))
+            examples=[example.score for example in examples], best=len(self.best))
+        for name in ('matrix', 'occurs', 'worst'):
+            del plain[name]
         arrays = {f'{name} {i}': getattr(example, name) for i, example in enumerate(examples)
                   for name in ('image', 'labels', 'predicted')}
         with replacing(path) as place:
@@ -199,16 +195,13 @@ def _confusion(labels: Tensor, predicted: Tensor, count: int, ignore_index: int)
     return pairs.view(count + 1, count + 1).cpu().numpy()
 
 
-def _best_first(score: ImageScore) -> tuple[float, str]:
-    return -score.miou, score.name
+def _rank(score: ImageScore, sign: int) -> tuple[float, str]:
+    return sign * score.miou, score.name
 
 
-def _worst_first(score: ImageScore) -> tuple[float, str]:
-    return score.miou, score.name
-
-
-def _first(examples: Sequence[Example], key: Callable[[ImageScore], Any]) -> list[Example]:
-    return sorted(examples, key=lambda example: key(example.score))[:EXAMPLES]
+def _first(examples: Sequence[Example], sign: int) -> list[Example]:
+    """Return the worst examples, or the best for the sign -1."""
+    return sorted(examples, key=lambda example: _rank(example.score, sign))[:EXAMPLES]
 
 
 def _shrink(score: ImageScore, labels: Tensor, predicted: Tensor, image: np.ndarray | None,

@@ -1,12 +1,12 @@
 """A few minutes of measurements on a GPU, the most telling first: `make bench-gpu`.
 
 Each part states the seconds that it may take. A part that no longer fits into the budget is left
-out and named, one that fails is named with its error, and the JSON is written after each.
+out and named, one that fails is named with its error, and the files are written after each.
 """
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from prettytable import PrettyTable, TableStyle
 from torch import Tensor
 
 from ..engine import launch
@@ -28,7 +27,7 @@ from .benchmark import Contender, Plan, Subject
 from .loading import NONE
 from .pipeline import draw_files
 from .roofline import Work, rooflines
-from .timing import Rates, environment, measure_rates, number, render
+from .timing import Rates, environment, measure_rates, number, render, size_text, time_call
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = {
@@ -40,30 +39,20 @@ _DRAWN = 24
 """Different images to train on; drawing one takes longer than reading it."""
 
 
-Row = dict[str, Any]
-_COLUMNS: dict[str, Callable[[Row], Any]] = {
-    'size': lambda row: f'{row["height"]}x{row["width"]}',
-    'batch': lambda row: row['batch_size'], 'dtype': lambda row: row['dtype'],
-    'model': lambda row: row['config'], 'ISR': lambda row: row['isr_ratio'],
-    'mode': lambda row: 'prediction' if row['mode'] == 'eval' else 'training',
-    'execution': lambda row: row['execution'],
-    'network': lambda row: number(row.get('network_ms')),
-    'total': lambda row: ('out of memory' if row['status'] == 'OOM' else
-                          number(row.get('total_ms'))),
-    'p95': lambda row: number(row.get('total_p95_ms')),
-    'images/s': lambda row: number(row.get('images_per_s')),
-    'MiB': lambda row: number(row.get('peak_mib')),
-    'speed': lambda row: f'{1 / row["time_vs_first"]:.2f}x' if 'time_vs_first' in row else '',
-    'operator': lambda row: f'`{row["name"]}`', 'sizes': lambda row: row['shapes'],
-    'calls': lambda row: row['calls'], 'ms': lambda row: number(row['ms']),
-    'GFLOP': lambda row: number(row['gflop']), 'MB': lambda row: number(row['mb']),
-    'limit, ms': lambda row: number(row['limit_ms']), 'bound by': lambda row: row['bound'],
-    'ms / limit': lambda row: number(row['ms'] / row['limit_ms'])}
+class Part(NamedTuple):
+    """One measurement: its name, the seconds that it takes at most, and the function."""
+    name: str
+    seconds: float
+    measure: Callable[[], None]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The flags of `tools/benchmark_gpu.py`; sizes and batch sizes have the smallest first."""
+@dataclass
+class Suite:
+    """Measures one part after the other, and keeps the ``content`` of the JSON.
+
+    The fields are the flags of `tools/benchmark_gpu.py`; sizes and batch sizes have the smallest
+    first, and ``out`` is the folder for gpu.json and gpu.md.
+    """
     sizes: Sequence[tuple[int, int]]
     batch_sizes: Sequence[int]
     train_batch: int
@@ -74,18 +63,7 @@ class Settings:
     gemm: int
     out: Path
 
-
-class Part(NamedTuple):
-    """One measurement: its name, the seconds that it takes at most, and the function."""
-    name: str
-    seconds: float
-    measure: Callable[[], None]
-
-
-class Suite:
-    """Measures one part after the other, and keeps the ``content`` of the JSON."""
-
-    def __init__(self, settings: Settings) -> None:
+    def __post_init__(self) -> None:
         for path in CONFIGS.values():
             if not (ROOT / path).is_file():
                 raise ConfigError(f'{ROOT} lacks {path}: the benchmark needs a checkout of the '
@@ -93,11 +71,9 @@ class Suite:
         if not torch.cuda.is_available():
             raise ConfigError('no GPU is visible here: check CUDA_VISIBLE_DEVICES and the '
                               'installed torch. `make bench-gpu FAKE_CUDA=1` tries it on a CPU')
-        self.settings = settings
-        self.plan = Plan(device='cuda', repeats=settings.repeats, seconds=1.5, costs=False)
         self.device = torch.device('cuda')
         self.content: dict[str, Any] = dict(
-            environment={}, settings=asdict(settings) | dict(out=settings.out.name), seconds={},
+            environment={}, settings=asdict(self) | dict(out=str(self.out)), seconds={},
             failed={}, left_out=[], rows=[], rates={}, training={}, rooflines={})
 
     def run(self, say: Callable[[str], None] = print) -> bool:
@@ -111,10 +87,10 @@ class Suite:
             [contender] = benchmark.load_contenders(str(ROOT / path), **options)
             self.models[name] = replace(contender, name=name)
         for part in self.parts():
-            left = self.settings.seconds - (time.perf_counter() - began)
+            left = self.seconds - (time.perf_counter() - began)
             if part.seconds > left:
                 self.content['left_out'].append(part.name)
-                say(f'{part.name}: left out, {left:.0f} s are left of {self.settings.seconds:g}')
+                say(f'{part.name}: left out, {left:.0f} s are left of {self.seconds:g}')
                 continue
             start = time.perf_counter()
             try:
@@ -127,100 +103,99 @@ class Suite:
             self.content['seconds'][part.name] = round(time.perf_counter() - start, 1)
             say(f'{part.name}: {self.content["seconds"][part.name]} s')
             self.content['environment'] = environment('cuda')
-            write_file(self.settings.out, json.dumps(self.content, indent=1) + '\n')
+            write_file(self.out / 'gpu.json', json.dumps(self.content, indent=1) + '\n')
+            write_file(self.out / 'gpu.md', page(self.content))
         return not self.content['failed']
 
-    def parts(self) -> Iterator[Part]:
-        """Yield all parts; the first ones are those that a short budget should not miss."""
-        small, largest = self.settings.sizes[0], self.settings.sizes[-1]
-        one, many = self.settings.batch_sizes[0], self.settings.batch_sizes[-1]
-        cells = list(product(self.settings.sizes, self.settings.batch_sizes))
-        yield Part('rates', 10, self._rates)
-        for batch in dict.fromkeys((one, many)):
-            yield self._prediction('T', small, batch)
-        yield self._executed('graphed', 'T', small, one, ('none', 'optimal'))
-        yield self._prediction('B', small, one)
-        yield self._executed('graphed', 'B', small, one)
-        yield self._training('T', 30)
-        yield Part('roofline of predicting', 20, lambda: self._roofline('eval'))
-        yield Part('training T from files', 45, self._training_from_files)
-        if largest != small:
-            yield self._prediction('T', largest, one)
-            yield self._executed('graphed', 'T', largest, one, ('auto',))
-        if many != one:
-            yield self._executed('graphed', 'T', small, many)
-            yield self._prediction('B', small, many)
-        for batch in dict.fromkeys((one, many)):
-            yield self._executed('compiled', 'T', small, batch)
-        yield self._training('T', 90, 'compiled')
-        yield Part('roofline of training', 25, lambda: self._roofline('train'))
-        yield self._prediction('T', small, one, 'float32')
-        yield self._executed('compiled', 'B', small, one)
-        done = {(small, one), (small, many)}
-        yield from (self._prediction('T', *cell) for cell in cells
-                    if cell not in done | {(largest, one)})
-        yield from (self._prediction('B', *cell) for cell in cells if cell not in done)
-        yield self._training('B', 40)
-        yield from (self._prediction('T', *cell, 'float32') for cell in cells[1:])
+    def parts(self) -> list[Part]:
+        """Return all parts; the first ones are those that a short budget should not miss."""
+        small, largest = self.sizes[0], self.sizes[-1]
+        one, many = self.batch_sizes[0], self.batch_sizes[-1]
+        cells = list(product(self.sizes, self.batch_sizes))
+        parts: dict[str, Part] = {}
+        for part in (
+                Part('rates', 10, self._rates),
+                self._prediction('T', small, one), self._prediction('T', small, many),
+                self._executed('graphed', 'T', small, one, ('none', 'optimal')),
+                self._prediction('B', small, one), self._executed('graphed', 'B', small, one),
+                self._training('T', 30),
+                Part('roofline of predicting', 20, lambda: self._roofline('eval')),
+                Part('training T from files', 45, self._training_from_files),
+                self._prediction('T', largest, one),
+                self._executed('graphed', 'T', largest, one, ('auto',)),
+                self._executed('graphed', 'T', small, many), self._prediction('B', small, many),
+                self._executed('compiled', 'T', small, one),
+                self._executed('compiled', 'T', small, many),
+                self._training('T', 90, 'compiled'),
+                Part('roofline of training', 25, lambda: self._roofline('train')),
+                self._prediction('T', small, one, 'float32'),
+                self._executed('compiled', 'B', small, one),
+                *(self._prediction('T', *cell) for cell in cells),
+                *(self._prediction('B', *cell) for cell in cells),
+                self._training('B', 40),
+                *(self._prediction('T', *cell, 'float32') for cell in cells)):
+            parts.setdefault(part.name, part)
+        return list(parts.values())
 
     def _prediction(self, model: str, size: tuple[int, int], batch: int,
                     dtype: str = 'bfloat16') -> Part:
-        ours, plain, others = self._models(model)
-        ratios = RATIOS if size == self.settings.sizes[0] else (*RATIOS, 'auto')
-        cell = [plain.run_as(ratios=['none', 'optimal']), *others,
-                ours.run_as(ratios=ratios), ours.run_as(kernels=False, ratios=['none'])]
+        ours, plain = self.models[f'EDAFormer-{model}'], self.models[f'plain {model}']
+        ratios = RATIOS if size == self.sizes[0] else (*RATIOS, 'auto')
         megapixels = batch * size[0] * size[1] / 2 ** 20
         if megapixels > 40:  # the plain version would take seconds a call, or not fit
-            cell = [ours.run_as(ratios=['none', 'optimal', 'auto'])]
-        return self._timed(dtype, 12 + megapixels, model, cell, size, batch, dtype)
+            contenders = [ours.run_as(ratios=['none', 'optimal', 'auto'])]
+        else:
+            contenders = [plain.run_as(ratios=['none', 'optimal']), *self._others(model),
+                          ours.run_as(ratios=ratios), ours.run_as(kernels=False, ratios=['none'])]
+        return self._timed(dtype, 12 + megapixels, contenders, size, batch, dtype)
 
     def _executed(self, execution: str, model: str, size: tuple[int, int], batch: int,
                   ratios: Sequence[str] = ('none',)) -> Part:
-        ours, plain, _ = self._models(model)
         seconds = 10 + 12 * len(ratios) if execution == 'graphed' else dict(T=75, B=120)[model]
-        return self._timed(execution, seconds, model, [
-            plain.run_as(ratios=['none']), ours.run_as(execution, ratios=ratios)], size, batch)
+        return self._timed(execution, seconds, [
+            self.models[f'plain {model}'].run_as(ratios=['none']),
+            self.models[f'EDAFormer-{model}'].run_as(execution, ratios=ratios)], size, batch)
 
     def _training(self, model: str, seconds: float, execution: str = 'eager') -> Part:
-        ours, plain, others = self._models(model)
-        cell = [plain, ours.run_as(execution)]
+        ours = self.models[f'EDAFormer-{model}']
+        contenders = [self.models[f'plain {model}'], ours.run_as(execution)]
         if execution == 'eager':
-            cell += [ours.run_as(kernels=False), *others]
-        return self._timed(f'training, {execution}', seconds, model, cell, self.settings.sizes[0],
-                           self.settings.train_batch, mode='train')
+            contenders += [ours.run_as(kernels=False), *self._others(model)]
+        return self._timed(f'training, {execution}', seconds, contenders, self.sizes[0],
+                           self.train_batch, mode='train')
 
-    def _models(self, model: str) -> tuple[Contender, Contender, list[Contender]]:
-        return (self.models[f'EDAFormer-{model}'], self.models[f'plain {model}'],
-                [self.models['SegFormer-B0']] if model == 'T' else [])
+    def _others(self, model: str) -> list[Contender]:
+        return [self.models['SegFormer-B0']] if model == 'T' else []
 
-    def _timed(self, title: str, seconds: float, model: str, cell: Sequence[Contender],
+    def _timed(self, title: str, seconds: float, contenders: Sequence[Contender],
                size: tuple[int, int], batch: int, dtype: str = 'bfloat16',
                mode: str = 'eval') -> Part:
         """Make a part of a cell; speeds are shown where its first contender is the plain one."""
-        plan = replace(self.plan, sizes=[size], batch_sizes=[batch], dtypes=[dtype], modes=[mode])
-        hidden = () if cell[0].name.startswith('plain') else ('time_vs_first',)
+        plan = Plan(sizes=[size], batch_sizes=[batch], dtypes=[dtype], modes=[mode], costs=False,
+                    device='cuda', repeats=self.repeats, seconds=1.5)
+        hidden = {} if contenders[0].name.startswith('plain') else dict(time_vs_first=None)
 
         def measure() -> None:
-            for rows in benchmark.run(cell, plan):
-                self.content['rows'] += [{
-                    name: value for name, value in asdict(row).items()
-                    if value is not None and name not in hidden} for row in rows]
-        return Part(f'{model}, {size[0]}x{size[1]}, batch {batch}, {title}', seconds, measure)
+            for rows in benchmark.run(contenders, plan):
+                self.content['rows'] += [asdict(row) | hidden for row in rows]
+
+        model = contenders[0].name.partition(',')[0][-1]
+        return Part(f'{model}, {size_text(size)}, batch {batch}, {title}', seconds, measure)
 
     def _rates(self) -> None:
         for dtype in benchmark.DTYPES:
             self.content['rates'][dtype] = asdict(
-                measure_rates(self.device, getattr(torch, dtype), self.settings.gemm))
+                measure_rates(self.device, getattr(torch, dtype), self.gemm))
 
     def _training_from_files(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
             self.content['training'] = train_from_files(
-                ROOT / CONFIGS['EDAFormer-T'], Path(folder), self.settings.train_batch,
-                self.settings.workers, crop=self.settings.sizes[0], steps=self.settings.steps)
+                ROOT / CONFIGS['EDAFormer-T'], Path(folder), self.train_batch, self.workers,
+                crop=self.sizes[0], steps=self.steps)
 
     def _roofline(self, mode: str) -> None:
-        size = self.settings.sizes[0]
-        batch = self.settings.batch_sizes[-1] if mode == 'eval' else self.settings.train_batch
+        size = self.sizes[0]
+        batch = self.batch_sizes[-1] if mode == 'eval' else self.train_batch
         subject = Subject(self.models['EDAFormer-T'], mode, 'bfloat16', self.device)
         inputs = torch.randn(batch, 3, *size, device=self.device)
         call = subject.calls(NONE, inputs)['total']
@@ -229,12 +204,10 @@ class Suite:
         others = dict([_labels_work(logits, size) if mode == 'eval' else _loss_work(logits, size)])
         rows, total = rooflines(call(), Rates(**self.content['rates']['bfloat16']), self.device,
                                 others=others)
-        begin = time.perf_counter()
-        call()()
-        torch.cuda.synchronize()
+        seconds, _ = time_call(call(), self.device)
         self.content['rooflines'][mode] = dict(
             height=size[0], width=size[1], batch_size=batch, operators_ms=total,
-            rows=[asdict(row) for row in rows], pass_ms=1e3 * (time.perf_counter() - begin))
+            rows=rows, pass_ms=1e3 * seconds)
 
 
 def _labels_work(logits: Tensor, size: tuple[int, int]) -> tuple[str, Work]:
@@ -260,16 +233,17 @@ def train_from_files(config: Path, folder: Path, batch_size: int, workers: int, 
 
     Images and log go to ``folder``. The first third of the steps is not counted.
     """
-    (folder / 'data').mkdir()
+    data = folder / 'data'
+    data.mkdir()
     for index in range(_DRAWN):
-        draw_files(folder / 'data', index, (512, 683))
+        draw_files(data, index, (512, 683))
     cfg = load_config(config, cfg_options={
         'train_dataloader.batch_size': batch_size, 'train_dataloader.num_workers': workers,
         'train_dataloader.persistent_workers': workers > 0,
-        'train_dataloader.dataset.data_root': str(folder / 'data'),
+        'train_dataloader.dataset.data_root': str(data),
         'train_dataloader.dataset.data_prefix': dict(img_path='', seg_map_path=''),
-        'train_cfg.max_iters': steps,
-        'train_cfg.val_interval': steps + 1, 'default_hooks.logger.interval': 1,
+        'train_cfg.max_iters': steps, 'train_cfg.val_interval': steps + 1,
+        'default_hooks.logger.interval': 1,
         'log_processor.window_size': 1, 'default_hooks.checkpoint.interval': steps + 1,
         'default_hooks.checkpoint.save_last': False, 'default_hooks.checkpoint.save_best': None,
         'auto_scale_lr.base_batch_size': batch_size, 'report': False,
@@ -291,29 +265,13 @@ def train_from_files(config: Path, folder: Path, batch_size: int, workers: int, 
 
 def page(content: dict[str, Any]) -> str:
     """Write the Markdown page of a ``content``."""
-    rows = content['rows']
-    predicted = sorted((row for row in rows if row['mode'] == 'eval'), key=lambda row: (
-        row['dtype'], row['height'] * row['width'], row['batch_size']))
-    return render('gpu.md.jinja', **content, number=number, table=_table, predicted=predicted,
-                  fastest=_fastest(rows), trained=[row for row in rows if row['mode'] == 'train'])
-
-
-def _fastest(rows: Sequence[Row]) -> list[Row]:
-    """Choose the fastest way to run our models at the trained ratio, for each size and batch."""
-    best: dict[tuple[Any, ...], Row] = {}
-    for row in rows:
-        model = row['config'].partition(',')[0]
-        if model.startswith('EDAFormer') and 'plain' not in row['config'] and (
-                row['isr_ratio'] == 'none' and 'time_vs_first' in row):
-            cell = model, *(row[name] for name in ('mode', 'dtype', 'height', 'width',
-                                                   'batch_size'))
-            if cell not in best or row['time_vs_first'] < best[cell]['time_vs_first']:
-                best[cell] = row | dict(config=model)
-    return list(best.values())
-
-
-def _table(rows: Sequence[Row], columns: Sequence[str]) -> str:
-    table = PrettyTable(list(columns), align='l')
-    table.add_rows([[_COLUMNS[name](row) for name in columns] for row in rows])
-    table.set_style(TableStyle.MARKDOWN)
-    return table.get_string()
+    names = 'dtype', 'height', 'width', 'batch_size'
+    rows = sorted(content['rows'], key=lambda row: tuple(row[name] for name in names))
+    own = [row for row in rows if row['config'].startswith('EDAFormer') and
+           'plain' not in row['config'] and row['isr_ratio'] == 'none' and row['time_vs_first']]
+    fastest: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in sorted(own, key=lambda row: row['time_vs_first']):
+        fastest.setdefault((row['config'].partition(',')[0], row['mode'],
+                            *(row[name] for name in names)), row)
+    return render('gpu.md.jinja', dict(number=number), **content, sorted_rows=rows,
+                  fastest=[fastest[cell] for cell in sorted(fastest)])

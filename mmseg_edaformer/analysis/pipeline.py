@@ -2,8 +2,8 @@
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +66,14 @@ def measure_pipeline(cfg: Config, size: tuple[int, int] | None = None, images: i
     kind = options.pop('type', pseudo_collate)
     collate = FUNCTIONS.get(kind) if isinstance(kind, str) else kind
     seconds = np.zeros((images + 1, len(steps)))
-    with _one_thread(), tempfile.TemporaryDirectory() as folder:
+    with ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        stack.callback(cv2.setNumThreads, cv2.getNumThreads())
+        torch.set_num_threads(1)
+        cv2.setNumThreads(0)
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         size = size or ((375, 500) if is_classifier(cfg) else (512, 683))
-        files = [draw_files(Path(folder), index, size, 18. if is_classifier(cfg) else 0.)
+        files = [draw_files(folder, index, size, 18. if is_classifier(cfg) else 0.)
                  for index in range(min(_DRAWN, images))]
         count = min(loader.batch_size, images)
         samples: deque[Any] = deque(maxlen=count)  # frees memory as a worker does
@@ -85,18 +90,6 @@ def measure_pipeline(cfg: Config, size: tuple[int, int] | None = None, images: i
         means = [*seconds[:images].mean(0), (time.thread_time() - start) / count]
     names = [*(step['type'] for step in pipeline), 'collate', 'total']
     return [(name, 1000 * mean) for name, mean in zip(names, (*means, sum(means)))]
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads(), cv2.getNumThreads()
-    torch.set_num_threads(1)
-    cv2.setNumThreads(0)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads[0])
-        cv2.setNumThreads(threads[1])
 
 
 def describe_pipelines(cfgs: Sequence[Config], size: tuple[int, int] | None = None,

@@ -8,11 +8,11 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._dynamo.testing import rand_strided
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.flop_counter import flop_registry
@@ -24,54 +24,29 @@ _WORKING_SET = 2 ** 28
 _FREE = (torch.ops.aten.empty_like.default, torch.ops.aten.detach.default)
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """One call of an operator: FLOPs of products and convolutions, bytes of inputs and outputs."""
     call: Prepare
     flops: int
     bytes: int
 
 
-@dataclass(frozen=True)
-class Operator:
-    """One operator; all figures are for all its calls in one pass."""
-    name: str
-    shapes: str
-    calls: int
-    ms: float
-    gflop: float
-    mb: float
-    limit_ms: float
-    bound: str
-
-
-@dataclass(frozen=True)
-class _Like:
+class _Like(NamedTuple):
     """A tensor's sizes, without its content."""
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
-    device: str
+    device: torch.device
 
     @classmethod
-    def of(cls, tensor: Tensor) -> '_Like':
-        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, str(tensor.device))
+    def of(cls, leaf: Any) -> Any:
+        return cls(tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device) if isinstance(
+            leaf, Tensor) else leaf
 
     @property
     def bytes(self) -> int:
         return self.dtype.itemsize * math.prod(
             size for size, step in zip(self.shape, self.stride) if step)
-
-    def make(self) -> Tensor:
-        """Return random numbers; zeros of integers, which index something."""
-        span = 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride))
-        content = torch.zeros(max(span, 1), dtype=self.dtype, device=self.device)
-        if self.dtype.is_floating_point:
-            content.normal_()
-        return content.as_strided(self.shape, self.stride)
-
-    def __str__(self) -> str:
-        return 'x'.join(map(str, self.shape)) or '1'
 
 
 class Recorder(TorchDispatchMode):
@@ -85,20 +60,22 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         leaves, spec = tree_flatten((args, kwargs))
-        shapes = tuple(_Like.of(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        shapes = tuple(map(_Like.of, leaves))
         out = func(*args, **kwargs)
         given = [leaf for leaf in shapes if isinstance(leaf, _Like)]
         made = [_Like.of(leaf) for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         if not given or not made or func.is_view or func in _FREE:
             return out
         name = str(func).removeprefix('aten.').removesuffix('.default')
-        key = name, ' '.join(map(str, given[:3])), shapes
+        key = name, ' '.join('x'.join(map(str, like.shape)) or '1' for like in given[:3]), shapes
         self.calls[key] += 1
         if key not in self.works:
 
             def ready() -> Callable[[], Any]:
-                again, named = tree_unflatten([leaf.make() if isinstance(leaf, _Like) else leaf
-                                               for leaf in shapes], spec)
+                # Random numbers; zeros of integers, which index something.
+                again, named = tree_unflatten([
+                    rand_strided(*leaf) if isinstance(leaf, _Like) else leaf for leaf in shapes],
+                    spec)
                 return lambda: func(*again, **named)
 
             self.works[key] = Work(ready, _flops(func, args, kwargs, out),
@@ -117,8 +94,10 @@ def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
 
 def rooflines(call: Callable[[], Any], rates: Rates, device: torch.device, *,
               others: Mapping[str, Work] | None = None,
-              most: int = 5) -> tuple[list[Operator], float]:
+              most: int = 5) -> tuple[list[dict[str, Any]], float]:
     """Return the operators on which a call spends the most time, and the ms of all together.
+
+    The figures of an operator are for all its calls in one pass.
 
     Args:
         call: A pass through a network, or a training step.
@@ -133,27 +112,24 @@ def rooflines(call: Callable[[], Any], rates: Rates, device: torch.device, *,
     rows = [_row(key[0], key[1], count, recorder.works[key], rates, device)
             for key, count in recorder.calls.items()]
     rows += [_row(name, '', 1, work, rates, device) for name, work in (others or {}).items()]
-    rows.sort(key=lambda row: -row.ms)
-    return rows[:most], sum(row.ms for row in rows)
+    rows.sort(key=lambda row: -row['ms'])
+    return rows[:most], sum(row['ms'] for row in rows)
 
 
 def _row(name: str, shapes: str, count: int, work: Work, rates: Rates,
-         device: torch.device) -> Operator:
-    compute = work.flops / 2e6 / rates.gmacs_per_s
-    memory = work.bytes / 1e6 / rates.gb_per_s
-    return Operator(name, shapes, count, 1e3 * count * _time_work(work, device),
-               count * work.flops / 1e9, count * work.bytes / 1e6, count * max(compute, memory),
-               'compute' if compute > memory else 'memory')
-
-
-def _time_work(work: Work, device: torch.device, repeats: int = 3) -> float:
-    """Return the seconds of one call, of several back to back; caches are cold."""
-    count = max(1, min(8, _WORKING_SET // max(work.bytes, 1)))
-    calls = [work.call() for _ in range(count)]
+         device: torch.device) -> dict[str, Any]:
+    repeats = max(1, min(8, _WORKING_SET // max(work.bytes, 1)))
+    calls = [work.call() for _ in range(repeats)]  # back to back, so that caches are cold
 
     def run() -> None:
         for call in calls:
             call()
 
     run()
-    return statistics.median(time_call(run, device)[0] for _ in range(repeats)) / count
+    seconds = statistics.median(time_call(run, device)[0] for _ in range(3)) / repeats
+    compute = work.flops / 2e6 / rates.gmacs_per_s
+    memory = work.bytes / 1e6 / rates.gb_per_s
+    return dict(name=name, shapes=shapes, calls=count, ms=1e3 * count * seconds,
+                gflop=count * work.flops / 1e9, mb=count * work.bytes / 1e6,
+                limit_ms=count * max(compute, memory),
+                bound='compute' if compute > memory else 'memory')

@@ -141,7 +141,7 @@ def make_rows(bench: Bench, ratios: Sequence[ISRRatio], *, memory: bool = True) 
 
     ``memory`` takes one more prediction of each.
     """
-    done = [ratio for ratio in ratios if bench.measured.count(ratio) >= bench.images]
+    done = [ratio for ratio in ratios if bench.count(ratio) >= bench.images]
     trained = bench.ratio('none')
     rows = []
     for ratio in sorted(done, key=bench.gmacs, reverse=True):
@@ -190,7 +190,7 @@ def sweep(config: str, checkpoint: str, *, isr_ratios: Sequence[str] = DEFAULT,
             wanted += [] if value == GREEDY else [bench.ratio(value)]
     write_file(folder / '.writable', '')  # fail before the hours that follow
     (folder / '.writable').unlink()
-    if reused := min(bench.measured.count('none'), len(bench.order)):
+    if reused := min(bench.count('none'), len(bench.order)):
         say(f'Reusing {folder / "sweep.npz"}, which holds {reused} images')
     options = [f'{key}={value}' for key, value in cfg_options.items()] if isinstance(
         cfg_options, Mapping) else list(cfg_options or ())
@@ -213,7 +213,7 @@ def sweep(config: str, checkpoint: str, *, isr_ratios: Sequence[str] = DEFAULT,
         tried = search(bench, wanted, goal, GREEDY in isr_ratios)
     except KeyboardInterrupt:
         if bench.images:
-            report(list(map(ISRRatio.parse, bench.measured.areas)), memory=False)
+            report(list(map(ISRRatio.parse, bench.measured)), memory=False)
             say('Interrupted: the same command resumes from here')
         raise
     rows = report(tried)

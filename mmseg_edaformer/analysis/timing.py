@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .. import __version__
 from ..cost import on_meta
 
 _LEAST_ROUNDS = 5
@@ -41,33 +40,33 @@ def take_turns(calls: Mapping[Key, Prepare], device: torch.device, *, repeats: i
         Seconds of each round; a call that ran out of memory is left out.
     """
     times: dict[Key, list[float]] = {key: [] for key in calls}
-    began = time.perf_counter()
+    end = 0.
     for i in range(-warm_up, repeats):
-        if i == 0:
-            began = time.perf_counter()
-        if i >= _LEAST_ROUNDS and time.perf_counter() - began > seconds:
+        if i <= 0:
+            end = time.perf_counter() + seconds
+        if i >= _LEAST_ROUNDS and time.perf_counter() > end:
             break
         for key in list(times):
             try:
                 elapsed, _ = time_call(calls[key](), device)
+                if i >= 0:
+                    times[key].append(elapsed)
+                continue
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 del times[key]
-            else:
-                if i >= 0:
-                    times[key].append(elapsed)
-                continue
-            free(device)  # after the traceback, which holds tensors
+            torch.cuda.empty_cache()  # after the traceback, which holds tensors
     return times
 
 
 def time_call(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
     """Return the seconds from an idle device to an idle device, and the result."""
-    _synchronize(device)
+    wait = torch.cuda.synchronize if device.type == 'cuda' else lambda: None
+    wait()
     start = time.perf_counter()
     result = call()
-    _synchronize(device)
+    wait()
     return time.perf_counter() - start, result
 
 
@@ -112,17 +111,6 @@ def render(template: str, filters: Mapping[str, Callable[[Any], str]] | None = N
     return templates.get_template(template).render(values)
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == 'cuda':
-        torch.cuda.synchronize()
-
-
-def free(device: torch.device) -> None:
-    """Give the memory that a GPU's allocator keeps back."""
-    if device.type == 'cuda':
-        torch.cuda.empty_cache()
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell a lack of memory, of a GPU or a CPU, from other errors."""
     return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or any(
@@ -139,24 +127,21 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self, resident: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self.live = self.peak = 0
-        self.known = {_address(tensor) for tensor in resident}
+        self.peak = 0
+        self.live: dict[int, int] = {}  # bytes by address
+        self.resident = {_address(tensor) for tensor in resident}
 
     def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (),
                            kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and _address(leaf) not in self.known:
+            if isinstance(leaf, Tensor):
                 storage = leaf.untyped_storage()
-                self.known.add(storage._cdata)
-                self.live += storage.nbytes()
-                weakref.finalize(storage, self._release, storage._cdata, storage.nbytes())
-        self.peak = max(self.peak, self.live)
+                if storage._cdata not in self.resident and storage._cdata not in self.live:
+                    self.live[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self.live.pop, storage._cdata, None)
+        self.peak = max(self.peak, sum(self.live.values()))
         return out
-
-    def _release(self, address: int, size: int) -> None:
-        self.known.discard(address)
-        self.live -= size
 
 
 def peak_bytes(run: Callable[[], Any], resident: Iterable[Tensor], device: torch.device) -> int:
@@ -231,9 +216,9 @@ def measure_rates(device: torch.device, dtype: torch.dtype, side: int | None = N
 
 def environment(device: str, *, keep_memory: bool = True) -> dict[str, str]:
     """Return where figures come from: device, threads, settings, versions, commit."""
-    facts = dict(device={'cuda': torch.cuda.get_device_name, 'cpu': _cpu_name,
-                         'meta': lambda: 'none (costs are counted)'}[device](),
-                 threads=str(torch.get_num_threads()))
+    names = dict(cuda=torch.cuda.get_device_name, cpu=_cpu_name,
+                 meta=lambda: 'none (costs are counted)')
+    facts = dict(device=names[device](), threads=str(torch.get_num_threads()))
     if device == 'cpu':
         facts['freed_memory'] = 'kept' if keep_memory else 'left to the system'
     if device == 'cuda':
@@ -241,10 +226,10 @@ def environment(device: str, *, keep_memory: bool = True) -> dict[str, str]:
             float32_matmul='TF32' if torch.backends.cuda.matmul.allow_tf32 else 'full',
             float32_conv='TF32' if torch.backends.cudnn.allow_tf32 else 'full',
             cudnn_benchmark='yes' if torch.backends.cudnn.benchmark else 'no')
-    facts.update(python=platform.python_version(), torch=torch.__version__)
-    for package in ('mmengine', 'mmcv', 'mmseg'):
+    facts['python'] = platform.python_version()
+    for package in ('torch', 'mmengine', 'mmcv', 'mmseg', 'mmseg_edaformer'):
         facts[package] = importlib.import_module(package).__version__
-    return dict(facts, mmseg_edaformer=__version__, commit=_commit())
+    return dict(facts, commit=_commit())
 
 
 def _cpu_name() -> str:
@@ -257,11 +242,9 @@ def _cpu_name() -> str:
 
 def _commit() -> str:
     """Return the commit of this package's files, with '+' if they were changed since."""
-    def git(*command: str) -> str:
-        return subprocess.run(['git', *command], cwd=Path(__file__).parent, text=True, check=True,
-                              capture_output=True).stdout.strip()
     try:
-        return git('rev-parse', '--short', 'HEAD') + (
-            '+' if git('status', '--porcelain', '--untracked-files=no') else '')
+        return subprocess.run(['git', 'describe', '--always', '--exclude=*', '--dirty=+'],
+                              cwd=Path(__file__).parent, text=True, check=True,
+                              capture_output=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return 'unknown'

@@ -1,6 +1,7 @@
 """tools/benchmark.py and what it stands on. No time is asserted, only what is timed and how."""
 import csv
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -9,11 +10,10 @@ from mmseg.registry import MODELS
 from PIL import Image
 from torch import nn
 
-from mmseg_edaformer.analysis import benchmark, benchmark_report as report
+from mmseg_edaformer.analysis import benchmark, benchmark_report as report, timing
 from mmseg_edaformer.analysis.loading import NONE, set_ratio
 from mmseg_edaformer.analysis.pipeline import measure_pipeline
 from mmseg_edaformer.analysis.timing import (
-    LiveBytes,
     count_activations,
     environment,
     milliseconds,
@@ -22,30 +22,31 @@ from mmseg_edaformer.analysis.timing import (
     take_turns,
 )
 from mmseg_edaformer.cost import count_macs, windows
-from mmseg_edaformer.errors import CheckpointError, ConfigError, RatioError
+from mmseg_edaformer.errors import ConfigError, RatioError
 from mmseg_edaformer.isr import ISRRatio, apply_isr
 from tests import plain
 from tests.conftest import MINI, ROOT, run
 from tests.processes import run_tool
 
 CPU = torch.device('cpu')
-HEAD = "_base_ = ['{root}/configs/edaformer_t_synthetic.py']\n"
-RESNET = '''_base_ = ['{root}/configs/segformer_b0_camvid.py']
+MODELS_OF = dict(
+    mini=f'''_base_ = ['{ROOT}/configs/edaformer_t_synthetic.py']
+model = dict(backbone={MINI}, decode_head=dict(in_channels=(32, 64, 128), channels=32))
+''',
+    resnet=f'''_base_ = ['{ROOT}/configs/segformer_b0_camvid.py']
 model = dict(backbone=dict(_delete_=True, type='ResNet', depth=18, base_channels=8,
                            stem_channels=8),
              decode_head=dict(in_channels=[8, 16, 32, 64], channels=16))
-'''
+''')
+SLIDE = "model['test_cfg'] = dict(mode='slide', crop_size=(64, 64), stride=(48, 48))\n"
 
 
 @pytest.fixture(scope='module')
 def configs(tmp_path_factory):
     """Small configs: ours, one without attention, ours with a sliding window."""
     folder = tmp_path_factory.mktemp('configs')
-    mini = HEAD + (f'model = dict(backbone={MINI}, decode_head=dict(in_channels=(32, 64, 128), '
-                   'channels=32))\n')
-    slide = "model['test_cfg'] = dict(mode='slide', crop_size=(64, 64), stride=(48, 48))\n"
-    for name, text in dict(mini=mini, slide=mini + slide, resnet=RESNET).items():
-        (folder / f'{name}.py').write_text(text.replace('{root}', str(ROOT)))
+    for name, text in dict(MODELS_OF, slide=MODELS_OF['mini'] + SLIDE).items():
+        (folder / f'{name}.py').write_text(text)
     return folder
 
 
@@ -67,14 +68,12 @@ def test_the_tool_writes_tables_and_a_chart(configs, tmp_path):
         '--device', 'cpu', '--threads', '1', '--repeats', '1', '--out', out).stdout
     assert 'resnet holds no attention that ISR can reduce' in told
     rows = list(csv.DictReader((out / 'benchmark.csv').open()))
-    assert [(row['config'], row['isr_ratio']) for row in rows if row['mode'] == 'eval'] == 2 * [
-        ('mini', 'none'), ('mini', '2211-222'), ('resnet', 'none')]
-    assert [(row['config'], row['isr_ratio']) for row in rows if row['mode'] == 'train'] == 2 * [
-        ('mini', 'none'), ('resnet', 'none')]
+    for mode, variants in (('eval', [('mini', 'none'), ('mini', '2211-222'), ('resnet', 'none')]),
+                           ('train', [('mini', 'none'), ('resnet', 'none')])):
+        assert [(row['config'], row['isr_ratio'])
+                for row in rows if row['mode'] == mode] == 2 * variants
     for row in rows:
-        assert row['status'] == 'ok'
-        assert row['threads'] == '1'
-        assert row['freed_memory'] == 'kept'
+        assert (row['status'], row['threads'], row['freed_memory']) == ('ok', '1', 'kept')
         assert row['torch'] == torch.__version__
         for name in ('pipeline_ms', 'total_ms', 'images_per_s', 'peak_mib', 'gmacs'):
             assert float(row[name]) > 0, name
@@ -103,6 +102,8 @@ def test_the_tool_times_training_pipelines(configs):
     (['--threads', '0'], '--threads must be 1 or more'),
     (['--mode', 'data', '--out', 'x'], '--mode data only prints its table'),
     (['--compare', 'gone'], 'config not found: gone'),
+    (['--size', '64', '8,64', '--device', 'cpu'], '--size 8,64: use 32 pixels or more'),
+    (['--batch-size', '0', '--device', 'cpu'], '--batch-size and --repeats must be 1 or more'),
 ])
 def test_mistakes_on_the_command_line(arguments, told):
     code, output = run_tool('tools/benchmark.py', 'edaformer_t_ade', *arguments)
@@ -110,24 +111,32 @@ def test_mistakes_on_the_command_line(arguments, told):
     assert told in output
 
 
+def test_what_cannot_be_measured(configs, monkeypatch):
+    with pytest.raises(RatioError, match='holds no attention'):
+        load(configs, 'resnet', isr_ratios=['2'])
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    with pytest.raises(ConfigError, match='no GPU is visible'):
+        benchmark.Plan(device='cuda')
+
+
 def test_costs_alone_are_those_of_cost_py(configs):
+    """All windows of a config that slides are counted; mmseg makes as many, of that size."""
     ratios = ['none', 'optimal']
-    [rows] = measure(load(configs, 'mini', 'mini', isr_ratios=ratios), device='meta')
-    model = MODELS.build(Config.fromfile(configs / 'mini.py').model)
+    contenders = load(configs, 'slide', 'slide', isr_ratios=ratios)
+    [small, large] = measure(contenders, sizes=[(64, 64), (64, 160)], device='meta')
+    model = MODELS.build(Config.fromfile(configs / 'slide.py').model).eval()
     params = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    assert [row.config for row in rows] == ['mini', 'mini', 'mini #2', 'mini #2']
-    for row, ratio in zip(rows, ratios):
+    assert [row.config for row in small] == ['slide', 'slide', 'slide #2', 'slide #2']
+    for row, wide, ratio in zip(small, large, ratios):
         apply_isr(model, ratio)
         assert row.gmacs == count_macs(model, (64, 64)) / 1e9
+        assert wide.gmacs == pytest.approx(3 * row.gmacs)
         assert row.params_m == params
         assert row.total_ms is None
-    assert rows[1].gmacs < rows[0].gmacs
-    assert 'x 1.00' in report.table(rows)
-    assert '# Benchmark' in report.markdown([rows], environment('meta'))
-
-
-def test_windows_are_mmsegs(configs):
-    model = load(configs, 'slide')[0].model
+    assert small[1].gmacs < small[0].gmacs
+    assert 'x 1.00' in report.table(small)
+    page = report.markdown([small, large], environment('meta'))
+    assert 'slides its window: 3 windows on 64x160' in page
     seen = []
     model.backbone.register_forward_pre_hook(lambda _, args: seen.extend(args[0].split(1)))
     for size in ((64, 64), (64, 160), (150, 64), (40, 200)):
@@ -137,26 +146,17 @@ def test_windows_are_mmsegs(configs):
         seen.clear()
 
 
-def test_a_sliding_config_counts_all_its_windows(configs):
-    contenders = load(configs, 'slide', 'mini')
-    [[slid, whole], [row, _]] = measure(contenders, sizes=[(64, 64), (64, 160)], device='meta')
-    assert slid.gmacs == whole.gmacs
-    assert row.windows == 3
-    assert row.gmacs == pytest.approx(3 * slid.gmacs)
-    assert 'slides its window: 3 windows on 64x160' in '\n'.join(report.notes([row]))
-
-
 def test_calls_take_turns():
-    log, clock = [], dict(a=3, b=3)
+    log = []
 
     def prepare(name):
         log.append(f'ready {name}')
         return lambda: log.append(name)
 
-    times = take_turns({name: lambda name=name: prepare(name) for name in clock}, CPU,
+    times = take_turns({name: lambda name=name: prepare(name) for name in 'ab'}, CPU,
                        repeats=3, warm_up=1)
     assert log == 4 * ['ready a', 'a', 'ready b', 'b']
-    assert {name: len(seconds) for name, seconds in times.items()} == clock
+    assert {name: len(seconds) for name, seconds in times.items()} == dict(a=3, b=3)
     assert milliseconds([0.1, 0.2, 0.3], 0.25) == pytest.approx(150)
     assert relative([1., 4., 9.], [1., 2., 3.]) == 2  # round by round, not of the medians
 
@@ -164,28 +164,23 @@ def test_calls_take_turns():
         raise RuntimeError('shapes differ')
     with pytest.raises(RuntimeError, match='shapes differ'):
         take_turns(dict(a=lambda: broken), CPU)
+    for repeats, seconds, rounds in ((50, 0., 5), (3, 0., 3), (8, 60., 8)):
+        assert len(take_turns(dict(a=lambda: lambda: None), CPU, repeats=repeats,
+                              seconds=seconds)['a']) == rounds
 
 
-@pytest.mark.parametrize(('limits', 'rounds'), [
-    (dict(repeats=50, seconds=0.), 5), (dict(repeats=3, seconds=0.), 3),
-    (dict(repeats=8, seconds=60.), 8)])
-def test_five_rounds_at_least_then_the_seconds_count(limits, rounds):
-    assert len(take_turns(dict(a=lambda: lambda: None), CPU, **limits)['a']) == rounds
-
-
-def test_ratios_are_set_for_every_call(configs):
+def test_ratios_are_set_for_every_call(configs, monkeypatch):
     contenders = load(configs, 'mini', isr_ratios=['none', '3'])
-    seen = []
-    forward = type(contenders[0].model.backbone).forward
+    backbone = type(contenders[0].model.backbone)
+    seen, forward = [], backbone.forward
 
     def spy(backbone, x):
         if x.device.type != 'meta':  # costs are counted there
             seen.append(backbone.stages[0].blocks[0].attn.isr_ratio)
         return forward(backbone, x)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(contenders[0].model.backbone), 'forward', spy)
-        measure(contenders)
+    monkeypatch.setattr(backbone, 'forward', spy)
+    measure(contenders)
     assert seen == [*3 * [1, 1, 3, 3], 1, 3]  # the last two measure memory
 
 
@@ -209,26 +204,27 @@ def test_out_of_memory_is_one_cell_only(configs, monkeypatch):
     assert report.draw([one, two], environment('cpu')).startswith(b'\x89PNG')
 
 
-def test_bfloat16_and_limits(configs):
-    rows = [rows[0] for rows in measure(load(configs, 'mini'), dtypes=['bfloat16'],
-                                        modes=['eval', 'train'], limits=True)]
-    for row in rows:
-        assert row.dtype == 'bfloat16'
-        assert row.total_share == pytest.approx(row.compute_limit_ms / row.total_ms)
-    assert rows[1].compute_limit_ms == pytest.approx(3 * rows[0].compute_limit_ms)
-    assert rows[0].memory_limit_ms > 0
-    assert 'multiply-adds' in report.table(rows[:1])
-
-
-def test_training_steps_change_the_weights_of_a_copy(configs):
+def test_bfloat16_and_limits(configs, monkeypatch):
+    monkeypatch.setattr(timing, 'measure_rates', partial(timing.measure_rates, side=128))
     [contender] = load(configs, 'mini')
     before = {name: value.clone() for name, value in contender.model.state_dict().items()}
+    [row], [trained] = measure([contender], dtypes=['bfloat16'], modes=['eval', 'train'],
+                               limits=True)
+    assert row.dtype == trained.dtype == 'bfloat16'
+    assert row.total_share == pytest.approx(row.compute_limit_ms / row.total_ms)
+    assert trained.compute_limit_ms == pytest.approx(3 * row.compute_limit_ms)
+    assert row.memory_limit_ms > 0
+    assert 'multiply-adds' in report.table([row])
+    assert all(torch.equal(value, before[name])
+               for name, value in contender.model.state_dict().items())
+
+
+def test_training_steps_change_the_weights(configs):
+    [contender] = load(configs, 'mini')
     subject = benchmark.Subject(contender, 'train', 'float32', CPU)
     subject.calls(NONE, torch.randn(2, 3, 64, 64))['total']()()
-    after = subject.model.state_dict()
-    assert any(not torch.equal(after[name], value) for name, value in before.items())
-    assert all(torch.equal(contender.model.state_dict()[name], value)
-               for name, value in before.items())
+    assert any(not torch.equal(own, trained) for own, trained in zip(
+        contender.model.parameters(), subject.model.parameters()))
 
 
 def test_peak_of_live_tensors():
@@ -241,35 +237,12 @@ def test_peak_of_live_tensors():
         return (z.view(10, 100) * 2).sum()  # 4000 more in place of y, then 4
 
     assert peak_bytes(call, [weight, weight, x], CPU) == 8000 + 8004
-    with LiveBytes() as live:
-        out = torch.zeros(500)
-        del out
-    assert (live.live, live.peak) == (0, 2000)
 
 
 def test_activations_of_the_innermost_modules():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Identity(), nn.ReLU(inplace=True),
                           nn.Sequential(nn.Conv2d(4, 2, 2, 2), nn.ReLU()))
     assert count_activations(model, (8, 8)) == 4 * 64 + 2 * 16 + 2 * 16
-
-
-def test_a_checkpoint_of_another_model(configs, tmp_path):
-    [resnet] = load(configs, 'resnet')
-    torch.save(resnet.model.state_dict(), tmp_path / 'other.pth')
-    with pytest.raises(CheckpointError, match=r'not fit|not one weight'):
-        load(configs, 'mini', checkpoint=str(tmp_path / 'other.pth'))
-    with pytest.raises(RatioError, match='holds no attention'):
-        load(configs, 'resnet', isr_ratios=['2'])
-
-
-def test_plans_that_make_no_sense(monkeypatch):
-    with pytest.raises(ConfigError, match='--size 8,64: use 32 pixels or more'):
-        benchmark.Plan(sizes=[(64, 64), (8, 64)])
-    with pytest.raises(ConfigError, match='1 or more'):
-        benchmark.Plan(batch_sizes=[0])
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    with pytest.raises(ConfigError, match='no GPU is visible'):
-        benchmark.Plan(device='cuda')
 
 
 @torch.no_grad()
@@ -290,10 +263,10 @@ def test_the_plain_segmentor_is_the_plain_network():
 
 @pytest.mark.parametrize('size', 'tb')
 def test_the_plain_configs_say_what_ours_say(size):
-    own = Config.fromfile(ROOT / 'tests' / 'configs' / f'plain_{size}_ade.py')
-    ours = Config.fromfile(ROOT / 'configs' / f'edaformer_{size}_ade.py')
+    own, ours = (Config.fromfile(ROOT / path) for path in (
+        f'tests/configs/plain_{size}_ade.py', f'configs/edaformer_{size}_ade.py'))
     assert own.optim_wrapper == ours.optim_wrapper
     assert own.test_dataloader == ours.test_dataloader
-    count = {name: sum(parameter.numel() for parameter in MODELS.build(model).parameters())
-             for name, model in (('own', own.model), ('ours', ours.model))}
-    assert count['own'] == count['ours']
+    counts = {sum(parameter.numel() for parameter in MODELS.build(cfg.model).parameters())
+              for cfg in (own, ours)}
+    assert len(counts) == 1
