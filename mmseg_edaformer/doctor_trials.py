@@ -170,7 +170,7 @@ def check_config(report: Report, path: str) -> str:
         cfg = check(load_config, path)
         if cfg is None:
             return path
-        for call in (checks.check_amp, checks.check_compile, checks.check_start):
+        for call in (checks.check_amp, checks.check_programs, checks.check_start):
             check(call, cfg)
         check(checks.check_batch_size, cfg,
               torch.cuda.device_count() if torch.cuda.is_available() else 1)

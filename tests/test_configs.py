@@ -224,6 +224,6 @@ def test_the_command_line_names_what_shows_the_progress(monkeypatch, given):
     packages = {'tensorboard': None}
     monkeypatch.setattr(importlib.util, 'find_spec', packages.get)
     with pytest.raises(ConfigError, match=r'VisBackend needs tensorboard: .*pip install'):
-        checks.check_backends(cfg)
+        checks.check_programs(cfg)
     packages['tensorboard'] = 'there'
-    checks.check_backends(cfg)
+    checks.check_programs(cfg)

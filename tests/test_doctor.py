@@ -167,7 +167,7 @@ test_dataloader = dict(dataset=dict(data_root=data_root, metainfo=dict(
     report = doctor.Report()
     doctor_trials.check_config(report, str(config))
     found = [(finding.level, finding.problem) for finding in report.findings]
-    for level, part in (('error', 'load_from=gone.pth does not exist'),
+    for level, part in (('error', 'checkpoint not found: gone.pth'),
                         ('error', 'the val set is not where the config says: gone'),
                         ('error', 'has 2 classes, the model 8'),
                         ('error', "the test set cannot be built: new classes ('a', 'b') is not a"),

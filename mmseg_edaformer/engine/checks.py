@@ -8,14 +8,16 @@ from typing import Any
 
 from mmengine.config import Config
 from mmengine.device import is_cuda_available
+from mmengine.fileio import list_dir_or_file
 from mmengine.logging import MMLogger, print_log
 from mmengine.registry import init_default_scope
 from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATASETS
 
+from ..command_line import check_checkpoint
 from ..data.audit import check_samples, inner_datasets
 from ..data.classification import check_library, is_classifier
-from ..errors import CheckpointError, ConfigError, DataError
+from ..errors import ConfigError, DataError
 from ..files import write_file
 from ..pretraining.folders import check_folders, check_same_classes
 
@@ -40,26 +42,19 @@ def check_amp(cfg: Config) -> None:
                           'without it, or check CUDA_VISIBLE_DEVICES and the installed torch')
 
 
-def check_compile(cfg: Config) -> None:
-    """Check that what compiles networks is there."""
-    if not cfg.get('compile'):
-        return
-    if is_cuda_available():
-        if importlib.util.find_spec('triton') is None:
-            raise ConfigError('--compile needs Triton on a GPU: python -m pip install triton, or '
-                              'run without it')
-    elif shutil.which(os.environ.get('CXX', 'g++')) is None:
-        raise ConfigError(f"--compile needs a C++ compiler, and {os.environ.get('CXX', 'g++')} is "
-                          'not on the PATH: install it, name another in CXX, or run without it')
-
-
-def check_backends(cfg: Config) -> None:
-    """Check that the packages of the visualizer's backends are installed."""
-    packages = dict(TensorboardVisBackend='tensorboard', WandbVisBackend='wandb')
-    for backend in (cfg.get('visualizer') or {}).get('vis_backends') or ():
-        package = packages.get(backend['type'])
-        if package and importlib.util.find_spec(package) is None:
-            raise ConfigError(f'{backend["type"]} needs {package}: python -m pip install {package}')
+def check_programs(cfg: Config) -> None:
+    """Check that what compiles networks and draws curves is installed."""
+    types = [backend['type'] for backend in cfg.get('visualizer', {}).get('vis_backends') or ()]
+    for wanted, what, package in (
+            (cfg.get('compile') and is_cuda_available(), '--compile on a GPU', 'triton'),
+            ('TensorboardVisBackend' in types, 'TensorboardVisBackend', 'tensorboard'),
+            ('WandbVisBackend' in types, 'WandbVisBackend', 'wandb')):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise ConfigError(f'{what} needs {package}: python -m pip install {package}')
+    compiler = os.environ.get('CXX', 'g++')
+    if cfg.get('compile') and not is_cuda_available() and shutil.which(compiler) is None:
+        raise ConfigError(f'--compile needs a C++ compiler, and {compiler} is not on the PATH: '
+                          'install it, name another in CXX, or run without it')
 
 
 def check_batch_size(cfg: Config, world_size: int) -> None:
@@ -92,11 +87,9 @@ def check_epochs(iterations: int, per_step: int, images: int) -> None:
 
 
 def check_start(cfg: Config) -> None:
-    """See where the weights of a training come from."""
+    """Check the checkpoint that a training starts from, and warn of an encoder without any."""
     source = cfg.get('load_from')
-    if source and '://' not in source and not Path(source).is_file():
-        raise CheckpointError(f'load_from={source} does not exist: give the trained checkpoint '
-                              'with --load-from FILE')
+    check_checkpoint(source)
     pretrained = cfg.model.backbone.get('init_cfg') is not None or any(
         hook['type'] == 'BackboneWeightsHook' for hook in cfg.get('custom_hooks') or ())
     if cfg.model.backbone.get('type') == 'EFT' and not (source or cfg.get('resume') or pretrained):
@@ -107,7 +100,7 @@ def check_start(cfg: Config) -> None:
 
 def check_classifier_flags(flags: Mapping[str, Any]) -> None:
     """Check that a classifier is asked for nothing that needs a prediction per pixel."""
-    given = ' and '.join(name for name, value in flags.items() if value)
+    given = ' and '.join(flag for flag, value in flags.items() if value)
     if given:
         raise ConfigError(f'{given}: only for segmentation, and this config trains a classifier. '
                           'Leave it out')
@@ -119,15 +112,12 @@ def check_data(cfg: Config, *splits: str) -> None:
         check_library()
     model = cfg.model.get('module', cfg.model)  # test-time augmentation wraps it
     head = model.get('decode_head', model.get('head'))
-    # A list for cascades.
-    num_classes = head.get('num_classes') if isinstance(head, dict) else None
+    num_classes = head.get('num_classes') if isinstance(head, dict) else None  # cascades: a list
     folders: dict[str, list[str]] = {}
     init_default_scope(cfg.get('default_scope') or 'mmseg')
     for split in splits:
         loader = cfg.get(f'{split}_dataloader')
-        if not loader:
-            continue
-        inner = list(inner_datasets(loader.dataset))
+        inner = list(inner_datasets(loader.dataset)) if loader else []
         for _, dataset_cfg in inner:
             _check_colours(split, loader, dataset_cfg)
             if not os.path.isdir(dataset_cfg.get('data_root') or '.'):
@@ -143,10 +133,12 @@ def check_data(cfg: Config, *splits: str) -> None:
                         f'the {split} set {type(dataset).__name__} has {len(classes)} classes, the '
                         f'model {num_classes}: set model.decode_head.num_classes={len(classes)}, '
                         "or the data set's metainfo.classes")
-                if os.environ.get('RANK', '0') == '0':
-                    _check_files(split, dataset)
-                    check_samples(cfg, split, dataset, alone=len(inner) == 1)
-            elif is_classifier(cfg) and os.environ.get('RANK', '0') == '0':
+            if os.environ.get('RANK', '0') != '0':  # the first process looks at files for all
+                continue
+            if isinstance(dataset, BaseSegDataset):
+                _check_files(split, dataset)
+                check_samples(cfg, split, dataset, alone=len(inner) == 1)
+            elif is_classifier(cfg):
                 folders[split] = check_folders(split, dataset, num_classes)
     check_same_classes(folders)
 
@@ -179,18 +171,17 @@ def _check_files(split: str, dataset: BaseSegDataset) -> None:
     if masks is None:
         return
     labelled = _stems(masks, dataset.seg_map_suffix)
-    for kind, alone, folder, suffix in (('image', stems - labelled, masks, dataset.seg_map_suffix),
-                                        ('mask', labelled - stems, images, dataset.img_suffix)):
+    for kind, alone, folder, suffix in (('images', stems - labelled, masks, dataset.seg_map_suffix),
+                                        ('masks', labelled - stems, images, dataset.img_suffix)):
         if alone:
             wanted = ', '.join(os.path.join(folder, stem + suffix) for stem in sorted(alone)[:3])
-            raise DataError(f'{len(alone)} {kind}{"s" if len(alone) > 1 else ""} of the {split} '
-                            f'set {"have" if len(alone) > 1 else "has"} no partner. Missing: '
+            raise DataError(f'{kind} of the {split} set without a partner: {len(alone)}. Missing: '
                             f'{wanted}{", ..." if len(alone) > 3 else ""}')
 
 
 def _stems(folder: str, suffix: str) -> set[str]:
-    return {os.path.relpath(os.path.join(where, name), folder).removesuffix(suffix)
-            for where, _, names in os.walk(folder) for name in names if name.endswith(suffix)}
+    return {name.removesuffix(suffix) for name in list_dir_or_file(
+        folder, list_dir=False, suffix=suffix, recursive=True)}
 
 
 def _missing(split: str, path: str) -> str:

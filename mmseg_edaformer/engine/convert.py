@@ -1,23 +1,20 @@
 """The authors' weights under this package's names, and encoders of any origin in a backbone."""
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
-from mmengine.registry import HOOKS, init_default_scope
+from mmengine.registry import HOOKS
 from mmengine.runner import Runner
-from mmseg.registry import MODELS
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..cost import unwrap
 from ..errors import CheckpointError
 from ..files import replacing
 from ..models import EFT, EDAFormerHead
@@ -38,43 +35,27 @@ _RENAMED: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r'^decode_head\.linear_fuse\.bn\.', 'decode_head.fuse_norm.'),
     (r'^decode_head\.linear_pred\.', 'decode_head.conv_seg.'),
 ]
-_LETTERS = {'tiny': 't', 'base': 'b'}  # in the names of configs
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """Converted weights, and what happened to every key of the source.
+    """Converted weights, what happened to every key of the source, and the config to use.
 
     ``renamed`` maps each used key to its new name, ``dropped`` each other key to the reason.
     """
     state_dict: dict[str, Tensor]
     renamed: dict[str, str]
     dropped: dict[str, str]
-    sizes: dict[str, Any]
-
-    @property
-    def advice(self) -> str:
-        """The model's sizes and the config to use."""
-        arch = self.sizes['arch']
-        letter = _LETTERS.get(arch)
-        if 'head' not in self.sizes:
-            return (f'EFT {arch}, an encoder: train edaformer_{letter or "t"}_*.py with '
-                    '--backbone-weights FILE')
-        classes = self.sizes['num_classes']
-        data = {150: 'ade', 19: 'cityscapes', 171: 'cocostuff'}.get(classes)
-        config = (f'configs/edaformer_{letter}_{data}.py' if letter and data else f'a config with '
-                  f'model.backbone.arch={arch} and model.decode_head.num_classes={classes}')
-        return f'EDAFormer {arch}, {classes} classes: use {config}'
+    advice: str
 
 
 def convert_state_dict(source: Mapping[str, Tensor]) -> Conversion:
     """Rename the weights of a released segmentor or encoder, and check each against the model."""
-    source = {name.removeprefix('module.'): tensor for name, tensor in source.items()}
-    segmentor = any(name.startswith('decode_head.') for name in source)
     weights: dict[str, Tensor] = {}
     renamed: dict[str, str] = {}
     dropped: dict[str, str] = {}
     for name, tensor in source.items():
+        name = name.removeprefix('module.')
         if name.startswith('decode_head.conv_seg.'):
             dropped[name] = 'unused in the release: its classifier is linear_pred'
         elif name.startswith(('head.', 'backbone.head.')):
@@ -82,17 +63,31 @@ def convert_state_dict(source: Mapping[str, Tensor]) -> Conversion:
         else:
             renamed[name] = new = rename_key(name)
             weights[new] = tensor
-    sizes = infer_sizes(weights)
-    prefix = 'backbone.' if segmentor else ''
-    wanted = {f'{prefix}{name}': tensor for name, tensor in _on_meta(EFT, sizes['eft'])}
-    if segmentor:
-        wanted.update({f'decode_head.{name}': tensor
-                       for name, tensor in _on_meta(EDAFormerHead, sizes['head'])})
+    prefix = 'backbone.' if any(name.startswith('decode_head.') for name in weights) else ''
+    try:
+        dims, eft = infer_sizes(weights, [f'{prefix}stages.{i}.blocks.' for i in range(4)])
+        arch = find_arch(dims, eft)
+        wanted = _on_meta(EFT, prefix, arch=dict(eft, embed_dims=dims))
+        advice = (f'EFT {arch}, an encoder: train edaformer_{_letter(arch, "t")}_*.py with '
+                  '--backbone-weights FILE')
+        if prefix:
+            dims, head = infer_sizes(weights, [f'decode_head.levels.{i}.' for i in range(3)])
+            classes = weights['decode_head.conv_seg.weight'].shape[0]
+            wanted |= _on_meta(EDAFormerHead, 'decode_head.', in_channels=dims, num_classes=classes,
+                               channels=weights['decode_head.fuse.weight'].shape[0], **head)
+            data = {150: 'ade', 19: 'cityscapes', 171: 'cocostuff'}.get(classes)
+            advice = f'EDAFormer {arch}, {classes} classes: use ' + (
+                f'configs/edaformer_{_letter(arch)}_{data}.py' if _letter(arch) and data else
+                f'a config with model.backbone.arch={arch} and '
+                f'model.decode_head.num_classes={classes}')
+    except KeyError as error:
+        raise CheckpointError(f'the weights are not those of an EDAFormer: {error.args[0]} '
+                              'is missing') from error
     problems = compare_weights(weights, wanted)
     if problems:
         raise CheckpointError(f'the weights are not those of an EDAFormer: '
                               f'{join_problems(problems)}')
-    return Conversion(weights, renamed, dropped, sizes)
+    return Conversion(weights, renamed, dropped, advice)
 
 
 def rename_key(name: str) -> str:
@@ -104,55 +99,29 @@ def rename_key(name: str) -> str:
     return prefix + name
 
 
-def infer_sizes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return arguments for EFT and EDAFormerHead that fit converted weights.
+def infer_sizes(weights: Mapping[str, Tensor], stacks: Sequence[str]
+                ) -> tuple[list[int], dict[str, list[Any]]]:
+    """Return the channels of stacks of blocks, by their prefixes, and sizes that fit the weights.
 
-    Weights do not show the numbers of heads and the pool ratios. They are assumed to double from
-    stage to stage, as in every released model.
+    Weights do not show the numbers of heads and the pool ratios, so these are 1.
+
+    Raises:
+        KeyError: A stack has no block.
     """
-    encoder = {name.removeprefix('backbone.'): tensor for name, tensor in weights.items()
-               if not name.startswith('decode_head.')}
-    try:
-        dims: list[int] = []
-        depths: list[int] = []
-        ffn_ratios: list[float] = []
-        while f'stages.{len(dims)}.patch_embed.proj.weight' in encoder:
-            stage = f'stages.{len(dims)}.'
-            dim = encoder[f'{stage}patch_embed.proj.weight'].shape[0]
-            hidden = encoder[f'{stage}blocks.0.ffn.fc1.weight'].shape[0]
-            dims.append(dim)
-            depths.append(len({name.split('.')[3] for name in encoder
-                               if name.startswith(f'{stage}blocks.')}))
-            ffn_ratios.append(_ffn_ratio(dim, hidden))
-        if not dims:
-            raise KeyError('patch_embed1.proj.weight')
-        eft = dict(arch=dict(embed_dims=dims, depths=depths, ffn_ratios=ffn_ratios,
-                             num_heads=[2 ** i for i in range(len(dims))],
-                             pool_ratios=[2 ** i for i in range(len(dims) - 1, -1, -1)]))
-        arch = next((name for name, known in ARCHITECTURES.items()
-                     if (list(known['embed_dims']), list(known['depths'])) == (dims, depths)),
-                    f'dict(embed_dims={dims}, depths={depths})')
-        sizes: dict[str, Any] = dict(arch=arch, eft=eft)
-        if 'decode_head.fuse.weight' in weights:
-            levels = sorted({int(name.split('.')[2]) for name in weights
-                             if name.startswith('decode_head.levels.')})
-            head = [f'decode_head.levels.{level}.' for level in levels]
-            sizes['num_classes'] = weights['decode_head.conv_seg.weight'].shape[0]
-            in_channels = [weights[f'{level}0.attn.kv.weight'].shape[0] for level in head]
-            sizes['head'] = dict(
-                in_channels=in_channels, in_index=[level + 1 for level in levels],
-                channels=weights['decode_head.fuse.weight'].shape[0],
-                num_classes=sizes['num_classes'],
-                depths=[len({name.split('.')[3] for name in weights if name.startswith(level)})
-                        for level in head],
-                num_heads=[2 ** (level + 1) for level in levels],
-                pool_ratios=[2 ** (levels[-1] - level) for level in levels],
-                ffn_ratios=[_ffn_ratio(dim, weights[f'{level}0.ffn.fc1.weight'].shape[0])
-                            for level, dim in zip(head, in_channels)])
-    except KeyError as error:
-        raise CheckpointError(f'the weights are not those of an EDAFormer: {error.args[0]} '
-                              'is missing') from error
-    return sizes
+    widths = [weights[f'{stack}0.ffn.fc1.weight'].shape for stack in stacks]
+    depths = [len({name.removeprefix(stack).split('.')[0] for name in weights
+                   if name.startswith(stack)}) for stack in stacks]
+    ones = [1] * len(stacks)
+    return [dim for _, dim, *_ in widths], dict(
+        depths=depths, num_heads=ones, pool_ratios=ones,
+        ffn_ratios=[(hidden + .5) / dim for hidden, dim, *_ in widths])  # models round it down
+
+
+def find_arch(dims: list[int], sizes: Mapping[str, list[Any]]) -> str:
+    """Return the name of an encoder's architecture, or its sizes for a config."""
+    return next((name for name, known in ARCHITECTURES.items()
+                 if [dims, sizes['depths']] == [[*known['embed_dims']], [*known['depths']]]),
+                f'dict(embed_dims={dims}, depths={sizes["depths"]})')
 
 
 def convert_file(source: str | Path, target: str | Path) -> Conversion:
@@ -193,15 +162,15 @@ def stored_classes(meta: Mapping[str, Any]) -> tuple[Any, Any]:
             meta.get('PALETTE') or stored.get('palette'))
 
 
-def _ffn_ratio(dim: int, hidden: int) -> float:
-    # One decimal that gives the width, such as 3.8 for int(32 * 3.8) = 121.
-    return next((tenths / 10 for tenths in range(1, 200) if int(dim * tenths / 10) == hidden),
-                hidden / dim)
+def _letter(arch: str, unknown: str = '') -> str:
+    """Return how names of configs abbreviate an architecture."""
+    return arch[0] if arch in ARCHITECTURES else unknown
 
 
-def _on_meta(build: type, arguments: dict[str, Any]) -> list[tuple[str, Tensor]]:
+def _on_meta(build: type, prefix: str, **arguments: Any) -> dict[str, Tensor]:
     with torch.device('meta'):
-        return [*build(**arguments).state_dict().items()]
+        return {f'{prefix}{name}': tensor
+                for name, tensor in build(**arguments).state_dict().items()}
 
 
 def load_backbone(backbone: nn.Module, filename: str | Path) -> str:
@@ -236,12 +205,6 @@ def load_backbone(backbone: nn.Module, filename: str | Path) -> str:
                           if left_out else ''))
 
 
-def check_backbone(cfg: Config, filename: str | Path) -> None:
-    """Check that a pretrained encoder fits the config, and log which weights are used."""
-    init_default_scope(cfg.get('default_scope') or 'mmseg')
-    print_log(load_backbone(MODELS.build(cfg.model.backbone), filename), logger='current')
-
-
 @HOOKS.register_module()
 class BackboneWeightsHook(Hook):
     """Starts the backbone from a pretrained encoder; a resumed run has its weights already."""
@@ -251,17 +214,16 @@ class BackboneWeightsHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         if not runner._resume:
-            model: Any = runner.model.module if is_model_wrapper(runner.model) else runner.model
-            load_backbone(model.backbone, self.checkpoint)
+            model: Any = unwrap(runner.model)
+            runner.logger.info(load_backbone(model.backbone, self.checkpoint))
 
 
 def _advice(backbone: nn.Module, weights: Mapping[str, Tensor]) -> str:
     if not isinstance(backbone, EFT):
         return ''
     try:
-        arch = infer_sizes(weights)['arch']
-    except CheckpointError:
+        arch = find_arch(*infer_sizes(weights, [f'stages.{i}.blocks.' for i in range(4)]))
+    except KeyError:
         return '. It is not an EFT: give an encoder of the kind that the config names'
-    letter = _LETTERS.get(arch)
-    return f'. It is EFT {arch}' + (f': train configs/edaformer_{letter}_*.py with it' if letter
-                                    else f': set model.backbone.arch={arch}')
+    return f'. It is EFT {arch}: ' + (f'train configs/edaformer_{_letter(arch)}_*.py with it'
+                                      if _letter(arch) else f'set model.backbone.arch={arch}')

@@ -16,10 +16,11 @@ from mmengine.utils import import_modules_from_strings
 from mmseg.registry import RUNNERS
 
 from .. import __version__, compat
+from ..command_line import check_checkpoint
 from ..cost import unwrap
 from ..data.bad_files import skip_bad_files as skip_files
 from ..data.classification import is_classifier
-from ..errors import CheckpointError, ConfigError
+from ..errors import ConfigError
 from ..files import write_file
 from ..isr import ISRRatio
 from ..isr.pooling import check_method
@@ -27,7 +28,6 @@ from . import checks
 from .allocator import keep_freed_memory
 from .checkpoint_hook import find_checkpoint
 from .compile import compile_model
-from .convert import check_backbone
 from .nonfinite import skip_nonfinite_steps
 from .preemption import EXIT_PREEMPTED, Preempted, Watchdog, is_lost_peer
 from .run_config import add_hook
@@ -72,7 +72,6 @@ def prepare_train(cfg: Config, *, resume: bool = False, load_from: str | None = 
         if cfg.get('load_from'):
             raise ConfigError('--backbone-weights initialises the encoder and load_from the whole '
                               'model: give only one of them')
-        check_backbone(cfg, backbone_weights)
         add_hook(cfg, dict(type='BackboneWeightsHook', checkpoint=backbone_weights))
     restart = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
     # A new run in the folder of an earlier one must not resume from that one's checkpoints.
@@ -90,10 +89,8 @@ def prepare_train(cfg: Config, *, resume: bool = False, load_from: str | None = 
             cfg.resume, cfg.load_from = True, newest
     add_hook(cfg, dict(type='PreemptionHook'), replace=False)
     add_report(cfg)
-    if skip_nonfinite is None:
-        add_hook(cfg, dict(type='FiniteLossHook'), replace=False)
-    else:
-        add_hook(cfg, dict(type='FiniteLossHook', skip=skip_nonfinite))
+    add_hook(cfg, dict(type='FiniteLossHook', skip=skip_nonfinite or 0),
+             replace=skip_nonfinite is not None)
     if amp:
         # bfloat16 has the range of float32 and needs no loss scale; older cards lack it.
         half = dict(loss_scale='dynamic') if torch.cuda.is_available() and (
@@ -109,8 +106,7 @@ def prepare_train(cfg: Config, *, resume: bool = False, load_from: str | None = 
     if skip_bad_files:
         skip_files(cfg, cfg.work_dir)
     checks.check_amp(cfg)
-    checks.check_compile(cfg)
-    checks.check_backends(cfg)
+    checks.check_programs(cfg)
     checks.check_start(cfg)
     checks.check_data(cfg, 'train', 'val')
     checks.check_work_dir(cfg.work_dir)
@@ -160,8 +156,7 @@ def prepare_test(cfg: Config, checkpoint: str, *, isr_ratio: str | None = None,
                  show: bool = False, show_dir: str | None = None, wait_time: float = 2.,
                  bf16: bool = False, skip_bad_files: bool = False) -> None:
     """Apply the flags of a test to its config, and fail early if it cannot run."""
-    if '://' not in checkpoint and not Path(checkpoint).is_file():
-        raise CheckpointError(f'checkpoint not found: {checkpoint}')
+    check_checkpoint(checkpoint)
     cfg.load_from = checkpoint
     if is_classifier(cfg):
         checks.check_classifier_flags({'--tta': tta, '--out': out, '--show': show, '--bf16': bf16,
@@ -191,8 +186,7 @@ def prepare_test(cfg: Config, checkpoint: str, *, isr_ratio: str | None = None,
         cfg.test_evaluator.update(output_dir=out, keep_results=True)
     if skip_bad_files:
         skip_files(cfg, cfg.work_dir, 'test')
-    checks.check_compile(cfg)
-    checks.check_backends(cfg)
+    checks.check_programs(cfg)
     if cfg.get('compile') is True:
         cfg.compile = dict(frozen=True)
     add_report(cfg)

@@ -79,8 +79,8 @@ def pack_file(source: str | Path, target: str | Path, cfg: Config) -> Descriptio
     whole = describe(cfg, content['meta'])
     first, *steps = whole.pipeline
     first = {name: value for name, value in first.items() if name in _READING}
-    data = dict(format=DESCRIPTION_FORMAT, version=__version__, model=whole.model,
-                pipeline=[first, *steps], classes=whole.classes, palette=whole.palette)
+    data = dict(vars(whole), pipeline=[first, *steps], format=DESCRIPTION_FORMAT,
+                version=__version__)
     try:
         description = _parse(json.loads(json.dumps(data)))
     except (TypeError, ValueError) as error:
