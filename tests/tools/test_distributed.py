@@ -1,6 +1,7 @@
 """Two processes and two nodes with torchrun on the CPU, over gloo."""
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -60,7 +61,9 @@ optim_wrapper = dict(
 def one(config, tmp_path_factory):
     """The work dir of a run of one process."""
     work = tmp_path_factory.mktemp('one')
-    code, output = run_tool('tools/train.py', config, '--work-dir', work)
+    code, output = run_tool('tools/train.py', config, '--work-dir', work, '--cfg-options',
+                            'default_hooks.checkpoint.interval=1',
+                            'default_hooks.checkpoint.max_keep_ckpts=4')
     assert code == 0, output
     return work
 
@@ -78,11 +81,8 @@ def assert_close(found, expected):
         torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-4)
 
 
-def test_two_processes_train_and_test_like_one(config, one, tmp_path):
-    log = script('dist_train.sh', config, 2, '--work-dir', tmp_path / 'two', *HALF)
-    assert 'learning rate of this config' not in log  # 2 x 2 images are the recipe's 4
-    assert_close(weights(tmp_path / 'two' / 'iter_4.pth'), weights(one / 'iter_4.pth'))
-    # The test of two processes sees every image once.
+def test_two_processes_test_like_one(config, one, tmp_path):
+    """They see every image once."""
     arguments = (one / 'iter_4.pth', '--work-dir', tmp_path, '--isr-ratio', '2')
     code, single = run_tool('tools/test.py', config, *arguments)
     assert code == 0, single
@@ -92,31 +92,37 @@ def test_two_processes_train_and_test_like_one(config, one, tmp_path):
     assert double.count('GMACs') == 1  # only one process reports
 
 
-def test_two_processes_survive_a_signal_and_a_kill(config, one, tmp_path):
-    """Stopped after two or three iterations, started again, and then one of them is killed."""
-    work, one = tmp_path / 'work', weights(one / 'iter_4.pth')
-
-    def with_hook(hook, iteration):
-        path = config.parent / f'{hook}.py'
-        path.write_text(f"""
+def with_hook(config, hook, iteration):
+    """The config with a hook of tests/signals.py and no checkpoint before the last."""
+    path = config.parent / f'{hook}.py'
+    path.write_text(f"""
 _base_ = ['./fixed.py']
 custom_imports = dict(imports=['mmseg_edaformer', 'tests.frozen_norm', 'tests.signals'])
 custom_hooks = [dict(type='CheckWeightsHook'), dict(type='FreezeNormHook'),
                 dict(type='{hook}', iteration={iteration})]
 default_hooks = dict(checkpoint=dict(interval=10))
 """)
-        return path
+    return path
 
-    log = script('dist_train.sh', with_hook('StopHook', 1), 2, '--work-dir', work, *HALF,
-                 code=EXIT_PREEMPTED)
-    assert re.search(r'stopped by SIG\w+ after iteration (2|3); its state is saved', log)
-    halfway = weights(find_checkpoint(work))
-    assert max((one[name] - halfway[name]).abs().max() for name in one) > 1e-3  # it does move
-    log = script('dist_train.sh', with_hook('KillHook', 3), 2, '--work-dir', work, '--resume',
-                 *HALF)
+
+def test_two_processes_stop_at_a_signal(config, one, tmp_path):
+    log = script('dist_train.sh', with_hook(config, 'StopHook', 1), 2, '--work-dir', tmp_path,
+                 *HALF, code=EXIT_PREEMPTED)
+    stop = re.search(r'stopped by SIG\w+ after iteration (2|3); its state is saved', log)[1]
+    assert_close(weights(find_checkpoint(tmp_path)), weights(one / f'iter_{stop}.pth'))
+
+
+def test_two_processes_survive_a_kill(config, one, tmp_path):
+    """They resume from a run of one process, are killed, and resume again."""
+    shutil.copy(one / 'iter_2.pth', tmp_path)
+    log = script('dist_train.sh', with_hook(config, 'KillHook', 3), 2, '--work-dir', tmp_path,
+                 '--resume', *HALF)
     assert re.search(r'rank 0 ends because another process of this run ended', log)
-    assert re.search(r'Resuming from .*work/iter_\d.pth \(start 2 of this run\)', log)
-    assert_close(weights(work / 'iter_4.pth'), one)
+    assert re.search(r'Resuming from .*/iter_2.pth \(start 2 of this run\)', log)
+    halfway, *ends = (weights(path) for path in (
+        one / 'iter_2.pth', one / 'iter_4.pth', tmp_path / 'iter_4.pth'))
+    assert max((ends[0][name] - halfway[name]).abs().max() for name in halfway) > 1e-3  # it moves
+    assert_close(*ends)
 
 
 @pytest.mark.gpu
@@ -163,21 +169,22 @@ def test_two_nodes(config, one, tmp_path):
              'MASTER_ADDR': '127.0.0.1', 'PORT': port, 'OMP_NUM_THREADS': '1'})
         for rank in range(2)]
     codes = [node.wait(timeout=400) for node in nodes]
-    assert codes == [0, 0], [log.read_text()[-2000:] for log in logs]
+    logs = [log.read_text() for log in logs]
+    assert codes == [0, 0], logs
+    assert 'learning rate of this config' not in logs[0]  # 2 x 2 images are the recipe's 4
     assert_close(weights(tmp_path / 'nodes' / 'iter_4.pth'), weights(one / 'iter_4.pth'))
 
 
-def test_another_number_of_gpus_warns_and_scales(config, tmp_path):
-    told = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checks, '_warn', told.append)
-        checks.check_batch_size(Config.fromfile(config), 2)
+def test_another_number_of_gpus_warns_and_scales(config, monkeypatch):
+    told, cfg = [], Config.fromfile(config)
+    monkeypatch.setattr(checks, '_warn', told.append)
+    checks.check_batch_size(cfg, 2)
+    cfg.auto_scale_lr.enable = True
+    checks.check_batch_size(cfg, 2)
     assert told == ['2 x 4 = 8 images per step, but the learning rate of this config is for 4: '
                     'pass --auto-scale-lr to scale it by 2, or keep the recipe with --cfg-options '
-                    'train_dataloader.batch_size=2']
-    log = script('dist_train.sh', config, 2, '--work-dir', tmp_path / 'scaled', '--auto-scale-lr',
-                 '--verbose')
-    assert re.search(r'Iter\(train\) \[4/4\].* lr: 4.0000e-02', log)
+                    'train_dataloader.batch_size=2',
+                    '2 x 4 = 8 images per step instead of 4: the learning rate is scaled by 2']
 
 
 def test_an_error_on_a_rank_ends_all(config, tmp_path):
