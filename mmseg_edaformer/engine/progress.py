@@ -47,12 +47,11 @@ class ProgressHook(Hook):
     def __init__(self, interval: int = 10) -> None:
         self.interval = interval
         self.progress: Progress | None = None
-        self.task = self.train_task = TaskID(0)
+        self.tasks: list[TaskID] = []  # the training and, within it, a validation
         self.figures: dict[str, str] = {}
 
     def before_train(self, runner: Runner) -> None:
         self._start(runner, 'train', runner.max_iters, runner.iter)
-        self.train_task = self.task
         self.tick = self.printed = time.perf_counter()
         self.begun = runner.iter
 
@@ -64,14 +63,8 @@ class ProgressHook(Hook):
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         self._log_figures(runner, f'Validation at iteration {runner.iter}', metrics)
-        if self.progress is None:
-            return
-        self.progress.remove_task(self.task)
-        if len(self.progress.tasks):
-            self.task = self.train_task
-            self.tick = time.perf_counter()
-        else:
-            self._stop(runner)
+        self._stop(runner)
+        self.tick = time.perf_counter()
 
     def before_test(self, runner: Runner) -> None:
         self._start(runner, 'test', len(runner.test_dataloader))
@@ -98,9 +91,8 @@ class ProgressHook(Hook):
             seconds = time.perf_counter() - self.started
             self.figures['images/s'] = f'{self.images / seconds:.1f}'
             self._show_miou(getattr(runner, f'{mode}_loop').evaluator.metrics)
-        self.progress.update(
-            self.train_task if mode == 'train' else self.task, advance=1,
-            figures='  '.join(f'{name} {value}' for name, value in self.figures.items()))
+        self.progress.update(self.tasks[-1], advance=1, figures='  '.join(
+            f'{name} {value}' for name, value in self.figures.items()))
 
     def _print_progress(self, runner: Runner, outputs: Any) -> None:
         now, done = time.perf_counter(), runner.iter + 1
@@ -126,24 +118,31 @@ class ProgressHook(Hook):
                 TextColumn('{task.fields[figures]}'), TextColumn('left'), TimeRemainingColumn())
             self.progress.start()
             atexit.register(self.progress.stop)  # restores the cursor after an error
-            self._redirect_log(runner, sys.stdout)
-        self.task = self.progress.add_task(title, total=total, completed=completed, figures='')
+            self._redirect_log(runner)
+        self.tasks.append(self.progress.add_task(title, total=total, completed=completed,
+                                                 figures=''))
         self.areas: torch.Tensor | None = None
         self.seen = self.images = 0
         self.started = time.perf_counter()
 
     def _stop(self, runner: Runner) -> None:
-        if self.progress is not None:
+        """Remove the current task, and the bar with the last one."""
+        if self.progress is None:
+            return
+        task = self.tasks.pop()
+        if self.tasks:
+            self.progress.remove_task(task)
+        else:
             self.progress.stop()
-            self._redirect_log(runner, sys.stdout)
+            self._redirect_log(runner)
             self.progress = None
 
     @staticmethod
-    def _redirect_log(runner: Runner, stream: Any) -> None:
+    def _redirect_log(runner: Runner) -> None:
         """Send the log through rich's replacement for stdout, so that it scrolls above the bar."""
         for handler in runner.logger.handlers:
             if type(handler) is logging.StreamHandler:
-                handler.setStream(stream)
+                handler.setStream(sys.stdout)
 
     def _show_miou(self, metrics: Sequence[Any]) -> None:
         for metric in metrics:

@@ -1,7 +1,6 @@
 """A run that is told to stop before it trains, and one whose peer is gone without a trace."""
 import os
 import re
-import runpy
 import signal
 import subprocess
 import sys
@@ -33,16 +32,6 @@ def test_told_to_stop_while_it_imports():
 def caught(pid):
     """The signals that a process has taken, as bits."""
     return int(re.search(r'SigCgt:\s*(\w+)', Path(f'/proc/{pid}/status').read_text())[1], 16)
-
-
-def test_told_to_stop_while_it_checks(tmp_path):
-    def main():
-        run_config.load_config = lambda *_, **__: os.kill(os.getpid(), signal.SIGUSR1)
-        sys.argv = ['tools/train.py', f'{ROOT}/configs/edaformer_t_ade.py']
-        runpy.run_path(f'{ROOT}/tools/train.py', run_name='__main__')
-
-    assert finish(in_child(main, log=tmp_path / 'log')) == EXIT_PREEMPTED
-    assert 'SIGUSR1: stopped' in (tmp_path / 'log').read_text()
 
 
 @pytest.mark.parametrize(('launcher', 'variable'), [
