@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.registry import HOOKS
+from mmengine.logging import print_log
+from mmengine.registry import HOOKS, init_default_scope
 from mmengine.runner import Runner
+from mmseg.registry import MODELS
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -205,6 +208,12 @@ def load_backbone(backbone: nn.Module, filename: str | Path) -> str:
                           if left_out else ''))
 
 
+def check_backbone(cfg: Config, filename: str | Path) -> None:
+    """Check that a pretrained encoder fits the config, and log which weights are used."""
+    init_default_scope(cfg.get('default_scope') or 'mmseg')
+    print_log(load_backbone(MODELS.build(cfg.model.backbone), filename), logger='current')
+
+
 @HOOKS.register_module()
 class BackboneWeightsHook(Hook):
     """Starts the backbone from a pretrained encoder; a resumed run has its weights already."""
@@ -215,7 +224,7 @@ class BackboneWeightsHook(Hook):
     def before_train(self, runner: Runner) -> None:
         if not runner._resume:
             model: Any = unwrap(runner.model)
-            runner.logger.info(load_backbone(model.backbone, self.checkpoint))
+            load_backbone(model.backbone, self.checkpoint)
 
 
 def _advice(backbone: nn.Module, weights: Mapping[str, Tensor]) -> str:

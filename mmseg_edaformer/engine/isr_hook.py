@@ -9,7 +9,7 @@ from mmengine.runner import BaseLoop, Runner
 from torch import nn
 
 from ..cost import unwrap
-from ..errors import ExampleError
+from ..errors import ConfigError, ExampleError
 from ..isr.apply import isr, report_isr, training_size
 from ..isr.pooling import check_method
 from ..isr.ratio import ISRRatio
@@ -24,7 +24,11 @@ class ISRHook(Hook):
     """
 
     def __init__(self, isr_ratio: int | str = 1, crop_size: tuple[int, int] | None = None,
-                 method: str = 'average') -> None:
+                 method: str = 'average', **old: int | str) -> None:
+        if 'ratio' in old:
+            raise ConfigError("ISRHook: 'ratio' is now called isr_ratio")
+        if old:
+            raise TypeError(f'ISRHook got an unexpected keyword argument {next(iter(old))!r}')
         self.isr_ratio = ISRRatio.parse(isr_ratio)
         self.crop_size = crop_size
         self.method = check_method(method)

@@ -28,6 +28,7 @@ from . import checks
 from .allocator import keep_freed_memory
 from .checkpoint_hook import find_checkpoint
 from .compile import compile_model
+from .convert import check_backbone
 from .nonfinite import skip_nonfinite_steps
 from .preemption import EXIT_PREEMPTED, Preempted, Watchdog, is_lost_peer
 from .run_config import add_hook
@@ -72,6 +73,7 @@ def prepare_train(cfg: Config, *, resume: bool = False, load_from: str | None = 
         if cfg.get('load_from'):
             raise ConfigError('--backbone-weights initialises the encoder and load_from the whole '
                               'model: give only one of them')
+        check_backbone(cfg, backbone_weights)
         add_hook(cfg, dict(type='BackboneWeightsHook', checkpoint=backbone_weights))
     restart = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
     # A new run in the folder of an earlier one must not resume from that one's checkpoints.
