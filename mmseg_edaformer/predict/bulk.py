@@ -6,47 +6,34 @@ is done twice, whatever dies, and re-running resumes.
 import hashlib
 import json
 import os
-import pickle
 import socket
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
-import numpy as np
 import torch
 
 from .. import __version__
-from ..errors import ConfigError, DataError, UserError, shown
+from ..errors import ConfigError, DataError, shown
 from ..files import replacing, write_file
-from .inputs import IMAGES, find_images, name_targets
-from .outputs import Summary, make_note, read_result, remove_leftovers, write_result, writing
+from .inputs import IMAGES
+from .outputs import Outcome, Results, Summary, remove_leftovers, writing
 from .ray_pool import connect, count_workers, import_ray, run_workers
-from .run import progress_bar
-from .segmenter import Segmentation, Segmenter, class_shares, count_pixels
-from .shards import SHARDS, Sample, expand, is_shard, read_samples
+from .run import collect, find_samples
+from .segmenter import Segmentation, Segmenter
+from .shards import SHARDS, Sample, is_shard, read_samples
 
 MANIFEST = 'manifest.jsonl'
 
 _MOST_IMAGES = 64  # that a worker is given at once
 _SHARD_IMAGES = 16  # the same from shards, whose number of images is unknown
 _BATCHES = 16  # of each worker, at least: the last ones end at about the same time
-
-
-class _Result(NamedTuple):
-    """What became of a sample: the pixels of each class, or the reason why it was skipped."""
-    target: str
-    address: str
-    reason: str = ''
-    counts: np.ndarray | None = None
-    reduced: bool = False
-    kept: bool = False
 
 
 def predict_many(source: str | Path, model: str | Path, out: str | Path, *,
@@ -63,9 +50,7 @@ def predict_many(source: str | Path, model: str | Path, out: str | Path, *,
         raise ConfigError(f'workers {workers}, threads {threads}: they must be 1 or more')
     import_ray()
     out = Path(os.path.abspath(out))
-    files = find_images(os.path.abspath(source), Path(os.path.realpath(out)), IMAGES | SHARDS)
-    samples = [Sample(str(path), target, str(path))
-               for path, target in name_targets(files).items()]
+    samples = find_samples([os.path.abspath(source)], out, IMAGES | SHARDS)
     shards = any(is_shard(sample.file) for sample in samples)
     if column is not None and not shards:
         raise ConfigError(f'--column {column} is for shards: {source} holds none')
@@ -93,13 +78,16 @@ def predict_many(source: str | Path, model: str | Path, out: str | Path, *,
                 _tell_cost(segmenter, first, threads)
             size = _SHARD_IMAGES if shards else -(-len(samples) // workers // _BATCHES)
             size = min(_MOST_IMAGES, max(size, batch_size or (8 if gpus else 1)))
-            results = run_workers(
-                samples, partial(expand, column=column, endings=IMAGES) if shards else None,
-                _Worker, (settings, out, threads, overlays, segmenter.fingerprint(), top, token),
+            outcomes = run_workers(
+                samples, partial(read_samples, column=column, endings=IMAGES) if shards else None,
+                _Worker, (settings, out, threads, overlays, segmenter.fingerprint(), (top, token)),
                 batch_size=size, workers=workers, num_cpus=threads, num_gpus=1 if gpus else None)
-            done = _collect(results, None if shards else len(samples), summary)
+            with writing(out), replacing(out / MANIFEST) as path, path.open('w') as lines:
+                collect(outcomes, None if shards else len(samples), summary,
+                        lambda image, entry: print(json.dumps(
+                            dict(image=summary.place(image)) | entry), file=lines))
         return summary.write(device='cuda' if gpus else 'cpu', workers=workers, threads=threads,
-                             images=done)
+                             images=summary.done)
     finally:
         remove_leftovers(out)
 
@@ -113,59 +101,25 @@ def _tell_cost(segmenter: Segmenter, sample: Sample, threads: int) -> None:
     torch.set_num_threads(before)
 
 
-def _collect(results: Iterator[_Result], total: int | None, summary: Summary) -> int:
-    """Write the manifest and fill the summary; returns the number of masks."""
-    done = 0
-    with writing(summary.out), replacing(summary.out / MANIFEST) as path, path.open('w') as lines:
-        try:
-            first = next(results)  # the models are loaded: time begins to count
-            with progress_bar('predict', total) as advance:
-                for result in chain([first], results):
-                    line: dict[str, Any] = dict(image=summary.place(result.address))
-                    if result.counts is None:
-                        summary.skipped[result.address] = line['skipped'] = result.reason
-                    else:
-                        done += 1
-                        summary.counts += result.counts
-                        summary.reduced += result.reduced
-                        summary.kept += result.kept
-                        line.update(mask=f'masks/{shown(result.target)}.png', shares=class_shares(
-                            result.counts, summary.segmenter.classes))
-                    lines.write(json.dumps(line) + '\n')
-                    advance(done + len(summary.skipped))
-        except KeyboardInterrupt:
-            print(f'{done} images are done: run the same command again to resume', file=sys.stderr)
-            raise
-        if not done:
-            raise DataError('no image can be read: ' + next(iter(summary.skipped.values())))
-    return done
-
-
+@dataclass
 class _Worker:
-    """A model in a process of its own, which predicts batches of pickled samples."""
+    """A model in a process of its own, which predicts batches of samples."""
+    settings: dict[str, Any]
+    out: Path
+    threads: int
+    overlays: bool
+    fingerprint: str
+    seen: Sequence[str | Path] = ()  # what must be there
+    results: Any = None  # the first call loads them: Ray loses the class of a constructor's error
 
-    def __init__(self, settings: dict[str, Any], out: Path, threads: int, overlays: bool,
-                 fingerprint: str, *seen: str | Path) -> None:
-        self.settings, self.out, self.threads, self.overlays = settings, out, threads, overlays
-        self.fingerprint, self.seen = fingerprint, seen
-        self.segmenter: Any = None  # which the first call loads, see there
+    def __call__(self, samples: Sequence[Sample]) -> list[Outcome]:
+        """Return the outcomes of samples in their order."""
+        if self.results is None:
+            self.results = self._load()
+        with writing(self.out):
+            return self._predict(samples)
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Return pickled results in the order of the samples, or the error that ends the run."""
-        rows: list[Any] = [*map(pickle.loads, batch['row'])]
-        try:
-            for error in rows:
-                if isinstance(error, UserError):
-                    raise error
-            if self.segmenter is None:  # an error of the constructor would lose its class
-                self._load()
-            with writing(self.out):
-                rows = self._predict(rows)
-        except UserError as error:
-            rows = [error]
-        return dict(row=[*map(pickle.dumps, rows)])
-
-    def _load(self) -> None:
+    def _load(self) -> Results:
         here = socket.gethostname()
         for path in self.seen:
             if not os.path.exists(path):
@@ -173,74 +127,45 @@ class _Worker:
                                   'where all machines see them, under the same paths')
         torch.set_num_threads(self.threads)
         cv2.setNumThreads(self.threads)
-        segmenter = Segmenter(**self.settings)
-        if segmenter.fingerprint() != self.fingerprint:
-            raise ConfigError(
-                f'{here} has another model in {segmenter.source} than the machine that asks, or '
-                f'another version than mmseg_edaformer {__version__}: give all the same')
-        self.segmenter = segmenter
+        results = Results(Segmenter(**self.settings), self.out, self.overlays)
+        if results.fingerprint != self.fingerprint:
+            raise ConfigError(f'{here} has another model in {results.segmenter.source} than the '
+                              'machine that asks, or another version than mmseg_edaformer '
+                              f'{__version__}: give all the same')
+        return results
 
-    def _predict(self, samples: Sequence[Sample]) -> list[_Result]:
-        results: dict[int, _Result] = {}
-        notes: dict[int, str] = {}
-        for index, sample in enumerate(samples):
-            if sample.reason:
-                results[index] = _Result(sample.target, sample.address, sample.reason)
-                continue
-            notes[index] = make_note(self.fingerprint, sample.file, sample.target)
-            labels = read_result(self.out, sample.target, notes[index], self.overlays)
-            if labels is not None:
-                results[index] = self._count(sample, labels, kept=True)
-        for index, result in self._segment(samples, sorted(notes.keys() - results.keys())):
-            sample = samples[index]
-            if isinstance(result, Segmentation):
-                write_result(self.out, sample.target, result, notes[index], self.overlays)
-                results[index] = self._count(sample, result.labels)
-            else:
-                results[index] = _Result(sample.target, sample.address, result)
-        return [results[index] for index in range(len(samples))]
-
-    def _count(self, sample: Sample, labels: np.ndarray, kept: bool = False) -> _Result:
-        counts = count_pixels(labels, len(self.segmenter.classes))
-        return _Result(sample.target, sample.address, '', counts,
-                       self.segmenter.is_reduced(*labels.shape), kept)
-
-    def _segment(self, samples: Sequence[Sample], left: Sequence[int]
-                 ) -> Iterator[tuple[int, Segmentation | str]]:
-        """Yield the samples that are left, with a segmentation or the reason why there is none."""
+    def _predict(self, samples: Sequence[Sample]) -> list[Outcome]:
+        outcomes = [Outcome(sample.target, sample.address, sample.reason) if sample.reason else
+                    self.results.find(sample) for sample in samples]
+        left = [index for index, outcome in enumerate(outcomes) if outcome is None]
         if not left:
-            return
+            return outcomes
         # A journal outlives a worker that dies: the next one predicts one image at a time, and
         # notes each before, so that the journal tells which one it is.
         name = hashlib.sha256(os.fsencode(samples[0].target)).hexdigest()[:16]
         journal = self.out / f'.{name}.partial'
-        done: set[int] = set()
-        skipped: dict[str, str] = {}
         with tempfile.TemporaryDirectory() as folder:
             paths = {index: samples[index].as_file(folder) for index in left}
-            if not journal.exists():
+            if journal.exists():
+                predictions = self._predict_singly(paths, journal)
+            else:
                 journal.touch()
-                with suppress(DataError):  # one does not fit into the memory of the device
-                    for result in self.segmenter.stream(paths.values(), skipped):
-                        index = next(index for index in left if index not in done and
-                                     paths[index] not in skipped)
-                        done.add(index)
-                        yield index, result
-            tries = Counter(journal.read_text().split())
-            for index in left:
-                if index in done:
-                    continue
-                reason = skipped.get(paths[index], '')
-                if not reason and tries[str(index)] > 1:
-                    reason = (f'{paths[index]}: its worker died three times over it, for lack of '
-                              'memory or by a bug in a library: look at it, or run again')
-                if not reason:
-                    with journal.open('a') as file:
-                        file.write(f'{index}\n')
-                    try:
-                        yield index, next(self.segmenter.stream([paths[index]]))
-                        continue
-                    except DataError as error:
-                        reason = str(error)
-                yield index, reason.replace(paths[index], samples[index].address)
+                predictions = self.results.segmenter.predict(paths.values())
+            for (path, result), index in zip(predictions, left):
+                if isinstance(result, DataError):
+                    result = DataError(str(result).replace(path, samples[index].address))
+                outcomes[index] = self.results.add(samples[index], result)
         journal.unlink(missing_ok=True)
+        return outcomes
+
+    def _predict_singly(self, paths: dict[int, str], journal: Path
+                        ) -> Iterator[tuple[str, Segmentation | DataError]]:
+        tries = Counter(journal.read_text().split())
+        for index, path in paths.items():
+            if tries[str(index)] > 1:
+                yield path, DataError(f'{path}: its worker died three times over it, for lack of '
+                                      'memory or by a bug in a library: look at it, or run again')
+                continue
+            with journal.open('a') as file:
+                file.write(f'{index}\n')
+            yield from self.results.segmenter.predict([path])

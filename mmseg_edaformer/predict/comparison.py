@@ -3,9 +3,7 @@ import functools
 import statistics
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from typing import Any
 import numpy as np
 from mmseg.registry import TRANSFORMS
 
-from ..cost import count_macs
+from ..cost import count_macs, windows
 from ..data.transforms import with_checks
 from ..errors import ConfigError, DataError, RatioError
 from ..isr import ISRRatio, isr
@@ -104,38 +102,27 @@ class Comparer:
             raise DataError(str(error).replace(path, Path(path).name).replace(
                 ' (max_pixels of the transform)', '')) from error
         image = scale_down(image.astype(np.uint8, copy=False), self.max_side)
-        turns = tuple(dict.fromkeys((_TRAINED, ratio)))
+        data = self.segmenter.load(image)[1]
+        model: Any = self.segmenter.model
+        batch = dict(inputs=[data['inputs']], data_samples=[data['data_samples']])
+        views = windows(model, model.data_preprocessor(batch, False)['inputs'].shape[2:])
         results: dict[ISRRatio, Segmentation] = {}
         gmacs: dict[ISRRatio, float] = {}
-        seconds: dict[ISRRatio, list[float]] = defaultdict(list)
+        seconds: dict[ISRRatio, list[float]] = {_TRAINED: [], ratio: []}
         with self._lock:
-            for turn in turns:  # the first prediction of a size may compile or allocate
+            for turn in seconds:  # the first prediction of a size may compile or allocate
                 self.segmenter.isr_ratio = turn
-                with self._watch() as shapes:
-                    results[turn] = self.segmenter(image)
-                gmacs[turn] = sum(shape[0] * self._macs(turn, shape[2:])
-                                  for shape in shapes) / 1e9
+                results[turn] = self.segmenter(image)
+                gmacs[turn] = len(views) * self._macs(turn, views[0]) / 1e9
             start = time.perf_counter()
-            while not seconds or (len(seconds[ratio]) < _ROUNDS and
-                                  time.perf_counter() - start < _SECONDS):
-                for turn in turns:
+            while not seconds[ratio] or (len(seconds[ratio]) < _ROUNDS and
+                                         time.perf_counter() - start < _SECONDS):
+                for turn, own in seconds.items():
                     self.segmenter.isr_ratio = turn
                     begin = time.perf_counter()
                     self.segmenter(image)
-                    seconds[turn].append(time.perf_counter() - begin)
+                    own.append(time.perf_counter() - begin)
         return Comparison(ratio, (results[_TRAINED], results[ratio]),
                           (1e3 * statistics.median(seconds[_TRAINED]),
                            1e3 * statistics.median(seconds[ratio])),
                           len(seconds[ratio]), (gmacs[_TRAINED], gmacs[ratio]))
-
-    @contextmanager
-    def _watch(self) -> Iterator[list[tuple[int, ...]]]:
-        """Collect the shapes, N x 3 x H x W, of the inputs of the network."""
-        shapes: list[tuple[int, ...]] = []
-        backbone: Any = self.segmenter.model.backbone
-        hook = backbone.register_forward_pre_hook(
-            lambda module, inputs: shapes.append(tuple(inputs[0].shape)))
-        try:
-            yield shapes
-        finally:
-            hook.remove()

@@ -1,4 +1,5 @@
 """Finding and reading what is predicted: images in files and in memory, the frames of videos."""
+import functools
 import glob
 import math
 import os
@@ -7,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import cv2
 import numpy as np
@@ -22,8 +23,6 @@ IMAGES = frozenset({'.avif', '.bmp', '.gif', '.jp2', '.jpeg', '.jpg', '.pgm', '.
 """Endings of the files of a folder that are taken for images."""
 VIDEOS = frozenset({'.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm', '.wmv'})
 """Endings of the files that are taken for videos."""
-
-_Key = TypeVar('_Key')
 
 
 def is_video(path: str | Path) -> bool:
@@ -42,56 +41,47 @@ def find_images(source: str | Path, without: Path | None = None,
         endings: Endings that are looked for in a folder.
     """
     path = Path(source)
-    if os.path.isdir(path):  # Path's own raise where a name is too long
-        files = []
-        for where, folders, names in os.walk(path):
-            folders[:] = sorted(name for name in folders if not name.startswith('.') and
-                                Path(where, name).resolve() != without)
-            files += [Path(where, name) for name in sorted(names)
-                      if not name.startswith('.') and Path(name).suffix.lower() in endings]
-        if not files:
-            raise DataError(f'no image in the folder {path}: nothing below it ends in '
-                            f'{", ".join(sorted(endings))}')
-        return [(file, file.relative_to(path).as_posix()) for file in files]
-    if os.path.lexists(path):  # reading it says where a broken link leads
+    if is_folder := os.path.isdir(path):  # Path's own raise where a name is too long
+        root, pattern = path, '**/*'
+    elif os.path.lexists(path):  # reading it says where a broken link leads
         return [(path, path.name)]
-    if not glob.has_magic(str(source)):
+    elif not glob.has_magic(str(source)):
         raise DataError(f'no such file or folder: {source}')
-    plain = list(path.parts[:-1])
-    while any(map(glob.has_magic, plain)):
-        plain.pop()
-    root = Path(*plain)  # above the first wildcard
-    parts = [part if part == '**' else part.replace('**', '*') for part in path.parts[len(plain):]]
-    pattern = '/'.join([*parts, '*'] if parts[-1] == '**' else parts)
+    else:
+        first = [glob.has_magic(part) for part in path.parts].index(True)
+        parts = [part if part == '**' else part.replace('**', '*') for part in path.parts[first:]]
+        root = Path(*path.parts[:first])
+        pattern = '/'.join([*parts, '*'] if parts[-1] == '**' else parts)
+    resolve = functools.lru_cache(os.path.realpath)
+    files = []
     # pathlib does not follow links for **, which glob does, without end where one leads back up.
-    files = sorted((file for file in root.glob(pattern) if not os.path.isdir(file) and
-                    (_is_hidden(pattern) or not _is_hidden(file.relative_to(root).as_posix())) and
-                    without not in Path(os.path.realpath(file.parent), file.name).parents),
-                   key=str)
+    for file in sorted(root.glob(pattern), key=str):
+        name = file.relative_to(root).as_posix()
+        is_hidden = '/.' in f'/{name}' and '/.' not in f'/{pattern}'
+        if not is_hidden and (not is_folder or file.suffix.lower() in endings) and (
+                not f'{resolve(file.parent)}{os.sep}'.startswith(f'{without}{os.sep}') and
+                not os.path.isdir(file)):
+            files.append((file, name))
     if not files:
-        raise DataError(f'no file matches {source}')
-    return [(file, file.relative_to(root).as_posix()) for file in files]
+        raise DataError(f'no image in the folder {path}: nothing below it ends in '
+                        f'{", ".join(sorted(endings))}' if is_folder else
+                        f'no file matches {source}')
+    return files
 
 
-def _is_hidden(name: str) -> bool:
-    return '/.' in f'/{name}'
-
-
-def name_targets(files: Sequence[tuple[_Key, str]]) -> dict[_Key, str]:
+def name_targets(files: Sequence[tuple[Path, str]]) -> dict[Path, str]:
     """Return the name of the results of each image, without a suffix, from those in its folder."""
     names = dict(files)
     stems = Counter(os.path.splitext(name)[0] for name in names.values())
-    targets: dict[_Key, str] = {}
-    taken: dict[str, _Key] = {}
+    targets: dict[str, Path] = {}
     for path, name in names.items():
         stem = os.path.splitext(name)[0]
         target = name if stems[stem] > 1 else stem  # a.jpg beside a.png
-        targets[path] = '/'.join(map(shorten, target.split('/')))
-        other = taken.setdefault(targets[path], path)
+        other = targets.setdefault('/'.join(map(shorten, target.split('/'))), path)
         if other != path:
             raise DataError(f'{other} and {path} would be written under one name: predict them '
                             'into different folders')
-    return targets
+    return {path: target for target, path in targets.items()}
 
 
 def to_array(image: Any) -> np.ndarray:
@@ -162,14 +152,14 @@ class Video:
         if not os.path.isfile(path):
             # OpenCV would also open an address, or look for a numbered series of images.
             raise DataError(f'no such video: {path}')
-        with self._open() as capture:
-            width, height, rate, count = map(capture.get, (
-                cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT, cv2.CAP_PROP_FPS,
-                cv2.CAP_PROP_FRAME_COUNT))
-            if width * height > MAX_PIXELS:
-                raise DataError(f'video {path} has frames of {width:.0f}x{height:.0f} pixels, '
-                                f'more than {MAX_PIXELS}: make it smaller')
-            first = capture.read()[1]
+        capture = self._open()
+        width, height, rate, count = map(capture.get, (
+            cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT, cv2.CAP_PROP_FPS,
+            cv2.CAP_PROP_FRAME_COUNT))
+        if width * height > MAX_PIXELS:
+            raise DataError(f'video {path} has frames of {width:.0f}x{height:.0f} pixels, more '
+                            f'than {MAX_PIXELS}: make it smaller')
+        first = capture.read()[1]
         if first is None:
             raise DataError(f'video cannot be decoded: {path} ({self.path.stat().st_size} bytes): '
                             'it is damaged, no video, or in a format that OpenCV lacks: convert it '
@@ -179,19 +169,14 @@ class Video:
         self.frames = int(count) if math.isfinite(count) and count > 0 else None
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        with self._open() as capture:
-            while (frame := capture.read()[1]) is not None:
-                yield frame
+        capture = self._open()
+        while (frame := capture.read()[1]) is not None:
+            yield frame
 
-    @contextmanager
-    def _open(self) -> Iterator[cv2.VideoCapture]:
+    def _open(self) -> cv2.VideoCapture:
         name: Any = os.fsencode(self.path)  # a str that is not UTF-8 crashes OpenCV
         with silent_opencv():
-            capture = cv2.VideoCapture(name, cv2.CAP_FFMPEG)
-        try:
-            yield capture
-        finally:
-            capture.release()
+            return cv2.VideoCapture(name, cv2.CAP_FFMPEG)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -17,14 +17,14 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from .. import __version__
-from ..errors import ConfigError, shown
+from ..errors import ConfigError, DataError, shown
 from ..files import remove_partial_files, write_file
 from .inputs import silent_opencv
 from .segmenter import Segmentation, Segmenter, class_shares, count_pixels
+from .shards import Sample
 
 _TEXT = 'mmseg_edaformer'
 _SHOWN = 5  # classes, and images that were skipped
-_FILES = 'masks, overlays, legend.png and summary.json'
 
 
 @contextmanager
@@ -60,33 +60,61 @@ def make_note(base: str, path: str | Path, target: str) -> str:
         f'{base} {target} {stat.st_size} {stat.st_mtime_ns}')).hexdigest()
 
 
-def read_result(out: Path, target: str, note: str, overlay: bool = True) -> np.ndarray | None:
-    """Return the labels of a mask if it has this note, and its overlay is there if it must be."""
-    if overlay and not any(path.is_file() for path in _overlays(out, target)):
-        return None
-    try:
-        with Image.open(out / 'masks' / f'{target}.png') as mask:
-            return np.array(mask) if mask.info.get(_TEXT) == note else None
-    except (OSError, SyntaxError, ValueError):
-        return None
+class Outcome(NamedTuple):
+    """What became of a sample: the pixels of each class, or the reason why it was skipped."""
+    target: str
+    address: str
+    reason: str = ''
+    counts: np.ndarray | None = None
+    is_reduced: bool = False  # whether it is large and was predicted at auto by default
+    is_kept: bool = False  # whether an earlier run had finished it
 
 
-def write_result(out: Path, target: str, result: Segmentation, note: str,
-                 overlay: bool = True) -> None:
-    """Write the overlay, or remove an old one, and then the mask with its note."""
-    for path in _overlays(out, target):
-        path.unlink(missing_ok=True)
-    if overlay:
-        drawn = result.draw()
-        jpeg, png = _overlays(out, target)
-        path = jpeg if max(drawn.shape) <= 65500 else png  # the longest side of a JPEG
-        content = cv2.imencode(path.suffix, drawn, [cv2.IMWRITE_JPEG_QUALITY, 92])[1]
-        write_file(path, content.tobytes())
-    write_file(out / 'masks' / f'{target}.png', encode_png(result.mask, note))
+class Results:
+    """The masks and overlays of a model in a folder."""
 
+    def __init__(self, segmenter: Segmenter, out: Path, overlays: bool = True) -> None:
+        self.segmenter, self.out, self.overlays = segmenter, out, overlays
+        self.fingerprint = segmenter.fingerprint()
+        self._notes: dict[str, str] = {}  # by targets, made before their images are read
 
-def _overlays(out: Path, target: str) -> tuple[Path, Path]:
-    return out / 'overlays' / f'{target}.jpg', out / 'overlays' / f'{target}.png'
+    def find(self, sample: Sample) -> Outcome | None:
+        """Return the outcome of a sample whose mask would come out the same, otherwise None."""
+        note = make_note(self.fingerprint, sample.file, sample.target)
+        self._notes[sample.target] = note
+        if self.overlays and not any(path.is_file() for path in self._overlays(sample.target)):
+            return None
+        try:
+            with Image.open(self.out / 'masks' / f'{sample.target}.png') as mask:
+                return (self.count(sample, np.array(mask), is_kept=True)
+                        if mask.info.get(_TEXT) == note else None)
+        except (OSError, SyntaxError, ValueError):
+            return None
+
+    def add(self, sample: Sample, result: Segmentation | DataError) -> Outcome:
+        """Write the overlay, or remove an old one, and then the mask with its note."""
+        if isinstance(result, DataError):
+            return Outcome(sample.target, sample.address, str(result))
+        jpeg, png = self._overlays(sample.target)
+        for path in jpeg, png:
+            path.unlink(missing_ok=True)
+        if self.overlays:
+            drawn = result.draw()
+            path = jpeg if max(drawn.shape) <= 65500 else png  # the longest side of a JPEG
+            content = cv2.imencode(path.suffix, drawn, [cv2.IMWRITE_JPEG_QUALITY, 92])[1]
+            write_file(path, content.tobytes())
+        write_file(self.out / 'masks' / f'{sample.target}.png',
+                   encode_png(result.mask, self._notes.pop(sample.target, None)))
+        return self.count(sample, result.labels)
+
+    def count(self, sample: Sample, labels: np.ndarray, is_kept: bool = False) -> Outcome:
+        """Return the outcome of a sample whose labels are known."""
+        return Outcome(sample.target, sample.address, '',
+                       count_pixels(labels, len(self.segmenter.classes)),
+                       self.segmenter.is_reduced(*labels.shape), is_kept)
+
+    def _overlays(self, target: str) -> tuple[Path, Path]:
+        return self.out / 'overlays' / f'{target}.jpg', self.out / 'overlays' / f'{target}.png'
 
 
 def encode_png(image: Image.Image, note: str | None = None) -> bytes:
@@ -118,12 +146,12 @@ class Summary:
 
     def __init__(self, segmenter: Segmenter, out: Path) -> None:
         self.segmenter, self.out = segmenter, out
-        self.images: dict[str, Any] = {}  # mask and class shares of each image, by its path
-        self.skipped: dict[str, str] = {}  # reasons why others could not be read
+        self.skipped: dict[str, str] = {}  # reasons why images could not be read, by their paths
         self.counts = np.zeros(len(segmenter.classes), np.int64)  # pixels of each class
-        self.reduced = 0  # large images that were predicted at auto by default
-        self.kept = 0  # images that an earlier run had finished
-        self.before = read_summary(out).get('seconds') or 0.
+        self.done = self.reduced = self.kept = 0  # images or frames
+        self.before: dict[str, Any] = {}  # the summary of an earlier run
+        with suppress(OSError, ValueError):
+            self.before |= json.loads((out / 'summary.json').read_text(encoding='utf-8'))
         self.start = time.perf_counter()
 
     def begin(self) -> None:
@@ -133,17 +161,17 @@ class Summary:
             write_file(self.out / 'legend.png', encode_png(draw_legend(classes, 600)))
             remove_leftovers(self.out)
 
-    def count(self, labels: np.ndarray) -> np.ndarray:
-        """Add the pixels of each class of an image, and return them."""
-        counts = count_pixels(labels, len(self.segmenter.classes))
-        self.counts += counts
-        self.reduced += self.segmenter.is_reduced(*labels.shape)
-        return counts
-
-    def add(self, path: Path, target: str, labels: np.ndarray) -> None:
-        """Add an image."""
-        self.images[str(path)] = dict(mask=f'masks/{shown(target)}.png', shares=class_shares(
-            self.count(labels), self.segmenter.classes))
+    def add(self, outcome: Outcome) -> dict[str, Any]:
+        """Add the outcome of an image; returns its mask and shares, or why it was skipped."""
+        if outcome.counts is None:
+            self.skipped[outcome.address] = outcome.reason
+            return dict(skipped=outcome.reason)
+        self.done += 1
+        self.counts += outcome.counts
+        self.reduced += outcome.is_reduced
+        self.kept += outcome.is_kept
+        return dict(mask=f'masks/{shown(outcome.target)}.png',
+                    shares=class_shares(outcome.counts, self.segmenter.classes))
 
     def place(self, address: str) -> str:
         """Return a path, with a place in a shard after ``#``, relative to the summary's folder."""
@@ -157,12 +185,13 @@ class Summary:
         """Write ``summary.json`` with further entries, or others instead, and return it."""
         own = self.segmenter
         seconds = time.perf_counter() - self.start
-        done = more.get('frames', more.get('images', len(self.images)))
         if self.kept:  # add the run that made them; a run that predicts nothing does not count
-            seconds = self.before + seconds * (done > self.kept or not self.before)
+            before = self.before.get('seconds') or 0.
+            seconds = before + seconds * (self.done > self.kept or not before)
         ratio = str(own.isr_ratio)
         if self.reduced:
-            ratio = 'auto' if self.reduced == done else f'none, auto for {self.reduced} of {done}'
+            ratio = ('auto' if self.reduced == self.done else
+                     f'none, auto for {self.reduced} of {self.done}')
         summary = dict(
             checkpoint=self.place(own.source), device=str(own.device), isr_ratio=ratio,
             seconds=round(seconds, 3),
@@ -170,24 +199,14 @@ class Summary:
             classes={name: '#' + bytes(colour).hex()
                      for name, colour in zip(own.classes, own.description.palette)},
             shares=class_shares(self.counts, own.classes), kept=self.kept,
-            skipped={self.place(path): reason for path, reason in self.skipped.items()},
-            images={self.place(path): self.images[path] for path in sorted(self.images)})
-        summary.update(more)
+            skipped={self.place(path): reason for path, reason in self.skipped.items()}) | more
         with writing(self.out):
             write_file(self.out / 'summary.json', json.dumps(summary, indent=2) + '\n')
         return summary
 
 
-def read_summary(out: Path) -> dict[str, Any]:
-    """Return the summary in a folder; empty if there is none."""
-    try:
-        content = json.loads((out / 'summary.json').read_text(encoding='utf-8'))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def describe_summary(summary: dict[str, Any], out: str | Path, files: str = _FILES) -> str:
+def describe_summary(summary: dict[str, Any], out: str | Path,
+                     files: str = 'masks, overlays, legend.png and summary.json') -> str:
     """Return a few lines for a terminal: what was done, skipped and found, and where it is."""
     lines = []
     skipped = list(summary['skipped'].values())
@@ -219,7 +238,7 @@ class _FFmpeg:
     """Writes frames as H.264 through the command ffmpeg, as ``cv2.VideoWriter`` does."""
 
     def __init__(self, path: Path, size: tuple[int, int], rate: float) -> None:
-        self.process = subprocess.Popen(
+        self.process: Any = subprocess.Popen(
             ['ffmpeg', '-y', '-loglevel', 'quiet', '-f', 'rawvideo', '-pix_fmt', 'bgr24',
              '-video_size', '{}x{}'.format(*size), '-framerate', str(rate), '-i', 'pipe:',
              '-vf', 'crop=trunc(iw/2)*2:trunc(ih/2)*2',  # browsers want two rows to share colours
@@ -227,7 +246,6 @@ class _FFmpeg:
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def write(self, frame: np.ndarray) -> None:
-        assert self.process.stdin is not None
         try:
             self.process.stdin.write(frame.tobytes())
         except BrokenPipeError as error:

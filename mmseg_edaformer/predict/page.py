@@ -1,5 +1,4 @@
 """A web page with sliders for the ISR ratio: the prediction as trained beside the reduced one."""
-import errno
 import functools
 import hashlib
 import importlib
@@ -9,7 +8,6 @@ import socket
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from html import escape
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,40 +30,22 @@ _AGE = 1800  # seconds that uploads are kept for
 _HERE = '127.0.0.1'
 
 
-def describe_figures(comparison: Comparison) -> str:
-    """Return HTML that tells how many pixels changed, and the cost of both ratios."""
-    gmacs, milliseconds = comparison.gmacs, comparison.milliseconds
-    height, width = comparison.results[0].labels.shape
-    cards = ''.join(
-        f'<div class="eda-{name}"><span>{title}</span><span class="eda-value">{value}</span>'
-        f'<span>{note}</span></div>' for name, title, value, note in (
-            ('changed', 'pixels changed', f'{comparison.changed:.2%}', f'of {width} x {height}'),
-            ('gmacs', 'GMACs', f'{gmacs[0]:.3g} → <b>{gmacs[1]:.3g}</b>', _change(*gmacs)),
-            ('ms', 'milliseconds', f'{milliseconds[0]:.0f} → <b>{milliseconds[1]:.0f}</b>',
-             f'{_change(*milliseconds)}, median of {comparison.rounds}')))
-    return (f'<div class="eda-cards">{cards}</div><p class="eda-note">Ratio of the right side: '
-            f'<code>--isr-ratio {comparison.ratio!s}</code></p>')
-
-
-def _change(before: float, after: float) -> str:
-    return 'no change' if before == after else f'{after / before - 1:+.0%}'
-
-
-def describe_classes(comparison: Comparison) -> str:
-    """Return HTML with the colours and names of the classes that occur, and their shares."""
+def describe(comparison: Comparison) -> tuple[str, str]:
+    """Return HTML with changed pixels and costs, and HTML with the classes and their shares."""
     trained, chosen = (result.shares for result in comparison.results)
     colours = dict(zip(comparison.results[0].classes, comparison.results[0].palette))
     names = sorted({**trained, **chosen}, key=lambda name: -trained.get(name, 0.))
-    rows = ''.join(
-        f'<tr><td><span style="background:rgb{colours[name]}"></span></td>'
-        f'<th scope="row">{escape(name)}</th><td>{_share(trained.get(name, 0.))}</td>'
-        f'<td>{_share(chosen.get(name, 0.))}</td></tr>' for name in names)
-    return ('<div class="eda-classes"><table><thead><tr><td></td><th>class</th><th>trained</th>'
-            f'<th>chosen</th></tr></thead><tbody>{rows}</tbody></table></div>')
+    rows = [(name, colours[name], trained.get(name, 0.), chosen.get(name, 0.)) for name in names]
+    return _fill('figures', made=comparison), _fill('classes', rows=rows)
 
 
-def _share(share: float) -> str:
-    return '&lt; 0.1%' if 0 < share < 0.0005 else f'{share:.1%}'
+def _fill(part: str, **values: Any) -> str:
+    """Fill a macro of the template, which escapes the names of classes and files."""
+    jinja2 = importlib.import_module('jinja2')
+    templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent),
+                                   trim_blocks=True, autoescape=True)
+    macros: Any = templates.get_template('page.html.jinja').module
+    return str(getattr(macros, part)(**values))
 
 
 def draw_examples(folder: Path, count: int = 4) -> list[str]:
@@ -82,20 +62,19 @@ def build_page(comparer: Comparer, examples: Sequence[str]) -> Any:
     """Return the page, as gradio's Blocks; the first of the examples is shown."""
     gr = _import_gradio()
 
-    def tell(text: str) -> tuple[Any, str, str, Any]:
+    def tell(text: str) -> tuple[Any, ...]:
         return None, '', '', gr.update(value=text, visible=True)
 
-    def show(path: str | None, *values: Any) -> tuple[Any, str, str, Any]:
+    def show(path: str | None, *values: Any) -> tuple[Any, ...]:
         if path is None:
-            return tell('<p class="eda-note">Choose an image, or one of the drawn scenes.</p>')
+            return tell(_fill('notice'))
         try:
             strength, *multipliers = map(_nearest, (opacity, *sliders), values)
             comparison = comparer.compare(path, comparer.ratio([*map(int, multipliers)]))
         except UserError as error:
-            return tell(f'<p class="eda-problem" role="alert">{escape(str(error))}</p>')
+            return tell(_fill('problem', error=error))
         images = tuple(_store(result.draw(strength)) for result in comparison.results)
-        return (images, describe_figures(comparison), describe_classes(comparison),
-                gr.update(value='', visible=False))
+        return images, *describe(comparison), gr.update(value='', visible=False)
 
     with gr.Blocks(title='One model, adjustable cost', analytics_enabled=False,
                    delete_cache=(_AGE // 3, _AGE)) as page:
@@ -256,10 +235,8 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server(
             (host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
-        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
-            raise ConfigError(f'port {port} of {host} is taken: give another --port, or 0 for '
-                              'one that is free') from error
-        raise ConfigError(f'cannot listen on --host {host} --port {port}: {error}') from error
+        raise ConfigError(f'cannot listen on --host {host} --port {port} ({error}): give others; '
+                          'port 0 is one that is free') from error
 
 
 def _nearest(slider: Any, value: Any) -> float:
@@ -281,16 +258,8 @@ def _introduce(comparer: Comparer) -> str:
     segmenter, threads = comparer.segmenter, torch.get_num_threads()
     device = torch.cuda.get_device_name(segmenter.device) if segmenter.device.type == 'cuda' else (
         f'CPU, {threads} thread{"s" * (threads != 1)}')
-    source = os.path.join(*Path(segmenter.source).parts[-2:])
-    return f'''<div class="eda-introduction"><h1>One model, adjustable cost</h1>
-<p>Inference spatial reduction (ISR) merges neighbouring keys in the attention of a trained model.
-Each slider sets how much more than in training one stage of the network merges, in height and in
-width: 1 is the model as trained. The weights stay the same. Move a slider and watch what the
-prediction loses and what it costs.</p>
-<p class="eda-note">{escape(source)}, {len(segmenter.classes)} classes, on {escape(device)}. Images
-are scaled down to {comparer.max_side} pixels on the longer side. Milliseconds are medians of whole
-predictions at both ratios in turns, from the decoded image to the labels; GMACs are
-counted.</p></div>'''
+    return _fill('introduction', source=os.path.join(*Path(segmenter.source).parts[-2:]),
+                 classes=len(segmenter.classes), device=device, max_side=comparer.max_side)
 
 
 _ASK_SOON = '''() => {

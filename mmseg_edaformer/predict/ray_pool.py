@@ -2,8 +2,9 @@
 import os
 import pickle
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from ..compat import install_command
@@ -66,14 +67,13 @@ def count_workers(workers: int | None, threads: int) -> tuple[int, int]:
     return workers or most, gpus
 
 
-def run_workers(items: Sequence[Any], expand: Callable[..., Iterator[Any]] | None, worker: type,
+def run_workers(items: Sequence[Any], expand: Callable[[Any], Iterable[Any]] | None, worker: type,
                 arguments: tuple[Any, ...], *, batch_size: int, workers: int,
                 **resources: Any) -> Iterator[Any]:
     """Have workers map items; yields their results in the order of the items.
 
-    Rows of Ray Data have one column here, ``row``, which is pickled. Objects of the class
-    ``worker``, each in a process, take and return batches of rows. ``expand`` makes many rows of
-    one before, in tasks of its own.
+    Objects of the class ``worker``, each in a process, take and return lists of items. ``expand``
+    makes many items of one before, in tasks of its own. A UserError of either is raised here.
     """
     import pyarrow
     import ray
@@ -86,9 +86,9 @@ def run_workers(items: Sequence[Any], expand: Callable[..., Iterator[Any]] | Non
         pyarrow.table(dict(row=[*map(pickle.dumps, items[start:start + step])]))
         for start in range(0, len(items), step)])
     if expand is not None:  # without cores, for all of them belong to the workers
-        dataset = dataset.flat_map(expand, num_cpus=0)
+        dataset = dataset.flat_map(partial(_expand, expand), num_cpus=0)
     dataset = dataset.map_batches(
-        worker, fn_constructor_args=arguments, batch_size=batch_size, batch_format='numpy',
+        _Worker, fn_constructor_args=(worker, *arguments), batch_size=batch_size,
         compute=ray.data.ActorPoolStrategy(size=workers), **resources)
     try:
         for batch in dataset.iter_batches(batch_size=None):
@@ -103,6 +103,32 @@ def run_workers(items: Sequence[Any], expand: Callable[..., Iterator[Any]] | Non
             f'the workers cannot be started or were lost ({last_line(error)}). All machines need '
             'mmseg_edaformer with the extra cluster, of one version, and memory for the model. '
             'Run again to resume') from error
+
+
+def _expand(expand: Callable[[Any], Iterable[Any]], row: dict[str, bytes]
+            ) -> Iterator[dict[str, bytes]]:
+    """Yield the rows of an item; Ray Data would lose the class of an error, so that it is a row."""
+    try:
+        for item in expand(pickle.loads(row['row'])):
+            yield dict(row=pickle.dumps(item))
+    except UserError as error:
+        yield dict(row=pickle.dumps(error))
+
+
+class _Worker:
+    """A worker whose rows, of the one column ``row``, are pickled items."""
+
+    def __init__(self, worker: type, *arguments: Any) -> None:
+        self.worker = worker(*arguments)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        items = [*map(pickle.loads, batch['row'])]
+        errors: list[Any] = [item for item in items if isinstance(item, UserError)][:1]
+        try:
+            results = errors or self.worker(items)
+        except UserError as error:
+            results = [error]
+        return dict(row=[*map(pickle.dumps, results)])
 
 
 @contextmanager

@@ -2,36 +2,22 @@
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import cv2
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import MofNCompleteColumn, Progress
 
 from ..errors import DataError, shown
-from ..files import replacing, shorten, write_file
-from .inputs import Video, find_images, name_targets
-from .outputs import (
-    Summary,
-    encode_png,
-    make_note,
-    open_video_writer,
-    read_result,
-    read_summary,
-    write_result,
-    writing,
-)
+from ..files import replacing, shorten
+from .inputs import IMAGES, Video, find_images, name_targets
+from .outputs import Outcome, Results, Summary, make_note, open_video_writer, writing
 from .segmenter import Segmenter
+from .shards import Sample
 
 
 def predict_images(segmenter: Segmenter, sources: Sequence[str | Path],
@@ -47,37 +33,50 @@ def predict_images(segmenter: Segmenter, sources: Sequence[str | Path],
         out: Folder for the results, see docs/predict.md.
     """
     out = Path(out)
-    files = [file for source in sources
-             for file in find_images(source, Path(os.path.realpath(out)))]
-    targets = name_targets(files)
-    summary = Summary(segmenter, out)
+    samples = find_samples(sources, out)
+    summary, results = Summary(segmenter, out), Results(segmenter, out)
     summary.begin()
-    base = segmenter.fingerprint()
-    notes = {path: make_note(base, path, target) for path, target in targets.items()}
-    left = []
-    for path, target in targets.items():
-        labels = read_result(out, target, notes[path])
-        if labels is None:
-            left.append(path)
+    kept, left = [], []
+    for sample in samples:
+        outcome = results.find(sample)
+        if outcome is None:
+            left.append(sample)
         else:
-            summary.add(path, target, labels)
-    summary.kept = len(targets) - len(left)
-    skipped = summary.skipped if len(targets) > 1 else None
+            kept.append(outcome)
+    predictions = segmenter.predict(sample.file for sample in left)
+    predicted = (results.add(sample, result) for (_, result), sample in zip(predictions, left))
+    entries: dict[str, Any] = {}
+    collect(chain(kept, predicted), len(samples), summary, entries.__setitem__, len(kept))
+    return summary.write(images={summary.place(path): entries[path] for path in sorted(entries)
+                                 if path not in summary.skipped})
+
+
+def find_samples(sources: Iterable[str | Path], out: Path, endings: Set[str] = IMAGES
+                 ) -> list[Sample]:
+    """Return what to predict into a folder: the images, or shards, of files, folders, patterns."""
+    files = [file for source in sources
+             for file in find_images(source, Path(os.path.realpath(out)), endings)]
+    return [Sample(str(path), target, str(path)) for path, target in name_targets(files).items()]
+
+
+def collect(outcomes: Iterable[Outcome], total: int | None, summary: Summary,
+            take: Callable[[str, dict[str, Any]], None], kept: int = 0) -> None:
+    """Add outcomes to a summary behind a progress bar; `take` gets the address and entry of each.
+
+    Raises:
+        DataError: No image can be read.
+    """
     try:
-        with writing(out), progress_bar('images', len(targets), summary.kept) as advance:
-            paths = iter(left)
-            for result in segmenter.stream(left, skipped):
-                path = next(path for path in paths if str(path) not in summary.skipped)
-                write_result(out, targets[path], result, notes[path])
-                summary.add(path, targets[path], result.labels)
-                advance(len(summary.images) + len(summary.skipped))
+        with writing(summary.out), progress_bar('images', total, kept) as advance:
+            for outcome in outcomes:
+                take(outcome.address, summary.add(outcome))
+                advance(summary.done + len(summary.skipped))
     except KeyboardInterrupt:
-        print(f'{len(summary.images)} of {len(targets)} images are done: run the same command '
-              'again to resume', file=sys.stderr)
+        print(f'{summary.done} of {total or "all"} images are done: run the same command again to '
+              'resume', file=sys.stderr)
         raise
-    if not summary.images:
+    if not summary.done:
         raise DataError('no image can be read: ' + next(iter(summary.skipped.values())))
-    return summary.write()
 
 
 def predict_video(segmenter: Segmenter, source: str | Path, out: str | Path, *,
@@ -89,36 +88,32 @@ def predict_video(segmenter: Segmenter, source: str | Path, out: str | Path, *,
     out, video = Path(out), Video(source)
     name = shorten(video.path.stem)
     target = out / f'{name}_overlay.mp4'
-    note = make_note(segmenter.fingerprint(), video.path, f'{target.name} {masks}')
-    before = read_summary(out)
-    if target.is_file() and before.get('note') == note:
-        return before
-    summary = Summary(segmenter, out)
+    summary, results = Summary(segmenter, out), Results(segmenter, out, overlays=False)
+    note = make_note(results.fingerprint, video.path, f'{target.name} {masks}')
+    if target.is_file() and summary.before.get('note') == note:
+        return summary.before
     summary.begin()
     # While the video is being replaced, the old summary must not speak for the new one.
     (out / 'summary.json').unlink(missing_ok=True)
-    count = 0
     with writing(out), replacing(target) as partial, \
             progress_bar('frames', video.frames) as advance:
         writer, codec = open_video_writer(partial, video.size, video.rate)
         try:
-            for result in segmenter.stream(video):
+            for result in segmenter(video):
                 writer.write(cv2.resize(result.draw(), video.size))  # a video may change its size
-                if masks:
-                    write_file(out / 'masks' / name / f'{count:06}.png',
-                               encode_png(result.mask))
-                summary.count(result.labels)
-                count += 1
-                advance(count)
+                sample = Sample(str(source), f'{name}/{summary.done:06}', '')
+                summary.add(results.add(sample, result) if masks else
+                            results.count(sample, result.labels))
+                advance(summary.done)
         finally:
             writer.release()
         try:
             written = Video(partial).frames
         except DataError:
             written = 0
-        if written != count:  # the writer is silent about a full disk
-            raise OSError(f'{written} of {count} frames were written')
-    return summary.write(note=note, video=shown(target.name), codec=codec, frames=count,
+        if written != summary.done:  # the writer is silent about a full disk
+            raise OSError(f'{written} of {summary.done} frames were written')
+    return summary.write(note=note, video=shown(target.name), codec=codec, frames=summary.done,
                          frames_expected=video.frames)
 
 
@@ -146,8 +141,7 @@ def progress_bar(title: str, total: int | None, done: int = 0) -> Iterator[Any]:
                 text += f' of {total}, {timedelta(seconds=max(round(left), 0))} left'
             print(text, file=log, flush=True)
 
-    with Progress(TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(),
-                  TaskProgressColumn(show_speed=True), TextColumn('left'), TimeRemainingColumn(),
+    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(),
                   disable=not on_terminal) as progress:
         task = progress.add_task(title, total=total, completed=done)
         yield advance

@@ -37,6 +37,7 @@ _COUNTED_PIXELS = 2 ** 22  # at once
 _QUICK = 2 ** 21  # pixels that are not worth an estimate
 _LONG = 5.  # seconds for one image, from which on the estimate is worth a line
 _MEGAPIXELS = f'{LARGE / 1e6:.1f} megapixels'
+_Loaded = tuple[np.ndarray, dict[str, Any]]  # an image and the input of data_preprocessor
 _NONE, _AUTO = ISRRatio.parse('none'), ISRRatio.parse('auto')
 _LOG = logging.getLogger(__name__)
 
@@ -97,10 +98,6 @@ def class_shares(counts: np.ndarray, classes: Sequence[str]) -> dict[str, float]
     return shares
 
 
-def _refuse_isr(*_: Any) -> None:
-    raise ConfigError('isr is not an argument or attribute of Segmenter: use isr_ratio')
-
-
 class Segmenter:
     """Predicts images of any size, one or many, as mmseg's ``inference_model`` does.
 
@@ -126,13 +123,7 @@ class Segmenter:
 
     def __init__(self, model: str | Path, checkpoint: str | Path | None = None, *,
                  device: str | None = None, isr_ratio: ISRRatio | int | str | None = None,
-                 max_side: int | None = None, batch_size: int | None = None,
-                 isr: None = None) -> None:
-        if isr is not None:
-            _refuse_isr()
-        if not isinstance(model, (str, Path)):
-            raise ConfigError(f'model {model!r} is not a path: give a work dir, a config or a '
-                              '.safetensors')
+                 max_side: int | None = None, batch_size: int | None = None) -> None:
         if batch_size is not None and batch_size < 1:
             raise ConfigError(f'batch_size {batch_size}: it must be 1 or more')
         if max_side is not None and max_side < 32:
@@ -148,7 +139,6 @@ class Segmenter:
         self._shared_ratio: ISRRatio | None = None
         self._applied = _NONE
         self._told: dict[ISRRatio, int] = {}
-        self._reduced: dict[tuple[int, int], bool] = {}
         try:
             first, *rest = map(with_checks, self.description.pipeline)
             self._read_file = TRANSFORMS.build(first)
@@ -172,8 +162,6 @@ class Segmenter:
 
     def __str__(self) -> str:
         return f'{shown(self.source)}, {len(self.classes)} classes, on {self.device}'
-
-    isr = property(_refuse_isr, _refuse_isr)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -204,12 +192,8 @@ class Segmenter:
 
     def is_reduced(self, height: int, width: int) -> bool:
         """Return whether images of this size are predicted at auto by default."""
-        if self._ratio is not None or height * width <= LARGE:
-            return False
-        if (height, width) not in self._reduced:
-            self._reduced[height, width] = self._is_large(
-                self.load(np.zeros((height, width, 3), np.uint8))[1])
-        return self._reduced[height, width]
+        return self._ratio is None and height * width > LARGE and self._is_large(
+            self.load(np.zeros((height, width, 3), np.uint8))[1])
 
     def __call__(self, source: Any, skipped: dict[str, str] | None = None) -> Any:
         """Predict an image, or many one after the other.
@@ -224,36 +208,40 @@ class Segmenter:
         Returns:
             A `Segmentation`; for many images an iterator over them.
         """
-        if isinstance(source, (np.ndarray, Image.Image)):
-            return next(self.stream([source]))
-        if not isinstance(source, (str, Path)):
-            return self.stream(source, skipped)
-        is_file = os.path.isfile(source)
-        if is_file and is_video(source):
-            return self.stream(Video(source), skipped)
-        files = [file for file, _ in find_images(source)]
-        return next(self.stream(files)) if is_file else self.stream(files, skipped)
+        items, single = source, isinstance(source, (np.ndarray, Image.Image))
+        if single:
+            items = [source]
+        elif isinstance(source, (str, Path)):
+            is_file = os.path.isfile(source)
+            single = is_file and not is_video(source)
+            items = (Video(source) if is_file and not single else
+                     [file for file, _ in find_images(source)])
+        return next(self._results(items, None)) if single else self._results(items, skipped)
 
-    def stream(self, items: Iterable[Any],
-               skipped: dict[str, str] | None = None) -> Iterator[Segmentation]:
-        """Predict images in their order, those of equal size together, and keep none.
+    def _results(self, items: Iterable[Any], skipped: dict[str, str] | None
+                 ) -> Iterator[Segmentation]:
+        for item, result in self.predict(items):
+            if isinstance(result, Segmentation):
+                yield result
+            elif skipped is None:
+                raise result
+            else:
+                skipped[str(item) if isinstance(item, (str, Path)) else 'an image'] = str(result)
 
-        Args:
-            items: Paths, arrays or PIL images, of which a thread reads a few ahead.
-            skipped: Collects the images that cannot be read, with the reasons; without it the first
-                one raises a DataError, after all before it.
+    def predict(self, items: Iterable[Any]) -> Iterator[tuple[Any, Segmentation | DataError]]:
+        """Yield each item in order with its segmentation, or with the reason why it has none.
+
+        A thread reads a few items ahead, those of equal size are predicted together, and none is
+        kept. Items are paths, arrays or PIL images.
         """
-        window: list[tuple[np.ndarray, dict[str, Any]]] = []
+        window: list[tuple[Any, _Loaded | DataError]] = []
         pixels = 0
         for item, ready in read_ahead(self.load, items, self.batch_size):
             try:
-                window.append(ready.result())
-                pixels += math.prod(window[-1][0].shape[:2])
+                window.append((item, ready.result()))
+                pixels += math.prod(ready.result()[0].shape[:2])
             except DataError as error:
-                if skipped is None:
-                    yield from self._predict(window)
-                    raise
-                skipped[str(item) if isinstance(item, (str, Path)) else 'an image'] = str(error)
+                window.append((item, error))
             if pixels >= _WINDOW_PIXELS or len(window) >= (
                     4 * self.batch_size if self.batch_size > 1 else 1):
                 yield from self._predict(window)
@@ -262,16 +250,15 @@ class Segmenter:
 
     def fingerprint(self) -> str:
         """Return a hash of all that decides the labels: model, weights, ratio and max_side."""
-        settings: list[Any] = [asdict(self.description), str(self._ratio or f'auto above {LARGE}')]
-        if self.max_side is not None:
-            settings.append(self.max_side)
+        settings = [asdict(self.description), str(self._ratio or f'auto above {LARGE}'),
+                    self.max_side]
         digest = hashlib.sha256(json.dumps(settings, default=str).encode())
         for name, value in self.model.state_dict().items():
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
 
-    def load(self, item: Any) -> tuple[np.ndarray, dict[str, Any]]:
+    def load(self, item: Any) -> _Loaded:
         """Return an image, H x W x 3, BGR, and the input of the model's ``data_preprocessor``."""
         if isinstance(item, (str, Path)):
             results = self._read_file(dict(img_path=str(item)))
@@ -282,22 +269,29 @@ class Segmenter:
                            ori_shape=image.shape[:2])
         return image, self._prepare(results)
 
-    def _predict(self, window: Sequence[tuple[np.ndarray, dict[str, Any]]]
-                 ) -> Iterator[Segmentation]:
-        sizes: dict[tuple[Any, ...], list[int]] = {}
-        for index, (_, data) in enumerate(window):
-            sizes.setdefault((self._is_large(data), *data['inputs'].shape), []).append(index)
-        labels: dict[int, np.ndarray] = {}
-        for (_, *shape), indices in sizes.items():
+    def _predict(self, window: Sequence[tuple[Any, _Loaded | DataError]]
+                 ) -> Iterator[tuple[Any, Segmentation | DataError]]:
+        results: dict[int, Segmentation | DataError] = {}
+        sizes: dict[tuple[Any, ...], list[tuple[int, _Loaded]]] = {}
+        for index, (_, loaded) in enumerate(window):
+            if isinstance(loaded, DataError):
+                results[index] = loaded
+            else:
+                size = self._is_large(loaded[1]), *loaded[1]['inputs'].shape
+                sizes.setdefault(size, []).append((index, loaded))
+        for (_, *shape), group in sizes.items():
             step = max(1, min(self.batch_size, _BATCH_PIXELS // math.prod(shape[1:])))
-            for start in range(0, len(indices), step):
-                batch = indices[start:start + step]
-                labels.update(zip(batch, self._predict_labels(
-                    [window[index][1] for index in batch])))
-        for index, (image, _) in enumerate(window):
-            yield Segmentation(labels[index], image, self.classes, self.description.palette)
+            for start in range(0, len(group), step):
+                batch = group[start:start + step]
+                maps = self._predict_labels([data for _, (_, data) in batch])
+                for (index, (image, _)), labels in zip(batch, maps):
+                    results[index] = labels if isinstance(labels, DataError) else Segmentation(
+                        labels, image, self.classes, self.description.palette)
+        for index, (item, _) in enumerate(window):
+            yield item, results[index]
 
-    def _predict_labels(self, batch: Sequence[dict[str, Any]]) -> list[np.ndarray]:
+    def _predict_labels(self, batch: Sequence[dict[str, Any]]
+                        ) -> list[np.ndarray | DataError]:
         """Predict images of one size, in halves if they do not fit into memory."""
         data = {name: [item[name] for item in batch] for name in ('inputs', 'data_samples')}
         model: Any = self.model
@@ -314,9 +308,9 @@ class Segmenter:
         except torch.cuda.OutOfMemoryError:
             if len(batch) == 1:
                 height, width = batch[0]['inputs'].shape[1:]
-                raise DataError(f'an image of {width}x{height} pixels does not fit into the memory '
-                                f'of {self.device}: set isr_ratio to auto or a lower max_side, or '
-                                'use the device cpu') from None
+                return [DataError(f'an image of {width}x{height} pixels does not fit into the '
+                                  f'memory of {self.device}: set isr_ratio to auto or a lower '
+                                  'max_side, or use the device cpu')]
         half = len(batch) // 2
         return self._predict_labels(batch[:half]) + self._predict_labels(batch[half:])
 
@@ -363,8 +357,7 @@ class Segmenter:
         seconds = len(views) * self._estimate(views[0])
         by_default = self._ratio is None and ratio == _AUTO
         if by_default or not seconds <= _LONG:
-            duration = ('long' if math.isnan(seconds) else f'about {seconds:.0f} s' if seconds < 100
-                        else f'about {seconds / 60:.0f} min')
+            duration = 'long' if math.isnan(seconds) else f'about {seconds:.0f} s'
             height, width = data['data_samples'].ori_shape
             text = (f'an image of {width}x{height} pixels takes {duration} on {self.device} at ISR '
                     f'ratio {ratio!s}')

@@ -4,7 +4,6 @@ Ray's reading tasks import this module, so it imports neither torch nor mmseg.
 """
 import hashlib
 import os
-import pickle
 import posixpath
 import re
 import tarfile
@@ -13,7 +12,7 @@ from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import DataError, UserError
+from ..errors import DataError
 from ..files import shorten
 
 SHARDS = frozenset({'.parquet', '.tar', '.tgz'})  # endings of the files that hold many images
@@ -90,17 +89,6 @@ def read_samples(source: Sample, column: str | None, endings: Set[str]) -> Itera
         yield source._replace(reason=f'{path} holds no image' + (
             f' that ends in {", ".join(sorted(endings))}: name the ending of its images with '
             '--column' if is_tar else ''))
-
-
-def expand(row: dict[str, bytes], column: str | None, endings: Set[str]
-           ) -> Iterator[dict[str, bytes]]:
-    """Yield the rows of a file for Ray Data: pickled samples, or the error that ends the run."""
-    try:
-        sample = pickle.loads(row['row'])
-        for image in read_samples(sample, column, endings):
-            yield dict(row=pickle.dumps(image))
-    except UserError as error:
-        yield dict(row=pickle.dumps(error))
 
 
 def last_line(error: BaseException) -> str:

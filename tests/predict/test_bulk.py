@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from mmseg_edaformer.data import drawing
-from mmseg_edaformer.errors import CheckpointError, ConfigError, DataError, UserError
+from mmseg_edaformer.errors import CheckpointError, ConfigError, DataError
 from mmseg_edaformer.predict import bulk, segmenter as segmenters
 from mmseg_edaformer.predict.bulk import predict_many
 from mmseg_edaformer.predict.ray_pool import connect, import_ray
@@ -67,15 +67,9 @@ def here(monkeypatch):
     """Workers in this process: starting real ones takes seconds."""
     def run_workers(items, expand, worker, arguments, *, batch_size, **_):
         predict = worker(*arguments)
-        rows = [pickle.dumps(item) for item in items]
-        if expand is not None:
-            rows = [row['row'] for packed in rows for row in expand(dict(row=packed))]
+        rows = items if expand is None else [row for item in items for row in expand(item)]
         for start in range(0, len(rows), batch_size):
-            for row in predict(dict(row=rows[start:start + batch_size]))['row']:
-                row = pickle.loads(row)
-                if isinstance(row, UserError):
-                    raise row
-                yield row
+            yield from predict(rows[start:start + batch_size])
     monkeypatch.setattr(bulk, 'run_workers', run_workers)
     monkeypatch.setattr(bulk, 'connect', lambda *_: nullcontext())
     monkeypatch.setattr(bulk, 'count_workers', lambda workers, threads: (workers or 2, 0))
@@ -207,13 +201,13 @@ def test_an_image_that_kills_its_worker_is_skipped(work, photos, plain, tmp_path
         return load(self, item)
     monkeypatch.setattr(Segmenter, 'load', deadly)
     monkeypatch.setattr(cv2, 'setNumThreads', lambda threads: None)
-    batch = dict(row=[pickle.dumps(Sample(str(photos / name), name[:-4], name)) for name in names])
+    batch = [Sample(str(photos / name), name[:-4], name) for name in names]
 
     def predict():
         torch.set_num_threads(1)
-        (tmp_path / 'rows').write_bytes(pickle.dumps(worker(batch)['row']))
+        (tmp_path / 'results').write_bytes(pickle.dumps(worker(batch)))
     assert [finish(in_child(predict)) for _ in range(4)] == [9, 9, 9, 0]
-    results = [pickle.loads(row) for row in pickle.loads((tmp_path / 'rows').read_bytes())]
+    results = pickle.loads((tmp_path / 'results').read_bytes())
     assert [result.address for result in results] == names
     assert [bool(result.reason) for result in results] == [name == '04.png' for name in names]
     assert results[2].reason.startswith(f'{names[2]}: its worker died three times over it')

@@ -22,7 +22,7 @@ from PIL import Image
 from mmseg_edaformer.errors import ConfigError
 from mmseg_edaformer.isr import ISRRatio
 from mmseg_edaformer.predict.comparison import Comparison
-from mmseg_edaformer.predict.page import describe_classes, describe_figures, serve
+from mmseg_edaformer.predict.page import describe, serve
 from mmseg_edaformer.predict.segmenter import Segmentation, Segmenter
 from tests.conftest import ROOT
 from tests.predict.conftest import expected
@@ -44,13 +44,13 @@ def test_names_of_classes_are_text():
     results = tuple(Segmentation(labels, np.zeros((50, 50, 3), np.uint8), classes, palette)
                     for labels in (trained, chosen))
     made = Comparison(RATIO, results, (10., 8.), 3, (2., 1.5))
-    text = describe_classes(made)
+    figures, text = describe(made)
     assert '<script' not in text
     assert 'rgb(255, 0, 0)' in text
-    assert re.findall('>([^<]+)<', text) == [
+    assert re.findall(r'>([^<\n]+)<', text) == [
         'class', 'trained', 'chosen', '&lt;script&gt;alert(1)&lt;/script&gt;', '100.0%', '99.9%',
         'a&amp;b', '0.0%', '0.1%']
-    assert ' '.join(re.findall('>([^<]+)<', describe_figures(made))) == (
+    assert ' '.join(re.findall(r'>([^<\n]+)<', figures)) == (
         'pixels changed 0.08% of 50 x 50 GMACs 2 →  1.5 -25% milliseconds 10 →  8 '
         '-20%, median of 3 Ratio of the right side:  --isr-ratio 4111-111')
 
@@ -338,7 +338,7 @@ def test_other_names_and_pages_of_other_sites_are_refused(server):
 
 def test_it_ends_cleanly_and_leaves_nothing(server, segmenter):
     port = int(server.url.rpartition(':')[2])
-    with pytest.raises(ConfigError, match=f'port {port} of 127.0.0.1 is taken: give another'):
+    with pytest.raises(ConfigError, match=f'cannot listen on .* --port {port} .*in use'):
         serve(segmenter, port=port)
     assert [each.name for each in server.folder.glob('mmseg_edaformer_demo_*')]
     os.kill(server.pid, signal.SIGINT)
