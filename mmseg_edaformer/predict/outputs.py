@@ -81,18 +81,25 @@ class Results:
     def find(self, sample: Sample) -> Outcome | None:
         """Return the outcome of a sample whose mask would come out the same, otherwise None."""
         note = make_note(self.fingerprint, sample.file, sample.target)
-        self._notes[sample.target] = note
-        if self.overlays and not any(path.is_file() for path in self._overlays(sample.target)):
+        labels = self._read(sample.target, note)
+        if labels is None:
+            self._notes[sample.target] = note
+            return None
+        return self.count(sample, labels, is_kept=True)
+
+    def _read(self, target: str, note: str) -> np.ndarray | None:
+        """Return the labels of a mask with this note, if its overlay is there too."""
+        if self.overlays and not any(path.is_file() for path in self._overlays(target)):
             return None
         try:
-            with Image.open(self.out / 'masks' / f'{sample.target}.png') as mask:
-                return (self.count(sample, np.array(mask), is_kept=True)
-                        if mask.info.get(_TEXT) == note else None)
+            with Image.open(self.out / 'masks' / f'{target}.png') as mask:
+                return np.array(mask) if mask.info.get(_TEXT) == note else None
         except (OSError, SyntaxError, ValueError):
             return None
 
     def add(self, sample: Sample, result: Segmentation | DataError) -> Outcome:
         """Write the overlay, or remove an old one, and then the mask with its note."""
+        note = self._notes.pop(sample.target, None)
         if isinstance(result, DataError):
             return Outcome(sample.target, sample.address, str(result))
         jpeg, png = self._overlays(sample.target)
@@ -103,8 +110,7 @@ class Results:
             path = jpeg if max(drawn.shape) <= 65500 else png  # the longest side of a JPEG
             content = cv2.imencode(path.suffix, drawn, [cv2.IMWRITE_JPEG_QUALITY, 92])[1]
             write_file(path, content.tobytes())
-        write_file(self.out / 'masks' / f'{sample.target}.png',
-                   encode_png(result.mask, self._notes.pop(sample.target, None)))
+        write_file(self.out / 'masks' / f'{sample.target}.png', encode_png(result.mask, note))
         return self.count(sample, result.labels)
 
     def count(self, sample: Sample, labels: np.ndarray, is_kept: bool = False) -> Outcome:
@@ -150,7 +156,7 @@ class Summary:
         self.counts = np.zeros(len(segmenter.classes), np.int64)  # pixels of each class
         self.done = self.reduced = self.kept = 0  # images or frames
         self.before: dict[str, Any] = {}  # the summary of an earlier run
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, TypeError):
             self.before |= json.loads((out / 'summary.json').read_text(encoding='utf-8'))
         self.start = time.perf_counter()
 

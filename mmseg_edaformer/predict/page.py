@@ -210,22 +210,22 @@ def _refuse_strangers(app: Any, names: set[str]) -> Any:
         answer = app
         if scope['type'] != 'lifespan':
             headers = {name: value.decode('latin-1') for name, value in scope['headers']}
-            host = headers.get(b'host', '')
+            host, problem, status = headers.get(b'host', ''), '', 403
             try:
                 name = urlsplit(f'//{host}').hostname
             except ValueError:
                 name = None
             if name not in names and name != scope['server'][0]:
-                answer = responses.PlainTextResponse(
-                    'This page is not served under this host name. To allow it, start the server '
-                    'with --allow-host NAME.', 403)
+                problem = ('This page is not served under this host name. To allow it, start the '
+                           'server with --allow-host NAME.')
             elif headers.get(b'origin', f'http://{host}') not in (
                     f'http://{host}', f'https://{host}'):
-                answer = responses.PlainTextResponse(
-                    'This server does not answer requests from pages of other sites. A proxy has '
-                    'to pass on the Host header unchanged.', 403)
+                problem = ('This server does not answer requests from pages of other sites. A '
+                           'proxy has to pass on the Host header unchanged.')
             elif scope['path'].endswith('/openapi.json'):
-                answer = responses.PlainTextResponse('Not Found', 404)
+                problem, status = 'Not Found', 404
+            if problem:
+                answer = responses.PlainTextResponse(problem, status)
         await answer(scope, receive, send)
     return guarded
 

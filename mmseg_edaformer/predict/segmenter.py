@@ -98,6 +98,10 @@ def class_shares(counts: np.ndarray, classes: Sequence[str]) -> dict[str, float]
     return shares
 
 
+def _refuse_isr(*_: Any) -> None:
+    raise ConfigError('isr is not an argument or attribute of Segmenter: use isr_ratio')
+
+
 class Segmenter:
     """Predicts images of any size, one or many, as mmseg's ``inference_model`` does.
 
@@ -123,7 +127,10 @@ class Segmenter:
 
     def __init__(self, model: str | Path, checkpoint: str | Path | None = None, *,
                  device: str | None = None, isr_ratio: ISRRatio | int | str | None = None,
-                 max_side: int | None = None, batch_size: int | None = None) -> None:
+                 max_side: int | None = None, batch_size: int | None = None,
+                 isr: None = None) -> None:
+        if isr is not None:
+            _refuse_isr()
         if batch_size is not None and batch_size < 1:
             raise ConfigError(f'batch_size {batch_size}: it must be 1 or more')
         if max_side is not None and max_side < 32:
@@ -162,6 +169,8 @@ class Segmenter:
 
     def __str__(self) -> str:
         return f'{shown(self.source)}, {len(self.classes)} classes, on {self.device}'
+
+    isr = property(_refuse_isr, _refuse_isr)
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -45,6 +45,12 @@ def segmenter(work):
     return Segmenter(work, device='cpu')
 
 
+@pytest.fixture(scope='package')
+def whole_segmenter(whole):
+    """Predicts images at their size; tests set its ratio."""
+    return Segmenter(*whole, device='cpu')
+
+
 @pytest.fixture
 def images(scenes):
     return sorted((scenes / 'images' / 'validation').iterdir())
@@ -65,6 +71,18 @@ def files(tmp_path_factory):
     return folder
 
 
-def expected(segmenter, path, ratio):
+def expected(segmenter, source, ratio):
+    """What a segmenter predicts at a ratio."""
     segmenter.isr_ratio = ratio
-    return segmenter(path)
+    return segmenter(source)
+
+
+def seen_sizes(segmenter):
+    """A list that grows with each forward pass: N x H x W of the network's input."""
+    seen, own = [], segmenter.model.predict_labels
+
+    def predict(inputs, data_samples=None):
+        seen.append((len(inputs), *inputs.shape[2:]))
+        return own(inputs, data_samples)
+    segmenter.model.predict_labels = predict
+    return seen

@@ -18,7 +18,7 @@ from mmseg_edaformer.predict.outputs import describe_summary
 from mmseg_edaformer.predict.run import predict_images, predict_video
 from mmseg_edaformer.predict.segmenter import Segmenter
 from tests.conftest import ROOT, run
-from tests.predict.conftest import same
+from tests.predict.conftest import same, seen_sizes
 from tests.processes import run_tool
 
 
@@ -41,17 +41,18 @@ def written(out):
             for kind in ('masks', 'overlays') for path in (out / kind).rglob('*.*')}
 
 
-def interrupt(segmenter, monkeypatch, number):
+def interrupt(segmenter, number):
     """Interrupt the prediction of this number; returns a list that grows with each."""
-    own, calls = segmenter.model.predict_labels, []
+    seen = seen_sizes(segmenter)
+    predict = segmenter.model.predict_labels
 
-    def predict(*args, **kwargs):
-        calls.append(0)
-        if len(calls) == number:
+    def interrupted(*args, **kwargs):
+        if len(seen) == number - 1:
+            seen.append(None)
             raise KeyboardInterrupt
-        return own(*args, **kwargs)
-    monkeypatch.setattr(segmenter.model, 'predict_labels', predict)
-    return calls
+        return predict(*args, **kwargs)
+    segmenter.model.predict_labels = interrupted
+    return seen
 
 
 def test_a_folder(segmenter, photos):
@@ -80,10 +81,10 @@ def test_a_folder(segmenter, photos):
     assert Image.open(out / 'legend.png').width > 60
 
 
-def test_it_resumes_where_it_stopped(work, photos, tmp_path, monkeypatch, capsys):
+def test_it_resumes_where_it_stopped(work, photos, tmp_path, capsys):
     segmenter, out = Segmenter(work, device='cpu'), tmp_path / 'out'
     whole = predict_images(segmenter, [photos], tmp_path / 'whole')
-    calls = interrupt(segmenter, monkeypatch, 3)
+    calls = interrupt(segmenter, 3)
     with pytest.raises(KeyboardInterrupt):
         predict_images(segmenter, [photos], out)
     assert '2 of 4 images are done: run the same command again' in capsys.readouterr().err
@@ -143,9 +144,10 @@ def test_odd_names_and_entries_that_are_no_images(segmenter, photos, tmp_path):
             'dead\\xe8.png': 'dead\\xe8.png: it is a link to \\xff, which does not exist'}.items():
         assert reason in reasons.pop(name)
     assert not reasons
-    assert describe_summary(summary, os.fsdecode(b'\xff')).endswith('are in \\xff')
-    assert describe_summary(dict(summary, skipped=dict.fromkeys(range(9), 'why')), '.').count(
-        'skipped: ') == 6
+    text = describe_summary(dict(summary, skipped=dict.fromkeys(range(9), 'why')),
+                            os.fsdecode(b'\xff'))
+    assert text.count('skipped: ') == 6
+    assert text.endswith('are in \\xff')
     read = json.loads((out / 'summary.json').read_bytes().decode())  # without lone surrogates
     assert json.dumps(read, ensure_ascii=False).encode()
     assert read['images']['../photos/\\xe9.png']['mask'] == 'masks/\\xe9.png'
@@ -155,27 +157,25 @@ def test_odd_names_and_entries_that_are_no_images(segmenter, photos, tmp_path):
 
 
 def test_patterns_and_links_that_lead_back_up(photos):
-    plain = find_images(photos / '**' / '**.png')
+    def names(pattern, without=None):
+        return [name for _, name in find_images(photos / pattern, without)]
     (photos / 'a_loop').symlink_to('.')
     (photos / 'more' / 'up').symlink_to('..')
-    assert find_images(photos / '**' / '*.png') == plain == [
-        (photos / name, name) for name in ('a.png', 'more/b.png')]
-    assert len(find_images(photos / '**')) == 5
-    assert len(find_images(photos / '**' / '.hidden' / '*')) == 1
-    assert find_images(photos / '**' / '*.png', (photos / 'more').resolve()) == plain[:1]
-    assert len(find_images(photos)) == 4
-    assert [name for _, name in find_images(photos / '*.[jp]*g')] == ['a.jpg', 'a.png']
+    for pattern in '**/**.png', '**/*.png':
+        assert names(pattern) == ['a.png', 'more/b.png']
+    assert len(names('**')) == 5
+    assert names('**/.hidden/*') == ['.hidden/c.png']
+    assert names('**/*.png', (photos / 'more').resolve()) == ['a.png']
+    assert names('') == ['a.jpg', 'a.png', 'bad.JPG', 'more/b.png']
+    assert names('*.[jp]*g') == ['a.jpg', 'a.png']
     assert find_images(photos / 'mo*' / 'b.png') == [(photos / 'more' / 'b.png', 'more/b.png')]
 
 
 @pytest.mark.parametrize(('names', 'out', 'error', 'says'), [
-    (['bad.JPG'], 'out', DataError, 'bad.JPG'),
-    (['*.JPG', 'worse.jpg'], 'out', DataError, 'no image can be read: .*bad.JPG'),
+    (['*.JPG'], 'out', DataError, 'no image can be read: .*bad.JPG'),
     (['a.png', '../a.png'], 'out', DataError, 'a.png and .*a.png would be written under one name'),
-    (['a.png'], 'file', ConfigError, 'cannot be written to'),
     (['a.png'], 'file/below', ConfigError, 'cannot be written to')])
 def test_runs_that_end_in_a_message(segmenter, photos, tmp_path, names, out, error, says):
-    shutil.copy(photos / 'bad.JPG', photos / 'worse.jpg')
     shutil.copy(photos / 'a.png', tmp_path)
     (tmp_path / 'file').write_text('')
     with pytest.raises(error, match=says):
@@ -278,13 +278,13 @@ def test_without_h264_a_note_says_so(segmenter, clip, ffmpeg, tmp_path, program)
     assert Video(tmp_path / 'out' / summary['video']).frames == 12
 
 
-def test_what_ends_half_way_leaves_no_half_video(work, clip, ffmpeg, tmp_path, monkeypatch):
+def test_what_ends_half_way_leaves_no_half_video(work, clip, ffmpeg, tmp_path):
     segmenter = Segmenter(work, device='cpu')
     ffmpeg('if len(sys.stdin.buffer.read(3 * 64 * 96 * 3)) > 64 * 96 * 3: sys.exit(1)')
     with pytest.raises(ConfigError, match=r'out cannot be written to: ffmpeg ended too ea'):
         predict_video(segmenter, clip[0], tmp_path / 'out')
     (tmp_path / 'bin' / 'ffmpeg').unlink()
-    interrupt(segmenter, monkeypatch, 5)
+    interrupt(segmenter, 5)
     with pytest.raises(KeyboardInterrupt):
         predict_video(segmenter, clip[0], tmp_path / 'out')
     assert os.listdir(tmp_path / 'out') == ['legend.png']
@@ -346,16 +346,14 @@ def test_command_line_of_one_file_and_a_video(work, clip, tmp_path):
     assert not (tmp_path / 'none').exists()
 
 
-@pytest.mark.parametrize(('tool', 'arguments', 'says'), [
-    ('predict', ['--help'], 'Re-running resumes where it stopped'),
-    ('predict', ['gone.png', '--model', '{work}', '--out', 'x'], 'error: no such file or folder'),
-    ('predict', ['setup.py', '--model', 'gone', '--out', 'x'], 'error: no such model: gone: give'),
-    ('demo', ['--help'], '--allow-host'),
-    ('demo', ['--model', '{work}', '--checkpoint', 'gone'], 'error: checkpoint not found: gone')])
-def test_help_and_wrong_paths_are_answered_at_once(work, tool, arguments, says):
-    words = [word.format(work=work) for word in arguments]
-    script = (f'import runpy, sys; sys.argv = ["tool", *{words}]; '
-              f'sys.modules.update(torch=None, cv2=None, numpy=None); '
-              f'runpy.run_path("{ROOT}/tools/{tool}.py", run_name="__main__")')
-    done = run('-c', script, check=False)
+@pytest.mark.parametrize(('command', 'says'), [
+    ('predict --help', 'Re-running resumes where it stopped'),
+    ('predict gone.png --model {work} --out x', 'error: no such file or folder'),
+    ('predict setup.py --model gone --out x', 'error: no such model: gone: give'),
+    ('demo --model {work} --checkpoint gone', 'error: checkpoint not found: gone')])
+def test_help_and_wrong_paths_are_answered_at_once(work, command, says):
+    words = command.format(work=work).split()
+    done = run('-c', f'import runpy, sys; sys.argv = {words}; '
+               'sys.modules.update(torch=None, cv2=None, numpy=None); '
+               f'runpy.run_path("{ROOT}/tools/{words[0]}.py", run_name="__main__")', check=False)
     assert says in done.stdout + done.stderr

@@ -8,7 +8,6 @@ import pytest
 from mmseg_edaformer.errors import DataError
 from mmseg_edaformer.predict.inputs import IMAGES
 from mmseg_edaformer.predict.shards import Sample, read_samples
-from tests.conftest import run
 
 pa = pytest.importorskip('pyarrow')
 parquet = pytest.importorskip('pyarrow.parquet')
@@ -44,12 +43,11 @@ def test_a_tar(tmp_path):
     assert read(path) == ({'a/one/0': b'zero', 'a/one/1': b'one'}, {})
     assert read(path, 'seg.png') == ({'a/one/0': b'mask'}, {})
     contents, reasons = read(path, 'webp')
-    assert (contents, list(reasons)) == ({}, ['a.tar'])
+    assert not contents
     assert 'a.tar holds no image that ends in .webp: name the ending' in reasons['a.tar']
-    write_tar(tmp_path / 'b.tgz', [('0.png', b'zero')], 'w:gz')
-    assert read(tmp_path / 'b.tgz') == ({'b/0': b'zero'}, {})
-    os.rename(tmp_path / 'b.tgz', tmp_path / 'c.tar.gz')
-    assert read(tmp_path / 'c.tar.gz') == ({'c.tar/0': b'zero'}, {})
+    for name, target in ('b.tgz', 'b/0'), ('c.tar.gz', 'c.tar/0'):
+        write_tar(tmp_path / name, [('0.png', b'zero')], 'w:gz')
+        assert read(tmp_path / name) == ({target: b'zero'}, {})
     write_tar(tmp_path / 'two.tar', [('a.jpg', b'0'), ('a.png', b'0')])
     with pytest.raises(DataError, match=r'the sample a in .*two.tar has jpg and png: select one'):
         read(tmp_path / 'two.tar')
@@ -104,10 +102,6 @@ def test_damaged_shards(tmp_path):
         contents, reasons = read(tmp_path / name)
         assert not contents
         assert says in reasons[name]
-
-
-def test_reading_needs_no_torch():
-    run('-c', 'import sys, mmseg_edaformer.predict.shards; assert "torch" not in sys.modules')
 
 
 def test_hostile_names_stay_within_the_results(tmp_path):
