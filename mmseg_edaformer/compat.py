@@ -3,6 +3,7 @@ import atexit
 import functools
 import getpass
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -22,12 +23,14 @@ if TYPE_CHECKING:
 
 STACKS: dict[str, dict[str, tuple[str, str | None]]] = {
     'openmmlab': {'mmengine': ('0.10.3', None), 'mmsegmentation': ('1.2.2', None),
-                  'mmcv-lite': ('2.0.1', '2.2.0')},
+                  'mmcv-lite': ('2.0.1', '2.2.0'),
+                  'ftfy': ('6', None), 'regex': ('2020', None)},  # mmseg does not declare them
     'fork': {'onedl-mmengine': ('0.10.8', None), 'onedl-mmsegmentation': ('1.4.0', None),
              'onedl-mmcv': ('2.3.0', None)},
 }
 """Minimum and first unsupported versions of the two sets of packages; a full mmcv serves as well
 as mmcv-lite."""
+PIP = f'{shlex.quote(sys.executable)} -m pip'
 
 _torchvision: Any = None  # keeps the declarations alive
 
@@ -38,28 +41,32 @@ def check_environment() -> None:
     Raises:
         ImportError: A package is missing or does not fit; the message has the command to run.
     """
-    stack = installed_stack()
-    wanted: dict[str, tuple[str, str | None]] = {'torch': ('2.4', None), **STACKS[stack]}
-    if stack == 'openmmlab' and _version('mmcv') is not None:
-        wanted['mmcv'] = wanted.pop('mmcv-lite')
-    wrong = []
-    for name, (minimum, below) in wanted.items():
-        found = _version(name)
+    if misfits := find_misfits():
+        raise ImportError('mmseg_edaformer cannot start: {}. Run: {}'.format(*misfits))
+
+
+def find_misfits() -> tuple[str, str] | None:
+    """Return what is wrong with the required packages and the command that fixes it, or None."""
+    problems, needed, uninstall = [], [], ''
+    for name, (minimum, below) in {'torch': ('2.4', None), **STACKS[installed_stack()]}.items():
+        package = 'mmcv' if name == 'mmcv-lite' and version_of('mmcv') else name
+        found = version_of(package)
         if found is None:
-            wrong.append(f'{name} is missing')
-        elif _digits(found) < _digits(minimum) or (below and _digits(found) >= _digits(below)):
-            wrong.append(f'{name} {found} does not fit: it must be {minimum} or newer' +
-                         (f' and older than {below}' if below else ''))
-    if wrong:
-        fix = ' '.join(f'"{name}>={minimum}{f",<{below}" if below else ""}"'
-                       for name, (minimum, below) in wanted.items())
-        raise ImportError(f'mmseg_edaformer cannot start: {"; ".join(wrong)}. '
-                          f'Run: {sys.executable} -m pip install {fix} ftfy regex')
+            problems.append(f'{package} is missing')
+        elif release(found) < release(minimum) or (below and release(found) >= release(below)):
+            problems.append(f'{package} {found} does not fit: it must be {minimum} or newer' +
+                            (f' and older than {below}' if below else ''))
+            if package == 'mmcv':  # which has no wheels for a new torch
+                uninstall = f'{PIP} uninstall -y mmcv && '
+        else:
+            continue
+        needed.append(f'"{name}>={minimum}{f",<{below}" if below else ""}"')
+    return ('; '.join(problems), f'{uninstall}{PIP} install {" ".join(needed)}') if needed else None
 
 
 def installed_stack() -> str:
     """Return which of `STACKS` is installed, which is also the name of its extra."""
-    fork = _version('onedl-mmengine') is not None and _version('mmengine') is None
+    fork = version_of('onedl-mmengine') is not None and version_of('mmengine') is None
     return 'fork' if fork else 'openmmlab'
 
 
@@ -68,7 +75,7 @@ def install_command(extra: str) -> str:
     root = Path(__file__).resolve().parents[1]
     source = (f'-e {shlex.quote(f"{root}[{extra}]")}' if (root / 'setup.py').is_file() else
               f'"mmseg_edaformer[{extra}] @ git+ADDRESS_OF_THE_REPOSITORY"')
-    return f'{shlex.quote(sys.executable)} -m pip install {source}'
+    return f'{PIP} install {source}'
 
 
 def provide_home() -> None:
@@ -120,7 +127,7 @@ def declare_torchvision_ops() -> None:
     """
     global _torchvision
     import torch
-    found = _version('torchvision')
+    found = version_of('torchvision')
     if (found is None or 'torchvision' in sys.modules or not torch.__version__.endswith('+cpu') or
             found.endswith('+cpu')):
         return
@@ -129,22 +136,17 @@ def declare_torchvision_ops() -> None:
         _torchvision.define(f'{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
 
 
-def _version(name: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Return the version of an installed package by its metadata, or None."""
     try:
-        return metadata.version(name)
+        return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 
 
-def _digits(version: str) -> tuple[int, ...]:
-    """The release of a version: '2.13.0+cpu' -> (2, 13, 0)."""
-    digits = []
-    for part in version.split('+')[0].split('.'):
-        number = ''.join(ch for ch in part if ch.isdigit())
-        if not number or not part.isdigit():
-            break
-        digits.append(int(number))
-    return tuple(digits)
+def release(version: str) -> tuple[int, ...]:
+    """Return the numbers of a version: '2.13.0+cpu' -> (2, 13, 0)."""
+    return tuple(map(int, re.findall(r'\d+', re.split(r'[^\d.]', version)[0])))
 
 
 class _MissingOps(types.ModuleType):
@@ -163,7 +165,7 @@ class _Stub(MetaPathFinder, Loader):
     """Finds ``mmcv._ext`` where no other finder does, so that ``mmcv.ops`` can be imported."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        missing = name == 'mmcv._ext' and _version('onedl-mmcv') is None
+        missing = name == 'mmcv._ext' and version_of('onedl-mmcv') is None
         return ModuleSpec(name, self) if missing else None
 
     def create_module(self, spec: ModuleSpec) -> types.ModuleType:

@@ -109,8 +109,8 @@ class ExportReport:
         if metadata['output'] == 'labels':
             lines.append("Logits apart: where labels differ, PyTorch's logit of its own label less "
                          "that of the file's.")
-        versions = [f'{name} {compat._version(name)}' for name in (
-            'torch', 'onnx', 'onnxruntime', 'openvino', 'nncf') if compat._version(name)]
+        versions = [f'{name} {compat.version_of(name)}' for name in (
+            'torch', 'onnx', 'onnxruntime', 'openvino', 'nncf') if compat.version_of(name)]
         return '\n'.join([*lines, *self.notes, ', '.join(versions)])
 
 
