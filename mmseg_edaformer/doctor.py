@@ -117,10 +117,12 @@ def check_versions(report: Report) -> None:
     if misfits := compat.find_misfits():
         report.add('error', *misfits)
     check_torchvision(report, version_of('torch') or '', version_of('torchvision') or '')
-    for name, first in NUMPY2.items() if release(version_of('numpy') or '') >= (2,) else ():
-        if version_of(name) and release(version_of(name) or '') < release(first):
-            report.add('error', f'{name} {version_of(name)} was built for numpy 1: importing it fails '
-                       f'with numpy {version_of("numpy")}', f'{PIP} install "{name}>={first}"')
+    numpy = version_of('numpy') or ''
+    for name, first in NUMPY2.items() if release(numpy) >= (2,) else ():
+        found = version_of(name)
+        if found and release(found) < release(first):
+            report.add('error', f'{name} {found} was built for numpy 1: importing it fails with '
+                       f'numpy {numpy}', f'{PIP} install "{name}>={first}"')
 
 
 def check_torchvision(report: Report, torch: str, vision: str) -> None:

@@ -29,6 +29,7 @@ def try_all(notes: str, timeout: str, config: str | None = None) -> None:
         if name == 'torch':
             tried('torch devices', 'error', check_torch, report)
     compat.prepare_imports()  # as the package itself does
+    from mmengine.utils.dl_utils import collect_env
     for name, value in (tried('collect_env', 'warning', collect_env) or {}).items():
         report.add_fact('Environment', name, ' '.join(str(value).split()))
     for name in OPTIONAL:
@@ -74,12 +75,6 @@ def try_import(report: Report, name: str) -> str:
     return f'{version} {module.__file__}'.strip()
 
 
-def collect_env() -> dict[str, Any]:
-    """Return what mmengine collects of the machine for bug reports."""
-    from mmengine.utils.dl_utils import collect_env
-    return collect_env()
-
-
 def check_torch(report: Report) -> str:
     """Check that torch sees the GPUs."""
     import torch
@@ -120,10 +115,11 @@ def check_config(tried: Callable[..., Any], report: Report, path: str) -> None:
     handler.emit = lambda record: report.add('warning', record.getMessage())  # type: ignore
     logger.addHandler(handler)
     cfg = tried('config', 'error', clear_errors()(load_config), path)
-    for call, *args in () if cfg is None else (
-            (checks.check_amp,), (checks.check_compile,), (checks.check_start,),
-            (checks.check_batch_size, max(1, torch.cuda.device_count())),
-            (lambda cfg: checks.check_work_dir(cfg.work_dir),),
-            *((checks.check_data, split) for split in ('train', 'val', 'test'))):
-        tried('config', 'error', clear_errors()(call), cfg, *args)
+    steps: list[tuple[Callable[..., None], Any]] = [] if cfg is None else [
+        (checks.check_amp, cfg), (checks.check_compile, cfg), (checks.check_start, cfg),
+        (checks.check_work_dir, cfg.work_dir),
+        *((functools.partial(checks.check_data, cfg), split) for split in ('train', 'val', 'test')),
+        (functools.partial(checks.check_batch_size, cfg), max(1, torch.cuda.device_count()))]
+    for call, subject in steps:
+        tried('config', 'error', clear_errors()(call), subject)
     logger.removeHandler(handler)
