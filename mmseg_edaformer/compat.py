@@ -3,10 +3,10 @@ import atexit
 import functools
 import getpass
 import os
+import re
 import shlex
 import sys
 import tempfile
-import types
 import warnings
 from contextlib import suppress
 from datetime import timedelta
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 STACKS: dict[str, dict[str, tuple[str, str | None]]] = {
     'openmmlab': {'mmengine': ('0.10.3', None), 'mmsegmentation': ('1.2.2', None),
-                  'mmcv-lite': ('2.0.1', '2.2.0')},
+                  'mmcv-lite': ('2.0.1', '2.2.0'),
+                  'ftfy': ('6', None), 'regex': ('2020', None)},  # mmseg does not declare them
     'fork': {'onedl-mmengine': ('0.10.8', None), 'onedl-mmsegmentation': ('1.4.0', None),
              'onedl-mmcv': ('2.3.0', None)},
 }
 """Minimum and first unsupported versions of the two sets of packages; a full mmcv serves as well
 as mmcv-lite."""
-
-_torchvision: Any = None  # keeps the declarations alive
+PIP = f'{shlex.quote(sys.executable)} -m pip'
 
 
 def check_environment() -> None:
@@ -38,28 +38,34 @@ def check_environment() -> None:
     Raises:
         ImportError: A package is missing or does not fit; the message has the command to run.
     """
-    stack = installed_stack()
-    wanted: dict[str, tuple[str, str | None]] = {'torch': ('2.4', None), **STACKS[stack]}
-    if stack == 'openmmlab' and _version('mmcv') is not None:
-        wanted['mmcv'] = wanted.pop('mmcv-lite')
-    wrong = []
-    for name, (minimum, below) in wanted.items():
-        found = _version(name)
+    if misfits := find_misfits():
+        raise ImportError('mmseg_edaformer cannot start: {}. Run: {}'.format(*misfits))
+
+
+def find_misfits() -> tuple[str, str] | None:
+    """Return what is wrong with the required packages and the command that fixes it, or None."""
+    problems: list[str] = []
+    needed: list[str] = []
+    uninstall = ''
+    for name, (minimum, below) in {'torch': ('2.4', None), **STACKS[installed_stack()]}.items():
+        package = 'mmcv' if name == 'mmcv-lite' and version_of('mmcv') else name
+        found = version_of(package)
         if found is None:
-            wrong.append(f'{name} is missing')
-        elif _digits(found) < _digits(minimum) or (below and _digits(found) >= _digits(below)):
-            wrong.append(f'{name} {found} does not fit: it must be {minimum} or newer' +
-                         (f' and older than {below}' if below else ''))
-    if wrong:
-        fix = ' '.join(f'"{name}>={minimum}{f",<{below}" if below else ""}"'
-                       for name, (minimum, below) in wanted.items())
-        raise ImportError(f'mmseg_edaformer cannot start: {"; ".join(wrong)}. '
-                          f'Run: {sys.executable} -m pip install {fix} ftfy regex')
+            problems.append(f'{package} is missing')
+        elif release(found) < release(minimum) or (below and release(found) >= release(below)):
+            problems.append(f'{package} {found} does not fit: it must be {minimum} or newer' +
+                            (f' and older than {below}' if below else ''))
+            if package == 'mmcv':  # which has no wheels for a new torch
+                uninstall = f'{PIP} uninstall -y mmcv && '
+        else:
+            continue
+        needed.append(f'"{name}>={minimum}{f",<{below}" if below else ""}"')
+    return ('; '.join(problems), f'{uninstall}{PIP} install {" ".join(needed)}') if needed else None
 
 
 def installed_stack() -> str:
     """Return which of `STACKS` is installed, which is also the name of its extra."""
-    fork = _version('onedl-mmengine') is not None and _version('mmengine') is None
+    fork = version_of('onedl-mmengine') is not None and version_of('mmengine') is None
     return 'fork' if fork else 'openmmlab'
 
 
@@ -68,7 +74,7 @@ def install_command(extra: str) -> str:
     root = Path(__file__).resolve().parents[1]
     source = (f'-e {shlex.quote(f"{root}[{extra}]")}' if (root / 'setup.py').is_file() else
               f'"mmseg_edaformer[{extra}] @ git+ADDRESS_OF_THE_REPOSITORY"')
-    return f'{shlex.quote(sys.executable)} -m pip install {source}'
+    return f'{PIP} install {source}'
 
 
 def provide_home() -> None:
@@ -111,81 +117,70 @@ def log_in_utf8() -> None:
     Runner.build_logger = build_logger
 
 
-def declare_torchvision_ops() -> None:
-    """Let torchvision be imported where its build does not match torch's, as timm does.
-
-    torchvision's CUDA build does not load its operators on a CPU torch, and then fails at import
-    because they are not declared; there is no CPU build for every torch on every package index.
-    timm and mmpretrain call none of them. Can go when both builds can be installed alike.
-    """
-    global _torchvision
-    import torch
-    found = _version('torchvision')
-    if (found is None or 'torchvision' in sys.modules or not torch.__version__.endswith('+cpu') or
-            found.endswith('+cpu')):
-        return
-    _torchvision = torch.library.Library('torchvision', 'FRAGMENT')
-    for name in ('nms', 'qnms'):
-        _torchvision.define(f'{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
-
-
-def _version(name: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Return the version of an installed package by its metadata, or None."""
     try:
-        return metadata.version(name)
+        return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 
 
-def _digits(version: str) -> tuple[int, ...]:
-    """The release of a version: '2.13.0+cpu' -> (2, 13, 0)."""
-    digits = []
-    for part in version.split('+')[0].split('.'):
-        number = ''.join(ch for ch in part if ch.isdigit())
-        if not number or not part.isdigit():
-            break
-        digits.append(int(number))
-    return tuple(digits)
+def release(version: str) -> tuple[int, ...]:
+    """Return the numbers of a version: '2.13.0+cpu' -> (2, 13, 0)."""
+    return tuple(map(int, re.findall(r'\d+', re.split(r'[^\d.]', version)[0])))
 
 
-class _MissingOps(types.ModuleType):
-    """Stands for ``mmcv._ext``; its operators raise when they are called."""
+@functools.cache
+def declare_torchvision_ops() -> Any:
+    """Let torchvision be imported where its build does not match torch's, as timm does.
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith('__'):
-            raise AttributeError(name)
-
-        def missing(*args: Any, **kwargs: Any) -> None:
-            raise RuntimeError(f'the operator {name} needs the compiled mmcv in place of mmcv-lite')
-        return missing
-
-
-class _Stub(MetaPathFinder, Loader):
-    """Finds ``mmcv._ext`` where no other finder does, so that ``mmcv.ops`` can be imported."""
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        missing = name == 'mmcv._ext' and _version('onedl-mmcv') is None
-        return ModuleSpec(name, self) if missing else None
-
-    def create_module(self, spec: ModuleSpec) -> types.ModuleType:
-        return _MissingOps(spec.name)
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        pass
+    torchvision's CUDA build does not load its operators on a CPU torch, and then fails at import
+    because they are not declared; there is no CPU build for every torch on every package index.
+    timm and mmpretrain call none of them. Can go when both builds can be installed alike. The
+    declarations last as long as the object that is returned; the cache keeps it.
+    """
+    import torch
+    if not torch.__version__.endswith('+cpu') or (
+            version_of('torchvision') or '+cpu').endswith('+cpu'):
+        return None
+    library = torch.library.Library('torchvision', 'FRAGMENT')
+    for name in ('nms', 'qnms'):
+        library.define(f'{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
+    return library
 
 
-class _BeforeImport(MetaPathFinder):
-    """Calls `declare_torchvision_ops` before torchvision is imported, and defers timm.
+class _MissingOps(Loader):
+    """Loads ``mmcv._ext`` where there is none: its operators raise when they are called."""
 
-    mmseg imports timm, a second of work, for one of its backbones. It can go when mmseg imports it
-    there.
+    def exec_module(self, module: Any) -> None:
+        def operator(name: str) -> Any:
+            if name.startswith('__'):
+                raise AttributeError(name)
+
+            def missing(*args: Any, **kwargs: Any) -> None:
+                raise RuntimeError(f'the operator {name} needs the compiled mmcv in place of '
+                                   'mmcv-lite')
+            return missing
+        module.__getattr__ = operator
+
+
+class _Imports(MetaPathFinder):
+    """Helps three packages when they are imported.
+
+    torchvision: see `declare_torchvision_ops`. timm: mmseg imports it, a second of work, for one of
+    its backbones, so it is loaded when it is used. ``mmcv._ext``: mmseg 1.2.2 imports mmcv.ops for
+    Mask2Former's sake, which needs it, and mmcv-lite lacks it; the fork needs no stub. The last two
+    can go when mmseg imports them where they are used.
     """
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name == 'torchvision':
             declare_torchvision_ops()
-        spec = PathFinder.find_spec(name, path) if name == 'timm' else None
-        if spec is not None and spec.loader is not None:
+        spec = PathFinder.find_spec(name, path) if name in ('timm', 'mmcv._ext') else None
+        if name == 'timm' and spec is not None and spec.loader is not None:
             spec.loader = LazyLoader(spec.loader)
+        if name == 'mmcv._ext' and spec is None and version_of('onedl-mmcv') is None:
+            spec = ModuleSpec(name, _MissingOps())
         return spec
 
 
@@ -196,21 +191,9 @@ def prepare_imports() -> None:
     use of an old function and of a hook that draws nothing: the filter can go when they do not.
     """
     provide_home()
-    stub_mmcv_ops()
-    sys.meta_path.insert(0, _BeforeImport())
+    sys.meta_path.insert(0, _Imports())
     warnings.filterwarnings('ignore', message='Fail to import|Default ``avg_non_ignore``|'
                             '``build_loss`` would be|The draw is False')
-
-
-def stub_mmcv_ops() -> None:
-    """Let ``mmseg.models`` be imported with mmcv-lite.
-
-    mmseg 1.2.2 imports mmcv.ops for Mask2Former's sake, and mmcv.ops needs the compiled
-    ``mmcv._ext``, which mmcv-lite lacks. The stub is used only where there is none. Can go when
-    mmsegmentation imports mmcv.ops lazily; the fork needs no stub.
-    """
-    if not any(isinstance(finder, _Stub) for finder in sys.meta_path):
-        sys.meta_path.append(_Stub())
 
 
 def swaps_channels(preprocessor: Any) -> bool:
@@ -221,16 +204,6 @@ def swaps_channels(preprocessor: Any) -> bool:
     """
     return bool(getattr(preprocessor, 'channel_conversion', False) or
                 getattr(preprocessor, '_channel_conversion', False))
-
-
-def decline_telemetry() -> None:
-    """Keep openvino and nncf from telling their makers what is exported here.
-
-    Both send events to Google Analytics unless a file in the home directory declines, and neither
-    has an argument against it; without the package that sends, both do nothing instead. Has to run
-    before they are imported. Can go when they ask first.
-    """
-    sys.modules.setdefault('openvino_telemetry', None)  # type: ignore[arg-type]
 
 
 def is_exporting() -> bool:
@@ -250,11 +223,8 @@ def allow_mmengine_checkpoints() -> list[Any]:
     mmengine stores its HistoryBuffer, which pickles numpy arrays and four of its own methods by
     ``getattr``. Real ones would let a file reach anything (``getattr``), forge arrays of Python
     objects (``numpy.ndarray``, a dtype's ``__setstate__``), or change what HistoryBuffer does for
-    all. So stand-ins take their places that make plain numbers only. Can go when mmengine stores
-    plain numbers.
-
-    Returns:
-        The stand-ins, under the names that the files ask for.
+    all. So stand-ins take their places that make plain numbers only; they are returned. Can go when
+    mmengine stores plain numbers.
     """
     import pickle
 
@@ -342,15 +312,14 @@ def init_distributed(cfg: Any) -> None:
 
     Without a GPU: mmengine's init_dist selects a CUDA device, its Runner hands device ids to DDP,
     and torch's SyncBatchNorm refuses CPU tensors. So the process group is made first, with gloo,
-    and the config names a wrapper without device ids and no SyncBN. Can go when mmengine's
+    and the config names no device ids and no SyncBN. Can go when mmengine's
     init_dist asks which device there is.
 
     After a restart: torch 2.13's static rendezvous keeps its store, and with it the addresses of
     processes that are gone, at which the new ones wait for ever. So each start gets a prefix of its
     own. Can go when torch/distributed/rendezvous.py has one again for stores of the agent.
 
-    Args:
-        cfg: The config of the run, changed in place.
+    ``cfg``, the config of the run, is changed in place.
     """
     import torch
     import torch.distributed as dist
@@ -366,7 +335,7 @@ def init_distributed(cfg: Any) -> None:
             settings['timeout'] = timedelta(seconds=settings['timeout'])
     else:
         cfg.sync_bn = None
-        cfg.model_wrapper_cfg = dict(type='CPUDistributedDataParallel')
+        cfg.model_wrapper_cfg = dict(type='MMDistributedDataParallel', device_ids=None)
     if restart:
         rank, world_size = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
         store = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']),
@@ -382,10 +351,8 @@ def leave_distributed(code: int = 0) -> None:
     mmengine never ends the process group, and gloo now and then aborts a process whose peer goes
     away while it is still busy, or one that takes its threads down. So all meet, over the store and
     not over gloo, before the first one leaves, rank 0 leaves last, and none takes gloo down: the
-    process ends here. Can go when mmengine destroys its process group and gloo survives that.
-
-    Args:
-        code: Exit code of the process.
+    process ends here, with this exit code. Can go when mmengine destroys its process group and gloo
+    survives that.
     """
     import torch.distributed as dist
     if not dist.is_initialized():
@@ -407,19 +374,6 @@ def leave_distributed(code: int = 0) -> None:
     dist.destroy_process_group()
 
 
-def register_cpu_wrapper() -> None:
-    """Register the DDP wrapper that `init_distributed` names."""
-    from mmengine.model import MMDistributedDataParallel
-    from mmengine.registry import MODEL_WRAPPERS
-
-    class CPUDistributedDataParallel(MMDistributedDataParallel):
-
-        def __init__(self, module: Any, device_ids: Any = None, **kwargs: Any) -> None:
-            super().__init__(module, device_ids=None, **kwargs)
-
-    MODEL_WRAPPERS.register_module(module=CPUDistributedDataParallel)
-
-
 def compiled_resize(x: 'Tensor', size: tuple[int, int], align_corners: bool) -> 'Tensor':
     """Bilinear resize as two matrix products, for training in compiled code.
 
@@ -427,13 +381,7 @@ def compiled_resize(x: 'Tensor', size: tuple[int, int], align_corners: bool) -> 
     for maps computed in the same graph (seen on EDAFormerHead; tests/engine/test_compile.py fails
     without this). Can go once that test passes with ``F.interpolate``.
 
-    Args:
-        x: Map, N x C x h x w.
-        size: H and W.
-        align_corners: As in ``F.interpolate``.
-
-    Returns:
-        Map, N x C x H x W, channels-last.
+    Arguments are those of ``F.interpolate``; the result is channels-last.
     """
     import torch
     n, c, height, width = x.shape

@@ -1,28 +1,19 @@
 """What `doctor` tries in a child process, where a library may crash or hang."""
 import faulthandler
-import importlib.util
+import functools
+import importlib
 import logging
-import math
-import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from . import compat
-from .doctor import (
-    IMPORTS,
-    INSTALL,
-    OPTIONAL,
-    PIP,
-    Report,
-    check_folder,
-    check_torchvision,
-    find_fix,
-)
+from .doctor import OPTIONAL, REQUIRED, Report, check_torchvision
 
-ROOT = Path(__file__).resolve().parents[1]
+SERIOUS = r'CUDA init|NVML|not compatible|cpu_kernels\.cpp'
+"""Warnings that are findings."""
 
 
 def try_all(notes: str, timeout: str, config: str | None = None) -> None:
@@ -31,122 +22,88 @@ def try_all(notes: str, timeout: str, config: str | None = None) -> None:
     A step that takes more than ``timeout`` seconds ends the process, even within C code.
     """
     report = Report(notes=notes)
-
-    def attempt(step: str, level: str, call: Callable[..., str], *args: Any) -> bool:
-        report.add_fact('Tried', step, 'fails')  # until it ends
-        faulthandler.dump_traceback_later(float(timeout), exit=True)
-        try:
-            report.add_fact('Tried', step, call(report, *args))
-            return True
-        except (Exception, SystemExit) as error:
-            report.add_failure(level, step, f'fails: {_describe(error)}')
-            return False
-
-    for name in IMPORTS:
-        if not attempt(f'import {name}', 'error', try_import, name):
+    tried = functools.partial(attempt, report, float(timeout))
+    for name in REQUIRED:
+        if tried(f'import {name}', 'error', try_import, report, name) is None:
             return
         if name == 'torch':
-            attempt("torch's collect_env", 'warning', collect_environment)
-            attempt('torch devices', 'error', check_torch)
+            tried('torch devices', 'error', check_torch, report)
     compat.prepare_imports()  # as the package itself does
+    from mmengine.utils.dl_utils import collect_env
+    for name, value in (tried('collect_env', 'warning', collect_env) or {}).items():
+        report.add_fact('Environment', name, ' '.join(str(value).split()))
     for name in OPTIONAL:
         if importlib.util.find_spec(name) is not None:
-            attempt(f'import {name}', 'warning', try_import, name)
-    if attempt('import mmseg_edaformer', 'error', try_import, 'mmseg_edaformer'):
+            tried(f'import {name}', 'warning', try_import, report, name)
+    if tried('import mmseg_edaformer', 'error', try_import, report, 'mmseg_edaformer'):
         for device in ('cpu', 'cuda') if sys.modules['torch'].cuda.is_available() else ('cpu',):
-            attempt(f'EDAFormer-T on {device}', 'error', predict, device)
+            tried(f'EDAFormer-T on {device}', 'error', predict, device)
         if config is not None:
-            attempt('config', 'error', check_config, config)
+            check_config(tried, report, config)
+
+
+def attempt(report: Report, timeout: float, step: str, level: str, call: Callable[..., Any],
+            *args: Any) -> Any:
+    """Take a step and add how it went; returns its result, or None if it failed."""
+    report.add_fact('Tried', step, 'fails')  # until it ends
+    faulthandler.dump_traceback_later(timeout, exit=True)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
+            result = call(*args)
+        report.add_fact('Tried', step, result if isinstance(result, str) else 'works')
+        for warning in caught:
+            if re.search(SERIOUS, text := ' '.join(str(warning.message).split())):
+                report.add('warning', text)
+        return result
+    except (Exception, SystemExit) as error:
+        text = ' '.join(str(error).split()).removeprefix('error: ')  # SystemExit of clear_errors
+        report.add_failure(level, step, 'fails: ' + (
+            text if isinstance(error, SystemExit) else f'{type(error).__name__}: {text[:500]}'))
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def try_import(report: Report, name: str) -> str:
     """Import a module, and return its version and folder."""
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        module = importlib.import_module(name)
-        if name in ('mmpretrain', 'mmseg_edaformer'):  # the rest does not say whether it works
-            importlib.import_module(f'{name}.models')
-    version, folder = getattr(module, '__version__', ''), Path(str(module.__file__)).parent
-    if name == 'mmseg_edaformer' and folder.resolve() != Path(__file__).resolve().parent:
-        report.add('warning', f'Python imports another copy, {folder}, than the one in {ROOT}',
-                   INSTALL)
+    module = importlib.import_module(name)
+    if name in ('mmpretrain', 'mmseg_edaformer'):  # the rest does not say whether it works
+        importlib.import_module(f'{name}.models')
+    version = getattr(module, '__version__', '')
     if name == 'torchvision':  # whose metadata may not tell its build
         check_torchvision(report, sys.modules['torch'].__version__, version)
-    return f'{version} {folder}'.strip()
-
-
-def collect_environment(report: Report) -> str:
-    """Add what torch collects of the machine for bug reports."""
-    from torch.utils.collect_env import get_env_info
-    for name, value in get_env_info()._asdict().items():
-        if value and name not in ('torch_version', 'pip_packages', 'conda_packages', 'cpu_info'):
-            report.add_fact('Environment', name, ', '.join(str(value).splitlines()))
-    return 'see Environment'
+    return f'{version} {module.__file__}'.strip()
 
 
 def check_torch(report: Report) -> str:
-    """Check the threads that torch starts and the GPUs that it can use."""
+    """Check that torch sees the GPUs."""
     import torch
-    cores, threads = usable_cores(), torch.get_num_threads()
-    if threads > cores:
-        report.add('warning', f'torch starts {threads} threads on {cores} '
-                   f'core{"s" if cores > 1 else ""}, which makes it many times slower',
-                   f'export OMP_NUM_THREADS={cores}')
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter('always')
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    for warning in caught:
-        report.add('warning', f'torch warns: {" ".join(str(warning.message).split())}')
-    if count and compat._version('triton') is None:
-        report.add('warning', 'Triton is missing; --compile needs it on a GPU',
-                   f'{PIP} install triton')
-    cards = report.facts.get('Environment', {}).get('nvidia_gpu_models')
-    if cards and not count and not caught:
-        _explain_no_gpu(report, f'torch does not see the GPU ({cards})',
-                        torch.version.cuda or torch.version.hip)
-    return f'{count or "no"} GPU{"" if count == 1 else "s"}'
+    from torch.utils.collect_env import get_gpu_info, run
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count and (cards := get_gpu_info(run)):
+        build = torch.version.cuda or torch.version.hip
+        report.add('warning', f'torch does not see the GPU ({cards}): ' + (
+            f'CUDA_VISIBLE_DEVICES hides it, the driver is too old for CUDA {build}, or this user '
+            'may not open /dev/nvidia*' if build else 'it was built for CPUs. Install the build '
+            'that https://pytorch.org/get-started/locally names'))
+    return f'GPUs: {count}'
 
 
-def _explain_no_gpu(report: Report, problem: str, build: str | None) -> None:
-    if build is None:
-        report.add('warning', f'{problem}: it was built for CPUs. Install the build that '
-                   'https://pytorch.org/get-started/locally names, such as',
-                   f'{PIP} install --force-reinstall --index-url https://pypi.org/simple '
-                   f'"torch=={(compat._version("torch") or "").partition("+")[0]}"')
-    elif os.environ.get('CUDA_VISIBLE_DEVICES', '0').strip() in ('', '-1'):
-        report.add('warning', f'{problem}: CUDA_VISIBLE_DEVICES hides it',
-                   'unset CUDA_VISIBLE_DEVICES')
-    else:
-        report.add('warning', f'{problem}: the driver is too old for CUDA {build}, or this user '
-                   'may not open the device files', 'ls -l /dev/nvidia*')
-
-
-def predict(report: Report, device: str) -> str:
+def predict(device: str) -> str:
     """Predict a 64 x 64 image with EDAFormer-T and random weights, without ISR and with it."""
     import torch
-    from mmengine.config import Config
-    from mmengine.registry import init_default_scope
-    from mmseg.registry import MODELS
-    from mmseg.structures import SegDataSample
+    from mmseg.apis import init_model
 
+    from mmseg_edaformer.engine.run_config import load_config
     from mmseg_edaformer.isr import isr
-    init_default_scope('mmseg')
-    sizes = dict(img_shape=(64, 64), ori_shape=(64, 64), pad_shape=(64, 64))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter('always')
-        model = MODELS.build(Config.fromfile(
-            ROOT / 'configs' / 'edaformer_t_ade.py').model).eval().to(device)
-        for ratio in ('none', 'optimal'):
-            with isr(model, ratio), torch.no_grad():
-                model.test_step(dict(inputs=[torch.zeros(3, 64, 64, dtype=torch.uint8)],
-                                     data_samples=[SegDataSample(metainfo=sizes)]))
-    for warning in caught:
-        if str(warning.message).startswith('cpu_kernels.cpp'):
-            report.add('warning', str(warning.message))
+    model = init_model(load_config('edaformer_t_ade'), device=device)
+    for ratio in ('none', 'optimal'):
+        with isr(model, ratio), torch.no_grad():
+            model.predict_labels(torch.zeros(1, 3, 64, 64, device=device))
     return 'predicts a 64 x 64 image, without ISR and with it'
 
 
-def check_config(report: Report, path: str) -> str:
+def check_config(tried: Callable[..., Any], report: Report, path: str) -> None:
     """Check a config as tools/train.py and tools/test.py do, but go on after an error."""
     import torch
     from mmengine.logging import MMLogger
@@ -154,44 +111,15 @@ def check_config(report: Report, path: str) -> str:
     from mmseg_edaformer.engine import checks
     from mmseg_edaformer.engine.run_config import load_config
     from mmseg_edaformer.errors import clear_errors
-
-    def check(call: Callable[..., Any], *args: Any) -> Any:
-        try:
-            with clear_errors():
-                return call(*args)
-        except (Exception, SystemExit) as error:  # the other checks have more to say
-            problem = _describe(error)
-            report.add('error', problem, find_fix(problem))
-
     handler, logger = logging.Handler(logging.WARNING), MMLogger.get_current_instance()
     handler.emit = lambda record: report.add('warning', record.getMessage())  # type: ignore
     logger.addHandler(handler)
-    try:
-        cfg = check(load_config, path)
-        if cfg is None:
-            return path
-        for call in (checks.check_amp, checks.check_programs, checks.check_start):
-            check(call, cfg)
-        check(checks.check_batch_size, cfg,
-              torch.cuda.device_count() if torch.cuda.is_available() else 1)
-        for split in ('train', 'val', 'test'):
-            check(checks.check_data, cfg, split)
-        check_folder(report, Path(cfg.work_dir), 'error')
-    finally:
-        logger.removeHandler(handler)
-    return path
-
-
-def _describe(error: BaseException) -> str:
-    if isinstance(error, SystemExit):  # of clear_errors
-        return str(error).removeprefix('error: ')
-    return f'{type(error).__name__}: {(str(error).strip().splitlines() or [""])[0]}'
-
-
-def usable_cores() -> int:
-    """Return how many cores this process may keep busy, with the limit of its container."""
-    cores = (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity')
-             else os.cpu_count() or 1)
-    limit = Path('/sys/fs/cgroup/cpu.max')
-    quota, period = limit.read_text().split() if limit.is_file() else ('max', '')
-    return cores if quota == 'max' else min(cores, math.ceil(int(quota) / int(period)))
+    cfg = tried('config', 'error', clear_errors()(load_config), path)
+    steps: list[tuple[Callable[..., None], Any]] = [] if cfg is None else [
+        (checks.check_amp, cfg), (checks.check_programs, cfg), (checks.check_start, cfg),
+        (checks.check_work_dir, cfg.work_dir),
+        *((functools.partial(checks.check_data, cfg), split) for split in ('train', 'val', 'test')),
+        (functools.partial(checks.check_batch_size, cfg), max(1, torch.cuda.device_count()))]
+    for call, subject in steps:
+        tried('config', 'error', clear_errors()(call), subject)
+    logger.removeHandler(handler)

@@ -6,4 +6,3 @@ compat.check_environment()
 from . import data, engine, models, pretraining  # noqa: E402, F401
 
 compat.allow_mmengine_checkpoints()
-compat.register_cpu_wrapper()

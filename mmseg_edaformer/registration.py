@@ -20,9 +20,7 @@ class _AfterImport(MetaPathFinder):
 
     def find_spec(self, name: str, path: Sequence[str] | None = None,
                   target: ModuleType | None = None) -> ModuleSpec | None:
-        if name not in _REGISTRIES:
-            return None
-        spec = PathFinder.find_spec(name, path)
+        spec = PathFinder.find_spec(name, path) if name in _REGISTRIES else None
         if spec is None or spec.loader is None:
             return None
         loader: Any = spec.loader

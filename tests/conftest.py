@@ -34,6 +34,14 @@ def _scope_and_seed():
 
 
 @pytest.fixture
+def set_threads():
+    """``torch.set_num_threads`` until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def cuda():
     """A GPU, or a CPU that passes for one: for tests marked ``gpu`` of code for GPUs alone."""
     with contextlib.ExitStack() as stack:

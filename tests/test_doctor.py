@@ -1,4 +1,5 @@
 """What tools/doctor.py finds, and that it survives what it looks for."""
+import functools
 import json
 import os
 import re
@@ -12,21 +13,26 @@ import pytest
 import torch
 import torch.utils.collect_env
 
-from mmseg_edaformer import doctor, doctor_trials
+from mmseg_edaformer import compat, doctor, doctor_trials
 from tests.conftest import ROOT, run, write_config
 
 GOOD = {'torch': '2.6.0+cu124', 'torchvision': '0.21.0+cu124', 'mmengine': '0.10.7',
         'mmsegmentation': '1.2.2', 'mmcv-lite': '2.1.0', 'numpy': '2.2.0', 'scipy': '1.13.1',
         'opencv-python': '4.10.0.84', 'matplotlib': '3.9.0', 'ftfy': '6.3', 'regex': '2025.1',
-        'setuptools': '80.9.0', 'timm': '1.0.31', 'mmpretrain': '1.2.0', 'transformers': '5.1.0',
-        'safetensors': '0.5', 'simplejpeg': '1.9', 'pip': '24.0'}
+        'mmpretrain': '1.2.0', 'simplejpeg': '1.9', 'pip': '24.0'}
 FORK = {**GOOD, 'mmengine': None, 'mmsegmentation': None, 'mmcv-lite': None, 'mmpretrain': None,
         'onedl-mmengine': '0.10.12', 'onedl-mmsegmentation': '1.4.2', 'onedl-mmcv': '2.3.6'}
+MODULES = {'mmcv': ('mmcv', 'mmcv-lite', 'onedl-mmcv'), 'torch': ('torch',),
+           'mmpretrain': ('mmpretrain', 'onedl-mmpretrain'),
+           'cv2': ('opencv-python', 'opencv-python-headless')}
 
 
 def versions(monkeypatch, installed):
     """The report of an environment with these packages alone."""
-    monkeypatch.setattr(doctor.compat, '_version', installed.get)
+    monkeypatch.setattr(compat, 'version_of', installed.get)
+    monkeypatch.setattr(doctor, 'version_of', installed.get)
+    monkeypatch.setattr(doctor, 'packages_distributions', lambda: {
+        module: [*filter(installed.get, names)] for module, names in MODULES.items()})
     report = doctor.Report()
     doctor.check_versions(report)
     return report
@@ -36,35 +42,32 @@ def versions(monkeypatch, installed):
     GOOD, FORK, {**GOOD, 'mmcv-lite': None, 'mmcv': '2.1.0'},
     {**GOOD, 'torch': '2.13.0+cpu', 'torchvision': '0.28.0'},
     {**GOOD, 'numpy': '1.26.4', 'opencv-python': '4.8.1.78', 'matplotlib': '3.8.0'},
-    {**FORK, 'torchvision': None}])
+    {**FORK, 'torch': '2.13.0', 'torchvision': '0.28.0+cu130'}])
 def test_sound_versions_have_no_findings(monkeypatch, installed):
     report = versions(monkeypatch, installed)
     assert report.findings == []
     assert report.ready
-    assert report.facts['Versions']['torch'] == installed['torch']
+    assert report.facts['Versions']['torch'] == f'torch {installed["torch"]}'
 
 
 @pytest.mark.parametrize(('change', 'level', 'problem', 'fix'), [
     ({'onedl-mmcv': '2.3.6'}, 'error', 'mmcv-lite, onedl-mmcv are installed together and overwrite',
-     r'uninstall -y mmengine mmsegmentation mmcv-lite onedl-mmcv && .*\[openmmlab\]'),
+     r'uninstall -y mmcv-lite onedl-mmcv && .*\[(openmmlab|fork)\]'),
     ({'onedl-mmpretrain': '1.3.6'}, 'warning', 'overwrite',
-     'uninstall -y mmpretrain onedl-mmpretrain && .* install mmpretrain$'),
+     r'uninstall -y mmpretrain onedl-mmpretrain && .*\[pretrain(-fork)?\]'),
     ({'simplejpeg': None}, 'warning', 'damaged JPEGs are', 'install simplejpeg$'),
-    ({'mmcv': '2.1.0'}, 'error', 'overwrite',
-     'uninstall -y mmcv mmcv-lite && .* install "mmcv-lite>=2.0.1,<2.2.0"$'),
     ({'mmcv': '2.2.0', 'mmcv-lite': None}, 'error', 'mmcv 2.2.0 does not fit',
      'uninstall -y mmcv && .*"mmcv-lite>=2.0.1,<2.2.0"'),
-    ({'mmcv-lite': '2.2.0'}, 'error', 'older than 2.2.0', 'install .*"mmcv-lite>=2.0.1,<2.2.0"'),
     ({'opencv-python-headless': '4.10.0.84'}, 'warning', 'overwrite',
      'uninstall -y opencv-python opencv-python-headless && .* install opencv-python$'),
-    ({'ftfy': None, 'regex': None}, 'error', 'ftfy and regex missing', 'install ftfy regex$'),
-    ({'torchvision': '0.20.1+cu124'}, 'warning', 'not built for torch 2.6.0',
+    ({'ftfy': None, 'regex': None}, 'error', 'ftfy is missing; regex is missing',
+     'install "ftfy>=6" "regex>=2020"$'),
+    ({'torchvision': '0.20.1+cu124'}, 'warning',
+     'torchvision 0.20.1+cu124 was not built for torch 2.6.0',
      r'"torchvision==0\.21\.\*" --index-url https://download.pytorch.org/whl/cu124$'),
+    ({'torchvision': '0.21.0+cpu'}, 'warning', 'not built for torch 2.6.0', '/whl/cu124$'),
     ({'opencv-python': '4.8.1.78'}, 'error', 'built for numpy 1',
      'install "opencv-python>=4.10"$'),
-    ({'torch': '2.3.1', 'torchvision': None}, 'error', 'must be 2.4 or newer',
-     'install "torch>=2.4"'),
-    ({'mmsegmentation': None}, 'error', 'is missing', 'install .*"mmsegmentation>=1.2.2"'),
     ({'pip': None}, 'warning', 'pip is missing', '-m ensurepip$'),
 ])
 def test_bad_versions_are_found_with_the_command_that_fixes_them(monkeypatch, change, level,
@@ -79,62 +82,31 @@ def test_bad_versions_are_found_with_the_command_that_fixes_them(monkeypatch, ch
 
 
 @pytest.mark.parametrize(('free', 'compiler', 'problems'), [
-    (2 ** 40, '/usr/bin/g++', []), (2 ** 26, None, ['"Bus error"', 'C++ compiler g++ is not on'])])
-def test_what_a_container_lacks_is_found(monkeypatch, free, compiler, problems):
+    (2 ** 40, '/usr/bin/g++', []),
+    (2 ** 26, None, ['"Bus error"', 'less than 2 GiB free', 'C++ compiler g++ is not on'])])
+def test_what_a_machine_lacks_is_found(monkeypatch, free, compiler, problems):
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: types.SimpleNamespace(free=free))
     monkeypatch.setattr(shutil, 'which', lambda name: compiler)
     monkeypatch.delenv('CXX', raising=False)
-    monkeypatch.setenv('PYTHONPATH', '/mine')
     report = doctor.Report()
     doctor.check_machine(report)
     assert report.ready
     assert all(problem in finding.problem
                for problem, finding in zip(problems, report.findings, strict=True))
-    assert report.facts['Variables']['PYTHONPATH'] == '/mine'
 
 
-def test_a_full_or_closed_work_dir_is_found(monkeypatch, tmp_path):
-    (tmp_path / 'file').touch()
-    report = doctor.Report()
-    doctor.check_folder(report, tmp_path / 'file' / 'work', 'error')
-    monkeypatch.setattr(shutil, 'disk_usage', lambda path: types.SimpleNamespace(free=2 ** 29))
-    doctor.check_folder(report, tmp_path / 'new' / 'work', 'error')
-    assert [finding.level for finding in report.findings] == ['error', 'warning']
-    assert 'cannot be written' in report.findings[0].problem
-    assert 'only 0.5 GiB are free' in report.findings[1].problem
-    assert list(tmp_path.iterdir()) == [tmp_path / 'file']
-
-
-@pytest.mark.parametrize(('cards', 'build', 'hidden', 'problem', 'fix'), [
-    ('GPU 0: NVIDIA H200', None, '0', 'built for CPUs', '"torch==2.13.0"'),
-    ('GPU 0: NVIDIA H200', '13.0', '', 'CUDA_VISIBLE_DEVICES hides it', 'unset CUDA'),
-    ('GPU 0: Tesla K80', '13.0', '0', 'too old for CUDA 13.0', 'ls -l /dev'),
-])
-def test_a_gpu_that_torch_does_not_see_is_a_warning(monkeypatch, cards, build, hidden, problem,
-                                                   fix):
+@pytest.mark.parametrize(('build', 'problem'), [
+    (None, 'built for CPUs'), ('13.0', 'too old for CUDA 13.0')])
+def test_a_gpu_that_torch_does_not_see_is_a_warning(monkeypatch, build, problem):
     monkeypatch.setattr(torch.version, 'cuda', build)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    monkeypatch.setattr(torch, 'get_num_threads', lambda: 1)
-    monkeypatch.setattr(doctor.compat, '_version', lambda name: '2.13.0+cpu')
-    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', hidden)
-    report = doctor.Report(facts=dict(Environment=dict(nvidia_gpu_models=cards)))
-    assert doctor_trials.check_torch(report) == 'no GPUs'
+    monkeypatch.setattr(torch.utils.collect_env, 'get_gpu_info', lambda run: 'GPU 0: NVIDIA H200')
+    report = doctor.Report()
+    assert doctor_trials.check_torch(report) == 'GPUs: 0'
     [finding] = report.findings
     assert finding.level == 'warning'
+    assert 'does not see the GPU (GPU 0: NVIDIA H200)' in finding.problem
     assert problem in finding.problem
-    assert fix in finding.fix
-
-
-def test_too_many_threads_and_a_missing_triton_are_found(monkeypatch):
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
-    monkeypatch.setattr(torch, 'get_num_threads', lambda: 64)
-    monkeypatch.setattr(doctor_trials, 'usable_cores', lambda: 2)
-    monkeypatch.setattr(doctor.compat, '_version', {}.get)
-    report = doctor.Report()
-    assert doctor_trials.check_torch(report) == '2 GPUs'
-    assert [finding.fix for finding in report.findings] == [
-        'export OMP_NUM_THREADS=2', f'{sys.executable} -m pip install triton']
 
 
 @pytest.mark.parametrize(('module', 'problem', 'fix'), [
@@ -165,29 +137,17 @@ test_dataloader = dict(dataset=dict(data_root=data_root, metainfo=dict(
     classes=('a', 'b'), palette=[[0, 0, 0], [1, 1, 1]])))
 ''')
     report = doctor.Report()
-    doctor_trials.check_config(report, str(config))
+    doctor_trials.check_config(functools.partial(doctor_trials.attempt, report, 60.), report,
+                               str(config))
     found = [(finding.level, finding.problem) for finding in report.findings]
     for level, part in (('error', 'checkpoint not found: gone.pth'),
                         ('error', 'the val set is not where the config says: gone'),
                         ('error', 'has 2 classes, the model 8'),
                         ('error', "the test set cannot be built: new classes ('a', 'b') is not a"),
-                        ('error', '/dev/null/work cannot be written'),
+                        ('error', '/dev/null/work cannot be written to'),
                         ('warning', 'images per step, but the learning rate')):
         assert any(level == each and part in problem for each, problem in found), (part, found)
     assert len(found) == 6
-
-
-@pytest.mark.parametrize(('torch_version', 'vision', 'fix'), [
-    ('2.13.0+cpu', '0.28.0+cu130', r'"torchvision==0\.28\.\*" --index-url .*/whl/cpu$'),
-    ('2.13.0+cu130', '0.28.0+cu130', None), ('2.13.0', '0.28.0+cu130', None),
-])
-def test_a_torchvision_of_another_build_is_a_warning(torch_version, vision, fix):
-    report = doctor.Report()
-    doctor.check_torchvision(report, torch_version, vision)
-    assert [finding.level for finding in report.findings] == ['warning'] * (fix is not None)
-    for finding in report.findings:
-        assert f'{vision} was not built for torch {torch_version}' in finding.problem
-        assert re.search(fix, finding.fix)
 
 
 def test_this_environment_can_run(scenes, tmp_path):
@@ -195,17 +155,16 @@ def test_this_environment_can_run(scenes, tmp_path):
     report = json.loads(run('tools/doctor.py', config, '--json').stdout)
     assert report['ready'] is True
     assert not any(finding['level'] == 'error' for finding in report['findings'])
-    assert {'torch', 'numpy', 'opencv-python'} <= report['facts']['Versions'].keys()
     tried = report['facts']['Tried']
     assert 'fails' not in tried.values()
     assert tried['EDAFormer-T on cpu'].startswith('predicts a 64 x 64 image')
-    assert tried['import mmseg_edaformer'].endswith(str(ROOT / 'mmseg_edaformer'))
-    assert tried['config'] == str(config)
-    assert report['facts']['Environment']['is_cuda_available'] == str(torch.cuda.is_available())
+    assert tried['import mmseg_edaformer'].endswith(str(ROOT / 'mmseg_edaformer/__init__.py'))
+    assert tried['config'] == 'works'
+    assert report['facts']['Environment']['CUDA available'] == str(torch.cuda.is_available())
 
 
 @pytest.mark.parametrize(('broken', 'problem'), [
-    ("raise RuntimeError('half\\ninstalled')", 'import mmseg fails: RuntimeError: half ('),
+    ("raise RuntimeError('half\\ndone')", 'import mmseg fails: RuntimeError: half done ('),
     ('import os; os.abort()', 'import mmseg crashes (SIGABRT)'),
     ('import time; time.sleep(600)', 'import mmseg does not end within 5 s'),
 ])
@@ -214,12 +173,11 @@ def test_a_broken_library_is_named(tmp_path, broken, problem):
         (tmp_path / f'{name}.py').touch()
     (tmp_path / 'mmseg.py').write_text(broken)
     done = run('tools/doctor.py', '--timeout', 5, check=False,
-               env=dict(os.environ, PYTHONPATH=str(tmp_path), COLUMNS='500'))
+               env=dict(os.environ, PYTHONPATH=str(tmp_path)))
     assert done.returncode == 1
-    text = ' '.join(done.stdout.split())  # lines are wrapped
-    assert problem in text
-    assert str(tmp_path / 'mmseg.py') in text
-    assert 'how to fix: unset PYTHONPATH' in text
+    assert problem in done.stdout
+    assert str(tmp_path / 'mmseg.py') in done.stdout
+    assert 'how to fix: unset PYTHONPATH' in done.stdout
     assert 'Training or testing cannot run here' in done.stdout.splitlines()[-1]
     assert 'Traceback' not in done.stdout + done.stderr
 

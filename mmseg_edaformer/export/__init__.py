@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from packaging.version import Version
 
 from ..analysis.bench import mean_iou
 from ..analysis.timing import take_turns
+from ..compat import release
 from ..errors import ConfigError
 from ..files import write_file
 from ..isr import ISRRatio
@@ -31,7 +31,7 @@ def export(model: str | Path, out: str | Path, *, format: str, checkpoint: str |
            isr_ratio: ISRRatio | int | str = 'none', size: tuple[int, int] | None = None,
            labels: bool = False, int8: bool = False, calibrate: str | Path | None = None,
            images: str | Path | None = None, samples: int = 40,
-           threads: int | None = None, **renamed: Any) -> ExportReport:
+           threads: int | None = None) -> ExportReport:
     """Write a model for another runtime, and check that it predicts what PyTorch predicts.
 
     The file is written under another name, loaded again and compared, and takes its name last.
@@ -55,9 +55,6 @@ def export(model: str | Path, out: str | Path, *, format: str, checkpoint: str |
         UserError: A package is missing, the arguments do not fit each other or the model, or the
             file is too far from PyTorch; nothing is written then.
     """
-    if renamed:
-        raise TypeError(f'export has no argument {min(renamed)}' + (
-            ': use isr_ratio' if 'isr' in renamed else ''))
     out = Path(out)
     _check_arguments(out, format, int8, calibrate, size, samples, threads)
     segmenter = Segmenter(model, checkpoint, device='cpu', isr_ratio=isr_ratio)
@@ -106,9 +103,11 @@ def _export(segmenter: Segmenter, deployed: Deployed, out: Path, kind: str,
         rows.append(Measured(
             name, parities.get(name), 1e3 * statistics.median(times[name]), middle, (low, high),
             float(mean_iou(areas[name].sum(0))) if areas else None))
-    return ExportReport(out, metadata, tuple(rows), inputs[0].shape[1:3],
-                        len(areas['PyTorch']) if areas else 0, torch.get_num_threads(),
-                        tuple(test_images.notes))
+    timing = 'times of {}x{}x{} in turn (with quartiles), threads: {}'.format(
+        *inputs[0].shape[:3], torch.get_num_threads())
+    if areas:
+        timing += f'; mIoU of {len(areas["PyTorch"])} labelled images'
+    return ExportReport(out, metadata, tuple(rows), timing, tuple(test_images.notes))
 
 
 def _check_arguments(out: Path, kind: str, int8: bool, calibrate: str | Path | None,
@@ -129,7 +128,7 @@ def _check_arguments(out: Path, kind: str, int8: bool, calibrate: str | Path | N
             raise ConfigError(f'--{name} {value}: give 1 or more')
     if size is not None and min(size) < 32:
         raise ConfigError(f'--size {size[0]},{size[1]}: give height and width in pixels from 32 up')
-    if Version(torch.__version__) < Version('2.9'):
+    if release(torch.__version__) < (2, 9):
         raise ConfigError(f'torch {torch.__version__} is too old for the export: install torch 2.9 '
                           'or newer')
     FORMATS[kind].check(*(['nncf'] if int8 and kind == 'openvino' else ()))

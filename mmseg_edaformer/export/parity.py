@@ -70,9 +70,7 @@ class ExportReport:
     path: Path
     metadata: dict[str, Any]
     rows: tuple[Measured, ...]
-    timed: tuple[int, int]
-    labelled: int
-    threads: int
+    timing: str
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -99,18 +97,15 @@ class ExportReport:
             f'{metadata["isr_ratio"]}, {metadata["output"]}, images ' +
             (f'of {size}' if metadata['size'] else f'from {size} up') + ', any number at once',
             str(table),
-            f'Compared on {len(shapes)} inputs of {checked}; times of 1x{self.timed[0]}x'
-            f'{self.timed[1]} in turn (with quartiles), {self.threads} '
-            f'thread{"s" if self.threads > 1 else ""}' +
-            (f'; mIoU of {self.labelled} labelled images' if self.labelled else '') + '.']
+            f'Compared on {len(shapes)} inputs of {checked}; {self.timing}.']
         lines += [f'The times of {row.name} are useless, because their ratio to PyTorch differs '
                   'too much from turn to turn: export again while nothing else runs here, or with '
                   'fewer --threads.' for row in self.rows if row.spread[1] > 1.5 * row.spread[0]]
         if metadata['output'] == 'labels':
             lines.append("Logits apart: where labels differ, PyTorch's logit of its own label less "
                          "that of the file's.")
-        versions = [f'{name} {compat._version(name)}' for name in (
-            'torch', 'onnx', 'onnxruntime', 'openvino', 'nncf') if compat._version(name)]
+        versions = [f'{name} {compat.version_of(name)}' for name in (
+            'torch', 'onnx', 'onnxruntime', 'openvino', 'nncf') if compat.version_of(name)]
         return '\n'.join([*lines, *self.notes, ', '.join(versions)])
 
 
@@ -195,11 +190,12 @@ class TestImages:
         self.segmenter, self.samples = segmenter, samples
         self.notes: list[str] = []
         self.dataset = self._find_dataset(model)
+        self.order = np.random.default_rng(0).permutation(len(self.dataset or ())).tolist()
         self.images: list[np.ndarray] = []
         if folder is not None:
             self.images = read_images(segmenter, folder, _CHECKED)
         elif self.dataset is not None:
-            self.images = [_to_rgb(self.dataset[index]) for index in self._order(_CHECKED)]
+            self.images = [_to_rgb(self.dataset[index]) for index in self.order[:_CHECKED]]
         if not self.images:
             print_log('There are no test images, so drawn ones are compared. Give some of your own '
                       'with --images FOLDER', logger='current', level=logging.WARNING)
@@ -222,10 +218,6 @@ class TestImages:
             self.notes.append(f'The test set of {config} cannot be read: {first_line(error)}')
             return None
 
-    def _order(self, count: int) -> list[int]:
-        total = 0 if self.dataset is None else len(self.dataset)
-        return np.random.default_rng(0).permutation(total)[:count].tolist()
-
     def inputs(self, size: tuple[int, int] | None, minimum: tuple[int, int]) -> list[np.ndarray]:
         """Return batches of one image and of two; for an open size also of another, odd size."""
         images = [fit(image, size, minimum) for image in self.images]
@@ -234,20 +226,22 @@ class TestImages:
             self.notes.append('Smaller images were enlarged.')
         batches = [image[None] for image in images]
         height, width = images[0].shape[:2]
-        sizes = [(height, width)]
+
+        def pair(sides: tuple[int, int]) -> np.ndarray:
+            return np.stack([fit(images[i % len(images)], sides, minimum) for i in range(2)])
+
+        batches.append(pair((height, width)))
         if size is None:
             other = max(minimum[0], 3 * height // 4 | 1), max(minimum[1], 4 * width // 5 | 1)
-            sizes.append((height + 20 | 1, width + 30 | 1) if other == sizes[0] else other)
-        for sides in sizes:
-            pair = [fit(images[i % len(images)], sides, minimum) for i in range(2)]
-            batches += [np.stack(pair), *([] if sides == sizes[0] else [pair[0][None]])]
+            both = pair((height + 20 | 1, width + 30 | 1) if other == (height, width) else other)
+            batches += [both, both[:1]]
         return batches
 
     def areas(self, calls: dict[str, Run], size: tuple[int, int] | None,
               minimum: tuple[int, int]) -> dict[str, np.ndarray]:
         """Return intersections and unions of each class by each call, N x 2 x C; {} unlabelled."""
         areas: dict[str, list[np.ndarray]] = {name: [] for name in calls}
-        for index in self._order(self.samples):
+        for index in self.order[:self.samples]:
             data = self.dataset[index]
             truth = data['data_samples'].get('gt_sem_seg')
             if truth is None:

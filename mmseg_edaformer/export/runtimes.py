@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch.export import ExportedProgram
 
-from ..compat import decline_telemetry, install_command
+from ..compat import install_command
 from ..errors import ConfigError
 from ..files import replacing
 from .graph import images_of
@@ -187,7 +188,8 @@ def _quantise_onnx(source: Path, target: Path, metadata: str, images: list[np.nd
 
 
 def _openvino() -> Any:
-    decline_telemetry()
+    # OpenVINO and NNCF would send events to Google Analytics; without this package they do not.
+    sys.modules.setdefault('openvino_telemetry', None)  # type: ignore[arg-type]
     import openvino
     return openvino
 

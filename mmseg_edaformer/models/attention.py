@@ -4,6 +4,7 @@ Shapes: N batch, C channels, H x W the map, M keys, h heads, d = C / h.
 """
 import math
 import warnings
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from ..errors import ConfigError
 from ..isr.pooling import Grid, Layout, cells, merging, pool_map
 from ..isr.reducers import MergedKeys
 from . import cpu_kernels
-from .layers import PixelLinear, PixelNorm, to_map, to_tokens
+from .layers import PixelLinear, PixelNorm, split_heads, to_map, to_tokens
 
 
 class EmbeddingFreeAttention(nn.Module):
@@ -100,12 +101,6 @@ class EmbeddingFreeAttention(nn.Module):
         rows, columns = self.pool_size(height, width, 1)
         return height // rows, width // columns
 
-    def split_heads(self, x: Tensor) -> Tensor:
-        """View a map as heads: N C H W -> N h (H W) d."""
-        n, c, height, width = x.shape
-        return to_tokens(x).reshape(n, height * width, self.num_heads,
-                                    c // self.num_heads).transpose(1, 2)
-
     def pooled(self, x: Tensor) -> Tensor:
         """The pooled and projected map, N x C x H/p x W/p, from which keys and values are made."""
         kernel = self.pool_size(x.shape[2], x.shape[3])
@@ -128,17 +123,17 @@ class EmbeddingFreeAttention(nn.Module):
         if x.device.type == 'cpu' and not torch.is_grad_enabled() and (
                 self.isr_method != 'bipartite') and not is_exporting():
             return self.proj(attend_by_rows(x, kv, self.num_heads))
-        keys = self.split_heads(kv)  # N C H/p W/p -> N h M d
+        keys = split_heads(kv, self.num_heads)  # N C H/p W/p -> N h M d
         return self.attend(x, keys, keys)
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Attention of a map N x C x H x W to keys and values N x h x M x d, and its projection."""
         n, c, height, width = queries.shape
-        q, mask = self.split_heads(queries), None
+        q, mask = split_heads(queries, self.num_heads), None
         multiplier = self.multiplier(height, width)
         if self.isr_method == 'bipartite' and multiplier > 1:
-            merged = MergedKeys(merging(keys, Layout((self._trained_grid(height, width),)),
-                                        multiplier))
+            layout = Layout((self._trained_grid(height, width),))
+            merged = MergedKeys(merging(keys, layout, multiplier))
             keys, values = merged.tokens(keys), merged.tokens(values)
             mask = merged.mask(None, q)
         out = F.scaled_dot_product_attention(q, keys, values, mask)  # N h (H W) d
@@ -160,17 +155,16 @@ class EmbeddedAttention(EmbeddingFreeAttention):
     Arguments and errors are those of `EmbeddingFreeAttention`.
     """
 
-    def __init__(self, dim: int, num_heads: int, pool_ratio: int = 1, *, kv_norm: bool = False,
-                 norm_eps: float = 1e-5) -> None:
-        super().__init__(dim, num_heads, pool_ratio, kv_norm=kv_norm, norm_eps=norm_eps)
+    def __init__(self, dim: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(dim, *args, **kwargs)
         self.query = PixelLinear(dim, dim)
         self.key = PixelLinear(dim, dim)
         self.value = PixelLinear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         pooled = self.pooled(x)
-        return self.attend(self.query(x), self.split_heads(self.key(pooled)),
-                           self.split_heads(self.value(pooled)))
+        return self.attend(self.query(x), split_heads(self.key(pooled), self.num_heads),
+                           split_heads(self.value(pooled), self.num_heads))
 
 
 SCORE_BYTES = 4 << 20
@@ -186,10 +180,8 @@ def attend_by_rows(x: Tensor, kv: Tensor, num_heads: int) -> Tensor:
     the keys become the weights of a grouped 1x1 convolution, one group per head, so that oneDNN
     computes scores and output in the layout of the maps.
 
-    Args:
-        x: Queries, N x C x H x W, channels-last, as is the result.
-        kv: Keys and values, N x C x rows x columns.
-        num_heads: Heads h.
+    ``x`` are the queries, N x C x H x W, channels-last, as is the result; ``kv``, N x C x rows x
+    columns, the keys and values.
     """
     compiled = cpu_kernels.attend(x, kv, num_heads)
     if compiled is not None:

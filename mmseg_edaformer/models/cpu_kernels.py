@@ -42,19 +42,15 @@ def attend(x: Tensor, kv: Tensor, num_heads: int) -> Tensor | None:
     dim = x.shape[1] // num_heads
     if x.dtype != kv.dtype or dim % 4:
         return None
-    x = _map(x)
+    x, kv = (t.contiguous(memory_format=torch.channels_last) for t in (x, kv))
     out = torch.empty_like(x)
-    return out if _call('attend', [x, _map(kv), out], len(x), x.shape[2] * x.shape[3],
+    return out if _call('attend', [x, kv, out], len(x), x.shape[2] * x.shape[3],
                         kv.shape[2] * kv.shape[3], num_heads, dim) else None
 
 
 def gelu_(x: Tensor) -> Tensor | None:
     """``F.gelu`` in place, for x without gaps in memory; None if it cannot be computed here."""
     return x if _call('gelu', [x], x.numel()) else None
-
-
-def _map(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _call(name: str, tensors: list[Tensor], *sizes: int) -> bool:

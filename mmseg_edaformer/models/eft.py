@@ -1,16 +1,14 @@
 """EFT, the embedding-free transformer encoder (arXiv 2407.17261, section 3 and table 8)."""
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import torch
-from mmengine.model import BaseModule
 from mmseg.registry import MODELS
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import ConfigError
-from .blocks import PatchEmbed, TransformerBlock
-from .layers import PixelNorm, channels_last, check_lengths, init_weights
+from .blocks import Encoder, TransformerBlock, stage_parts
+from .layers import PixelNorm, check_lengths
 
 ARCHITECTURES: dict[str, dict[str, Sequence[float]]] = {
     'tiny': dict(embed_dims=(32, 64, 128, 256), depths=(2, 2, 10, 2), num_heads=(1, 2, 4, 8),
@@ -20,22 +18,8 @@ ARCHITECTURES: dict[str, dict[str, Sequence[float]]] = {
 }
 
 
-class EFTStage(nn.Module):
-    """One stage: patch embedding, transformer blocks, LayerNorm; a map in, a map out."""
-
-    def __init__(self, patch_embed: PatchEmbed, blocks: Sequence[TransformerBlock],
-                 norm: PixelNorm) -> None:
-        super().__init__()
-        self.patch_embed = patch_embed
-        self.blocks = nn.Sequential(*blocks)
-        self.norm = norm
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.blocks(self.patch_embed(x)))
-
-
 @MODELS.register_module()
-class EFT(BaseModule):
+class EFT(Encoder):
     """Hierarchical encoder of embedding-free attention, four stages at strides 4, 8, 16, 32.
 
     Args:
@@ -65,46 +49,24 @@ class EFT(BaseModule):
                  drop_rate: float = 0., drop_path_rate: float = 0.2,
                  out_indices: Sequence[int] = (0, 1, 2, 3),
                  init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None) -> None:
-        super().__init__(init_cfg)
         sizes = _sizes(arch, embed_dims=embed_dims, depths=depths, num_heads=num_heads,
                        ffn_ratios=ffn_ratios, pool_ratios=pool_ratios)
         num_stages = len(sizes['depths'])
         if not out_indices or not set(out_indices) <= set(range(num_stages)):
             raise ConfigError(f'out_indices={tuple(out_indices)}: they must lie within '
                               f'0 to {num_stages - 1}')
-        self.embed_dims = tuple(sizes['embed_dims'])
-        self.out_indices = tuple(out_indices)
-        drop_paths = np.linspace(0, drop_path_rate, sum(sizes['depths'])).tolist()
-        self.stages = nn.ModuleList()
-        for i, (dim, depth, heads, ffn_ratio, pool_ratio) in enumerate(zip(*(
-                sizes[name] for name in ('embed_dims', 'depths', 'num_heads', 'ffn_ratios',
-                                         'pool_ratios')))):
-            patch_embed = (PatchEmbed(self.embed_dims[i - 1], dim, 3, 2) if i else
-                           PatchEmbed(in_channels, dim, 7, 4))
+        stages = []
+        for (patch_embed, rates), dim, heads, ffn_ratio, pool_ratio in zip(
+                stage_parts(in_channels, sizes['embed_dims'], sizes['depths'], drop_path_rate),
+                sizes['embed_dims'], sizes['num_heads'], sizes['ffn_ratios'],
+                sizes['pool_ratios']):
             blocks = [TransformerBlock(dim, heads, pool_ratio, ffn_ratio, drop_rate=drop_rate,
-                                       drop_path_rate=drop_paths.pop(0)) for _ in range(depth)]
-            self.stages.append(EFTStage(patch_embed, blocks, PixelNorm(dim, eps=1e-6)))
-        self.to(memory_format=torch.channels_last)
-
-    def init_weights(self) -> None:
-        """Initialise as released, or as ``init_cfg`` says."""
-        if self.init_cfg is None:
-            init_weights(self)
-        super().init_weights()
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Encode images N x in_channels x H x W.
-
-        Returns:
-            The maps of ``out_indices``, N x C_i x H/2^(i+2) x W/2^(i+2), rounded up, channels-last.
-        """
-        x = channels_last(x)
-        maps = []
-        for i, stage in enumerate(self.stages):
-            x = stage(x)
-            if i in self.out_indices:
-                maps.append(x)
-        return tuple(maps)
+                                       drop_path_rate=rate) for rate in rates]
+            stages.append(nn.Sequential(OrderedDict(
+                patch_embed=patch_embed, blocks=nn.Sequential(*blocks),
+                norm=PixelNorm(dim, eps=1e-6))))
+        super().__init__(stages, out_indices, init_cfg)
+        self.embed_dims = tuple(sizes['embed_dims'])
 
 
 def _sizes(arch: str | dict[str, Sequence[float]],

@@ -49,14 +49,9 @@ def label_map(logits: Tensor, chain: Chain, memory: int = 1 << 28) -> Tensor:
     may be the label; of equal sums the lowest class wins. If logits are not finite the chain is
     followed literally, so NaN wins as in ``torch.argmax``.
 
-    Args:
-        logits: 1 x C x h x w from the head, computed in float32.
-        chain: The resizes.
-        memory: Bound of the temporary tensors, in bytes, in addition to one copy of the logits.
-            Following the chain literally may exceed it by one plane of H x W and its input.
-
-    Returns:
-        H x W labels, uint8 for up to 256 classes, else int16.
+    ``logits`` are 1 x C x h x w from the head. ``memory`` bounds the temporary tensors, in bytes,
+    in addition to one copy of the logits; following the chain literally may exceed it by one plane
+    of H x W and its input. The labels, H x W, are uint8 for up to 256 classes, else int16.
     """
     with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
         logits = logits.float()

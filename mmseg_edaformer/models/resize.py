@@ -83,14 +83,8 @@ def axis_taps(low: int, inner: int, pad: tuple[int, int], flip: bool, out: int |
               align_corners: bool, device: str = 'cpu') -> tuple[Tensor, Tensor]:
     """The taps of one axis of a chain: crop and flip only select rows of the first resize.
 
-    Args:
-        low: Length h or w of the logits.
-        inner: Length after the first resize.
-        pad: Lengths to crop from its beginning and its end.
-        flip: Whether to reverse it after that.
-        out: Length after the second resize; None for no second resize.
-        align_corners: The argument of ``F.interpolate``.
-        device: Device of the results.
+    It goes from length ``low`` of the logits to ``inner``, loses ``pad`` at its beginning and end,
+    is reversed to ``flip`` it, and resized again to ``out`` unless that is None.
 
     Returns:
         Indices (int32) and weights (float32) of low-resolution positions, out x taps, with as many

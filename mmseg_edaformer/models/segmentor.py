@@ -103,11 +103,10 @@ class StreamedEncoderDecoder(EncoderDecoder):
     def predict(self, inputs: Tensor,
                 data_samples: list[SegDataSample] | None = None) -> list[SegDataSample]:
         """Predict as mmseg does, with ``seg_logits`` only if ``test_cfg.seg_logits`` is set."""
-        if self.test_cfg.get('seg_logits', False):
-            return super().predict(inputs, data_samples)
-        if not self.streamable:
+        wanted = self.test_cfg.get('seg_logits', False)
+        if wanted or not self.streamable:
             data_samples = super().predict(inputs, data_samples)
-            for sample in data_samples:
+            for sample in () if wanted else data_samples:
                 del sample.seg_logits
             return data_samples
         labels = self.predict_labels(inputs, data_samples)

@@ -56,9 +56,19 @@ class Axis:
 
 
 @triton.jit
-def _pixels(run, starts, lengths, inside):
-    """Positions of a run's pixels on the axis, and which of them exist."""
-    return tl.load(starts + run) + inside, inside < tl.load(lengths + run)
+def _pixels(y_start, y_length, x_start, x_length, BY: tl.constexpr, BX: tl.constexpr):
+    """The cell and the image of a program, and the positions of its pixels and which exist."""
+    cell_x, cell_y, image = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    row, column = tl.arange(0, BY * BX) // BX, tl.arange(0, BY * BX) % BX
+    exists = (row < tl.load(y_length + cell_y)) & (column < tl.load(x_length + cell_x))
+    y, x = tl.load(y_start + cell_y) + row, tl.load(x_start + cell_x) + column
+    return cell_y, cell_x, image, y, x, exists
+
+
+@triton.jit
+def _tap(index, weight, cell, position, exists, i, T: tl.constexpr):
+    """One of the T taps of a cell on an axis, and its weight for each of these positions."""
+    return tl.load(index + cell * T + i), tl.load(weight + position * T + i, mask=exists, other=0.)
 
 
 @triton.jit
@@ -68,14 +78,12 @@ def _cell_logits(logits, stride_c, stride_y, stride_x, classes: tl.constexpr, c,
     """Logits of the pixels of a cell, P x BC, for the classes c."""
     values = tl.zeros([P, BC], tl.float32)
     for i in range(TY):
-        row = tl.load(y_index + cell_y * TY + i)
-        row_weight = tl.load(y_weight + y * TY + i, mask=exists, other=0.)
+        row, row_weight = _tap(y_index, y_weight, cell_y, y, exists, i, TY)
         for j in range(TX):
-            column = tl.load(x_index + cell_x * TX + j)
-            weight = row_weight * tl.load(x_weight + x * TX + j, mask=exists, other=0.)
+            column, weight = _tap(x_index, x_weight, cell_x, x, exists, j, TX)
             corner = tl.load(logits + row * stride_y + column * stride_x + c * stride_c,
                              mask=c < classes, other=0.).to(tl.float32)
-            values += weight[:, None] * corner[None, :]
+            values += (row_weight * weight)[:, None] * corner[None, :]
     return tl.where((c < classes)[None, :], values, float('-inf'))
 
 
@@ -84,11 +92,7 @@ def _resize_argmax(logits, stride_n, stride_c, stride_y, stride_x, labels, heigh
                    y_start, y_length, y_index, y_weight, x_start, x_length, x_index, x_weight,
                    classes: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr, BY: tl.constexpr,
                    BX: tl.constexpr, BC: tl.constexpr):
-    cell_x, cell_y, image = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    inside = tl.arange(0, BY * BX)
-    y, y_is = _pixels(cell_y, y_start, y_length, inside // BX)
-    x, x_is = _pixels(cell_x, x_start, x_length, inside % BX)
-    exists = y_is & x_is
+    cell_y, cell_x, image, y, x, exists = _pixels(y_start, y_length, x_start, x_length, BY, BX)
     best = tl.full([BY * BX], float('-inf'), tl.float32)
     label = tl.zeros([BY * BX], tl.int32)
     logits += image * stride_n
@@ -126,11 +130,7 @@ def _resize_cross_entropy(logits, stride_n, stride_c, stride_y, stride_x, labels
                           x_weight, classes: tl.constexpr, GRAD: tl.constexpr, TY: tl.constexpr,
                           TX: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr,
                           BC: tl.constexpr):
-    cell_x, cell_y, image = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    inside = tl.arange(0, BY * BX)
-    y, y_is = _pixels(cell_y, y_start, y_length, inside // BX)
-    x, x_is = _pixels(cell_x, x_start, x_length, inside % BX)
-    exists = y_is & x_is
+    cell_y, cell_x, image, y, x, exists = _pixels(y_start, y_length, x_start, x_length, BY, BX)
     label = tl.load(labels + image * height * width + y * width + x, mask=exists, other=ignore)
     counts = label != ignore
     logits += image * stride_n
@@ -166,13 +166,12 @@ def _resize_cross_entropy(logits, stride_n, stride_c, stride_y, stride_x, labels
             share = tl.where(c[None, :] == label[:, None], share - 1, share)
             share = tl.where(counts[:, None], share, 0.)
             for i in range(TY):
-                row = tl.load(y_index + cell_y * TY + i)
-                row_weight = tl.load(y_weight + y * TY + i, mask=exists, other=0.)
+                row, row_weight = _tap(y_index, y_weight, cell_y, y, exists, i, TY)
                 for j in range(TX):
-                    column = tl.load(x_index + cell_x * TX + j)
-                    weight = row_weight * tl.load(x_weight + x * TX + j, mask=exists, other=0.)
+                    column, weight = _tap(x_index, x_weight, cell_x, x, exists, j, TX)
                     tl.atomic_add(grad + (row * low_width + column) * classes + c,
-                                  tl.sum(weight[:, None] * share, axis=0), mask=c < classes)
+                                  tl.sum((row_weight * weight)[:, None] * share, axis=0),
+                                  mask=c < classes)
 
 
 def resize_cross_entropy(logits: Tensor, labels: Tensor, rows: Axis, columns: Axis, ignore: int,

@@ -25,20 +25,16 @@ def sdpa(x, kv, num_heads):
     (1, 32, (16, 12), (4, 3)), (4, 32, (7, 9), (7, 9)), (8, 8, (5, 5), (1, 1)),
     (2, 16, (1, 1), (1, 1)), (3, 12, (13, 31), (9, 15))])
 @pytest.mark.parametrize('threads', [1, 2])
-def test_by_rows(heads, dim, size, keys, rows, threads, monkeypatch):
+def test_by_rows(heads, dim, size, keys, rows, threads, monkeypatch, set_threads):
+    set_threads(threads)
     if rows != 'native':
         monkeypatch.setattr(attention.cpu_kernels, '_library', lambda: None)
         monkeypatch.setattr(attention, 'SCORE_BYTES',
                             rows * size[1] * heads * keys[0] * keys[1] * 4)
     x, kv = (torch.randn(2, heads * dim, *shape).to(memory_format=torch.channels_last)
              for shape in (size, keys))
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with torch.no_grad():
-            found = attention.attend_by_rows(x, kv, heads)
-    finally:
-        torch.set_num_threads(before)
+    with torch.no_grad():
+        found = attention.attend_by_rows(x, kv, heads)
     torch.testing.assert_close(found, sdpa(x, kv, heads), rtol=1e-5, atol=1e-5)
     assert found.is_contiguous(memory_format=torch.channels_last)
 

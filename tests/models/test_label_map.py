@@ -119,22 +119,6 @@ def test_reduced_precision_of_products_changes_nothing(precision, device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize('chain', CHAINS, ids=str)
-def test_taps_are_the_chain(chain, device):
-    low = (12, 16)
-    units = torch.eye(12).to(device)[None, :, :, None].expand(1, 12, 12, 16)
-    rows, columns = (axis_taps(*axis) for axis in chain.axes(low, units.device))
-    dense = rows[1].new_zeros(len(rows[0]), 12).scatter_add_(1, rows[0].long(), rows[1])
-    torch.testing.assert_close(dense, chain.resize(units)[0, :, :, 0].t())
-    for indices, weights in (rows, columns):
-        assert indices.dtype == torch.int32
-        assert weights.dtype == torch.float32
-        assert indices.shape[1] <= 4
-        assert (weights >= 0).all()
-        torch.testing.assert_close(weights.sum(1), torch.ones_like(weights[:, 0]))
-
-
-@pytest.mark.gpu
 def test_taps_of_long_axes_are_exact(device):
     """Where compilers fuse the source position, naive weights are off by many roundings."""
     for low, out in ((128, 4000), (192, 6000), (64, 683)):

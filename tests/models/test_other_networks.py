@@ -72,18 +72,13 @@ def test_gradients_and_state_dicts(name):
 @pytest.mark.parametrize('name', SMALL)
 @pytest.mark.parametrize('size', [(64, 96), (101, 75)])
 @torch.no_grad()
-def test_maps(name, size):
-    model = build(name).eval()
-    for i, x in enumerate(model(torch.randn(2, 3, *size))):
+def test_maps_and_one_decoder_on_them(name, size):
+    maps = build(name).eval()(torch.randn(2, 3, *size))
+    for i, x in enumerate(maps):
         assert x.dim() == 4
         # CvT's first patches have less padding, others round up.
         assert all(abs(side - full / 2 ** (i + 2)) <= 1 for side, full in zip(x.shape[2:], size))
         assert x.is_contiguous(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize('name', SMALL)
-def test_one_decoder_on_all_of_them(name):
-    maps = build(name)(torch.randn(2, 3, 64, 64))
     index = range(len(maps) - 3, len(maps))
     head = EDAFormerHead([maps[i].shape[1] for i in index], 16, in_index=index, num_classes=4)
     assert head(maps).shape == (2, 4, *maps[index[0]].shape[2:])
@@ -105,8 +100,7 @@ def test_the_recursion_is_what_it_says():
     torch.nn.init.normal_(layer.recursion)
     x = torch.randn(2, 16, 9, 7)
     given, state = layer.recursion[0][:, :, None, None]
-    expected = layer.attend(given * x + state * layer.attend(x))
-    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(layer(x), layer.attend(given * x + state * layer.attend(x)))
 
 
 @pytest.mark.parametrize(('build', 'message'), [

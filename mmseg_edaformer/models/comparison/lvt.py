@@ -9,23 +9,19 @@ Shapes: N batch, C channels, H x W the map, h heads, d = C / h, M keys; maps are
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from mmcv.cnn.bricks.drop import DropPath
-from mmengine.model import BaseModule
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from ...errors import ConfigError
-from ..blocks import MixFFN, PatchEmbed
+from ..blocks import Block, Encoder, MixFFN, stage_parts
 from ..layers import (
     PixelLinear,
     PixelNorm,
     attend_maps,
     channels_last,
     check_lengths,
-    init_weights,
     to_tokens,
 )
 
@@ -103,24 +99,8 @@ class RecursiveAtrousSelfAttention(nn.Module):
         return self.proj(attend_maps(q, k, v, self.num_heads))
 
 
-class LVTBlock(nn.Module):
-    """Pre-norm block of one of the two attentions and MixFFN."""
-
-    def __init__(self, attn: nn.Module, dim: int, ffn_ratio: float, drop_path_rate: float) -> None:
-        super().__init__()
-        self.norm1 = PixelNorm(dim)
-        self.attn = attn
-        self.norm2 = PixelNorm(dim)
-        self.ffn = MixFFN(dim, ffn_ratio, relu=False)
-        self.drop_path = DropPath(drop_path_rate) if drop_path_rate else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.ffn(self.norm2(x)))
-
-
 @MODELS.register_module()
-class LVT(BaseModule):
+class LVT(Encoder):
     """Lite Vision Transformer: convolutional, then three recursive atrous stages; 3.4 M parameters.
 
     Args:
@@ -141,36 +121,18 @@ class LVT(BaseModule):
                  ffn_ratios: Sequence[float] = (4, 8, 4, 4),
                  sr_ratios: Sequence[int] = (8, 4, 2, 1), drop_path_rate: float = 0.1,
                  init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None) -> None:
-        super().__init__(init_cfg)
         check_lengths('LVT needs one entry per stage in every size', dict(
             embed_dims=embed_dims, depths=depths, num_heads=num_heads, ffn_ratios=ffn_ratios,
             sr_ratios=sr_ratios))
         for dim, heads in zip(embed_dims, num_heads):
             if dim % heads:
                 raise ConfigError(f'LVT: num_heads={heads} does not divide embed_dims={dim}')
-        drop_paths = iter(np.linspace(0, drop_path_rate, sum(depths)).tolist())
-        self.stages = nn.ModuleList()
-        for i, (dim, depth, heads, ffn_ratio, sr_ratio) in enumerate(zip(
-                embed_dims, depths, num_heads, ffn_ratios, sr_ratios)):
-            blocks = [LVTBlock(RecursiveAtrousSelfAttention(dim, heads, sr_ratio) if i else
-                               ConvolutionalSelfAttention(dim, heads),
-                               dim, ffn_ratio, next(drop_paths)) for _ in range(depth)]
-            patch_embed = (PatchEmbed(embed_dims[i - 1], dim, 3, 2) if i else
-                           PatchEmbed(3, dim, 7, 4))
-            self.stages.append(nn.Sequential(patch_embed, *blocks, PixelNorm(dim)))
-        self.to(memory_format=torch.channels_last)
-
-    def init_weights(self) -> None:
-        """Initialise like EFT, or as ``init_cfg`` says."""
-        if self.init_cfg is None:
-            init_weights(self)
-        super().init_weights()
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Encode images N x 3 x H x W into maps N x C_i x H/2^(i+2) x W/2^(i+2), rounded up."""
-        x = channels_last(x)
-        maps = []
-        for stage in self.stages:
-            x = stage(x)
-            maps.append(x)
-        return tuple(maps)
+        stages = []
+        for i, ((patch_embed, rates), dim, heads, ffn_ratio, sr_ratio) in enumerate(zip(
+                stage_parts(3, embed_dims, depths, drop_path_rate), embed_dims, num_heads,
+                ffn_ratios, sr_ratios)):
+            blocks = [Block(dim, RecursiveAtrousSelfAttention(dim, heads, sr_ratio) if i else
+                            ConvolutionalSelfAttention(dim, heads),
+                            MixFFN(dim, ffn_ratio, relu=False), rate) for rate in rates]
+            stages.append(nn.Sequential(patch_embed, *blocks, PixelNorm(dim)))
+        super().__init__(stages, range(len(stages)), init_cfg)
