@@ -3,7 +3,7 @@ from . import compat
 
 compat.check_environment()
 
-from . import data, engine, models, pretraining  # noqa: E402, F401
+from . import data, engine, models  # noqa: E402, F401
 
 compat.allow_mmengine_checkpoints()
 compat.register_cpu_wrapper()

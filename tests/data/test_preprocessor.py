@@ -15,7 +15,6 @@ from mmseg_edaformer.data import RandomSegCrop, stack_collate
 from mmseg_edaformer.data.photometric import Distortion, distort, distort_batch, draw_distortions
 from mmseg_edaformer.engine.checks import check_data
 from mmseg_edaformer.errors import ConfigError
-from mmseg_edaformer.pretraining.augmentation import Operation, augment_batch
 from tests.conftest import ROOT
 
 DRAWS = 1000
@@ -166,30 +165,6 @@ def test_training_batches_are_those_of_mmseg(mmseg_distort, change, device):
         for key in ('img_shape', 'padding_size', 'ori_shape'):
             assert tuple(getattr(mine, key)) == tuple(getattr(theirs, key))
         assert mine.pad_shape == tuple(theirs.pad_shape)
-
-
-AUGMENTATIONS = dict(
-    table=np.random.default_rng(0).permutation(256).astype(np.uint8), auto_contrast=None,
-    equalize=None, contrast=1.7, color=0.3, sharpness=1.9,
-    warp=(0.9, 0.2, -3.5, -0.1, 1.1, 4.25, 104., 116., 124.),
-    erase=(5, 9, 30, 41, 10., 20.9, 30., 0., 0., 0.))
-
-
-@pytest.mark.gpu
-def test_augmentations_on_the_device_are_those_of_a_cpu(device):
-    """RandAugment and RandomErasing: `test_augmentation` compares a CPU with mmpretrain."""
-    drawn = [[Operation(kind, values)] for kind, values in AUGMENTATIONS.items()]
-    drawn += [[], [*drawn[1], *drawn[3], *drawn[7]]]
-    images = as_batch(*(picture(seed) for seed in range(len(drawn)))) // 2 + 20
-    expected = augment_batch(images.clone(), drawn)
-    found = augment_batch(images.to(device, copy=True), drawn)
-    assert found.device.type == device.type
-    for kind, got, wanted, before in zip([*AUGMENTATIONS, 'none', 'several'], found.cpu(),
-                                         expected, images):
-        assert torch.equal(wanted, before) == (kind == 'none')
-        difference = (got.int() - wanted.int()).abs()
-        assert difference.max() <= (kind == 'warp'), kind
-        assert difference.float().mean() < 0.002
 
 
 def test_colours_stay_without_photometric_and_outside_training():

@@ -31,7 +31,6 @@ from mmseg_edaformer.engine.loop import CountedBatches, SeededIndices
 from mmseg_edaformer.errors import ConfigError, DataError, RatioError
 from mmseg_edaformer.isr import ISRRatio
 from mmseg_edaformer.pretraining import crops as drawn, folders
-from mmseg_edaformer.pretraining.augmentation import augment_batch, draw_augmentation
 from tests.conftest import MINI, ROOT
 from tests.engine.training import differences, run_to_end, state, train
 from tests.processes import finish, in_child, run_tool
@@ -206,18 +205,14 @@ def test_label_smoothing():
 
 
 def step(kind):
-    """One of the pipeline's, or of those that its last one leaves to the device."""
-    *pipeline, last = recipe().train_pipeline
-    cfg, = (each for each in (*pipeline, *last.transforms)
-            if each.type.rpartition('.')[2] == kind)
+    """The only transform of a kind in the recipe."""
+    cfg, = (cfg for cfg in recipe().train_pipeline if cfg.type == kind)
     return TRANSFORMS.build(cfg)
 
 
 def augment(transform, images):
-    """What the device makes of images, N x H x W x 3."""
-    drawn = [list(draw_augmentation(transform, images.shape[1:3])) for _ in images]
-    tensor = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
-    return augment_batch(tensor, drawn).permute(0, 2, 3, 1).numpy()
+    """Transform images, N x H x W x 3."""
+    return np.stack([transform(dict(img=image.copy()))['img'] for image in images])
 
 
 def test_randaugment():
@@ -263,7 +258,7 @@ def test_random_erasing():
 
 def test_crop_and_evaluation(tmp_path):
     crop = step('RandomResizedCrop')
-    assert crop.scale == (224, 224)
+    assert (crop.scale, crop.backend, crop.interpolation) == ((224, 224), 'pillow', 'bicubic')
     assert (crop.crop_ratio_range, crop.aspect_ratio_range) == ((0.08, 1.0), (3 / 4, 4 / 3))
     # Resize 256 bicubic and the centre of 224, as Pillow does it.
     image = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
