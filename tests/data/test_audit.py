@@ -88,7 +88,8 @@ def test_missing_folders_and_empty_splits(cfg, data):
                           ('val', 'no images'): {'validation/*.png'},
                           ('val', 'image missing'): names('x/validation', 0, 1, 2, 3)}
     cfg.val_dataloader.dataset.data_root = 'gone'
-    assert found(cfg, 'val') == {('val', 'folder missing'): {'gone'}}
+    assert found(cfg, 'val') == {
+        ('val', 'folder missing'): {'images/validation', 'annotations/validation'}}
 
 
 def test_links_that_lead_back(cfg, data):

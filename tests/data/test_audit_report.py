@@ -153,7 +153,7 @@ def test_command_line(data, tmp_path, monkeypatch, capsys):
         main([config, '--split', 'train', '--workers', '2'])
     assert ended.value.code == 1
     assert {path.name for path in (tmp_path / 'work_dirs/mini/data_check').iterdir()} == {
-        'report.json', 'classes.png', 'samples.png', 'files.cache'}
+        'report.json', 'samples.png', 'files.cache'}
     told = capsys.readouterr().out
     assert 'error: train: mask unreadable (1)' in told
     assert f'{data / MASKS / "00001.png"}: the file has 0 bytes' in told

@@ -31,7 +31,7 @@ Facts = dict[str, Any]
 _CACHE_VERSION = [3, bool(simplejpeg)]  # raise it when `examine` gives other facts
 _CHUNK = 16
 _MAX_VALUES = 512  # labels of a mask that are kept
-_MISSING = dict(problem='missing', detail='there is no such file')
+_MISSING = dict(problem='missing', detail='')
 
 
 def examine(kind: str, path: str) -> Facts:
@@ -128,31 +128,33 @@ def examine_files(files: Iterable[File], *, workers: int | None = None,
     Raises:
         DataError: A process was killed, most likely for lack of memory.
     """
-    cached = _read_cache(cache) if cache and not fresh else {}
+    cached: dict[str, Any] = {}
+    if cache and not fresh:
+        try:
+            version, content = json.loads(cache.read_bytes())
+            cached = content if version == _CACHE_VERSION else {}
+        except (OSError, ValueError, TypeError):
+            pass  # there is none, or it is damaged: it is written anew
     facts: dict[File, Facts] = {}
-    todo: list[File] = []
     stamps = {}
     for file in dict.fromkeys(files):
-        stamps[file] = stamp = _stamp(file[1])
-        entry = cached.get(_key(file))
+        stamp, known = _stamp(file[1]), cached.get(_key(file))
         if stamp is None:
             facts[file] = _MISSING
-        elif entry is not None and entry[:2] == stamp:
-            facts[file] = entry[2]
+        elif known and known[:2] == stamp:
+            facts[file] = known[2]
         else:
-            todo.append(file)
+            stamps[file] = stamp
     try:
-        results = track(_run(todo, workers), 'reading', len(todo), transient=True,
+        results = track(_run([*stamps], workers), 'reading', len(stamps), transient=True,
                         disable=not sys.stdout.isatty())
-        for result, file in zip(results, todo):
+        for file, result in zip(stamps, results):
             facts[file] = result
+            cached[_key(file)] = [*stamps[file], result]
     finally:
-        if cache and todo:  # also what was done before an interruption
-            done = {_key(file): [*(stamps[file] or ()), result] for file, result in facts.items()
-                    if stamps[file]}
-            write_file(cache, json.dumps([_CACHE_VERSION, {**cached, **done}],
-                                         separators=(',', ':')))
-    return facts, len(todo)
+        if cache and stamps:  # also what was done before an interruption
+            write_file(cache, json.dumps([_CACHE_VERSION, cached], separators=(',', ':')))
+    return facts, len(stamps)
 
 
 def _run(files: Sequence[File], workers: int | None) -> Iterator[Facts]:
@@ -186,11 +188,3 @@ def _stamp(path: str) -> list[int] | None:
 
 def _key(file: File) -> str:
     return f'{file[0]} {os.path.abspath(file[1])}'
-
-
-def _read_cache(path: Path) -> dict[str, Any]:
-    try:
-        version, cached = json.loads(path.read_bytes())
-    except (OSError, ValueError, TypeError):
-        return {}
-    return cached if version == _CACHE_VERSION else {}
