@@ -368,19 +368,19 @@ class RandomSegCrop(RandomCrop):
     @cache_randomness
     def crop_bbox(self, results: dict[str, Any]) -> tuple[int, int, int, int]:
         """Return top, bottom, left and right of a crop that no valid class dominates."""
-        box = self._draw(results['img'].shape)
-        for _ in range(10 if self.cat_max_ratio < 1 else 0):
-            labels, counts = _count_labels(self.crop(results['gt_seg_map'], box))
-            counts = counts[labels != self.ignore_index]
-            if len(counts) > 1 and counts.max() / counts.sum() < self.cat_max_ratio:
-                break
-            box = self._draw(results['img'].shape)
+        height, width = self.crop_size
+        for checks_left in range(10 if self.cat_max_ratio < 1 else 0, -1, -1):
+            top, left = (np.random.randint(0, max(whole - part, 0) + 1)
+                         for whole, part in zip(results['img'].shape, self.crop_size))
+            box = top, top + height, left, left + width
+            if checks_left:
+                labels = self.crop(results['gt_seg_map'], box).ravel()
+                counts = np.bincount(labels, minlength=self.ignore_index + 1)
+                counts[self.ignore_index] = 0
+                if (np.count_nonzero(counts) > 1 and
+                        counts.max() / counts.sum() < self.cat_max_ratio):
+                    break
         return box
-
-    def _draw(self, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
-        top, left = (np.random.randint(0, max(whole - part, 0) + 1)
-                     for whole, part in zip(shape, self.crop_size))
-        return top, top + self.crop_size[0], left, left + self.crop_size[1]
 
 
 REPLACES: dict[str, type] = {'LoadImageFromFile': LoadSegImage, 'LoadAnnotations': LoadSegLabels,
@@ -399,15 +399,6 @@ def without_checks(step: Mapping[str, Any]) -> dict[str, Any]:
     names = {**{cls.__name__: name for name, cls in REPLACES.items()},
              **{name: name for name in REPLACES}}
     return {**step, 'type': names.get(str(step['type']).rpartition('.')[2], step['type'])}
-
-
-def _count_labels(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    if labels.dtype != np.uint8:
-        return np.unique(labels, return_counts=True)
-    # OpenCV counts in float32, which is exact up to 16 million pixels.
-    counts = cv2.calcHist([labels], [0], None, [256], [0, 256]).ravel().astype(int)
-    present = np.flatnonzero(counts)
-    return present, counts[present]
 
 
 def orientation(image: Image.Image) -> int:

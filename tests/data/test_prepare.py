@@ -6,7 +6,6 @@ import os
 import re
 import runpy
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -236,7 +235,7 @@ def test_cocostuff_is_converted_by_mmseg(tmp_path, monkeypatch, capsys):
     # The converter counts by an assertion, which Python leaves out when it optimises.
     monkeypatch.setenv('PYTHONOPTIMIZE', '1')
     layout = LAYOUTS['cocostuff']
-    prepare(replace(layout, converter=replace(layout.converter, exact=4)), root)
+    prepare(layout._replace(converter=layout.converter._replace(exact=4)), root)
     assert '  train: 2 images, 2 masks\n' in capsys.readouterr().out
     path = root / 'annotations/train2017/00001_labelTrainIds.png'
     assert np.array(Image.open(path)).tolist() == [[0, 1, 12], [170, 255, 2]]

@@ -222,7 +222,8 @@ def _judge_sizes(part: Part, image: Facts, size: Sequence[int]) -> Iterator[tupl
         if orientation != 1:
             yield 'EXIF orientation', f'EXIF orientation {orientation}'
     elif stored == size:
-        yield 'image turned by EXIF', f'{_by(stored)} pixels like its mask, but read as {_by(upright)}'
+        yield ('image turned by EXIF',
+               f'{_by(stored)} pixels like its mask, but read as {_by(upright)}')
     else:
         yield 'sizes differ', f'{_by(upright)} pixels as it is read, its mask {_by(size)}'
 
@@ -307,7 +308,8 @@ def check_classes(part: Part, heads: dict[str, Any]) -> Iterator[Item]:
     count, named = len(part.classes), part.dataset.metainfo.get('classes')
     if part.folders and named and len(named) != count:
         yield (part.name, 'number of classes', f'{part.keys[0]}.type={type(part.dataset).__name__}',
-               f'has {len(named)} classes, there are {count} folders: CustomDataset takes any number')
+               f'has {len(named)} classes, there are {count} folders: CustomDataset takes any '
+               'number')
     for key, head in heads.items():
         if head['num_classes'] not in (None, count) and (part.folders or named is not None):
             yield (part.name, 'number of classes', f'{key}.num_classes={head["num_classes"]}',
