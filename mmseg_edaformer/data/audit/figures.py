@@ -12,7 +12,6 @@ from ...files import replacing
 from ..transforms import IGNORED
 from .rules import CHECKS, Part
 
-_DPI = 110
 _SAMPLES = 4  # images in a row
 _WIDTH = 360  # width of an image in pixels
 
@@ -29,30 +28,22 @@ def draw_samples(parts: Sequence[Part], path: Path) -> bool:
     if not rows:
         path.unlink(missing_ok=True)  # of an earlier run
         return False
-    painted = [[_paint(part, *pair) for pair in pairs] for part, pairs in rows]
-    heights = [max(map(len, images)) / _DPI + 0.45 for images in painted]
-    classes = rows[0][0].classes if len(rows[0][0].classes) <= 24 else ()
-    figure = Figure(figsize=(_SAMPLES * (_WIDTH / _DPI + 0.1),
-                             sum(heights) + 0.5 + 0.28 * -(-len(classes) // 8)),
-                    layout='constrained')
-    axes = figure.subplots(len(rows), _SAMPLES, squeeze=False,
-                           gridspec_kw=dict(height_ratios=heights))
+    figure = Figure(figsize=(3.4 * _SAMPLES, 3 * len(rows) + 1), layout='constrained')
+    axes = figure.subplots(len(rows), _SAMPLES, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
-    for (part, pairs), images, row in zip(rows, painted, axes):
-        for axis, image, (name, _) in zip(row, images, pairs):
-            axis.imshow(image)
-            axis.text(0.5, -0.02, f'{part.name}: {_short(Path(name).name, 40)}', fontsize=9,
-                      transform=axis.transAxes, ha='center', va='top')
-    if classes:
-        colours = np.array(rows[0][0].dataset.metainfo['palette']) / 255
-        figure.legend(handles=[Patch(color=colour, label=_short(name, 24))
-                               for name, colour in zip(classes, colours)],
-                      loc='outside lower center', ncols=min(len(classes), 8), frameon=False,
-                      fontsize=9)
+    for (part, pairs), row in zip(rows, axes):
+        for axis, (image, mask) in zip(row, pairs):
+            axis.imshow(_paint(part, image, mask))
+            axis.set_title(f'{part.name}: {_short(Path(image).name, 40)}', fontsize=9)
+    part = rows[0][0]
+    if len(part.classes) <= 24:
+        handles = [Patch(color=np.array(colour) / 255, label=_short(name, 24))
+                   for name, colour in zip(part.classes, part.dataset.metainfo['palette'])]
+        figure.legend(handles=handles, loc='outside lower center', ncols=8, fontsize=9)
     figure.suptitle('Masks over images; where there is no label the image is grey', fontsize=12)
     with replacing(path) as partial:
-        figure.savefig(partial, dpi=_DPI)
+        figure.savefig(partial, dpi=110)
     return True
 
 
@@ -60,8 +51,7 @@ def _paint(part: Part, image: str, mask: str) -> np.ndarray:
     """Return a small image, H x W x 3, under the colours of its labels."""
     with Image.open(image) as opened:
         upright = ImageOps.exif_transpose(opened).convert('RGB')
-    height = max(round(upright.height * _WIDTH / upright.width), 1)
-    size = (_WIDTH, min(height, 2 * _WIDTH))
+    size = _WIDTH, max(round(upright.height * _WIDTH / upright.width), 1)
     pixels = np.asarray(upright.resize(size, Image.Resampling.BILINEAR)).astype(np.float32)
     with Image.open(mask) as opened:
         stored = Image.fromarray(np.asarray(opened).astype(np.uint8))

@@ -75,11 +75,7 @@ class that fails it, and a note."""
 
 
 class Finding(NamedTuple):
-    """All that fails one check in one split.
-
-    Attributes:
-        items: Files or classes, each with a note.
-    """
+    """All that fails one check in one split: files or classes, each with a note."""
 
     split: str
     check: str
@@ -109,20 +105,16 @@ class Part:
     """One data set of a split, without its wrappers.
 
     Attributes:
-        name: Name in `Item`.
         keys: Places in the config, such as 'train_dataloader.dataset'; several where the test set
             is that of validation.
-        classifies: Whether images have classes instead of masks.
         pairs: Images and their masks; None without a folder of masks.
         targets: Number of the class of each image of a classification data set.
         folders: Names of the folders that are the classes, if they are.
-        num_classes: Number of classes of the pipeline, the data set or the model.
         zero_is_no_label: The value of reduce_zero_label that the pipeline will use.
         table: Class of each of the 256 values of a mask, `IGNORED`, or -1 if it is out of range.
-        counts: Pixels of each class after reduce_zero_label and label_map; in a classification data
-            set images, here and below.
+        counts: Pixels of each class after reduce_zero_label and label_map, or images.
         unlabelled: Pixels without a label.
-        raw: Pixels of each label as stored.
+        raw: Pixels of each label as stored, or images.
         verdicts: Checks that each pair fails.
     """
 
@@ -363,7 +355,7 @@ def find_duplicates(parts: Sequence[Part], facts: dict[File, Facts]) -> Iterator
             if twin is not None:
                 yield part.split, 'duplicate', image, _likeness(image, twin)
             elif learned is not None:
-                yield (part.split, 'train image in val or test', image, _likeness(image, learned))
+                yield part.split, 'train image in val or test', image, _likeness(image, learned)
             first.setdefault((part.split, pixels), image)
 
 
