@@ -10,10 +10,7 @@ from PIL import Image
 from mmseg_edaformer.data.audit import audit, report as audit_report
 from mmseg_edaformer.errors import ConfigError, DataError
 from tests.conftest import ROOT
-from tests.data.spoiling import (
-    cut,
-    found,
-)
+from tests.data.spoiling import cut, found
 
 
 @pytest.fixture(scope='module')

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import runpy
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -124,13 +123,6 @@ def test_nothing_there(name, tmp_path, no_converter):
         assert line.format(root=root) in message
     assert '{' not in message
     assert not root.exists()
-
-
-def test_only_images_unpacked(tmp_path, no_converter):
-    layout, root = LAYOUTS['cityscapes'], build('cityscapes', tmp_path)
-    shutil.rmtree(root / layout.splits[1].masks)
-    with pytest.raises(DataError, match=r'complete:\n  val: no \*_\w+\.json in gtFine/val\n'):
-        prepare(layout, root)
 
 
 @pytest.mark.parametrize('name', ['ade', 'cocostuff'])

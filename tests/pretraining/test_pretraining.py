@@ -21,7 +21,6 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import HOOKS, PARAM_SCHEDULERS, init_default_scope
 from mmpretrain.datasets.samplers import repeat_aug
 from mmpretrain.registry import DATASETS, MODELS, TRANSFORMS
-from mmpretrain.structures import DataSample
 from torch.utils.data import BatchSampler
 
 from mmseg_edaformer.analysis.pipeline import measure_pipeline
@@ -31,7 +30,7 @@ from mmseg_edaformer.engine.loop import CountedBatches, SeededIndices
 from mmseg_edaformer.errors import ConfigError, DataError, RatioError
 from mmseg_edaformer.isr import ISRRatio
 from mmseg_edaformer.pretraining import crops as drawn, folders
-from tests.conftest import MINI, ROOT
+from tests.conftest import ROOT
 from tests.engine.training import differences, run_to_end, state, train
 from tests.processes import finish, in_child, run_tool
 
@@ -160,106 +159,25 @@ def test_ranks_see_other_augmentations_of_an_image(classifier):
     assert not any(torch.equal(views[a], views[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
 
 
-def test_mixup_and_cutmix_take_turns():
-    """Every batch is mixed by one of the two, and the targets are what the pixels say."""
-    cfg, count, values = recipe(), 600, torch.arange(1., 5.)
-    preprocessor = MODELS.build(dict(
-        cfg.model, backbone=dict(type='mmseg.EFT', arch=MINI),
-        head=dict(cfg.model.head, in_channels=128))).data_preprocessor
-    preprocessor._enable_normalize = False
-    mixup, cutmix = [], []
-    for _ in range(count):
-        done = preprocessor(dict(
-            inputs=values[:, None, None, None].expand(-1, 3, 64, 64).clone(),
-            data_samples=[DataSample().set_gt_label(label) for label in range(4)]), training=True)
-        images = done['inputs']
-        scores = torch.stack([sample.gt_score for sample in done['data_samples']])
-        torch.testing.assert_close(scores.sum(1), torch.ones(4))
-        # The mean of an image is that of its labels' values, with the targets' weights: for
-        # Mixup as it blends, for CutMix by the area.
-        torch.testing.assert_close(images.mean((1, 2, 3)), scores[:, :4] @ values, rtol=1e-4,
-                                   atol=1e-4)
-        cut = bool((images == images.round()).all())
-        lam = scores.diagonal()
-        changed = lam < 1 - 1e-6
-        if changed.any():
-            (cutmix if cut else mixup).append(float(lam[changed][0]))
-    # One batch in 24 is mixed with itself, and a box of no size changes nothing.
-    assert len(mixup) + len(cutmix) > 0.93 * count
-    assert len(mixup) / (len(mixup) + len(cutmix)) == pytest.approx(0.5, abs=0.07)
-    # Beta(0.8, 0.8) is symmetric, with variance 1 / (4 (2 * 0.8 + 1)).
-    assert np.mean(mixup) == pytest.approx(0.5, abs=0.06)
-    assert np.var(mixup) == pytest.approx(1 / 10.4, abs=0.018)
-
-
-def test_label_smoothing():
-    """A tenth of every target is spread over all classes, mixed or not."""
-    loss = MODELS.build(recipe().model.head.loss)
-    logits = torch.randn(5, 1000, dtype=torch.float64)
-    mixed = torch.zeros(5, 1000, dtype=torch.float64)
-    mixed[range(5), [3, 1, 4, 1, 5]] = 0.7
-    mixed[range(5), [9, 2, 6, 5, 3]] = 0.3
-    expected = -((0.9 * mixed + 0.1 / 1000) * logits.log_softmax(1)).sum(1).mean()
-    torch.testing.assert_close(loss(logits, mixed.float(), avg_factor=5).double(), expected,
-                               rtol=1e-6, atol=1e-6)
-
-
-def step(kind):
-    """The only transform of a kind in the recipe."""
-    cfg, = (cfg for cfg in recipe().train_pipeline if cfg.type == kind)
-    return TRANSFORMS.build(cfg)
-
-
-def augment(transform, images):
-    """Transform images, N x H x W x 3."""
-    return np.stack([transform(dict(img=image.copy()))['img'] for image in images])
-
-
-def test_randaugment():
+def test_augmentation():
     """rand-m9-mstd0.5-inc1: two of fifteen, each done half of the time, at 9 +- 0.5 of 10."""
-    transform = step('RandAugment')
-    assert [type(each).__name__ for each in transform.transforms] == [
-        'AutoContrast', 'Equalize', 'Invert', 'Rotate', 'Posterize', 'Solarize', 'SolarizeAdd',
-        'ColorTransform', 'Contrast', 'Brightness', 'Sharpness', 'Shear', 'Shear', 'Translate',
-        'Translate']
-    assert {each.prob for each in transform.transforms} == {0.5}
-    assert transform.num_policies == 2
-    rotate = transform.transforms[3]
-    assert rotate.magnitude_range == (0, 30)
-    angles = np.array([rotate.random_magnitude() for _ in range(4000)]) / 3
-    assert np.median(angles) == pytest.approx(9, abs=0.05)
-    below = angles[angles < 9]  # those above 10 are cut to it
-    assert np.sqrt(((below - 9) ** 2).mean()) == pytest.approx(0.5, abs=0.03)
-    images = np.random.default_rng(0).integers(0, 256, (1500, 32, 32, 3), np.uint8)
-    same = (augment(transform, images) == images).all((1, 2, 3)).mean()
-    # Neither of the two was done, and AutoContrast and SolarizeAdd may change nothing.
-    assert 0.22 < same < 0.36
-
-
-def test_random_erasing():
-    """A quarter of the images, by noise that is standard normal after normalisation."""
-    transform = step('RandomErasing')
-    mean, std = (np.array(getattr(recipe().model.data_preprocessor, name)[::-1])
-                 for name in ('mean', 'std'))
-    areas, pixels = [], []
-    for image in augment(transform, np.full((2000, 48, 48, 3), 7, np.uint8)):
-        erased = (image != 7).any(2)
-        if erased.any():
-            areas.append(erased.mean())
-            pixels.append(image[erased])
-    assert len(areas) / 2000 == pytest.approx(0.25, abs=0.03)
-    assert min(areas) > 0.01
-    assert max(areas) < 0.35
-    assert np.mean(areas) == pytest.approx((0.02 + 1 / 3) / 2, abs=0.02)
-    noise = (np.concatenate(pixels) - mean) / std
-    assert np.median(noise, axis=0) == pytest.approx(0, abs=0.03)
-    assert noise.std(axis=0) == pytest.approx(1, abs=0.06)  # cut to 0...255
-
-
-def test_crop_and_evaluation(tmp_path):
-    crop = step('RandomResizedCrop')
+    cfg = recipe()
+    crop, flip, augment, erase = map(TRANSFORMS.build, cfg.train_pipeline[1:-1])
     assert (crop.scale, crop.backend, crop.interpolation) == ((224, 224), 'pillow', 'bicubic')
     assert (crop.crop_ratio_range, crop.aspect_ratio_range) == ((0.08, 1.0), (3 / 4, 4 / 3))
+    assert flip.prob == 0.5
+    assert len(augment.transforms) == 15
+    assert {step.prob for step in augment.transforms} == {0.5}
+    assert (augment.num_policies, augment.magnitude_level, augment.magnitude_std) == (2, 9, 0.5)
+    # Noise that is standard normal after normalisation.
+    mean, std = (cfg.model.data_preprocessor[name][::-1] for name in ('mean', 'std'))
+    assert (erase.erase_prob, erase.fill_color, erase.fill_std) == (0.25, mean, std)
+    assert cfg.model.train_cfg.augments == [dict(type='Mixup', alpha=0.8),
+                                            dict(type='CutMix', alpha=1.0)]
+    assert cfg.model.head.loss.label_smooth_val == 0.1
+
+
+def test_evaluation(tmp_path):
     # Resize 256 bicubic and the centre of 224, as Pillow does it.
     image = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
     Image.fromarray(image).save(tmp_path / 'image.png')

@@ -44,7 +44,6 @@ class Audit(NamedTuple):
     parts: list[Part]
     findings: list[Finding]
     facts: dict[File, Facts]
-    files_read: int
 
 
 def inner_datasets(cfg: Any, key: str = 'dataset') -> Iterator[tuple[str, Any]]:
@@ -59,15 +58,14 @@ def inner_datasets(cfg: Any, key: str = 'dataset') -> Iterator[tuple[str, Any]]:
 
 
 def audit(cfg: Config, splits: Sequence[str] = ('train', 'val', 'test'), *,
-          workers: int | None = None, out: Path | None = None, fresh: bool = False) -> Audit:
+          workers: int | None = None, out: Path | None = None) -> Audit:
     """Look at every file of the data sets of a config.
 
     Args:
         cfg: Any config of mmsegmentation, or of a classifier of mmpretrain.
         splits: Splits to look at, where the config has them.
         workers: Number of processes; by default one for each core.
-        out: Folder for the cache, with which a second run reads only what has changed.
-        fresh: Whether to read every file again.
+        out: Folder for the results, which must lie outside of the data.
 
     Raises:
         ConfigError: A data set cannot be built from the config, ``out`` lies within one, or
@@ -107,14 +105,13 @@ def audit(cfg: Config, splits: Sequence[str] = ('train', 'val', 'test'), *,
             items += ((name, *item) for item in _list(parts[-1]))
     if out is not None:
         _check_output(parts, out)
-    facts, files_read = examine_files(
-        [(kind, path) for part in parts for pair in part.pairs
-         for kind, path in zip(('image', 'mask'), pair) if path is not None],
-        workers=workers, cache=out and out / 'files.cache', fresh=fresh)
+    facts = examine_files([
+        (kind, path) for part in parts for pair in part.pairs
+        for kind, path in zip(('image', 'mask'), pair) if path is not None], workers)
     for part in parts:
         items += [*judge_part(part, facts), *check_classes(part, heads)]
     items += [*compare_splits(parts), *find_duplicates(parts, facts)]
-    return Audit(parts, gather(items), facts, files_read)
+    return Audit(parts, gather(items), facts)
 
 
 def check_samples(cfg: Config, split: str, dataset: BaseSegDataset, *, alone: bool = True) -> None:

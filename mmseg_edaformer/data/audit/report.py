@@ -23,15 +23,14 @@ _SHOWN = 3  # files of each finding that are named on the terminal
 
 
 def check(cfg: Config, out: str | Path, splits: Sequence[str] | None = None, *,
-          workers: int | None = None, fresh: bool = False, with_fixes: bool = False) -> int:
+          workers: int | None = None, with_fixes: bool = False) -> int:
     """Audit the data of a config, print the findings and write them to a folder.
 
     Args:
         cfg: Any config of mmsegmentation, or of a classifier of mmpretrain.
-        out: Folder for report.json, samples.png and the cache.
+        out: Folder for report.json and samples.png.
         splits: 'train', 'val', 'test' or several; by default those that the config has.
         workers: Number of processes, by default one for each core.
-        fresh: Whether to read unchanged files again.
         with_fixes: Whether to write fixed copies to ``fixed`` in the folder.
 
     Returns:
@@ -51,7 +50,7 @@ def check(cfg: Config, out: str | Path, splits: Sequence[str] | None = None, *,
         raise ConfigError(f'the config has no {lacking[0] if lacking else "train"}_dataloader: it '
                           f'has {", ".join(known) or "none"}')
     start = time.perf_counter()
-    done = audit(cfg, splits or known, workers=workers, out=out, fresh=fresh)
+    done = audit(cfg, splits or known, workers=workers, out=out)
     fixed = fix(done, out) if with_fixes else []
     errors = sum(finding.level == 'error' for finding in done.findings)
     warnings = len(done.findings) - errors
@@ -69,8 +68,8 @@ def check(cfg: Config, out: str | Path, splits: Sequence[str] | None = None, *,
         written.append('samples.png')
 
     console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
-    console.print(f'{cfg.filename}: {len(done.facts):,} files, {done.files_read:,} of them read now'
-                  f', in {time.perf_counter() - start:.1f} s\n')
+    console.print(f'{cfg.filename}: {len(done.facts):,} files in '
+                  f'{time.perf_counter() - start:.1f} s\n')
     rows = [_row(part) for part in done.parts]
     if rows:
         table = PrettyTable([*rows[0]], align='r')
