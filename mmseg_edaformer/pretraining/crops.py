@@ -43,8 +43,8 @@ def draw_crops(root: str | Path, *, train: int = 80, val: int = 20, seed: int = 
         DataError: A number is too small, or see `draw_once`.
     """
     if min(train, val) < 1 or seed < 0:
-        raise DataError(f'train={train}, val={val}, seed={seed}: ask for at least one image of each '
-                        'class and a seed of 0 or more')
+        raise DataError(f'train={train}, val={val}, seed={seed}: ask for at least one image of '
+                        'each class and a seed of 0 or more')
 
     def draw(root: Path) -> None:
         for split, (name, count) in enumerate((('train', train), ('val', val))):

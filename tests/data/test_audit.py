@@ -189,7 +189,8 @@ def told(monkeypatch):
 
 
 @pytest.mark.parametrize(('spoil', 'check'), [
-    (spoiling.out_of_range, r'label out of range: .*: 9 \(2 pixels\)'), (spoiling.cut, 'mask unreadable')])
+    (spoiling.out_of_range, r'label out of range: .*: 9 \(2 pixels\)'),
+    (spoiling.cut, 'mask unreadable')])
 def test_samples_stop_a_run(spoil, check, cfg, data):
     check_samples(cfg, 'train', build(cfg))
     spoil(data / MASKS / '00000.png')

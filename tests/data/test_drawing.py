@@ -124,7 +124,8 @@ def test_foreign_folder_is_refused_and_untouched(tmp_path, foreign):
 
 
 @pytest.mark.parametrize(('wrong', 'remedy'), [
-    (dict(val=0), 'at least one'), (dict(size=(31, 64)), 'at least 32'), (dict(seed=-1), '0 or more')])
+    (dict(val=0), 'at least one'), (dict(size=(31, 64)), 'at least 32'),
+    (dict(seed=-1), '0 or more')])
 def test_bad_arguments(tmp_path, wrong, remedy):
     with pytest.raises(ValueError, match=remedy):
         synthetic.draw_dataset(tmp_path / 'drawn', **{**SMALL, **wrong})
