@@ -7,8 +7,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+import mmseg
+
 from ..errors import DataError
 
+_CONVERTERS = Path(mmseg.__file__).parent / '.mim/tools/dataset_converters'
 DOWNLOADS = 'what belongs there (nothing is downloaded for you):'
 
 
@@ -197,15 +200,10 @@ def _check(layout: Layout, root: Path, *, converted: bool = False) -> tuple[list
 
 def _convert(layout: Layout, converter: Converter, root: Path, annotations: int) -> None:
     """Run mmseg's converter, which makes all masks again and writes next to the annotations."""
-    spec = find_spec('mmseg')
-    scripts = [Path(at, '.mim/tools/dataset_converters', converter.script)
-               for at in (spec and spec.submodule_search_locations) or []]
-    script = next((path for path in scripts if path.is_file()), None)
-    if not script:
-        raise DataError(
-            f'mmseg has no converter {converter.script} (looked for: '
-            f'{", ".join(map(str, scripts)) or "the package mmseg"}). '
-            'Install mmsegmentation 1.x from PyPI; the wheel has it.')
+    script = _CONVERTERS / converter.script
+    if not script.is_file():
+        raise DataError(f'mmseg has no converter {script}: install mmsegmentation 1.x from PyPI, '
+                        'whose wheel has it')
     if converter.package and not find_spec(converter.package):
         raise DataError(f'converting {layout.title} needs the package {converter.package}, which '
                         f'is not installed: pip install {converter.package}')

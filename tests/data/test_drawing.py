@@ -132,12 +132,6 @@ def test_bad_arguments(tmp_path, wrong, remedy):
     assert not (tmp_path / 'drawn').exists()
 
 
-def test_file_instead_of_a_folder(tmp_path):
-    (tmp_path / 'drawn').write_text('mine')
-    with pytest.raises(ValueError, match='choose a folder'):
-        synthetic.draw_dataset(tmp_path / 'drawn', **SMALL)
-
-
 def test_larger_worlds_hold_more_objects_of_the_same_size():
     areas = {}
     for size, scale, seeds in ((192, 1., 24), (768, 0.25, 4)):

@@ -204,11 +204,11 @@ def test_a_failed_conversion_of_cityscapes_is_noticed_and_finished_by_mmseg(tmp_
 
 @pytest.mark.parametrize(('name', 'message'), [
     ('cityscapes', 'not installed: pip install cityscapesscripts'),
-    ('cocostuff', r'mmseg has no converter coco_stuff164k\.py .*the package mmseg')])
+    ('cocostuff', r'mmseg has no converter .*coco_stuff164k\.py: install')])
 def test_what_a_conversion_lacks(name, message, tmp_path, monkeypatch, no_converter):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(module, 'find_spec', lambda package: find(package) if (
-        name == 'cityscapes' and package == 'mmseg') else None)
+    monkeypatch.setattr(module, 'find_spec', lambda package: None)
+    if name == 'cocostuff':
+        monkeypatch.setattr(module, '_CONVERTERS', tmp_path)
     with pytest.raises(DataError, match=message):
         prepare(LAYOUTS[name], build(name, tmp_path, converted=False))
 

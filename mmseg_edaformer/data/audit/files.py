@@ -80,14 +80,8 @@ def _labels(image: Image.Image) -> Facts:
     array = np.asarray(image)
     if array.ndim > 2:
         return dict(channels=array.shape[2])
-    if array.dtype in (np.uint8, bool):
-        # In blocks, because bincount converts them to int64.
-        blocks = np.array_split(array.ravel().view(np.uint8), -(-array.size // 2 ** 22))
-        counts = np.sum([np.bincount(block, minlength=256) for block in blocks], 0)
-        values = np.flatnonzero(counts)
-        counts = counts[values]
-    else:
-        values, counts = np.unique(array, return_counts=True)
+    values, counts = np.unique(array.view(np.uint8) if array.dtype == bool else array,
+                               return_counts=True)
     facts: Facts = dict(bits=8 * array.dtype.itemsize, values=[
         [v.item(), n.item()] for v, n in zip(values, counts)][:_MAX_VALUES])
     if image.mode == 'P':
