@@ -12,7 +12,6 @@ from PIL import Image
 
 pytest.importorskip('mmpretrain', reason='mmpretrain, which pretrains the encoder, is not there')
 
-from mmcv.transforms import Compose
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.optim import build_optim_wrapper
@@ -140,20 +139,8 @@ def test_augmentation():
     assert cfg.model.head.loss.label_smooth_val == 0.1
 
 
-def test_evaluation(tmp_path):
-    # Resize 256 bicubic and the centre of 224, as Pillow does it.
-    image = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
-    Image.fromarray(image).save(tmp_path / 'image.png')
-    results = Compose(recipe().test_pipeline[:-1])(dict(img_path=str(tmp_path / 'image.png')))
-    resized = Image.fromarray(image).resize((int(400 * 256 / 300), 256), Image.Resampling.BICUBIC)
-    left = round((resized.width - 224) / 2)
-    expected = np.asarray(resized)[16:240, left:left + 224, ::-1]
-    assert np.abs(results['img'].astype(int) - expected).max() <= 1
-
-
-@pytest.mark.parametrize('name', ['eft_t_in1k', 'edaformer_t_ade'])
-def test_every_step_of_a_pipeline_is_timed(name):
-    cfg, threads = Config.fromfile(ROOT / f'configs/{name}.py'), torch.get_num_threads()
+def test_every_step_of_a_pipeline_is_timed():
+    cfg, threads = recipe(), torch.get_num_threads()
     steps = measure_pipeline(cfg, (64, 96), images=3)
     assert [step for step, _ in steps] == [
         *(step.type for step in cfg.train_dataloader.dataset.pipeline), 'collate', 'total']

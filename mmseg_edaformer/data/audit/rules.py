@@ -15,49 +15,42 @@ from .files import Facts, File
 
 CHECKS = {
     'folder missing': ('error', 'set data_root and data_prefix, or link your data there'),
-    'link loop': ('error', 'remove these links: the folders that hold them cannot be listed and '
-                  'were not checked'),
+    'link loop': ('error', 'remove these links: the folders that hold them were not checked'),
     'no images': ('error', 'check data_prefix and img_suffix, or ann_file'),
     'image missing': ('error', 'add the images, or remove their names or their masks'),
     'mask missing': ('error', 'add the masks, or remove the images; check seg_map_suffix'),
     'image unreadable': ('error', 'replace or remove them'),
     'mask unreadable': ('error', 'replace or remove them'),
     'sizes differ': ('error', 'a mask must have the size of its image'),
-    'image turned by EXIF': ('error', 'EXIF notes how the camera was held, which turns an image '
-                             'when it is read, but not its mask: --fix writes copies without it'),
-    'EXIF orientation': ('warning', 'these images are turned or mirrored when they are read, their '
-                         'masks are not: check whether they fit'),
+    'image turned by EXIF': ('error', 'EXIF turns the images when they are read, but not their '
+                             'masks: --fix writes copies without it'),
+    'EXIF orientation': ('warning', 'EXIF turns these images when they are read: check whether '
+                         'their masks fit'),
     'mask of colours': ('error', 'a mask must be one channel of class indices: --fix converts '
                         'colours of the palette'),
-    'palette of other indices': ('warning', 'these masks have the colours of the data set at the '
-                                 'indices of other classes: --fix goes by colour'),
+    'palette of other indices': ('warning', 'their colours are those of other classes of the data '
+                                 'set: --fix goes by colour'),
     'mask of 0 and 255': ('error', '255 means no label, so the class stored as 255 is lost: '
                           'store its index instead, as --fix does for two classes'),
-    'perhaps 0 and 255': ('warning', 'these masks hold only 0 and 255, others of the set do not. '
-                          '255 means no label: if it is a class here, make it 1'),
+    'perhaps 0 and 255': ('warning', '255 means no label: if it is a class here, make it 1'),
     'label out of range': ('error', 'check the number of classes, reduce_zero_label and how the '
                            'masks or the list were made'),
-    'more than 8 bits': ('warning', 'the labels fit, but 16 bits wrap around in other tools: --fix '
-                         'converts them'),
+    'more than 8 bits': ('warning', '16 bits wrap around in other tools: --fix converts them'),
     'no label': ('warning', 'nothing is learned from masks without a label'),
     'no label in any mask': ('error', 'nothing can be learned from this set or measured on it: '
                              'check how the masks were made, reduce_zero_label and ignore_index'),
     'reduce_zero_label': ('warning', 'check whether the data set needs it'),
     'class without images': ('error', 'add images, or remove its folder from all splits'),
-    'passed over': ('warning', 'these files are ignored because of their suffix or their folder: '
-                    'convert or move those that belong to the data set'),
-    'extreme size': ('warning', 'crops show little of tiny and of long images, and huge ones are '
-                     'slow to read: look at them'),
+    'passed over': ('warning', 'convert or move the files that belong to the data set'),
+    'extreme size': ('warning', 'crops show little of them, and huge ones are slow to read'),
     'class never occurs': ('warning', 'its IoU or accuracy is undefined or 0'),
     'class not in train': ('warning', 'it is tested, but cannot be learned'),
     'number of classes': ('error', 'set num_classes of the model, or metainfo.classes'),
     'classes differ': ('error', 'all splits must have the classes of train, in its order'),
     'colours': ('warning', 'these classes look the same in every figure: change metainfo.palette'),
     'duplicate': ('warning', 'they count more than others'),
-    'train image in val or test': ('warning', 'the figures come out too good: remove it from one '
-                                   'of the splits'),
-    'not audited': ('warning', 'only local files of images and masks are checked, and classes in '
-                    'folders or a list'),
+    'train image in val or test': ('warning', 'the figures come out too good: keep one of them'),
+    'not audited': ('warning', 'only local images with masks, class folders or a list are checked'),
 }
 """Level of each check, and what to do about its findings."""
 
