@@ -125,4 +125,4 @@ def test_command_line(data, tmp_path, monkeypatch, capsys):
         'report.json', 'samples.png'}
     told = capsys.readouterr().out
     assert 'error: train: mask unreadable (1)' in told
-    assert f'{data / MASKS / "00001.png"}: the file has 0 bytes' in told
+    assert f'{data / MASKS / "00001.png"}: it is empty' in told

@@ -98,7 +98,7 @@ def _row(part: Part) -> dict[str, str]:
     row = {'split': ', '.join([part.name, *(key.partition('_')[0] for key in part.keys[1:])]),
            'data set': type(part.dataset).__name__, 'images': f'{len(part.pairs):,}'}
     if part.classifies:
-        counts = part.counts if part.counts.size else [0]
+        counts = part.counts if part.counts.size else np.zeros(1, int)
         return {**row, 'classes': f'{len(part.classes):,}', 'fewest in a class': f'{min(counts):,}',
                 'median': f'{np.median(counts):,.0f}', 'most': f'{max(counts):,}'}
     unlabelled = part.unlabelled / max(sum(part.raw.values()), 1)

@@ -325,8 +325,10 @@ def compare_splits(parts: Sequence[Part]) -> Iterator[Item]:
                            'in another order')
         if differ or own[0].folders or not any(part.raw for part in own):
             continue  # an empty folder is an error of its own
-        seen = sum(part.counts for part in own)
-        learned = sum(part.counts for part in train) if any(part.raw for part in train) else seen
+        seen = np.sum([part.counts for part in own], axis=0)
+        learned = seen
+        if any(part.raw for part in train):
+            learned = np.sum([part.counts for part in train], axis=0)
         for name, n, known in zip(own[0].classes, seen, learned):
             if not n:
                 yield split, 'class never occurs', name, ''
