@@ -3,6 +3,6 @@ from . import compat
 
 compat.check_environment()
 
-from . import data, engine, models, pretraining  # noqa: E402, F401
+from . import data, engine, models  # noqa: E402, F401
 
 compat.allow_mmengine_checkpoints()

@@ -19,7 +19,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--out', metavar='DIR', help='folder for report.json and the figures '
                         '(default: work_dirs/, the name of the config, /data_check)')
     parser.add_argument('--workers', type=int, metavar='N', help='processes (default: all cores)')
-    parser.add_argument('--no-cache', action='store_true', help='read unchanged files again')
     parser.add_argument('--fix', action='store_true', help='write fixed copies to DIR/fixed and '
                         'leave the data as it is; not for classifiers')
     add_cfg_options(parser)
@@ -36,8 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from mmseg_edaformer.engine.run_config import load_config
     cfg = load_config(args.config, cfg_options=args.cfg_options)
     out = args.out or Path('work_dirs', path.stem, 'data_check')
-    errors = report.check(cfg, out, args.split, workers=args.workers, fresh=args.no_cache,
-                          with_fixes=args.fix)
+    errors = report.check(cfg, out, args.split, workers=args.workers, with_fixes=args.fix)
     sys.exit(1 if errors else 0)
 
 

@@ -46,11 +46,8 @@ class SkipList:
             self.listed.add(file)
             line = '\t'.join(' '.join(part.split()) for part in (file, str(error))) + '\n'
             Path(self.path).parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-            try:
-                os.write(handle, os.fsencode(line))
-            finally:
-                os.close(handle)
+            with open(self.path, 'ab', buffering=0) as file:
+                file.write(os.fsencode(line))
         if self.in_a_row >= _IN_A_ROW:
             raise DataError(f'{self.in_a_row} files in a row could not be read, which suggests a '
                             f'broken disk or path: see {self.path}. The last: {error}')
@@ -81,12 +78,12 @@ def skip_bad_files(cfg: Config, work_dir: str, run: str = 'train') -> None:
         raise ConfigError('--skip-bad-files and --show or --show-dir do not go together: a '
                           'skipped image cannot be painted. Leave one of the two out')
     path = os.path.join(work_dir, f'skipped_{run}.txt')
-    for name, blank in (('train_dataloader', False), ('val_dataloader', True),
-                        ('test_dataloader', True), ('tta_pipeline', True)):
-        if cfg.get(name) is not None:
-            part = copy.deepcopy(cfg[name])  # configs share pipelines and whole dataloaders
-            for step in _loaders(part):
-                step.update(type=_LOADERS[step['type']], skip_list=path, blank=blank)
+    for name in ('train_dataloader', 'val_dataloader', 'test_dataloader', 'tta_pipeline'):
+        part = copy.deepcopy(cfg.get(name))  # configs share pipelines and whole dataloaders
+        for step in _loaders(part):
+            step.update(type=_LOADERS[step['type']], skip_list=path,
+                        blank=name != 'train_dataloader')
+        if part is not None:
             cfg[name] = part
     cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks') or []
                         if hook['type'] != 'SkippedFilesHook'] + [
@@ -98,11 +95,10 @@ def _loaders(part: Any) -> Iterator[Any]:
     if isinstance(part, dict):
         if part.get('type') in _LOADERS:
             yield part
-        part = part.values()
-    elif not isinstance(part, (list, tuple)):
-        return
-    for value in part:
-        yield from _loaders(value)
+        part = [*part.values()]
+    if isinstance(part, (list, tuple)):
+        for value in part:
+            yield from _loaders(value)
 
 
 @HOOKS.register_module()
@@ -142,10 +138,6 @@ class SkippedFilesHook(Hook):
         if self.every_n_inner_iters(batch_idx, _INTERVAL):
             self._log_new(runner)
 
-    def after_val(self, runner: Runner) -> None:
-        """Log the files that the validation skipped."""
-        self._log_new(runner)
-
     def after_train(self, runner: Runner) -> None:
         """Log how many files were skipped."""
         self._log_new(runner)
@@ -160,14 +152,17 @@ class SkippedFilesHook(Hook):
         if not is_main_process():
             return
         new = self._read()
-        more = [f'{len(new) - _SHOWN} more, see {self.skip_list}'] if len(new) > _SHOWN else []
-        for reason in new[:_SHOWN] + more:
+        for reason in new[:_SHOWN]:
             runner.logger.warning(f'skipped: {reason}')
+        if len(new) > _SHOWN:
+            runner.logger.warning(f'skipped: {len(new) - _SHOWN} more, see {self.skip_list}')
         bad = len(self.files) - self.earlier
         if self.samples >= 100 and bad > _SHARE * self.samples:
             raise DataError(f'{bad} files were skipped in {self.samples} samples, more than '
                             f'{_SHARE:.0%}: see {self.skip_list}, and check the disk and the '
                             'paths of the config')
+
+    after_val = _log_new
 
     def _read(self) -> list[str]:
         """Return the reasons of the files that are new in the list."""

@@ -2,8 +2,8 @@
 
 It takes a fifth of the time of the processes that read the data; a GPU does it at no cost.
 """
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from math import isnan, nan
 
 import cv2
 import numpy as np
@@ -13,24 +13,10 @@ from torch import Tensor
 _LEVELS = np.arange(256, dtype=np.float32)
 
 
-class Distortion(NamedTuple):
-    """The changes of one image; None leaves a step out.
-
-    Brightness is added to every channel and hue to H, in units of two degrees; contrast and
-    saturation are factors. ``contrast_first`` has contrast before saturation, not after hue.
-    """
-
-    brightness: float | None = None
-    contrast: float | None = None
-    contrast_first: bool = False
-    saturation: float | None = None
-    hue: int | None = None
-
-
 def draw_distortions(count: int, *, brightness_delta: float = 32,
                      contrast_range: Sequence[float] = (0.5, 1.5),
                      saturation_range: Sequence[float] = (0.5, 1.5),
-                     hue_delta: int = 18) -> list[Distortion]:
+                     hue_delta: int = 18) -> Tensor:
     """Draw with the probabilities of mmseg's PhotoMetricDistortion, from torch's CPU generator.
 
     Args:
@@ -39,20 +25,24 @@ def draw_distortions(count: int, *, brightness_delta: float = 32,
         contrast_range: Smallest and largest factor.
         saturation_range: Smallest and largest factor.
         hue_delta: The shift is -hue_delta to hue_delta - 1, in units of two degrees.
+
+    Returns:
+        The steps of each image in their order, count x 5, nan where one is left out: what is added
+        to every channel, a factor of contrast, factor of saturation, what is added to the hue, and
+        a factor of contrast if there was none before.
     """
-    ranges = ((-brightness_delta, brightness_delta), contrast_range, saturation_range,
-              (-hue_delta, hue_delta))
-    drawn = []
-    for row in torch.rand(count, 9, dtype=torch.float64).tolist():
-        light, contrast, saturation, hue = (
-            low + share * (high - low) if coin < 0.5 else None
-            for (low, high), coin, share in zip(ranges, row, row[4:]))
-        drawn.append(Distortion(light, contrast, row[8] < 0.5, saturation,
-                                None if hue is None else int(hue // 1)))
-    return drawn
+    low, high = torch.tensor([
+        (-brightness_delta, brightness_delta), contrast_range, saturation_range,
+        (-hue_delta, hue_delta)], dtype=torch.float64).T
+    numbers = torch.rand(count, 9, dtype=torch.float64)
+    drawn = (low + numbers[:, 4:8] * (high - low)).where(numbers[:, :4] < 0.5, nan)
+    light, contrast, saturation, hue = drawn.split(1, 1)
+    first = numbers[:, 8:] < 0.5
+    return torch.cat([light, contrast.where(first, nan), saturation, hue.floor(),
+                      contrast.where(~first, nan)], 1).float()
 
 
-def distort(images: Tensor, distortions: Sequence[Distortion]) -> Tensor:
+def distort(images: Tensor, drawn: Tensor) -> Tensor:
     """Distort each image of a batch by its own draws.
 
     Every step rounds to whole levels, and HSV has 180 hues, as with mmseg's uint8 images in OpenCV.
@@ -61,30 +51,28 @@ def distort(images: Tensor, distortions: Sequence[Distortion]) -> Tensor:
 
     Args:
         images: N x 3 x H x W, uint8, BGR; the result is float32.
-        distortions: Draws of each image.
+        drawn: Result of `draw_distortions`.
     """
     if images.device.type != 'cpu':
-        return distort_batch(images.float(), distortions)
+        return distort_batch(images.float(), drawn)
     distorted = torch.empty(images.shape)
-    for image, drawn, result in zip(images, distortions, distorted):
-        pixels = _distort_image(image.permute(1, 2, 0).contiguous().numpy(), drawn)
+    for image, steps, result in zip(images, drawn.tolist(), distorted):
+        pixels = _distort_image(image.permute(1, 2, 0).contiguous().numpy(), *steps)
         result.copy_(torch.from_numpy(pixels).permute(2, 0, 1))
     return distorted
 
 
-def _distort_image(image: np.ndarray, drawn: Distortion) -> np.ndarray:
-    if drawn.brightness is not None:
-        image = cv2.LUT(image, _table(_LEVELS + drawn.brightness))
-    contrast = None if drawn.contrast is None else _table(_LEVELS * drawn.contrast)
-    if contrast is not None and drawn.contrast_first:
-        image = cv2.LUT(image, contrast)
-    if drawn.saturation is not None:
-        image = _look_up_hsv(image, _LEVELS, _LEVELS * drawn.saturation)
-    if drawn.hue is not None:
-        image = _look_up_hsv(image, (_LEVELS + drawn.hue) % 180, _LEVELS)
-    if contrast is not None and not drawn.contrast_first:
-        image = cv2.LUT(image, contrast)
-    return image
+def _distort_image(image: np.ndarray, light: float, before: float, saturation: float, hue: float,
+                   after: float) -> np.ndarray:
+    if not isnan(light):
+        image = cv2.LUT(image, _table(_LEVELS + light))
+    if not isnan(before):
+        image = cv2.LUT(image, _table(_LEVELS * before))
+    if not isnan(saturation):
+        image = _look_up_hsv(image, _LEVELS, _LEVELS * saturation)
+    if not isnan(hue):
+        image = _look_up_hsv(image, (_LEVELS + hue) % 180, _LEVELS)
+    return image if isnan(after) else cv2.LUT(image, _table(_LEVELS * after))
 
 
 def _table(levels: np.ndarray) -> np.ndarray:
@@ -98,22 +86,13 @@ def _look_up_hsv(image: np.ndarray, hues: np.ndarray, saturations: np.ndarray) -
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)
 
 
-def distort_batch(images: Tensor, distortions: Sequence[Distortion]) -> Tensor:
+def distort_batch(images: Tensor, drawn: Tensor) -> Tensor:
     """Distort float32 images, N x 3 x H x W, BGR, in place and without waiting for the device.
 
     All go through the same operations, which do not change an image for which nothing was drawn.
     """
-    def column(values: Iterable[float | None]) -> list[float]:
-        return [nan if value is None else value for value in values]
-
-    nan = float('nan')
-    light, before, saturation, hue, after = torch.tensor([
-        column(each.brightness for each in distortions),
-        column(each.contrast if each.contrast_first else None for each in distortions),
-        column(each.saturation for each in distortions),
-        column(each.hue for each in distortions),
-        column(None if each.contrast_first else each.contrast for each in distortions),
-    ]).to(images.device, non_blocking=True)[..., None, None, None]
+    light, before, saturation, hue, after = drawn.to(
+        images.device, non_blocking=True).T[..., None, None, None]
     _whole(images.add_(light.nan_to_num(0.)))
     _whole(images.mul_(before.nan_to_num(1.)))
     h, s, v = _to_hsv(images)

@@ -3,17 +3,19 @@ import os
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
+
+import mmseg
 
 from ..errors import DataError
 
+_CONVERTERS = Path(mmseg.__file__).parent / '.mim/tools/dataset_converters'
 DOWNLOADS = 'what belongs there (nothing is downloaded for you):'
 
 
-@dataclass(frozen=True)
-class Split:
+class Split(NamedTuple):
     """Folders of one part of a data set, and the number of pairs if it is published."""
 
     name: str
@@ -22,8 +24,7 @@ class Split:
     official: int | None = None
 
 
-@dataclass(frozen=True)
-class Converter:
+class Converter(NamedTuple):
     """A script of mmseg that turns the published annotations into masks of training labels.
 
     Attributes:
@@ -41,8 +42,7 @@ class Converter:
     folders: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """Where the files of a data set lie, and where they come from.
 
     An image and its mask have the same name once folder and suffix are taken off.
@@ -66,11 +66,15 @@ class Layout:
     converter: Converter | None = None
 
 
+def _ade_splits(train: int | None = None, val: int | None = None) -> tuple[Split, ...]:
+    return (Split('train', 'images/training', 'annotations/training', train),
+            Split('val', 'images/validation', 'annotations/validation', val))
+
+
 LAYOUTS = {layout.name: layout for layout in (
     Layout(
         'ade', 'ADE20K', 'data/ade/ADEChallengeData2016', '.jpg', '.png',
-        splits=(Split('train', 'images/training', 'annotations/training', 20210),
-                Split('val', 'images/validation', 'annotations/validation', 2000)),
+        _ade_splits(20210, 2000),
         downloads=(
             'ADEChallengeData2016.zip (about 0.9 GB) from http://sceneparsing.csail.mit.edu: '
             'its folder ADEChallengeData2016 becomes {root}',),
@@ -106,8 +110,7 @@ LAYOUTS = {layout.name: layout for layout in (
         converter=Converter('coco_stuff164k.py', '.png', exact=123287)),
     Layout(
         'synthetic', 'Synthetic scenes', 'data/synthetic', '.png', '.png',
-        splits=(Split('train', 'images/training', 'annotations/training'),
-                Split('val', 'images/validation', 'annotations/validation')),
+        _ade_splits(),
         downloads=(
             'all of it, drawn by: python tools/prepare_data.py synthetic --root {root} '
             '(remove {root}/synthetic.json to draw it again)',),
@@ -157,19 +160,7 @@ def fits_options(path: Path) -> bool:
 
 
 def _check(layout: Layout, root: Path, *, converted: bool = False) -> tuple[list[str], int]:
-    """Print what is there, and return what a conversion has to make.
-
-    Args:
-        layout: The data set.
-        root: Its folder; absent folders count as empty.
-        converted: Whether a conversion has been tried.
-
-    Returns:
-        A line for each split with masks to make, and the number of annotations of all splits.
-
-    Raises:
-        DataError: Folders are empty, or files lack a partner that no conversion makes.
-    """
+    """Print what is there; return a line for each split to convert, and the annotations' number."""
     problems, to_convert, annotations = [], [], 0
     for split in layout.splits:
         images = _names(root / split.images, layout.image_suffix)
@@ -193,16 +184,12 @@ def _check(layout: Layout, root: Path, *, converted: bool = False) -> tuple[list
             problems.append(f'{split.name}: no *{layout.image_suffix} in {split.images}')
         if not masks | sources:
             problems.append(f'{split.name}: no *{end} in {split.masks}')
-        for names, lack, folder, suffix in (
-                (images - whole - sources, 'without a complete mask', split.images,
-                 layout.image_suffix),
-                (masks - images, 'without an image', split.masks, layout.mask_suffix)):
-            if names and images and masks | sources:
-                problems.append(
-                    f'{split.name}: {len(names):,} {lack}: {_some(names, folder, suffix)}')
-        if waiting:
-            to_convert.append(f'{split.name}: {len(waiting):,} not converted: '
-                              f'{_some(waiting, split.masks, layout.mask_suffix)}')
+        if images and masks | sources:
+            problems += _some(split, images - whole - sources, 'without a complete mask',
+                              split.images, layout.image_suffix)
+            problems += _some(split, masks - images, 'without an image', split.masks,
+                              layout.mask_suffix)
+        to_convert += _some(split, waiting, 'not converted', split.masks, layout.mask_suffix)
     if converted:
         problems += to_convert
     if problems:
@@ -212,20 +199,11 @@ def _check(layout: Layout, root: Path, *, converted: bool = False) -> tuple[list
 
 
 def _convert(layout: Layout, converter: Converter, root: Path, annotations: int) -> None:
-    """Run mmseg's converter, which makes all masks again and writes next to the annotations.
-
-    Raises:
-        DataError: The converter, a package or an annotation that it needs is missing, or it failed.
-    """
-    spec = find_spec('mmseg')
-    scripts = [Path(at, '.mim/tools/dataset_converters', converter.script)
-               for at in (spec and spec.submodule_search_locations) or []]
-    script = next((path for path in scripts if path.is_file()), None)
-    if not script:
-        raise DataError(
-            f'mmseg has no converter {converter.script} (looked for: '
-            f'{", ".join(map(str, scripts)) or "the package mmseg"}). '
-            'Install mmsegmentation 1.x from PyPI; the wheel has it.')
+    """Run mmseg's converter, which makes all masks again and writes next to the annotations."""
+    script = _CONVERTERS / converter.script
+    if not script.is_file():
+        raise DataError(f'mmseg has no converter {script}: install mmsegmentation 1.x from PyPI, '
+                        'whose wheel has it')
     if converter.package and not find_spec(converter.package):
         raise DataError(f'converting {layout.title} needs the package {converter.package}, which '
                         f'is not installed: pip install {converter.package}')
@@ -275,6 +253,8 @@ def _is_whole(png: Path) -> bool:
         return file.read() == b'IEND\xaeB`\x82'
 
 
-def _some(names: set[str], folder: str, suffix: str) -> str:
+def _some(split: Split, names: set[str], lack: str, folder: str, suffix: str) -> list[str]:
+    """Return one line that names a few of the files, none if there are no files."""
     shown = ', '.join(f'{folder}/{name}{suffix}' for name in sorted(names)[:3])
-    return shown + (f' and {len(names) - 3:,} more' if len(names) > 3 else '')
+    more = f' and {len(names) - 3:,} more' if len(names) > 3 else ''
+    return [f'{split.name}: {len(names):,} {lack}: {shown}{more}'] if names else []

@@ -78,7 +78,7 @@ class BatchPreProcessor(SegDataPreProcessor):
             return super().forward(data, training)
         data = self.cast_data(data)
         images, samples, drawn = data['inputs'], data['data_samples'], data.get('distortions')
-        images = distort(images, drawn) if drawn else images.float()
+        images = images.float() if drawn is None else distort(images, drawn)
         if self._swap:
             images = images.flip(1)
         if self._enable_normalize:

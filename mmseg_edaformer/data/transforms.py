@@ -40,7 +40,6 @@ ORIENTATION = 0x0112
 
 _FORMATS = {'AVIF', 'BMP', 'DIB', 'GIF', 'JPEG', 'JPEG2000', 'MPO', 'PCX', 'PNG', 'PPM', 'SGI',
             'SUN', 'TGA', 'TIFF', 'WEBP'}
-_BLANK = 64
 _HARMLESS = 'JFIF|Adobe|ICC|subsampling|extraneous bytes before marker 0x(db|c[0-2]|e|fe)'
 """libjpeg's warnings about JPEGs whose pixels are right, and about CMYK, which simplejpeg lacks."""
 _REMEDY = 'replace it or remove it'
@@ -155,10 +154,8 @@ class _CheckedReader:
 
     backend_args: dict[str, Any] | None
     imdecode_backend: str
-
-    def _set_up(self, max_pixels: int, skip_list: str | None, blank: bool) -> None:
-        self.max_pixels, self.blank = max_pixels, blank
-        self.skip_list = SkipList(skip_list) if skip_list else None
+    max_pixels: int
+    skip_list: SkipList | None
 
     @contextmanager
     def _listing(self, path: str) -> Iterator[None]:
@@ -219,7 +216,8 @@ class LoadSegImage(_CheckedReader, LoadImageFromFile):
                  skip_list: str | None = None, blank: bool = False) -> None:
         super().__init__(to_float32, color_type, imdecode_backend, ignore_empty=ignore_empty,
                          backend_args=backend_args)
-        self._set_up(max_pixels, skip_list, blank)
+        self.max_pixels, self.blank = max_pixels, blank
+        self.skip_list = SkipList(skip_list) if skip_list else None
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any] | None:
         """Read the image into ``img`` (H x W x 3, BGR), and set ``img_shape`` and ``ori_shape``."""
@@ -234,8 +232,7 @@ class LoadSegImage(_CheckedReader, LoadImageFromFile):
             if self.skip_list is None or not self.blank:
                 return None
             results['skipped'] = True
-            channels = () if 'grayscale' in self.color_type else (3,)
-            image = np.zeros((_BLANK, _BLANK, *channels), np.uint8)
+            image = np.zeros((64, 64) if 'grayscale' in self.color_type else (64, 64, 3), np.uint8)
         results['img'] = image.astype(np.float32) if self.to_float32 else image
         results['img_shape'] = results['ori_shape'] = image.shape[:2]
         return results
@@ -267,8 +264,8 @@ class LoadSegLabels(_CheckedReader, LoadAnnotations):
                  num_classes: int | None = None, max_pixels: int = MAX_PIXELS,
                  skip_list: str | None = None, blank: bool = False) -> None:
         super().__init__(reduce_zero_label, backend_args, imdecode_backend)
-        self.num_classes = num_classes
-        self._set_up(max_pixels, skip_list, blank)
+        self.num_classes, self.max_pixels, self.blank = num_classes, max_pixels, blank
+        self.skip_list = SkipList(skip_list) if skip_list else None
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any] | None:
         """Read the labels into ``gt_seg_map`` (H x W, uint8)."""
@@ -290,7 +287,7 @@ class LoadSegLabels(_CheckedReader, LoadAnnotations):
         """Return the label of each value of a mask, with ``label_map`` and the like of results."""
         table = np.arange(256)
         if self.zero_is_no_label(results):
-            table = np.where((table == 0) | (table == IGNORED), IGNORED, table - 1)
+            table = np.array([IGNORED, *range(254), IGNORED])
         mapped = table.copy()
         for old, new in (results.get('label_map') or {}).items():
             mapped[table == old] = new
@@ -309,17 +306,17 @@ class LoadSegLabels(_CheckedReader, LoadAnnotations):
         if mask.ndim != 2:
             raise DataError(f'mask {path} has {mask.shape[-1]} channels: it must be one channel of '
                             'class indices, not colours')
-        shape = results.get('ori_shape', mask.shape)
-        if mask.shape != tuple(shape):
-            cause, image_path = ': they do not belong together', results.get('img_path') or ''
-            if mask.shape == tuple(shape[::-1]) and os.path.isfile(image_path):
+        shape = tuple(results.get('ori_shape', mask.shape))
+        if mask.shape != shape:
+            cause, image_path = 'they do not belong together', results.get('img_path') or ''
+            if mask.shape == shape[::-1] and os.path.isfile(image_path):
                 with Image.open(image_path) as image:
                     turned = orientation(image)
                 if turned > 4:
-                    cause = (f': its EXIF orientation, {turned}, turns the image and not the mask: '
+                    cause = (f'its EXIF orientation, {turned}, turns the image and not the mask: '
                              'save the image upright, without EXIF')
             raise DataError(f'mask {path} is {mask.shape[1]}x{mask.shape[0]} pixels, its image '
-                            f'{shape[1]}x{shape[0]}{cause}')
+                            f'{shape[1]}x{shape[0]}: {cause}')
         table = self.table(results)
         bad = (table >= (self.num_classes or IGNORED)) & (table != IGNORED)
         # OpenCV looks uint8 up four times as fast as numpy.
@@ -368,19 +365,19 @@ class RandomSegCrop(RandomCrop):
     @cache_randomness
     def crop_bbox(self, results: dict[str, Any]) -> tuple[int, int, int, int]:
         """Return top, bottom, left and right of a crop that no valid class dominates."""
-        box = self._draw(results['img'].shape)
-        for _ in range(10 if self.cat_max_ratio < 1 else 0):
-            labels, counts = _count_labels(self.crop(results['gt_seg_map'], box))
-            counts = counts[labels != self.ignore_index]
-            if len(counts) > 1 and counts.max() / counts.sum() < self.cat_max_ratio:
-                break
-            box = self._draw(results['img'].shape)
+        height, width = self.crop_size
+        for checks_left in range(10 if self.cat_max_ratio < 1 else 0, -1, -1):
+            top, left = (np.random.randint(0, max(whole - part, 0) + 1)
+                         for whole, part in zip(results['img'].shape, self.crop_size))
+            box = top, top + height, left, left + width
+            if checks_left:
+                labels = self.crop(results['gt_seg_map'], box).ravel()
+                counts = np.bincount(labels, minlength=self.ignore_index + 1)
+                counts[self.ignore_index] = 0
+                if (np.count_nonzero(counts) > 1 and
+                        counts.max() / counts.sum() < self.cat_max_ratio):
+                    break
         return box
-
-    def _draw(self, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
-        top, left = (np.random.randint(0, max(whole - part, 0) + 1)
-                     for whole, part in zip(shape, self.crop_size))
-        return top, top + self.crop_size[0], left, left + self.crop_size[1]
 
 
 REPLACES: dict[str, type] = {'LoadImageFromFile': LoadSegImage, 'LoadAnnotations': LoadSegLabels,
@@ -399,15 +396,6 @@ def without_checks(step: Mapping[str, Any]) -> dict[str, Any]:
     names = {**{cls.__name__: name for name, cls in REPLACES.items()},
              **{name: name for name in REPLACES}}
     return {**step, 'type': names.get(str(step['type']).rpartition('.')[2], step['type'])}
-
-
-def _count_labels(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    if labels.dtype != np.uint8:
-        return np.unique(labels, return_counts=True)
-    # OpenCV counts in float32, which is exact up to 16 million pixels.
-    counts = cv2.calcHist([labels], [0], None, [256], [0, 256]).ravel().astype(int)
-    present = np.flatnonzero(counts)
-    return present, counts[present]
 
 
 def orientation(image: Image.Image) -> int:

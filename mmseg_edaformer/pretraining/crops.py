@@ -22,12 +22,12 @@ _STUFF: dict[str, dict[str, tuple[float, float]]] = {
 _OBJECTS = {'bird': (10, 0.05), 'car': (24, 0.2), 'house': (32, 0.2), 'lamp': (32, 0.2),
             'tree': (32, 0.2)}
 _SCENE = (256, 352)
+_SIZE = 64  # height and width of an image
 _REVISION = 1  # raise it when the images change
 _NAMES = re.compile(rf'crops\.json|(train|val)/(({"|".join(CROPS)})/(\d{{5,}}\.png)?)?')
 
 
-def draw_crops(root: str | Path, *, train: int = 80, val: int = 20, size: int = 64,
-               seed: int = 0) -> Path:
+def draw_crops(root: str | Path, *, train: int = 80, val: int = 20, seed: int = 0) -> Path:
     """Draw ten classes in ImageNet's layout, unless they are there already.
 
     The images are windows of drawn scenes: five kinds of objects, and five of ground and sky. Each
@@ -37,15 +37,14 @@ def draw_crops(root: str | Path, *, train: int = 80, val: int = 20, size: int = 
         root: Folder of the data set; it is made if missing, and may hold nothing else.
         train: Number of training images of each class.
         val: Number of validation images of each class.
-        size: Height and width of each image in pixels.
         seed: Seed of the drawing.
 
     Raises:
         DataError: A number is too small, or see `draw_once`.
     """
-    if min(train, val) < 1 or size < 32 or seed < 0:
-        raise DataError(f'train={train}, val={val}, size={size}, seed={seed}: ask for at least one '
-                        'image of each class, 32 pixels and a seed of 0 or more')
+    if min(train, val) < 1 or seed < 0:
+        raise DataError(f'train={train}, val={val}, seed={seed}: ask for at least one image of '
+                        'each class and a seed of 0 or more')
 
     def draw(root: Path) -> None:
         for split, (name, count) in enumerate((('train', train), ('val', val))):
@@ -54,22 +53,22 @@ def draw_crops(root: str | Path, *, train: int = 80, val: int = 20, size: int = 
                 folder.mkdir(parents=True, exist_ok=True)
                 for number in range(count):
                     rng = np.random.default_rng((seed, split, label, number))
-                    Image.fromarray(draw_crop(rng, kind, size)).save(
+                    Image.fromarray(draw_crop(rng, kind)).save(
                         folder / f'{number:05d}.png', compress_level=1)
 
     return draw_once(Path(root), 'crops.json', dict(
-        train=train, val=val, size=size, seed=seed, revision=_REVISION), _NAMES, draw)
+        train=train, val=val, size=_SIZE, seed=seed, revision=_REVISION), _NAMES, draw)
 
 
-def draw_crop(rng: np.random.Generator, kind: str, size: int) -> np.ndarray:
-    """Draw one image of a class of `CROPS`: size x size x 3 in RGB."""
+def draw_crop(rng: np.random.Generator, kind: str) -> np.ndarray:
+    """Draw one image of a class of `CROPS`, 64 x 64 x 3 in RGB."""
     while True:
         image, label = draw_scene(rng, _SCENE)
         window = _stuff(rng, label, kind) if kind in _STUFF else _object(rng, label, kind)
         if window is not None:
             crop = image[window]
-            filter_ = cv2.INTER_AREA if crop.shape[0] > size else cv2.INTER_LINEAR
-            return cv2.resize(crop, (size, size), interpolation=filter_)
+            filter_ = cv2.INTER_AREA if crop.shape[0] > _SIZE else cv2.INTER_LINEAR
+            return cv2.resize(crop, (_SIZE, _SIZE), interpolation=filter_)
 
 
 def _stuff(rng: np.random.Generator, label: np.ndarray, kind: str) -> tuple[slice, slice] | None:
@@ -79,9 +78,9 @@ def _stuff(rng: np.random.Generator, label: np.ndarray, kind: str) -> tuple[slic
         window = _square(rng.uniform(0, label.shape[0]), rng.uniform(0, label.shape[1]), side,
                          label.shape)
         shares = _shares(label[window])
-        if all(low <= shares[KINDS.index(name)] <= high
-               for name, (low, high) in _STUFF[kind].items()) and (
-                   sum(shares[KINDS.index(name)] for name in _STUFF[kind]) > 0.9):
+        ranges = _STUFF[kind]
+        if all(low <= shares[name] <= high for name, (low, high) in ranges.items()) and (
+                sum(shares[name] for name in ranges) > 0.9):
             return window
     return None
 
@@ -89,8 +88,8 @@ def _stuff(rng: np.random.Generator, label: np.ndarray, kind: str) -> tuple[slic
 def _object(rng: np.random.Generator, label: np.ndarray, kind: str) -> tuple[slice, slice] | None:
     """Return a window around one object that others leave visible, if there is one."""
     least, others = _OBJECTS[kind]
-    number = KINDS.index(kind)
-    _, _, boxes, _ = cv2.connectedComponentsWithStats((label == number).astype(np.uint8))
+    mask = (label == KINDS.index(kind)).astype(np.uint8)
+    _, _, boxes, _ = cv2.connectedComponentsWithStats(mask)
     for left, top, width, height, _ in rng.permutation(boxes[1:]):
         extent = max(width, height)
         side = round(max(extent * rng.uniform(1.1, 1.6), 24))
@@ -99,7 +98,7 @@ def _object(rng: np.random.Generator, label: np.ndarray, kind: str) -> tuple[sli
         y, x = (rng.uniform(-0.1, 0.1, 2) * side) + (top + height / 2, left + width / 2)
         window = _square(y, x, side, label.shape)
         shares = _shares(label[window])
-        if sum(shares[KINDS.index(name)] for name in _OBJECTS if name != kind) <= others:
+        if sum(shares[name] for name in _OBJECTS if name != kind) <= others:
             return window
     return None
 
@@ -111,5 +110,6 @@ def _square(y: float, x: float, side: int, shape: Sequence[int]) -> tuple[slice,
     return slice(top, top + side), slice(left, left + side)
 
 
-def _shares(label: np.ndarray) -> np.ndarray:
-    return np.bincount(label.ravel(), minlength=len(KINDS)) / label.size
+def _shares(label: np.ndarray) -> dict[str, float]:
+    shares = np.bincount(label.ravel(), minlength=len(KINDS)) / label.size
+    return dict(zip(KINDS, shares))

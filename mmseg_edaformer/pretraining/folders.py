@@ -2,9 +2,8 @@
 import itertools
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..data.classification import class_folders
 from ..data.preparing import DOWNLOADS, options
@@ -14,8 +13,7 @@ from ..errors import ConfigError, DataError
 _SUFFIXES = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif')
 
 
-@dataclass(frozen=True)
-class Folders:
+class Folders(NamedTuple):
     """A data set in ImageNet's layout, ``{train,val}/<class>/<image>``, and where it comes from."""
 
     name: str
@@ -81,8 +79,8 @@ def check_same_classes(splits: dict[str, list[str]]) -> None:
         DataError: They differ.
     """
     for (first, names), (second, others) in itertools.combinations(splits.items(), 2):
-        if names and others and names != others:
-            alone = sorted(set(names) ^ set(others))
+        alone = sorted({*names} ^ {*others})
+        if names and others and alone:
             raise DataError(f'the {first} and the {second} set have different class folders, such '
                             f'as {alone[0]}: rename or complete them, their order numbers the '
                             'classes')

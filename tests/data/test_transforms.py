@@ -1,7 +1,7 @@
 """Reading images and labels: equal to mmseg's where they are good, named where they are bad."""
 import numpy as np
 import pytest
-from mmseg.datasets.transforms import LoadAnnotations, Resize
+from mmseg.datasets.transforms import LoadAnnotations
 from mmseg.registry import TRANSFORMS
 from PIL import Image
 
@@ -75,18 +75,6 @@ def test_float_images_and_grey_ones(tmp_path):
     assert grey['img'].dtype == np.float32
     assert np.array_equal(grey['img'], image)
     assert grey['img_shape'] == grey['ori_shape'] == (5, 7)
-
-
-@pytest.mark.parametrize('options', [
-    dict(scale=(40, 20), keep_ratio=True), dict(scale=(40, 20)), dict(scale_factor=1.5)])
-def test_resize_is_mmsegs(options):
-    rng = np.random.default_rng(0)
-    results = dict(img=rng.integers(0, 256, (30, 50, 3), np.uint8), seg_fields=['gt_seg_map'],
-                   gt_seg_map=rng.integers(0, 8, (30, 50), np.uint8))
-    expected = Resize(**options).transform(dict(results))
-    found = SegResize(**options).transform(dict(results))
-    assert found.keys() == expected.keys()
-    assert all(np.array_equal(found[key], expected[key]) for key in expected)
 
 
 @pytest.mark.parametrize(('shape', 'options', 'size'), [

@@ -2,30 +2,26 @@ data_root = 'data/imagenet'
 crop_size = (224, 224)
 train_pipeline = [
     dict(type='mmseg.LoadSegImage'),  # names the files that it cannot read
-    dict(type='mmseg.RandomResizedCrop', scale=224),  # bicubic with antialiasing, as Pillow does
+    dict(type='RandomResizedCrop', scale=224, backend='pillow', interpolation='bicubic'),
     dict(type='RandomFlip', prob=0.5, direction='horizontal'),
-    # Drawn for each image here, done by the model's data preprocessor for the whole batch.
     dict(
-        type='mmseg.PackForDevice',
-        transforms=[
-            dict(
-                type='RandAugment',
-                policies='timm_increasing',
-                num_policies=2,
-                total_level=10,
-                magnitude_level=9,
-                magnitude_std=0.5,
-                hparams=dict(pad_val=[104, 116, 124], interpolation='bicubic')),
-            # The pixels are normal noise after normalisation, as timm's mode 'pixel' has them.
-            dict(
-                type='RandomErasing',
-                erase_prob=0.25,
-                mode='rand',
-                min_area_ratio=0.02,
-                max_area_ratio=1 / 3,
-                fill_color=[103.53, 116.28, 123.675],
-                fill_std=[57.375, 57.12, 58.395]),
-        ]),
+        type='RandAugment',
+        policies='timm_increasing',
+        num_policies=2,
+        total_level=10,
+        magnitude_level=9,
+        magnitude_std=0.5,
+        hparams=dict(pad_val=[104, 116, 124], interpolation='bicubic')),
+    # The pixels are normal noise after normalisation, as timm's mode 'pixel' has them.
+    dict(
+        type='RandomErasing',
+        erase_prob=0.25,
+        mode='rand',
+        min_area_ratio=0.02,
+        max_area_ratio=1 / 3,
+        fill_color=[103.53, 116.28, 123.675],
+        fill_std=[57.375, 57.12, 58.395]),
+    dict(type='PackInputs'),
 ]
 test_pipeline = [
     dict(type='mmseg.LoadSegImage'),
@@ -40,7 +36,7 @@ train_dataloader = dict(
     drop_last=True,
     # Of the images of an epoch each comes three times, on different GPUs; a third has its turn.
     sampler=dict(type='RepeatAugSampler', num_repeats=3, shuffle=True),
-    collate_fn=dict(type='augment_collate'),
+    collate_fn=dict(type='default_collate'),
     dataset=dict(
         type='ImageNet', data_root=data_root, data_prefix='train', pipeline=train_pipeline))
 val_dataloader = dict(

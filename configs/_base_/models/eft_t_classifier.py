@@ -1,7 +1,6 @@
 model = dict(
     type='ImageClassifier',
     data_preprocessor=dict(
-        type='mmseg.AugmentingPreProcessor',  # ClsDataPreprocessor, for batches of in1k.py
         num_classes=1000,
         mean=[123.675, 116.28, 103.53],
         std=[58.395, 57.12, 57.375],

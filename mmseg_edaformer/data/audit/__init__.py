@@ -6,9 +6,8 @@ In a classification data set these are the images in the folders of its classes,
 import errno
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from mmengine.config import Config
@@ -17,39 +16,34 @@ from mmengine.fileio import list_dir_or_file
 from mmengine.logging import print_log
 from mmengine.registry import init_default_scope
 from mmseg.datasets import BaseSegDataset
-from mmseg.datasets.transforms import LoadAnnotations
 from mmseg.registry import DATASETS
 
 from ...errors import ConfigError, DataError
 from ..classification import check_library, class_folders, is_classifier
-from ..transforms import IGNORED, LoadSegLabels
+from ..transforms import IGNORED
 from .files import Facts, File, examine, examine_files, header
 from .rules import (
     CHECKS,
     OF_ALL,
     Finding,
+    Item,
     Part,
     check_classes,
     compare_splits,
     find_duplicates,
+    gather,
     judge_part,
 )
 
 _SAMPLES = 16, 128, 1024  # masks that are looked at before a run, until a finding is certain
 
 
-@dataclass
-class Audit:
+class Audit(NamedTuple):
     """Result of `audit`."""
 
     parts: list[Part]
     findings: list[Finding]
     facts: dict[File, Facts]
-    files_read: int
-
-    def count(self, level: str) -> int:
-        """Return the number of findings of a level."""
-        return sum(finding.level == level for finding in self.findings)
 
 
 def inner_datasets(cfg: Any, key: str = 'dataset') -> Iterator[tuple[str, Any]]:
@@ -64,15 +58,14 @@ def inner_datasets(cfg: Any, key: str = 'dataset') -> Iterator[tuple[str, Any]]:
 
 
 def audit(cfg: Config, splits: Sequence[str] = ('train', 'val', 'test'), *,
-          workers: int | None = None, out: Path | None = None, fresh: bool = False) -> Audit:
+          workers: int | None = None, out: Path | None = None) -> Audit:
     """Look at every file of the data sets of a config.
 
     Args:
         cfg: Any config of mmsegmentation, or of a classifier of mmpretrain.
         splits: Splits to look at, where the config has them.
         workers: Number of processes; by default one for each core.
-        out: Folder for the cache, with which a second run reads only what has changed.
-        fresh: Whether to read every file again.
+        out: Folder for the results, which must lie outside of the data.
 
     Raises:
         ConfigError: A data set cannot be built from the config, ``out`` lies within one, or
@@ -82,35 +75,43 @@ def audit(cfg: Config, splits: Sequence[str] = ('train', 'val', 'test'), *,
     if is_classifier(cfg):
         check_library()
     init_default_scope(cfg.get('default_scope') or 'mmseg')
-    heads = dict(_heads(cfg))
+    heads = _heads(cfg)
     parts: list[Part] = []
-    findings: list[Finding] = []
+    items: list[Item] = []
+    looked_at: list[tuple[Any, Part]] = []
     for split in splits:
         inner = list(inner_datasets((cfg.get(f'{split}_dataloader') or {}).get('dataset') or {}))
         for index, (key, dataset_cfg) in enumerate(inner):
-            name = split if len(inner) == 1 else f'{split}[{index}]'
+            if not dataset_cfg:
+                continue
             key, settings = f'{split}_dataloader.{key}', {**dataset_cfg, 'pipeline': None}
-            twin = next((part for part in parts if 'train' not in (split, part.split)
-                         and part.split != split and part.settings == settings), None)
+            twin = next((part for known, part in looked_at if known == settings and
+                         part.split != split and 'train' not in (split, part.split)), None)
             if twin:
                 twin.keys.append(key)
-            elif dataset_cfg:
-                part, own = _part(name, split, key, dataset_cfg, heads)
-                findings += own
-                if part:
-                    part.settings = settings
-                    parts.append(part)
+                continue
+            name = split if len(inner) == 1 else f'{split}[{index}]'
+            try:
+                dataset = DATASETS.build({**dataset_cfg, 'lazy_init': True})
+            except (AssertionError, ValueError) as error:
+                raise ConfigError(f'{key} cannot be built: {error}') from error
+            # Those of mmpretrain that read folders or a list.
+            classifies = getattr(dataset, 'with_label', False) and hasattr(dataset, 'is_valid_file')
+            if not (classifies or isinstance(dataset, BaseSegDataset)) or _is_remote(dataset):
+                items.append((name, 'not audited', type(dataset).__name__, ''))
+                continue
+            parts.append(Part(name, split, [key], dataset, heads))
+            looked_at.append((settings, parts[-1]))
+            items += ((name, *item) for item in _list(parts[-1]))
     if out is not None:
         _check_output(parts, out)
-    facts, files_read = examine_files(
-        [(kind, path) for part in parts for pair in part.pairs
-         for kind, path in zip(('image', 'mask'), pair) if path is not None],
-        workers=workers, cache=out and out / 'files.cache', fresh=fresh)
+    facts = examine_files([
+        (kind, path) for part in parts for pair in part.pairs
+        for kind, path in zip(('image', 'mask'), pair) if path is not None], workers)
     for part in parts:
-        findings += judge_part(part, facts) + check_classes(part, heads)
-    findings += compare_splits(parts) + find_duplicates(parts, facts)
-    findings.sort(key=lambda finding: finding.level)
-    return Audit(parts, findings, facts, files_read)
+        items += [*judge_part(part, facts), *check_classes(part, heads)]
+    items += [*compare_splits(parts), *find_duplicates(parts, facts)]
+    return Audit(parts, gather(items), facts)
 
 
 def check_samples(cfg: Config, split: str, dataset: BaseSegDataset, *, alone: bool = True) -> None:
@@ -132,16 +133,15 @@ def check_samples(cfg: Config, split: str, dataset: BaseSegDataset, *, alone: bo
     """
     if _is_remote(dataset):
         return
-    pairs, labels = _pairs(dataset), _labels(dataset, dict(_heads(cfg)))
+    pairs = _pairs(dataset)
     if not pairs:
         raise DataError(f'the {split} set: no images: {dataset.ann_file}. What to do: '
                         f'{CHECKS["no images"][1]}')
     if not dataset.data_prefix.get('seg_map_path'):
         return
-    ignored = {head['ignore_index'] for _, head in _heads(cfg)}
     facts: dict[File, Facts] = {}
     for count in _SAMPLES:
-        part = Part(split, split, [], dataset, labels, ignored)
+        part = Part(split, split, [], dataset, _heads(cfg))
         part.pairs = [pairs[i] for i in sorted(
             {*np.linspace(0, len(pairs) - 1, count).astype(int)})]
         for image, mask in part.pairs:
@@ -149,7 +149,7 @@ def check_samples(cfg: Config, split: str, dataset: BaseSegDataset, *, alone: bo
                 facts['image', image] = header(image)
             if mask and ('mask', mask) not in facts:
                 facts['mask', mask] = examine('mask', mask)
-        findings = judge_part(part, facts)
+        findings = gather(judge_part(part, facts))
         if not any(finding.check in OF_ALL for finding in findings):
             break
     skips = any(getattr(step, 'skip_list', None) for step in dataset.pipeline.transforms)
@@ -157,7 +157,7 @@ def check_samples(cfg: Config, split: str, dataset: BaseSegDataset, *, alone: bo
         name, note = finding.items[0]
         text = (f'the {split} set: {finding.check}: {name}{": " if note else ""}{note}'
                 f' ({len(finding.items)} of {len(part.pairs)} looked at). What to do: '
-                f'{CHECKS[finding.check][1]}; tools/check_data.py looks at all')
+                f'{finding.remedy}; tools/check_data.py looks at all')
         harmless = (split == 'test' or not alone) if finding.check in OF_ALL else skips
         if finding.level == 'error' and not harmless:
             raise DataError(text)
@@ -170,59 +170,46 @@ def _check_output(parts: Sequence[Part], out: Path) -> None:
     Raises:
         ConfigError: The folder lies within a data set, or a data set in what ``fix`` replaces.
     """
-    real, fixed = out.resolve(), (out / 'fixed').resolve()
     for part in parts:
-        folders = [part.dataset.data_prefix.get(kind) for kind in ('img_path', 'seg_map_path')]
         root = part.dataset.data_root
+        folders = _folders(part.dataset)
         if root and not Path.cwd().is_relative_to(Path(root).resolve()):
             folders.append(root)
         for folder in folders:
-            if folder is None:
-                continue
-            if real.is_relative_to(Path(folder).resolve()):
+            if out.resolve().is_relative_to(Path(folder).resolve()):
                 raise ConfigError(f'--out {out} lies within {folder or "."}, the folder of the '
                                   f'{part.name} set: choose a folder outside of the data')
+            fixed = (out / 'fixed').resolve()
             if Path(folder).resolve().is_relative_to(fixed):
                 raise ConfigError(f'the {part.name} set is in {fixed}, which this run would '
                                   'replace: choose another --out')
 
 
-def _part(name: str, split: str, key: str, dataset_cfg: Any, heads: dict[str, Any]
-          ) -> tuple[Part | None, list[Finding]]:
-    """Build a data set and list its pairs; the findings say why if it cannot."""
-    def finding(check: str, *items: tuple[str, str]) -> list[Finding]:
-        return [Finding(name, check, items)]
+def _folders(dataset: BaseDataset) -> list[str]:
+    """Return the folder of the images, and that of the masks if there is one."""
+    return [path for kind in ('img_path', 'seg_map_path')
+            if (path := dataset.data_prefix.get(kind)) is not None]
 
-    root = dataset_cfg.get('data_root') or '.'
-    if '://' not in root and not os.path.isdir(root):
-        return None, finding('folder missing', (root, f'from {os.getcwd()}'))
-    try:
-        dataset = DATASETS.build({**dataset_cfg, 'lazy_init': True})
-    except (AssertionError, ValueError) as error:
-        raise ConfigError(f'{key} cannot be built: {error}') from error
-    # Those of mmpretrain that read folders or a list.
-    classifies = getattr(dataset, 'with_label', False) and hasattr(dataset, 'is_valid_file')
-    if not (classifies or isinstance(dataset, BaseSegDataset)) or _is_remote(dataset):
-        return None, finding('not audited', (type(dataset).__name__, ''))
-    part = Part(name, split, [key], dataset, _labels(dataset, heads),
-                {value['ignore_index'] for value in heads.values()} |
-                {getattr(dataset, 'ignore_index', IGNORED)}, targets=[] if classifies else None)
-    folders = [path for kind in ('img_path', 'seg_map_path')
-               if (path := dataset.data_prefix.get(kind)) is not None]
-    missing = [path for path in folders if path and not os.path.isdir(path)]
-    if dataset.ann_file and not os.path.exists(dataset.ann_file):
-        missing.append(dataset.ann_file)
+
+_Items = Iterator[tuple[str, str, str]]
+
+
+def _list(part: Part) -> _Items:
+    """List the pairs of a data set; yields checks that its folders or its list fail."""
+    paths = [*_folders(part.dataset), part.dataset.ann_file]
+    missing = [path for path in paths if path and not os.path.exists(path)]
     if missing:
-        return part, finding('folder missing', *((path, '') for path in missing))
+        for path in missing:
+            yield 'folder missing', path, f'from {os.getcwd()}'
+        return
     try:
-        return part, [Finding(name, check, tuple(items)) for check, items in (
-            _list_pairs(part, folders) if part.targets is None else
-            _list_classes(part, part.targets)) if items]
+        yield from _list_classes(part) if part.classifies else _list_pairs(part)
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.ENAMETOOLONG):
             raise
-        loops = [(path, '') for folder in folders for path in _find_loops(folder)]
-        return part, finding('link loop', *loops or [(str(error.filename), '')])
+        loops = [path for folder in _folders(part.dataset) for path in _find_loops(folder)]
+        for path in loops or [str(error.filename)]:
+            yield 'link loop', path, ''
 
 
 def _find_loops(folder: str) -> Iterator[str]:
@@ -235,29 +222,27 @@ def _find_loops(folder: str) -> Iterator[str]:
                     yield path
 
 
-_Items = Iterator[tuple[str, list[tuple[str, str]]]]
-
-
-def _list_pairs(part: Part, folders: Sequence[str]) -> _Items:
-    """List the pairs of a data set, and yield masks without an image."""
-    dataset = part.dataset
+def _list_pairs(part: Part) -> _Items:
+    """List the pairs of a data set; yields masks without an image."""
+    dataset, folders = part.dataset, _folders(part.dataset)
     part.pairs = _pairs(dataset)
     if not part.pairs:
-        yield 'no images', [(dataset.ann_file or f'{folders[0]}/*{dataset.img_suffix}', '')]
+        yield 'no images', dataset.ann_file or f'{folders[0]}/*{dataset.img_suffix}', ''
     if len(folders) > 1 and (not dataset.ann_file or os.path.isdir(dataset.ann_file)):
         partners = {os.path.normpath(mask) for _, mask in part.pairs if mask}
-        masks = sorted({os.path.join(folders[1], mask) for mask in list_dir_or_file(
-            folders[1], list_dir=False, suffix=dataset.seg_map_suffix, recursive=True)})
-        yield 'image missing', [(mask, 'a mask without an image') for mask in masks
-                                if os.path.normpath(mask) not in partners]
+        for name in sorted(list_dir_or_file(folders[1], list_dir=False, recursive=True,
+                                            suffix=dataset.seg_map_suffix)):
+            mask = os.path.join(folders[1], name)
+            if os.path.normpath(mask) not in partners:
+                yield 'image missing', mask, 'a mask without an image'
     if dataset._indices is not None or type(dataset).filter_data is not BaseSegDataset.filter_data:
         dataset.serialize_data = False
         dataset.full_init()
         part.pairs = [(info['img_path'], info.get('seg_map_path')) for info in dataset.data_list]
 
 
-def _list_classes(part: Part, targets: list[int]) -> _Items:
-    """List the images and their classes as mmpretrain does, and yield the files it ignores."""
+def _list_classes(part: Part) -> _Items:
+    """List the images and their classes as mmpretrain does; yields the files that it ignores."""
     dataset = part.dataset
     if dataset.ann_file:
         try:
@@ -266,9 +251,8 @@ def _list_classes(part: Part, targets: list[int]) -> _Items:
             raise DataError(f'{dataset.ann_file} is no list of images and the numbers of their '
                             f'classes, a line for each: {error}') from error
         part.pairs = [(info['img_path'], None) for info in infos]
-        targets += [info['gt_label'] for info in infos]
+        part.targets = [info['gt_label'] for info in infos]
     else:
-        ignored = []
         part.folders = tuple(class_folders(dataset.img_prefix))
         for number, folder in enumerate((*part.folders, '')):
             where = os.path.join(dataset.img_prefix, folder)
@@ -276,13 +260,12 @@ def _list_classes(part: Part, targets: list[int]) -> _Items:
                 path = os.path.join(where, file)
                 if folder and dataset.is_valid_file(file):
                     part.pairs.append((path, None))
-                    targets.append(number)
+                    part.targets.append(number)
                 else:
-                    ignored.append((path, '' if folder else 'not in the folder of a class'))
-        yield 'passed over', ignored
+                    yield 'passed over', path, '' if folder else 'not in the folder of a class'
     if not part.pairs:
-        yield 'no images', [
-            (dataset.ann_file or os.path.join(dataset.img_prefix, '<class>/<image>'), '')]
+        wanted = os.path.join(dataset.img_prefix, '<class>/<image>')
+        yield 'no images', dataset.ann_file or wanted, ''
 
 
 def _pairs(dataset: BaseSegDataset) -> list[tuple[str, str | None]]:
@@ -298,34 +281,24 @@ def _is_remote(dataset: BaseDataset) -> bool:
                                      (*dataset.data_prefix.values(), dataset.ann_file))
 
 
-def _labels(dataset: BaseDataset, heads: dict[str, Any]) -> LoadSegLabels:
-    """Return a loader with the settings of the pipeline's, which knows the number of classes."""
-    step = next((step for step in dataset.pipeline.transforms
-                 if isinstance(step, LoadAnnotations)), None)
-    classes = dataset.metainfo.get('classes')
-    known = [getattr(step, 'num_classes', None), classes and len(classes),
-             *(head['num_classes'] for head in heads.values())]
-    labels = LoadSegLabels(num_classes=next(filter(None, known), None))
-    labels.reduce_zero_label = step.reduce_zero_label if step else None
-    return labels
-
-
-def _heads(cfg: Config) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the number of classes and the ignored label of all heads, with their config keys.
+def _heads(cfg: Config) -> dict[str, dict[str, Any]]:
+    """Return the number of classes and the ignored label of all heads, by their config keys.
 
     A classifier's head, its loss and its preprocessor each have the number.
     """
-    model = cfg.get('model') or {}
-    path = 'model'
+    model, path = cfg.get('model') or {}, 'model'
     while 'module' in model:  # test-time augmentation wraps it
         model, path = model['module'], f'{path}.module'
-    for kind in (('head', 'head.loss', 'data_preprocessor') if is_classifier(cfg) else
-                 ('decode_head', 'auxiliary_head')):
-        heads: Any = model
-        for step in kind.split('.'):
-            heads = (heads.get(step) if isinstance(heads, dict) else None) or []
-        several = isinstance(heads, (list, tuple))
-        for index, head in enumerate(heads if several else [heads]):
-            yield (f'{path}.{kind}.{index}' if several else f'{path}.{kind}',
-                   dict(num_classes=head.get('num_classes'),
-                        ignore_index=head.get('ignore_index', IGNORED)))
+    if is_classifier(cfg):
+        head = model.get('head') or {}
+        heads = {'head': head, 'head.loss': head.get('loss'),
+                 'data_preprocessor': model.get('data_preprocessor')}
+    else:
+        heads = {kind: model.get(kind) for kind in ('decode_head', 'auxiliary_head')}
+    for kind, head in list(heads.items()):
+        if isinstance(head, (list, tuple)):
+            del heads[kind]
+            heads.update({f'{kind}.{index}': one for index, one in enumerate(head)})
+    return {f'{path}.{kind}': dict(num_classes=head.get('num_classes'),
+                                   ignore_index=head.get('ignore_index', IGNORED))
+            for kind, head in heads.items() if head}

@@ -1,18 +1,15 @@
-"""What an image or a mask holds: one pass over each file, on all cores, cached between runs."""
+"""What an image or a mask holds: one pass over each file, on all cores."""
 import hashlib
 import io
 import itertools
-import json
 import multiprocessing
 import os
 import signal
-import stat
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,18 +17,15 @@ from PIL import Image, ImageOps
 from rich.progress import track
 
 from ...errors import DataError
-from ...files import write_file
-from ..transforms import check_header, orientation, read_file, simplejpeg
+from ..transforms import check_header, orientation, read_file
 
 File = tuple[str, str]
 """Kind, 'image' or 'mask', and path."""
 Facts = dict[str, Any]
 """Result of `examine`, of JSON's types."""
 
-_CACHE_VERSION = [3, bool(simplejpeg)]  # raise it when `examine` gives other facts
 _CHUNK = 16
 _MAX_VALUES = 512  # labels of a mask that are kept
-_MISSING = dict(problem='missing', detail='there is no such file')
 
 
 def examine(kind: str, path: str) -> Facts:
@@ -51,13 +45,11 @@ def examine(kind: str, path: str) -> Facts:
           green, blue of what it uses) where it has one; or ``channels``, if there are several.
     """
     if not os.path.isfile(path):  # a pipe would block
-        return _MISSING
+        return dict(problem='missing', detail='')
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # a large image; what matters of others raises
             content = read_file(kind, path)
-            if not content:
-                raise DataError('the file has 0 bytes')
             check_header(kind, '', content)
             with Image.open(io.BytesIO(content)) as image:
                 facts = dict(size=[*image.size], format=image.format)
@@ -86,14 +78,8 @@ def _labels(image: Image.Image) -> Facts:
     array = np.asarray(image)
     if array.ndim > 2:
         return dict(channels=array.shape[2])
-    if array.dtype in (np.uint8, bool):
-        # In blocks, because bincount converts them to int64.
-        blocks = np.array_split(array.ravel().view(np.uint8), -(-array.size // 2 ** 22))
-        counts = np.sum([np.bincount(block, minlength=256) for block in blocks], 0)
-        values = np.flatnonzero(counts)
-        counts = counts[values]
-    else:
-        values, counts = np.unique(array, return_counts=True)
+    values, counts = np.unique(array.view(np.uint8) if array.dtype == bool else array,
+                               return_counts=True)
     facts: Facts = dict(bits=8 * array.dtype.itemsize, values=[
         [v.item(), n.item()] for v, n in zip(values, counts)][:_MAX_VALUES])
     if image.mode == 'P':
@@ -110,49 +96,20 @@ def _hash_pixels(image: Image.Image) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def examine_files(files: Iterable[File], *, workers: int | None = None,
-                  cache: Path | None = None, fresh: bool = False
-                  ) -> tuple[dict[File, Facts], int]:
+def examine_files(files: Iterable[File], workers: int | None = None) -> dict[File, Facts]:
     """Examine many files, each once, and show the progress on a terminal.
 
     Args:
         files: Kinds and paths.
         workers: Number of processes; by default one for each core.
-        cache: File with the facts of earlier runs. A file of unchanged size and modification time
-            is not read again. A cache that is damaged or of another version is replaced.
-        fresh: Whether to read every file again.
-
-    Returns:
-        The facts of each file, and the number of files that were read.
 
     Raises:
         DataError: A process was killed, most likely for lack of memory.
     """
-    cached = _read_cache(cache) if cache and not fresh else {}
-    facts: dict[File, Facts] = {}
-    todo: list[File] = []
-    stamps = {}
-    for file in dict.fromkeys(files):
-        stamps[file] = stamp = _stamp(file[1])
-        entry = cached.get(_key(file))
-        if stamp is None:
-            facts[file] = _MISSING
-        elif entry is not None and entry[:2] == stamp:
-            facts[file] = entry[2]
-        else:
-            todo.append(file)
-    try:
-        results = track(_run(todo, workers), 'reading', len(todo), transient=True,
-                        disable=not sys.stdout.isatty())
-        for result, file in zip(results, todo):
-            facts[file] = result
-    finally:
-        if cache and todo:  # also what was done before an interruption
-            done = {_key(file): [*(stamps[file] or ()), result] for file, result in facts.items()
-                    if stamps[file]}
-            write_file(cache, json.dumps([_CACHE_VERSION, {**cached, **done}],
-                                         separators=(',', ':')))
-    return facts, len(todo)
+    todo = [*dict.fromkeys(files)]
+    results = track(_run(todo, workers), 'reading', len(todo), transient=True,
+                    disable=not sys.stdout.isatty())
+    return {file: facts for facts, file in zip(results, todo)}
 
 
 def _run(files: Sequence[File], workers: int | None) -> Iterator[Facts]:
@@ -173,24 +130,3 @@ def _run(files: Sequence[File], workers: int | None) -> Iterator[Facts]:
                         'run again with fewer --workers') from error
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _stamp(path: str) -> list[int] | None:
-    """Return size and modification time, None for what is no file."""
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):
-        return None
-    return [status.st_size, status.st_mtime_ns] if stat.S_ISREG(status.st_mode) else None
-
-
-def _key(file: File) -> str:
-    return f'{file[0]} {os.path.abspath(file[1])}'
-
-
-def _read_cache(path: Path) -> dict[str, Any]:
-    try:
-        version, cached = json.loads(path.read_bytes())
-    except (OSError, ValueError, TypeError):
-        return {}
-    return cached if version == _CACHE_VERSION else {}

@@ -13,8 +13,7 @@ from ...errors import ConfigError
 from ...files import write_file
 from ..transforms import IGNORED, ORIENTATION
 from . import Audit
-from .files import examine
-from .rules import CHECKS, Part, judge
+from .rules import CHECKS, Part
 
 _LOSSLESS = {'.png': 'PNG', '.bmp': 'BMP', '.tif': 'TIFF', '.tiff': 'TIFF'}
 _OF_IMAGE = 'image turned by EXIF'
@@ -57,44 +56,43 @@ def fix(audit: Audit, out: Path) -> list[Fixed]:
     Raises:
         ConfigError: There is something foreign where it would write.
     """
-    return [_fix_part(part, out / 'fixed' / part.name) for part in audit.parts
-            if any({*checks} & _FIXABLE for checks in part.verdicts.values())]
-
-
-def _fix_part(part: Part, folder: Path) -> Fixed:
-    if folder.is_symlink() or folder.is_file() or (
-            folder.is_dir() and {*os.listdir(folder)} - {'images', 'masks'}):
-        raise ConfigError(f'{folder} holds what --fix did not write: move it away')
-    if folder.is_dir():
-        shutil.rmtree(folder)
-    fixed = Fixed(part.name, folder, _options(part, folder))
-    for image, mask in dict.fromkeys(part.pairs):
-        try:
-            fixed.files += _fix_pair(part, image, mask, folder)
-        except _NotFixableError as error:
-            fixed.left_out.append(error.args)  # type: ignore[arg-type]
-    return fixed
+    done = []
+    for part in audit.parts:
+        if not any({*checks} & _FIXABLE for checks in part.verdicts.values()):
+            continue
+        folder = out / 'fixed' / part.name
+        if folder.is_symlink() or folder.is_file() or (
+                folder.is_dir() and {*os.listdir(folder)} - {'images', 'masks'}):
+            raise ConfigError(f'{folder} holds what --fix did not write: move it away')
+        if folder.is_dir():
+            shutil.rmtree(folder)
+        fixed = Fixed(part.name, folder, _options(part, folder))
+        for image, mask in dict.fromkeys(part.pairs):
+            try:
+                fixed.files += _fix_pair(part, image, mask, folder)
+            except _NotFixableError as error:
+                fixed.left_out.append(error.args)  # type: ignore[arg-type]
+        done.append(fixed)
+    return done
 
 
 def _fix_pair(part: Part, image: str, mask: str | None, folder: Path) -> list[tuple[str, str]]:
     """Write or link a pair; the files that were written, and what was wrong with them."""
-    checks, prefix = part.verdicts[image, mask], part.dataset.data_prefix
+    checks = part.verdicts[image, mask]
     for check in checks:
         if CHECKS[check][0] == 'error' and check not in _FIXABLE:
             of_image = check.startswith('image') or check == 'sizes differ' or mask is None
             raise _NotFixableError(image if of_image else mask, check)
-    sources, targets = [], []
-    for path, kind, name in ((image, 'img_path', 'images'), (mask, 'seg_map_path', 'masks')):
+    files = []
+    for path, kind, name, repair in ((image, 'img_path', 'images', _fix_image),
+                                     (mask, 'seg_map_path', 'masks', _fix_mask)):
         if path is not None:
-            inside = os.path.normpath(os.path.relpath(path, prefix[kind] or '.'))
+            source = part.dataset.data_prefix[kind] or '.'
+            inside = os.path.normpath(os.path.relpath(path, source))
             if inside.startswith('..') or os.path.isabs(inside):
-                raise _NotFixableError(path, f'lies outside of {prefix[kind]}')
-            sources.append(path)
-            targets.append(folder / name / inside)
-    contents = [_fix_image(image, checks)]
-    if mask is not None:
-        contents.append(_fix_mask(part, mask, checks))
-    for path, target, content in zip(sources, targets, contents):
+                raise _NotFixableError(path, f'lies outside of {source}')
+            files.append((path, folder / name / inside, repair(part, path, checks)))
+    for path, target, content in files:
         target.parent.mkdir(parents=True, exist_ok=True)
         if content is not None:
             write_file(target, content)
@@ -103,19 +101,11 @@ def _fix_pair(part: Part, image: str, mask: str | None, folder: Path) -> list[tu
                 target.symlink_to(os.path.abspath(path))
             except OSError:  # Windows, and file systems without links
                 shutil.copyfile(path, target)
-    if any(contents):
-        facts = [examine(kind, str(target)) for kind, target in zip(('image', 'mask'), targets)]
-        wrong = next((check for check, _, _ in judge(part, facts[0], (*facts, None)[1])
-                      if CHECKS[check][0] == 'error'), None)
-        if wrong:
-            for target in targets:
-                target.unlink()
-            raise _NotFixableError(mask or image, f'still {wrong} after fixing')
     wrong = ', '.join(check for check in checks if check in _FIXABLE)
-    return [(path, wrong) for path, content in zip(sources, contents) if content]
+    return [(path, wrong) for path, _, content in files if content]
 
 
-def _fix_image(path: str, checks: list[str]) -> bytes | None:
+def _fix_image(part: Part, path: str, checks: list[str]) -> bytes | None:
     """Return the file without its EXIF orientation, the pixels as they are."""
     if _OF_IMAGE not in checks:
         return None
@@ -163,7 +153,7 @@ def _from_colours(part: Part, path: str, image: Image.Image) -> np.ndarray:
     """Return the labels as they are stored, from the colours of the data set."""
     if 'A' in image.mode and np.asarray(image.getchannel('A')).min() < 255:
         raise _NotFixableError(path, 'its colours are transparent')
-    table, palette = part.table(), [tuple(c) for c in part.dataset.metainfo['palette']]
+    table, palette = part.table, [tuple(c) for c in part.dataset.metainfo['palette']]
     if len({*palette}) < len(palette):
         raise _NotFixableError(path, 'two classes share a colour')
     colours = np.asarray(image.convert('RGB'))

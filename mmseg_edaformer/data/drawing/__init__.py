@@ -130,10 +130,9 @@ def draw_dataset(root: str | Path, *, train: int = 400, val: int = 80,
     Raises:
         DataError: A number is too small, or see `draw_once`.
     """
-    if train < 1 or val < 1:
-        raise DataError(f'train={train}, val={val}: ask for at least one image of each')
-    if seed < 0:
-        raise DataError(f'seed={seed}: choose 0 or more')
+    if min(train, val) < 1 or seed < 0:
+        raise DataError(f'train={train}, val={val}, seed={seed}: ask for at least one image of '
+                        'each and a seed of 0 or more')
     _check_size(size)
 
     def draw(root: Path) -> None:
