@@ -119,9 +119,9 @@ def check_versions(report: Report) -> None:
     check_torchvision(report, version_of('torch') or '', version_of('torchvision') or '')
     numpy = version_of('numpy') or ''
     for name, first in NUMPY2.items() if release(numpy) >= (2,) else ():
-        found = version_of(name)
-        if found and release(found) < release(first):
-            report.add('error', f'{name} {found} was built for numpy 1: importing it fails with '
+        built = version_of(name)
+        if built and release(built) < release(first):
+            report.add('error', f'{name} {built} was built for numpy 1: importing it fails with '
                        f'numpy {numpy}', f'{PIP} install "{name}>={first}"')
 
 

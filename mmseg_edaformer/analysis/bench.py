@@ -207,8 +207,9 @@ class Bench:
     def _save(self) -> None:
         if self.store is not None and self.measured:
             with replacing(self.store) as partial:
-                np.savez_compressed(partial, subject=np.array(self.subject), **{
-                    ratio: np.stack(rows) for ratio, rows in self.measured.items()})
+                measured: dict[str, Any] = {ratio: np.stack(rows)
+                                            for ratio, rows in self.measured.items()}
+                np.savez_compressed(partial, subject=np.array(self.subject), **measured)
             self.saved = time.monotonic()
 
     @torch.no_grad()

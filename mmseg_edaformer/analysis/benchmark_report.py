@@ -97,7 +97,7 @@ def write(folder: str | Path, cells: Sequence[Sequence[Figures]],
     ``cells`` are what `benchmark.run` has yielded so far; the CSV shows the ``environment`` too.
     """
     text = io.StringIO(newline='')
-    rows = [asdict(row) | environment for cell in cells for row in cell]
+    rows = [{**asdict(row), **environment} for cell in cells for row in cell]
     writer = csv.DictWriter(text, list(rows[0]), lineterminator='\n')
     writer.writeheader()
     writer.writerows({name: f'{value:.6g}' if isinstance(value, float) else value

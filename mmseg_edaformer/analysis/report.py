@@ -246,7 +246,7 @@ class Report:
     def _examples(self, evaluation: Evaluation) -> dict[str, list[Any]]:
         """Return the worst and the best images, each with score and panels; none is in both."""
         plots.write_csv(self.folder / 'images.csv', ('name', 'miou', 'accuracy'),
-                        [astuple(score) for score in evaluation.images])
+                        evaluation.images)
         scored = sum(not math.isnan(score.miou) for score in evaluation.images)
         shown: dict[str, list[Any]] = {}
         for rank, examples in (('worst', evaluation.worst[:scored // 2]),

@@ -102,8 +102,8 @@ def _rows(published: Published, configs: Path, ratios: Sequence[str], every: boo
     if shown and not every:
         nearest = min(shown, key=lambda ratio: abs(shown[ratio] - published.gflops_isr))
         shown = {nearest: shown[nearest]}
-    return [[*row, ratio, *_beside(macs, published.gflops_isr), note]
-            for ratio, macs in (shown or {'-': None}).items()]
+    lines: list[tuple[str, float | None]] = [*shown.items()] or [('-', None)]
+    return [[*row, ratio, *_beside(macs, published.gflops_isr), note] for ratio, macs in lines]
 
 
 def _beside(gmacs: float | None, paper: float) -> list[str]:

@@ -46,8 +46,8 @@ class SkipList:
             self.listed.add(file)
             line = '\t'.join(' '.join(part.split()) for part in (file, str(error))) + '\n'
             Path(self.path).parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, 'ab', buffering=0) as file:
-                file.write(os.fsencode(line))
+            with open(self.path, 'ab', buffering=0) as listing:
+                listing.write(os.fsencode(line))
         if self.in_a_row >= _IN_A_ROW:
             raise DataError(f'{self.in_a_row} files in a row could not be read, which suggests a '
                             f'broken disk or path: see {self.path}. The last: {error}')
