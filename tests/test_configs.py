@@ -31,7 +31,7 @@ LIBRARIES = {'TimmMaps': 'timm', 'TransformersMaps': 'transformers'}
 PAPER = [f'edaformer_{size}_{data}{tuned}' for size in 'tb'
          for data in ('ade', 'cityscapes', 'cocostuff') for tuned in ('', '_isr40k')]
 RANGES = [f'{name}_range' for name in PAPER if name.endswith('isr40k')]
-CLASSIFIERS = ['eft_t_in1k', 'eft_b_in1k', 'eft_t_crops']  # tests/test_pretrain.py has their recipe
+CLASSIFIERS = ['eft_t_in1k', 'eft_b_in1k', 'eft_t_crops']
 SEGMENTORS = [path for path in CONFIGS if path.stem not in CLASSIFIERS]
 
 
