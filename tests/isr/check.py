@@ -2,13 +2,15 @@
 import copy
 import io
 import pickle
+from functools import partial
 
+import pytest
 import torch
 
-from mmseg_edaformer.isr import apply_isr, isr, remove_isr
+from mmseg_edaformer.isr import apply_isr, isr, remove_isr, report_isr
 from mmseg_edaformer.isr.registry import find_attention
 
-from .oracle import Oracle, tokens, within
+from .oracle import Oracle, tokens
 
 TOLERANCE = 2e-5
 
@@ -34,6 +36,69 @@ def strengthen(model):
     return model.eval()
 
 
+def awake(model):
+    """Norms and layer scales of 1, for models that start near zero."""
+    for name, parameter in model.named_parameters():
+        if 'gamma' in name:
+            torch.nn.init.ones_(parameter)
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            torch.nn.init.ones_(module.weight)
+    return model
+
+
+def sizes(height, width, reductions=(1,), strides=(4, 8, 16, 32)):
+    """Grids of the keys: the maps of each stage, reduced by strided convolutions that round down.
+
+    Patch embeddings round up.
+    """
+    return [(-(-height // stride) // reduction, -(-width // stride) // reduction)
+            for stride, reduction in zip(strides, reductions * len(strides))]
+
+
+def reduced(height, width):
+    return sizes(height, width, (8, 4, 2, 1))
+
+
+def patches(height, width):
+    return [(height // 16, width // 16)]
+
+
+def row(make, images, grids, expected=2, *, name, compiled=False, gpu=False, **checks):
+    """Tests of one model, one for each size of its images: `make`, size, grids and `check_adapter`.
+
+    Args:
+        make: A function of the size and of its number in ``images`` that returns the model.
+        images: Sizes.
+        grids: As for `check_adapter`, or a function of height and width.
+        expected: As for `check_adapter`.
+        name: What it is called.
+        compiled: Compile the first one.
+        gpu: Mark them so.
+        checks: Other arguments of `check_adapter`.
+    """
+    for number, size in enumerate(images):
+        yield pytest.param(
+            partial(make, size, number), size, grids(*size) if callable(grids) else grids,
+            dict(expected=expected, compiled=compiled and not number, **checks),
+            marks=[pytest.mark.gpu] * gpu, id=f'{name}-{number}-{size}')
+
+
+ROWS = ('make', 'size', 'grids', 'checks')
+SQUARE, TALL, WIDE = (96, 96), (80, 112), (128, 192)
+PLAIN, REDUCED = [SQUARE, TALL], [WIDE, (136, 200)]
+
+
+def check_report(model, size, blocks, *reasons):
+    """The report of a decoder counts its costs and tells why it leaves other attention alone."""
+    report = report_isr(model.eval(), '1-2', size)
+    assert [(stage.stage, stage.blocks) for stage in report.stages
+            if stage.keys[0] != stage.keys[1]] == [('decoder 1', blocks)]
+    assert report.macs[1] < report.macs[0]
+    assert sorted(reason.split(':')[1].strip() for reason in report.untouched.values()) == sorted(
+        reasons)
+
+
 def lively(model):
     """Weights with which the image matters to the end, for models that start near zero."""
     for name, parameter in model.named_parameters():
@@ -53,32 +118,37 @@ def first(output):
 
 
 @torch.no_grad()
-def check_adapter(model, image, grids, *, prefix=0, ratios=(2, 3), ratio_of=None, expected=None,
-                  compiled=True, order=None, masked=None, suffix=0, pickled=True):
+def check_adapter(model, image, grids, *, prefix=0, ratios=(2, 3), expected=None, compiled=True,
+                  order=None, masked=None, suffix=0, pickled=True, plain=None, irreducible=None):
     """Everything that ISR promises, on one model and one image.
+
+    Layers in a shifted window get a ratio of 1 where cells would mix its regions.
 
     Args:
         model: The model; its attention gets new weights, and it is moved to the image's device.
         image: Its input.
         grids: The grids that its keys lie on; the number of keys tells which. Or a function of
-            the layer's name that returns them.
+            the layer's name that returns them, or an attribute of the layer that is its one grid.
         prefix: Single tokens in front of the grid; None for whatever the grid leaves over.
         ratios: The ratios to try.
-        ratio_of: The ratio that a layer gets, by name of the layer and ratio asked for, where
-            that is another one.
         expected: Number of layers that are found and reduced.
         compiled: Also compare with the compiled model.
-        order: As for `Oracle`; or None.
+        order: The order of its tokens, for the model and a grid, as for `Oracle`; or None.
         masked: As for `Oracle`; or None.
         suffix: Single tokens behind the grid; or a function of the layer's name that says so.
         pickled: Also compare with pickled models; False where the library's own cannot be pickled
             once they have run.
+        plain: In place of the oracle: what a layer computes at a ratio, from both and the arguments
+            of its forward.
+        irreducible: The one reason why the model's other attention is left alone.
     """
     strengthen(model)
     model.to(image.device)
     tolerance = TOLERANCE if image.device.type == 'cpu' else 1e-4
     found = layers(model)
     assert len(found) == expected, find_attention(model)
+    if irreducible:
+        assert set(find_attention(model).irreducible.values()) == {irreducible}
     state = copy.deepcopy(model.state_dict())
     before = first(model(image))
     for ratio in ratios:
@@ -98,16 +168,20 @@ def check_adapter(model, image, grids, *, prefix=0, ratios=(2, 3), ratio_of=None
         remove_isr(model)
         assert torch.equal(first(model(image)), before), 'removed bit for bit'
 
-        behind = {name: suffix(name) if callable(suffix) else suffix for name in found}
-        oracles = [Oracle(_by_count(grids(name) if callable(grids) else grids, prefix,
-                                    behind[name]),
-                          ratio_of(name, ratio) if ratio_of else ratio, prefix, order, masked,
-                          behind[name])
-                   for name in found]
-        undo = within(found.values(), oracles)
+        oracles = []
+        for name, layer in found.items():
+            behind = suffix(name) if callable(suffix) else suffix
+            on = grids(name) if callable(grids) else grids
+            if isinstance(on, str):
+                on = [tuple(getattr(layer, on))]
+            oracles.append(Oracle(_by_count(on, prefix, behind), _unmixed(model, name, ratio),
+                                  prefix, order and partial(order, model), masked, behind))
+            layer.forward = (partial(plain, layer, ratio) if plain else
+                             partial(_within, layer.forward, oracles[-1]))
         exact = first(model(image))
-        undo()
-        assert all(oracle.hits for oracle in oracles), 'the oracle reaches every layer'
+        for layer in found.values():
+            del layer.forward
+        assert plain or all(oracle.hits for oracle in oracles), 'the oracle reaches every layer'
         assert (reduced - before).abs().max() > 100 * TOLERANCE, 'a reduction that shows'
         scale = max(1, exact.abs().max().item())
         assert (reduced - exact).abs().max() < tolerance * scale
@@ -116,6 +190,23 @@ def check_adapter(model, image, grids, *, prefix=0, ratios=(2, 3), ratio_of=None
     assert all(torch.equal(value, after[name]) for name, value in state.items())
     with isr(model, 1):
         assert torch.equal(first(model(image)), before), 'a ratio of 1 is the model'
+
+
+def _within(forward, oracle, *args, **kwargs):
+    with oracle:
+        return forward(*args, **kwargs)
+
+
+def _unmixed(model, name, ratio):
+    """The ratio, or 1 where its cells would mix the regions of a shifted window."""
+    path = name.split('.')
+    around = [model.get_submodule('.'.join(path[:end])) for end in range(len(path), 0, -1)]
+    sides, shifts = (next((getattr(module, size) for module in around if hasattr(module, size)), 0)
+                     for size in ('window_size', 'shift_size'))
+    pairs = [value if isinstance(value, (tuple, list)) else (value, value)
+             for value in (sides, shifts)]
+    mixed = any(shift and (side - shift) % ratio for side, shift in zip(*pairs))
+    return 1 if mixed else ratio
 
 
 def _copies(model, pickled):

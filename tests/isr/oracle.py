@@ -3,7 +3,6 @@
 Every softmax over keys gets the mean logit of each cell, plus log n, and its result is spread back
 evenly over the members. The code that is tested shares nothing with it.
 """
-import functools
 import math
 
 import torch
@@ -54,76 +53,71 @@ class Oracle(TorchFunctionMode):
         self.hits = 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
+        explicit = {'scaled_dot_product_attention': self.attend,
+                    'multi_head_attention_forward': self.multi_head}
         name = getattr(func, '__name__', '')
-        if name == 'scaled_dot_product_attention':
-            # The explicit form, so that its softmax is seen below.
-            with self:
-                return explicit(*args, **kwargs)
-        if name == 'multi_head_attention_forward':
-            kwargs['need_weights'] = True
-            names = ('query', 'key', 'value', 'embed_dim_to_check', 'num_heads', 'in_proj_weight',
-                     'in_proj_bias', 'bias_k', 'bias_v', 'add_zero_attn', 'dropout_p',
-                     'out_proj_weight', 'out_proj_bias')
-            with self:
-                return multi_head(**{**dict(zip(names, args)), **kwargs})
         if name == 'softmax':
-            scores = args[0]
-            total = scores.shape[-1]
-            grid = self.grid(total) if callable(self.grid) else self.grid
-            if grid is not None:
-                left = total - self.suffix - tokens(grid)
-                prefix = left if self.prefix is None else self.prefix
-                if 0 <= prefix <= left and (self.prefix is None or left == prefix):
-                    self.hits += 1
-                    member = membership(grid, self.ratio, prefix, total).to(scores)
-                    if self.order is not None:
-                        member[self.order(grid)] = member.clone()
-                    if self.masked is not None:
-                        there = (scores > self.masked).to(scores)
-                        n = there @ member
-                        mean = scores.where(there > 0, 0) @ member / n.clamp(min=1)
-                        weights = func(mean + n.log(), *args[1:], **kwargs)
-                        return weights / n.clamp(min=1) @ member.T * there
-                    n = member.sum(0)
-                    weights = func(scores @ (member / n) + n.log(), *args[1:], **kwargs)
-                    return weights @ (member / n).T
-        return func(*args, **kwargs)
+            member = self.member(args[0].shape[-1])
+            if member is not None:
+                return weigh(args[0], member, masked=self.masked)
+        return explicit.get(name, func)(*args, **kwargs or {})
+
+    def member(self, total):
+        """`membership` of this number of keys, or None where they lie on no grid."""
+        grid = self.grid(total) if callable(self.grid) else self.grid
+        if grid is None:
+            return None
+        left = total - self.suffix - tokens(grid)
+        prefix = left if self.prefix is None else self.prefix
+        if left < 0 or left != prefix:
+            return None
+        self.hits += 1
+        member = membership(grid, self.ratio, prefix, total)
+        if self.order is not None:
+            member[self.order(grid)] = member.clone()
+        return member
+
+    def attend(self, query, key, value, attn_mask=None, dropout_p=0., is_causal=False, scale=None,
+               enable_gqa=False):
+        """What ``scaled_dot_product_attention`` is defined to be."""
+        scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+        hidden = torch.zeros(scores.shape[-1], dtype=torch.bool, device=scores.device)
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            hidden = ~attn_mask
+        elif attn_mask is not None:
+            scores = scores + attn_mask
+        member = self.member(scores.shape[-1])
+        if member is None:
+            return scores.masked_fill(hidden, -math.inf).softmax(-1) @ value
+        return weigh(scores, member, hidden, self.masked) @ value
+
+    def multi_head(self, query, key, value, embed_dim_to_check, num_heads, in_proj_weight,
+                   in_proj_bias, bias_k, bias_v, add_zero_attn, dropout_p, out_proj_weight,
+                   out_proj_bias, attn_mask=None, **kwargs):
+        """``nn.MultiheadAttention``, N x B x C."""
+        biases = [None] * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
+        projected = [F.linear(x, weight, bias).unflatten(-1, (num_heads, -1)).permute(1, 2, 0, 3)
+                     for x, weight, bias in zip((query, key, value), in_proj_weight.chunk(3),
+                                                biases)]
+        if attn_mask is not None:  # B h x Nq x N; torch has made -inf of what is hidden
+            attn_mask = attn_mask.unflatten(0, (-1, num_heads)) == 0
+        out = self.attend(*projected, attn_mask).permute(2, 0, 1, 3).flatten(2)
+        return F.linear(out, out_proj_weight, out_proj_bias), None
 
 
-def explicit(query, key, value, attn_mask=None, dropout_p=0., is_causal=False, scale=None,
-             enable_gqa=False):
-    """What ``scaled_dot_product_attention`` is defined to be."""
-    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if attn_mask is not None:
-        scores = (scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool
-                  else scores + attn_mask)
-    return scores.softmax(-1) @ value
+def weigh(scores, member, hidden=None, masked=None):
+    """The softmax of each cell's mean score and log of its size, spread over its members.
 
-
-def multi_head(query, key, value, embed_dim_to_check, num_heads, in_proj_weight, in_proj_bias,
-               bias_k, bias_v, add_zero_attn, dropout_p, out_proj_weight, out_proj_bias, **kwargs):
-    """``nn.MultiheadAttention`` without masks, N x B x C."""
-    def split(x):
-        return x.unflatten(-1, (num_heads, -1)).permute(1, 2, 0, 3)  # N B C -> B h N d
-
-    biases = [None] * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
-    projected = [split(F.linear(x, weight, bias)) for x, weight, bias in zip(
-        (query, key, value), in_proj_weight.chunk(3), biases)]
-    out = explicit(*projected).permute(2, 0, 1, 3).flatten(2)
-    return F.linear(out, out_proj_weight, out_proj_bias), None
-
-
-def within(layers, oracles):
-    """Run some modules under an oracle each; returns a function that undoes it."""
-    def wrapped(forward, oracle, *args, **kwargs):
-        with oracle:
-            return forward(*args, **kwargs)
-
-    for layer, oracle in zip(layers, oracles):
-        layer.forward = functools.partial(wrapped, layer.forward, oracle)
-
-    def undo():
-        for layer in layers:
-            del layer.forward
-    return undo
+    Args:
+        scores: ... x Nq x N.
+        member: N x M, as `membership` gives it.
+        hidden: True where a query does not see a key; a cell is hidden if all of its members are.
+        masked: Keys whose score is at or below this are not there, for their query.
+    """
+    member = member.to(scores)
+    there = (scores.new_ones(len(member)) if masked is None else (scores > masked).to(scores))
+    n = there @ member
+    means = scores.where(there > 0, 0) @ member / n.clamp(min=1) + n.log()
+    if hidden is not None:
+        means = means.masked_fill((~hidden).to(scores) @ member == 0, -math.inf)
+    return means.softmax(-1) / n.clamp(min=1) @ member.T * there

@@ -32,17 +32,16 @@ class Explicit(nn.Module):
         return self.table[:, :scores.shape[-2], :scores.shape[-2]]
 
 
-def bmm(attn, query, key, value):
-    flat = [part.flatten(0, 1) for part in (query, key, value)]
-    weights = torch.softmax(torch.bmm(flat[0], flat[1].transpose(1, 2)), -1)
-    return torch.bmm(weights, flat[2]).reshape(query.shape)
-
-
-def baddbmm(attn, query, key, value):
-    flat = [part.flatten(0, 1) for part in (query, key, value)]
-    bias = attn.bias(query).repeat(len(query), 1, 1)
-    scores = torch.baddbmm(bias, flat[0], flat[1].transpose(1, 2), alpha=0.5)
-    return torch.bmm(nn.Softmax(-1)(scores), flat[2]).reshape(query.shape)
+def bmm(biased):
+    def attend(attn, query, key, value):
+        flat = [part.flatten(0, 1) for part in (query, key, value)]
+        if biased:
+            bias = attn.bias(query).repeat(len(query), 1, 1)
+            scores = torch.baddbmm(bias, flat[0], flat[1].transpose(1, 2), alpha=0.5)
+        else:
+            scores = torch.bmm(flat[0], flat[1].transpose(1, 2))
+        return torch.bmm(nn.Softmax(-1)(scores), flat[2]).reshape(query.shape)
+    return attend
 
 
 def einsum_transposed(attn, query, key, value):
@@ -97,7 +96,7 @@ EXACT = {
     'matmul': lambda attn, q, k, v: torch.matmul(F.dropout(F.softmax(
         torch.matmul(q, k.transpose(-2, -1)) / 2, dim=-1), 0.1, attn.training), v),
     'method': lambda _, q, k, v: q.matmul(k.mT).div(2).softmax(-1).matmul(v),
-    'bmm': bmm, 'baddbmm': baddbmm, 'einsum transposed': einsum_transposed,
+    'bmm': bmm(False), 'baddbmm': bmm(True), 'einsum transposed': einsum_transposed,
     'einsum': lambda _, q, k, v: torch.einsum(
         'bhij, bhjd -> bhid', torch.einsum('bhid,bhjd->bhij', q, k).softmax(-1), v),
     'fused': lambda attn, q, k, v: F.scaled_dot_product_attention(q, k, v, attn.bias(q), scale=0.7),
@@ -131,15 +130,15 @@ MASKED = {f'masked by {how}': masked(how) for how in ('masked_fill', 'masked_fil
                                                       'fused')}
 
 
-def own_softmax(attn, query, key, value):
-    scores = (query @ key.mT).exp()
-    return scores / scores.sum(-1, keepdim=True) @ value
-
-
 def less_maximum(attn, query, key, value):
     """The maximum of all queries, not of each."""
     scores = query @ key.mT
     return (scores / scores.amax(-2, keepdim=True)).softmax(-1) @ value
+
+
+def by_hand(attn, query, key, value):
+    scores = (query.unsqueeze(-2) * key.unsqueeze(-3)).sum(-1)
+    return (scores.softmax(-1).unsqueeze(-1) * value.unsqueeze(-3)).sum(-2)
 
 
 def marked(attn, query, key, value):
@@ -168,13 +167,8 @@ def chosen(attn, query, key, value):
     return out[:, :, weights[:, :, 0].mean((0, 1)).topk(3).indices]
 
 
-def by_hand(attn, query, key, value):
-    scores = (query.unsqueeze(-2) * key.unsqueeze(-3)).sum(-1)
-    return (scores.softmax(-1).unsqueeze(-1) * value.unsqueeze(-3)).sum(-2)
-
-
 REFUSED = {
-    'own softmax': (own_softmax, 'uses exp on its scores'),
+    'own softmax': (lambda _, q, k, v: (q @ k.mT).exp() @ v, 'uses exp on its scores'),
     'product': (lambda attn, q, k, v: (q @ k.mT * attn.bias(q)).softmax(-1) @ v, 'needs all'),
     'unnormalised': (lambda _, q, k, v: q @ k.mT @ v, 'without a softmax'),
     # ResT: the mean and the variance of the weights are those over all keys.
@@ -187,7 +181,8 @@ REFUSED = {
     'chosen': (chosen, 'uses __getitem__'),
     'squared': (lambda _, q, k, v: ((scores := q @ k.mT) * scores).softmax(-1) @ v, 'uses mul'),
     'shifted': (lambda _, q, k, v: ((q @ k.mT).softmax(-1) + 0.01) @ v, 'uses add'),
-    'less maximum': (less_maximum, 'uses amax'), 'marked': (marked, 'uses __setitem__'),
+    'less maximum': (less_maximum, 'uses amax'),
+    'marked': (marked, 'uses __setitem__'),
     'sparse': (sparse, 'uses topk'), 'levelled': (levelled, 'uses __setitem__'),
     'hidden': (lambda _, q, k, v: torch.vmap(lambda x: x * x)((q @ k.mT).softmax(-1)) @ v,
                'cannot be reduced'),

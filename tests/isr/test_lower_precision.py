@@ -12,23 +12,23 @@ from .check import first, strengthen
 
 pytestmark = pytest.mark.gpu
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
-STAGES = dict(hidden_sizes=[16, 32, 64, 128], num_attention_heads=[1, 2, 4, 8],
-              depths=[1, 1, 2, 1])
 
 
 def build(name):
     """A small model and the size of its image."""
     if name.startswith('timm'):
         timm = pytest.importorskip('timm', reason='timm is not installed')
-        size = (96, 96) if name == 'timm ViT' else (112, 112)
-        return (timm.create_model('vit_tiny_patch16_224', img_size=size, embed_dim=64, depth=2,
-                                  num_heads=4, num_classes=0) if name == 'timm ViT' else
-                timm.create_model('swin_tiny_patch4_window7_224', img_size=size, embed_dim=32,
-                                  depths=(2, 2, 1, 1), num_heads=(1, 2, 4, 8), num_classes=0)), size
+        if name == 'timm ViT':
+            return timm.create_model('vit_tiny_patch16_224', img_size=96, embed_dim=64, depth=2,
+                                     num_heads=4, num_classes=0), (96, 96)
+        return timm.create_model(
+            'swin_tiny_patch4_window7_224', img_size=112, embed_dim=32, depths=(2, 2, 1, 1),
+            num_heads=(1, 2, 4, 8), num_classes=0), (112, 112)
     if name == 'SegFormer':
         transformers = pytest.importorskip('transformers', reason='transformers is not installed')
         return transformers.SegformerForSemanticSegmentation(transformers.SegformerConfig(
-            decoder_hidden_size=32, **STAGES)), (136, 200)
+            decoder_hidden_size=32, hidden_sizes=[16, 32, 64, 128], depths=[1, 1, 2, 1],
+            num_attention_heads=[1, 2, 4, 8])), (136, 200)
     if name == 'mmseg MiT':
         return MODELS.build(dict(
             type='MixVisionTransformer', num_stages=1, embed_dims=32, num_heads=[2],
@@ -60,21 +60,17 @@ def error(found, expected):
     return (found.float() - expected).abs().mean() / expected.std()
 
 
+@pytest.mark.parametrize('autocast', [False, True])
 @pytest.mark.parametrize('case', MODEL_NAMES, indirect=True)
 @torch.no_grad()
-def test_fused_kernels_take_reduced_keys(case):
-    """PyTorch raises where none of them takes these shapes, types and masks."""
+def test_bfloat16(case, autocast, device):
+    """In fused kernels: PyTorch raises where none of them takes these shapes, types and masks."""
     model, image, expected = case
-    model.bfloat16()
-    with sdpa_kernel(FUSED), isr(model, 2):
-        assert error(first(model(image.bfloat16())), expected) < 0.03
-
-
-@pytest.mark.parametrize('case', MODEL_NAMES, indirect=True)
-@torch.no_grad()
-def test_autocast(case, device):
-    model, image, expected = case
-    with torch.autocast(device.type, torch.bfloat16), isr(model, 2):
+    if autocast:
+        context = torch.autocast(device.type, torch.bfloat16)
+    else:
+        model, image, context = model.bfloat16(), image.bfloat16(), sdpa_kernel(FUSED)
+    with context, isr(model, 2):
         assert error(first(model(image)), expected) < 0.03
 
 

@@ -18,12 +18,11 @@ class ToyMixer(nn.Module):
     def __init__(self, fused):
         super().__init__()
         self.fused = fused
-        self.q, self.k, self.v = (nn.Linear(12, 12) for _ in range(3))
+        self.qkv = nn.Linear(12, 36)
         self.bias = nn.Parameter(torch.randn(3, 36))
 
     def project(self, x):
-        return [linear(x).unflatten(-1, (3, 4)).transpose(1, 2)
-                for linear in (self.q, self.k, self.v)]
+        return self.qkv(x).unflatten(-1, (3, 3, 4)).permute(2, 0, 3, 1, 4)
 
     def forward(self, x, hw):
         q, k, v = self.project(x)
@@ -31,7 +30,7 @@ class ToyMixer(nn.Module):
         if self.fused:
             out = F.scaled_dot_product_attention(q, k, v, bias.expand(3, q.shape[-2], -1)[None])
         else:
-            out = ((q @ k.transpose(-2, -1)) * 4 ** -0.5 + bias).softmax(-1) @ v
+            out = (q @ k.mT * 4 ** -0.5 + bias).softmax(-1) @ v
         return out.transpose(1, 2).flatten(2)
 
 
@@ -40,24 +39,13 @@ def _known():
     register_isr(ToyMixer, grid='hw', prefix=1)
 
 
-def reference(mixer, x, grid, ratio, method):
-    """The formula of `pooling`, with matrices."""
-    layout = Layout((grid,), 1)
-    q, k, v = mixer.project(x)
-    total = k.shape[-2]
-    bias = mixer.bias[None, :, :total]
+def reduction(keys, layout, ratio, method):
+    """Functions that reduce keys and average over their members; the log of their number."""
     if method == 'bipartite':
-        weights = merging(k, layout, ratio)  # B 1 N M
-        n = (weights > 0).sum(-2).float()
-        k, v = (weights.transpose(-2, -1) @ t for t in (k, v))
-        bias = (bias.unsqueeze(2) @ weights).squeeze(2)
-    else:
-        n = counts(layout, total, ratio, x.device)
-        k, v = (pool_tokens(t, layout, ratio, method) for t in (k, v))
-        bias = pool_tokens(bias.unsqueeze(-1), layout, ratio).squeeze(-1)
-    scores = q @ k.transpose(-2, -1) / 2 + bias.unsqueeze(2) + (
-        n.log() if n.dim() == 1 else n.log().unsqueeze(-2))
-    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        weights = merging(keys, layout, ratio)  # B 1 N M
+        return (lambda x: weights.mT @ x,) * 2 + ((weights > 0).sum(-2, keepdim=True).log(),)
+    return (lambda x: pool_tokens(x, layout, ratio, method), lambda x: pool_tokens(
+        x, layout, ratio), counts(layout, keys.shape[-2], ratio, keys.device).log())
 
 
 @pytest.mark.parametrize('fused', [True, False])
@@ -71,8 +59,11 @@ def test_it_is_the_formula(fused, method, ratio, grid, device):
     before = mixer(x, grid)
     with isr(mixer, ratio, method=method):
         out = mixer(x, grid)
-    torch.testing.assert_close(out, reference(mixer, x, grid, ratio, method),
-                               **TOLERANCES[device.type])
+    q, k, v = mixer.project(x)
+    reduce, mean, logs = reduction(k, Layout((grid,), 1), ratio, method)
+    bias = mean(mixer.bias[None, :, :x.shape[1], None]).mT
+    expected = ((q @ reduce(k).mT / 2 + bias + logs).softmax(-1) @ reduce(v)).transpose(1, 2)
+    torch.testing.assert_close(out, expected.flatten(2), **TOLERANCES[device.type])
     assert (out - before).abs().max() > 1e-3
     assert torch.equal(mixer(x, grid), before)
 
@@ -109,46 +100,32 @@ def test_methods_on_shifted_windows():
 @torch.no_grad()
 def test_multi_head_attention_of_torch(method, masked):
     """Reduced before the projections, which is the same but for the maximum."""
-    attention = nn.MultiheadAttention(12, 3, batch_first=True).eval()
-    nn.init.normal_(attention.in_proj_bias)
-
     class Outer(nn.Module):
         def __init__(self):
             super().__init__()
-            self.attention = attention
+            self.attention = nn.MultiheadAttention(12, 3, batch_first=True)
+            nn.init.normal_(self.attention.in_proj_bias)
 
         def forward(self, x, hw, mask=None):
             return self.attention(x, x, x, attn_mask=mask)[0]
 
     register_isr(Outer, grid='hw')
-    outer = Outer()
-    x, layout = torch.randn(2, 35, 12), Layout(((5, 7),))
-    mask = torch.rand(35, 35) < 0.7 if masked else None
-    if masked:
-        mask.fill_diagonal_(False)
+    outer, x = Outer().eval(), torch.randn(2, 35, 12)
+    mask = (torch.rand(35, 35) < 0.7 * masked).fill_diagonal_(False)
     with isr(outer, 2, method=method):
-        out = outer(x, (5, 7), mask)
+        out = outer(x, (5, 7), mask if masked else None)
 
-    def split(t, part):
-        return nn.functional.linear(t, attention.in_proj_weight.chunk(3)[part],
-                                    attention.in_proj_bias.chunk(3)[part]
-                                    ).unflatten(-1, (3, 4)).transpose(1, 2)
+    def project(x, part):
+        weights, biases = outer.attention.in_proj_weight, outer.attention.in_proj_bias
+        return F.linear(x, weights.chunk(3)[part], biases.chunk(3)[part]).unflatten(
+            -1, (3, 4)).transpose(1, 2)
 
-    if method == 'bipartite':
-        weights = merging(split(x, 1), layout, 2)
-        keys = weights.squeeze(1).transpose(-2, -1) @ x
-        member = (weights > 0).float()
-        logs = member.sum(-2, keepdim=True).log()
-        free = (~mask).float() @ member if masked else None
-    else:
-        keys = pool_tokens(x, layout, 2, method)
-        logs = counts(layout, 35, 2).log()
-        free = pool_tokens((~mask).float().unsqueeze(-1), layout, 2).squeeze(-1) if masked else None
-    scores = split(x, 0) @ split(keys, 1).transpose(-2, -1) / 2 + logs
-    if masked:
-        scores = scores.masked_fill(free == 0, -torch.inf)
-    expected = attention.out_proj((scores.softmax(-1) @ split(keys, 2)).transpose(1, 2).flatten(2))
-    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+    reduce, mean, logs = reduction(project(x, 1), Layout(((5, 7),)), 2, method)
+    keys = reduce(x.unsqueeze(1)).squeeze(1)
+    scores = project(x, 0) @ project(keys, 1).mT / 2 + logs
+    scores = scores.masked_fill(mean((~mask).float().mT).mT == 0, -torch.inf)
+    expected = (scores.softmax(-1) @ project(keys, 2)).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(out, outer.attention.out_proj(expected), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize('size', [(128, 128), (88, 136)], ids=str)
@@ -166,21 +143,19 @@ def test_embedding_free_attention(method, size, device):
     torch.testing.assert_close(attention(x), before, atol=1e-6, rtol=1e-5)
     attention.isr_ratio = 2
     maps = F.avg_pool2d(x, 4)
-    grid = maps.shape[2:]
-    if method != 'bipartite':
-        tokens = pool_tokens(maps.flatten(2).transpose(1, 2), Layout((tuple(grid),)), 2, method)
-        maps = tokens.transpose(1, 2).unsqueeze(-1)
-    kv = F.gelu(attention.kv_norm(attention.kv(maps))).flatten(2).transpose(1, 2)
+    layout = Layout((tuple(maps.shape[2:]),))
+    merged = method == 'bipartite'
+    if not merged:
+        maps = pool_tokens(maps.flatten(2).mT, layout, 2, method).mT.unsqueeze(-1)
+    kv = F.gelu(attention.kv_norm(attention.kv(maps))).flatten(2).mT
     kv = kv.unflatten(-1, (3, 8)).transpose(1, 2)
-    logs = torch.zeros(())
-    if method == 'bipartite':
-        weights = merging(kv, Layout((tuple(grid),)), 2)
-        kv = weights.transpose(-2, -1) @ kv
-        logs = (weights > 0).sum(-2, keepdim=True).log()
-    q = x.flatten(2).transpose(1, 2).unflatten(-1, (3, 8)).transpose(1, 2)
-    out = (q @ kv.transpose(-2, -1) * 8 ** -0.5 + logs).softmax(-1) @ kv
-    expected = attention.proj(out.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(
-        2, x.shape[2:]))
+    logs = 0
+    if merged:
+        reduce, _, logs = reduction(kv, layout, 2, method)
+        kv = reduce(kv)
+    q = x.flatten(2).mT.unflatten(-1, (3, 8)).transpose(1, 2)
+    out = (q @ kv.mT * 8 ** -0.5 + logs).softmax(-1) @ kv
+    expected = attention.proj(out.transpose(1, 2).flatten(2).mT.unflatten(2, x.shape[2:]))
     torch.testing.assert_close(attention(x), expected, **TOLERANCES[device.type])
     assert attention.num_keys(*x.shape[2:]) == kv.shape[-2]
     assert (attention(x) - before).abs().max() > 1e-3

@@ -10,8 +10,7 @@ pytest.importorskip('mmdet', reason='this checks layers of mmdet')
 
 from mmseg_edaformer.isr.registry import find_attention
 
-from .check import layers
-from .masked import check_decoder, check_report
+from .check import check_adapter, check_report, lively, sizes
 
 BACKBONES = {
     'resnet': dict(type='ResNet', depth=18, base_channels=16, stem_channels=16),
@@ -25,7 +24,6 @@ LOSSES = dict(
     loss_cls=dict(type='mmdet.CrossEntropyLoss', class_weight=[1.] * 19 + [0.1]),
     loss_mask=dict(type='mmdet.CrossEntropyLoss', use_sigmoid=True),
     loss_dice=dict(type='mmdet.DiceLoss', use_sigmoid=True, activate=True))
-SIZES = pytest.mark.parametrize('size', [(128, 192), (112, 200)], ids=str)
 
 
 def decoder(num_layers):
@@ -73,22 +71,17 @@ def segmentor(head, backbone):
         test_cfg=dict(mode='whole')))))
 
 
-def levels(size):
-    return [tuple(-(-side // stride) for side in size) for stride in (32, 16, 8)]
-
-
-@SIZES
-@pytest.mark.parametrize('backbone', BACKBONES)
-def test_mask2former(size, backbone):
-    model = Whole(segmentor(MASK2FORMER, backbone))
-    check_decoder(model, torch.randn(2, 3, *size), levels(size), 'cross_attn',
-                  rest=4 * (backbone == 'swin'))
-    check_report(model.segmentor.eval(), 4, 4 + 1)
-
-
-@SIZES
-def test_maskformer(size):
-    """Self-attention of the pixel decoder, and cross attention to its memory."""
-    model = Whole(segmentor(MASKFORMER, 'resnet'))
-    assert len(layers(model)) == 1 + 2, find_attention(model)
-    check_decoder(model, torch.randn(2, 3, *size), levels(size), 'attn')
+@pytest.mark.parametrize('size', [(128, 192), (112, 200)], ids=str)
+@pytest.mark.parametrize(('head', 'backbone', 'cross', 'rest'), [
+    (MASK2FORMER, 'resnet', 4, 0), (MASK2FORMER, 'swin', 4, 4),
+    (MASKFORMER, 'resnet', 2, 1)], ids=['mask2former', 'mask2former-swin', 'maskformer'])
+def test_reduced_exactly(head, backbone, cross, rest, size):
+    """MaskFormer's pixel decoder attends to itself first."""
+    model = lively(Whole(segmentor(head, backbone)))
+    check_adapter(model, torch.randn(2, 3, *size), [(7, 7), *sizes(*size)], expected=cross + rest,
+                  compiled=False, pickled=False)
+    assert not find_attention(model).unknown
+    if head is MASK2FORMER:
+        check_report(model.segmentor, (128, 192), cross, *[
+            'its keys are the queries of the decoder, which lie on no grid'] * 4,
+            'deformable attention')

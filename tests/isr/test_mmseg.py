@@ -9,78 +9,53 @@ from mmseg.registry import MODELS
 
 from mmseg_edaformer.isr import report_isr
 
-from .check import check_adapter, lively
+from .check import PLAIN, REDUCED, ROWS, check_adapter, lively, patches, reduced, row
 
 
-def sizes(height, width, reductions=(1,), strides=(4, 8, 16, 32)):
-    """Grids of the keys: the maps of each stage, reduced by strided convolutions that round down.
+def of(type, images, grids, expected, gpu=False, **config):
+    """Tests of a backbone."""
+    checks = {key: config.pop(key) for key in ('prefix', 'masked') if key in config}
 
-    Patch embeddings round up.
-    """
-    return [(-(-height // stride) // reduction, -(-width // stride) // reduction)
-            for stride, reduction in zip(strides, reductions * len(strides))]
-
-
-def shifted(name, ratio):
-    """Windows of 7 that are shifted by 3 allow cells of 1, 2 and 4."""
-    odd = int(name.split('.')[3]) % 2
-    return 1 if odd and ratio == 3 else ratio
+    def make(size, number):
+        told = dict(img_size=size) if type == 'BEiT' else {}
+        return MODELS.build(dict(copy.deepcopy(config), type=type, **told))
+    return row(make, images, grids, expected, name=type, compiled=True, gpu=gpu, **checks)
 
 
-def patches(height, width):
-    return [(height // 16, width // 16)]
-
-
-def reduced(height, width):
-    return sizes(height, width, (8, 4, 2, 1))
-
-
-REDUCED = [(128, 192), (136, 200)]
-PLAIN = [(96, 96), (80, 112)]
 VIT = dict(embed_dims=48, num_layers=2, num_heads=4)
 TWINS = dict(in_channels=3, embed_dims=[8, 16, 32, 64], num_heads=[1, 2, 4, 8],
              patch_sizes=[4, 2, 2, 2], strides=[4, 2, 2, 2], mlp_ratios=[2, 2, 2, 2],
              sr_ratios=[8, 4, 2, 1], out_indices=(0, 1, 2, 3), norm_after_stage=False)
-MODEL_CASES = [
-    (dict(type='MixVisionTransformer', num_layers=[1, 1, 2, 1], sr_ratios=[8, 4, 2, 1],
-          embed_dims=8, num_heads=[1, 2, 4, 8]), REDUCED, reduced, dict(expected=5)),
-    (dict(type='SwinTransformer', embed_dims=24, depths=[2, 2, 2, 1], num_heads=[1, 2, 3, 4]),
-     [(112, 112), (100, 120)], lambda *_: [(7, 7)], dict(ratio_of=shifted, expected=7)),
-    *((dict(VIT, type='VisionTransformer', img_size=(64, 64), patch_size=16,
-            with_cls_token=token, output_cls_token=False), PLAIN, patches,
-       dict(prefix=int(token), expected=2)) for token in (True, False)),
-    *((dict(VIT, type='BEiT', img_size=size), [size], patches, dict(prefix=1, expected=2))
-      for size in PLAIN),
-    (dict(TWINS, type='PCPVT', depths=[1, 1, 1, 1]), REDUCED, reduced, dict(expected=4)),
+CASES = [
+    *of('MixVisionTransformer', REDUCED, reduced, 5, gpu=True, num_layers=[1, 1, 2, 1],
+        sr_ratios=[8, 4, 2, 1], embed_dims=8, num_heads=[1, 2, 4, 8]),
+    *of('SwinTransformer', [(112, 112), (100, 120)], [(7, 7)], 7, gpu=True, embed_dims=24,
+        depths=[2, 2, 2, 1], num_heads=[1, 2, 3, 4]),
+    *(test for token in (True, False) for test in of(
+        'VisionTransformer', PLAIN, patches, 2, prefix=int(token), img_size=(64, 64),
+        patch_size=16, with_cls_token=token, output_cls_token=False, **VIT)),
+    *of('BEiT', PLAIN, patches, 2, prefix=1, **VIT),
+    *of('PCPVT', REDUCED, reduced, 4, depths=[1, 1, 1, 1], **TWINS),
     # Windows at the border are padded on both sides, which is masked, or on one, which is not.
-    (dict(TWINS, type='SVT', depths=[2, 2, 2, 2], windiow_sizes=[7, 7, 7, 7]),
-     [*REDUCED, (112, 136)], lambda *size: [(7, 7), *reduced(*size)],
-     dict(expected=8, masked=-500)),
+    *of('SVT', [*REDUCED, (112, 136)], lambda *size: [(7, 7), *reduced(*size)], 8, masked=-500,
+        depths=[2, 2, 2, 2], windiow_sizes=[7, 7, 7, 7], **TWINS),
 ]
 
 
-@pytest.mark.parametrize(('config', 'size', 'grids', 'checks'), [
-    pytest.param(config, size, grids, checks, id=f'{config["type"]}-{size}', marks=[
-        pytest.mark.gpu] * (config['type'] in ('MixVisionTransformer', 'SwinTransformer')))
-    for config, shapes, grids, checks in MODEL_CASES for size in shapes])
-def test_backbones(config, size, grids, checks, device):
-    model = MODELS.build(copy.deepcopy(config))
-    check_adapter(model, torch.randn(2, 3, *size).to(device), grids(*size), **checks)
-
-
-def segmenter():
-    return lively(MODELS.build(dict(
-        type='EncoderDecoder', train_cfg=dict(), test_cfg=dict(mode='whole'),
-        backbone=dict(VIT, type='VisionTransformer', img_size=(64, 64), patch_size=16,
-                      out_indices=(1,), with_cls_token=False),
-        decode_head=dict(type='SegmenterMaskTransformerHead', in_channels=48, channels=48,
-                         num_classes=7, num_layers=2, num_heads=4, embed_dims=48))))
+@pytest.mark.parametrize(ROWS, CASES)
+def test_backbones(make, size, grids, checks, device):
+    check_adapter(make(), torch.randn(2, 3, *size).to(device), grids, **checks)
 
 
 @pytest.mark.parametrize('size', PLAIN, ids=str)
 def test_segmenter(size):
     """Its decoder keeps a token for each class behind the patches."""
-    model = segmenter()
+    model = lively(MODELS.build(dict(
+        type='EncoderDecoder', train_cfg=dict(), test_cfg=dict(mode='whole'),
+        backbone=dict(VIT, type='VisionTransformer', img_size=(64, 64), patch_size=16,
+                      out_indices=(1,), with_cls_token=False),
+        decode_head=dict(type='SegmenterMaskTransformerHead', in_channels=48, channels=48,
+                         num_classes=7, num_layers=2, num_heads=4, embed_dims=48))))
     check_adapter(model, torch.randn(2, 3, *size), patches(*size),
                   suffix=lambda name: 7 * ('decode_head' in name), expected=4)
     report = report_isr(model, 2, (80, 112))

@@ -55,16 +55,13 @@ class ViT(nn.Module):
         self.front = nn.Parameter(torch.randn(1, front, WIDTH))
         self.behind = nn.Parameter(torch.randn(1, behind, WIDTH))
         self.local = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, groups=WIDTH)
-        self.blocks = nn.ModuleList([Block(), Block()])
+        self.blocks = nn.Sequential(Block(), Block())
 
     def embed(self, image):
         return self.patch_embed.proj(image).flatten(2).transpose(1, 2)
 
     def forward(self, image):
-        x = self.arrange(self, self.embed(image))
-        for block in self.blocks:
-            x = block(x)
-        return x
+        return self.blocks(self.arrange(self, self.embed(image)))
 
 
 def around(model, x):
@@ -79,8 +76,7 @@ def mixed(model, x):
 
 
 def shuffled(model, x):
-    order = torch.rand(x.shape[:2]).argsort(1)
-    return torch.gather(x, 1, order.unsqueeze(-1).expand(-1, -1, WIDTH))
+    return x[:, torch.randperm(x.shape[1])]
 
 
 def added_in_place(model, x):
@@ -100,13 +96,10 @@ def with_pruned(model, x):
     return x[:, ::2]
 
 
-@pytest.mark.parametrize(('arrange', 'front', 'behind'), [
-    (around, 1, 0), (around, 0, 0), (around, 1, 9), (around, 0, 3), (mixed, 5, 2),
-    (added_in_place, 0, 0)])
-@pytest.mark.parametrize('size', [(64, 80), (72, 88)], ids=str)
+@pytest.mark.parametrize(('arrange', 'front', 'behind', 'size'), [
+    (mixed, 5, 2, SIZE), *((*case, size) for size in (SIZE, (72, 88)) for case in (
+        (around, 1, 0), (around, 0, 0), (around, 1, 9), (around, 0, 3), (added_in_place, 0, 0)))])
 def test_tokens_on_either_side_are_found(arrange, front, behind, size):
-    if arrange is mixed and size != SIZE:
-        return
     check_adapter(ViT(arrange, front, behind), torch.randn(1, 3, *size),
                   [(size[0] // 8, size[1] // 8)], prefix=front, suffix=behind, expected=2,
                   compiled=False)
@@ -130,10 +123,7 @@ class Tracker(ViT):
     """Two images, whose patches stand behind each other."""
 
     def forward(self, template, image):
-        x = torch.cat([self.embed(template), self.embed(image)], 1)
-        for block in self.blocks:
-            x = block(x)
-        return x
+        return self.blocks(torch.cat([self.embed(template), self.embed(image)], 1))
 
 
 @pytest.mark.parametrize('template', [(32, 32), SIZE])
@@ -214,15 +204,11 @@ def test_the_whole_model_of_a_library_is_run_once():
 
 
 def test_nothing_is_left_behind():
-    model, image = ViT(around).eval(), torch.randn(1, 3, *SIZE)
-    state, modes = copy.deepcopy(model.state_dict()), torch.random.get_rng_state()
-    model.train()
+    model = ViT(around).train()
+    state = torch.random.get_rng_state()
     apply_isr(model, 2)
     assert model.training
-    assert torch.equal(torch.random.get_rng_state(), modes)
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    model.eval()
-    assert torch.equal(model(image), copy.deepcopy(model)(image))
+    assert torch.equal(torch.random.get_rng_state(), state)
     remove_isr(model)
     assert not model._forward_hooks
     assert not any(hasattr(type(module), 'isr_original') for module in model.modules())
@@ -258,11 +244,15 @@ def test_attention_that_never_runs_is_told_once():
 
 
 class KnownAttention(Attention):
+    """One that is told the size of its map."""
+
     def forward(self, x, size):
         return super().forward(x)
 
 
 class Known(nn.Module):
+    """A network of two arguments around it."""
+
     def __init__(self):
         super().__init__()
         self.stem, self.attn = nn.Conv2d(1, WIDTH, 8, 8), KnownAttention()

@@ -5,8 +5,7 @@ import torch
 import mmseg_edaformer  # noqa: F401  makes torchvision importable
 from mmseg_edaformer.isr.registry import find_attention
 
-from .check import check_adapter, lively
-from .test_mmseg import sizes
+from .check import check_adapter, lively, reduced
 
 pytest.importorskip('torchvision', reason='torchvision is not installed')
 
@@ -32,9 +31,7 @@ def test_swin(version, size):
                       (swin.SwinTransformerBlockV2, swin.PatchMergingV2)][version - 1]
     model = swin.SwinTransformer([4, 4], 24, [2, 2], [1, 2], [7, 7], block=block,
                                  downsample_layer=merging)
-    check_adapter(
-        model, torch.randn(1, 3, *size), [(7, 7)], expected=4, compiled=False,
-        ratio_of=lambda name, ratio: 1 if name.split('.')[2] == '1' and ratio == 3 else ratio)
+    check_adapter(model, torch.randn(1, 3, *size), [(7, 7)], expected=4, compiled=False)
 
 
 def test_maxvit():
@@ -50,7 +47,7 @@ def test_segformer_of_smp(size):
     smp = pytest.importorskip('segmentation_models_pytorch',
                               reason='segmentation-models-pytorch is not installed')
     model = smp.Segformer('mit_b0', encoder_weights=None, decoder_segmentation_channels=16)
-    check_adapter(model, torch.randn(1, 3, *size), sizes(*size, (8, 4, 2, 1)), expected=8,
+    check_adapter(model, torch.randn(1, 3, *size), reduced(*size), expected=8,
                   compiled=size == (160, 224))
 
 
