@@ -119,7 +119,8 @@ def first(output):
 
 @torch.no_grad()
 def check_adapter(model, image, grids, *, prefix=0, ratios=(2, 3), expected=None, compiled=True,
-                  order=None, masked=None, suffix=0, pickled=True, plain=None, irreducible=None):
+                  order=None, masked=None, suffix=0, pickled=True, plain=None, decoder='',
+                  irreducible=None):
     """Everything that ISR promises, on one model and one image.
 
     Layers in a shifted window get a ratio of 1 where cells would mix its regions.
@@ -140,6 +141,8 @@ def check_adapter(model, image, grids, *, prefix=0, ratios=(2, 3), expected=None
             once they have run.
         plain: In place of the oracle: what a layer computes at a ratio, from both and the arguments
             of its forward.
+        decoder: Part of the names of a decoder's layers, which are then reduced alone. Where it
+            makes masks by a threshold, the encoder must be the same to the last bit.
         irreducible: The one reason why the model's other attention is left alone.
     """
     strengthen(model)
@@ -151,10 +154,12 @@ def check_adapter(model, image, grids, *, prefix=0, ratios=(2, 3), expected=None
         assert set(find_attention(model).irreducible.values()) == {irreducible}
     state = copy.deepcopy(model.state_dict())
     before = first(model(image))
+    found = {name: layer for name, layer in found.items() if decoder in name}
     for ratio in ratios:
-        apply_isr(model, ratio, strict=True)
+        asked = f'1-{ratio}' if decoder else ratio
+        apply_isr(model, asked, strict=True)
         reduced = first(model(image))
-        apply_isr(model, ratio, strict=True)
+        apply_isr(model, asked, strict=True)
         assert torch.equal(first(model(image)), reduced), 'applying twice is applying once'
         for copied in _copies(model, pickled) if ratio == ratios[0] else ():
             copied.to(image.device)

@@ -111,12 +111,12 @@ def tower(name, prefix, expected=2, **config):
                compiled=False, pickled=False)
 
 
-def of_queries(name, cross, config):
+def of_queries(name, cross, decoder, config):
     """A decoder of queries behind Swin."""
     task = 'Instance' if name == 'MaskFormer' else 'Universal'
     return case(f'{name}For{task}Segmentation {name}Config', [WIDE, (112, 200)],
                 lambda *size: [(7, 7), *sizes(*size)], dict(config, backbone_config=swin),
-                expected=6 + cross, compiled=False, pickled=False)
+                expected=6 + cross, decoder=decoder, compiled=False, pickled=False)
 
 
 MASKED = dict(hidden_dim=32, num_attention_heads=4, encoder_feedforward_dim=32, encoder_layers=1,
@@ -212,13 +212,13 @@ CASES = [
         expected=3, compiled=False, pickled=False)),
     # Masked cross attention to maps of several scales; MaskFormer's reads the last map, and
     # OneFormer's begins with two layers without masks that read the finest one.
-    *(test for pre_norm in (False, True) for test in of_queries('Mask2Former', 4, dict(
+    *(test for norm in (False, True) for test in of_queries('Mask2Former', 4, 'cross_attn', dict(
         MASKED, decoder_layers=5, dim_feedforward=32, feature_size=32, mask_feature_size=32,
-        pre_norm=pre_norm))),
-    *of_queries('OneFormer', 5, dict(
+        pre_norm=norm))),
+    *of_queries('OneFormer', 5, 'multihead_attn', dict(
         MASKED, decoder_layers=4, dim_feedforward=32, conv_dim=32, mask_dim=32, num_classes=5,
         query_dec_layers=2, task_seq_len=7, is_training=False)),
-    *of_queries('MaskFormer', 2, dict(
+    *of_queries('MaskFormer', 2, '', dict(
         fpn_feature_size=32, mask_feature_size=32, num_labels=5,
         decoder_config=lambda _: transformers.MaskFormerDetrConfig(
             d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=32,
