@@ -28,7 +28,8 @@ def main(arguments):
     files = [str(path.relative_to(ROOT)) for path in sorted((ROOT / 'tests').rglob('test_*.py'))
              if 'pytest.mark.gpu' in path.read_text()]
     os.chdir(ROOT)
-    select = ['-q', '-m', 'gpu and not soak', *files, *arguments]
+    marks = 'gpu' if torch.cuda.is_available() else 'gpu and not soak'
+    select = ['-q', '-m', marks, *files, *arguments]
     if not torch.cuda.is_available() and '--fake-cuda' not in arguments:
         count = Count()
         with contextlib.redirect_stdout(io.StringIO()) as output:

@@ -1,14 +1,20 @@
-"""Compiled networks: the same answers, for sizes and ratios that come later too."""
+"""Compiled networks: the same answers, for sizes and ratios that come later too.
+
+A C++ compiler takes about 3 s for each of some 40 kernels of a small network, so on CPUs
+`make soak` runs what generates code.
+"""
 import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from mmseg.registry import MODELS
 
 from mmseg_edaformer import apply_isr
 from mmseg_edaformer.compat import compiled_resize
 from mmseg_edaformer.engine.compile import compile_model, cuda_graphs
+from tests.conftest import segmentor_config
 
 
 @pytest.fixture
@@ -27,9 +33,21 @@ def assert_near(found, expected):
         tolerance if expected.is_cuda else dict(rtol=1e-4, atol=1e-5)))
 
 
+@pytest.fixture
+def tiny():
+    """An EDAFormer of three blocks."""
+    sizes = dict(embed_dims=(16, 32), depths=(1, 1), num_heads=(1, 2), pool_ratios=(2, 1))
+    config = segmentor_config(depths=(1,), num_heads=(2,), pool_ratios=(1,), in_index=(1,))
+    config['backbone'] = dict(type='EFT', arch=dict(sizes, ffn_ratios=(2, 2)), out_indices=(0, 1))
+    config['decode_head']['in_channels'] = (32,)
+    torch.manual_seed(0)
+    return MODELS.build(config).eval()
+
+
 @pytest.mark.gpu
-@pytest.mark.slow
-def test_sizes_and_ratios(segmentor, images, device):
+@pytest.mark.soak
+def test_sizes_and_ratios(tiny, images, device):
+    segmentor = tiny
     names = list(segmentor.state_dict())
     segmentor.to(device)
     with torch.no_grad():
@@ -94,7 +112,7 @@ def test_graphs_read_weights_where_they_lie(cuda):
         torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_frozen(segmentor, images):
     with torch.no_grad():
         expected = segmentor(images[0])
@@ -103,7 +121,7 @@ def test_frozen(segmentor, images):
 
 
 @pytest.mark.gpu
-@pytest.mark.slow
+@pytest.mark.soak
 def test_trains(segmentor, images, device):
     segmentor.to(device).train()
     for module in segmentor.modules():

@@ -133,13 +133,15 @@ def test_bfloat16_and_prediction(trained, scenes, device, tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled(trained, tmp_path):
-    """The training generates no code here, which takes long; test_compile.py has that."""
+@pytest.mark.parametrize('settings', [
+    ['compile.graphs=True'], pytest.param([], marks=pytest.mark.soak)], ids=['graphs', 'code'])
+def test_compiled(trained, tmp_path, settings):
+    """Without graphs it generates code, which takes minutes on a CPU."""
     config = trained[0]
     shallow = ['--cfg-options', 'model.backbone.depths=(1,1,1,1)',
-               'model.decode_head.depths=(1,1,1)']
+               'model.decode_head.depths=(1,1,1)', *settings]
     done('tools/train.py', config, '--work-dir', tmp_path, '--compile', *shallow,
-         'compile.graphs=True', 'train_cfg.max_iters=2', 'train_cfg.val_interval=9',
+         'train_cfg.max_iters=2', 'train_cfg.val_interval=9',
          'default_hooks.checkpoint.interval=2')
     labels = [predicted(config, tmp_path / 'iter_2.pth', tmp_path / str(len(flags)), *flags,
                         *shallow, run=call) for flags, call in (([], done), (['--compile'], run))]
