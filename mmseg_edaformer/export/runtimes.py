@@ -181,7 +181,8 @@ def _quantise_onnx(source: Path, target: Path, metadata: str, images: list[np.nd
     folded = source.with_name('folded.onnx')  # computed weights become plain ones
     quant_pre_process(source, folded, skip_symbolic_shape=True)
     quantize_static(folded, target, Reader(), per_channel=True, weight_type=QuantType.QInt8,
-                    activation_type=QuantType.QUInt8, op_types_to_quantize=['Conv', 'MatMul'])
+                    activation_type=QuantType.QUInt8, op_types_to_quantize=['Conv', 'MatMul'],
+                    reduce_range=True)  # 7 bits: sums of 8 saturate on CPUs without VNNI
     model = onnx.load(target)
     onnx.helper.set_model_props(model, {KEY: metadata})
     onnx.save_model(model, target)
@@ -235,7 +236,9 @@ def _quantise_openvino(source: Path, target: Path, metadata: str, images: list[n
     nncf.set_log_level(logging.ERROR)
     model = nncf.quantize(openvino.Core().read_model(source), nncf.Dataset(images),
                           preset=nncf.QuantizationPreset.MIXED,
-                          model_type=nncf.ModelType.TRANSFORMER)
+                          model_type=nncf.ModelType.TRANSFORMER,
+                          advanced_parameters=nncf.AdvancedQuantizationParameters(
+                              overflow_fix=nncf.OverflowFix.ENABLE))  # as for ONNX
     _save_openvino(model, target, metadata)
 
 
