@@ -158,8 +158,9 @@ def test_with_ray_a_killed_run_resumes_and_its_workers_end(work, photos, plain, 
     stop_and_resume(work, photos, plain, tmp_path / 'out')
 
 
+@pytest.mark.parametrize('kills', [False, pytest.param(True, marks=pytest.mark.soak)])
 def test_with_ray_a_killed_worker_loses_nothing_and_does_nothing_twice(
-        connected, work, photos, plain, tmp_path):
+        connected, work, photos, plain, tmp_path, kills):
     source, out, killed = tmp_path / 'source', tmp_path / 'out', []
     source.mkdir()
     for path in photos.glob('*.png'):
@@ -173,11 +174,13 @@ def test_with_ray_a_killed_worker_loses_nothing_and_does_nothing_twice(
         os.kill(killed[0], signal.SIGKILL)
         killed.append(count_masks(out))
     killer = threading.Thread(target=kill)
-    killer.start()
+    if kills:
+        killer.start()
     summary = predict_many(source, work, out, workers=2)
-    killer.join()
-    assert killed[1] < COUNT
-    assert not os.path.exists(f'/proc/{killed[0]}')
+    if kills:
+        killer.join()
+        assert killed[1] < COUNT
+        assert not os.path.exists(f'/proc/{killed[0]}')
     assert same(masks(out), plain[0])
     assert [entry['image'] for entry in manifest(out)] == [
         *(f'../source/{index:02}.png' for index in range(0, COUNT, 2)),
