@@ -22,12 +22,24 @@ def image_size(text: str) -> tuple[int, int]:
 
 def add_isr_ratio(parser: argparse.ArgumentParser, *, several: bool = False,
                   default: str | None = 'none', note: str = '') -> None:
-    """Add ``--isr-ratio``; with ``several`` it takes a list of them."""
+    """Add ``--isr-ratio`` and ``--query-ratio``; with ``several`` the first takes a list."""
     parser.add_argument('--isr-ratio', metavar='RATIO', nargs='+' if several else None,
                         default=[default] if several and default else default,
                         help='reduce keys further: none, optimal, auto, one integer for all stages '
                         '(2), or multipliers per stage, encoder-decoder, both shallow to deep '
                         f'(2211-222){"; several at once" if several else ""}{note}')
+    parser.add_argument('--query-ratio', metavar='RATIO', help='average queries over cells of '
+                        'this side, written like --isr-ratio: none, auto, 2, 2211-222' +
+                        (', for all of them; --isr-ratio 2+q2 says it for one' if several else ''))
+
+
+def read_isr_ratio(args: argparse.Namespace, default: Any = None) -> Any:
+    """Return ``--isr-ratio``, or the default, joined with ``--query-ratio``: 2 and 4 are 2+q4."""
+    ratio = args.isr_ratio or default
+    if args.query_ratio is None:
+        return ratio
+    join = f'{{}}+q{args.query_ratio}'.format
+    return join(ratio or 'none') if ratio is None or isinstance(ratio, str) else [*map(join, ratio)]
 
 
 class Renamed(argparse.Action):

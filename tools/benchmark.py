@@ -11,6 +11,7 @@ from mmseg_edaformer.command_line import (
     check_checkpoint,
     find_config,
     image_size,
+    read_isr_ratio,
 )
 from mmseg_edaformer.errors import clear_errors
 
@@ -94,7 +95,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
         dtypes=args.dtype, device=args.device, repeats=args.repeats, seconds=args.seconds,
         limits=args.limits, keep_memory=args.allocator == 'keep')
     contenders = benchmark.load_contenders(args.config, args.checkpoint, args.compare,
-                                           args.isr_ratio, args.cfg_options, args.execution)
+                                           read_isr_ratio(args), args.cfg_options, args.execution)
     for contender in contenders:
         if contender.ratios != contenders[0].ratios:
             print(f'{contender.name} holds no attention that ISR can reduce: it runs at ratio none '

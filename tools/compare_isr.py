@@ -6,6 +6,7 @@ from mmseg_edaformer.command_line import (
     add_isr_ratio,
     check_checkpoint,
     find_config,
+    read_isr_ratio,
 )
 from mmseg_edaformer.errors import clear_errors
 
@@ -32,7 +33,7 @@ def main() -> None:
     find_config(args.config)
     check_checkpoint(args.checkpoint)
     from mmseg_edaformer.analysis.compare import compare_checkpoint
-    print(compare_checkpoint(args.config, args.checkpoint, args.isr_ratio, large=args.large,
+    print(compare_checkpoint(args.config, args.checkpoint, read_isr_ratio(args), large=args.large,
                              picture=args.picture, cfg_options=args.cfg_options))
 
 

@@ -9,6 +9,7 @@ from mmseg_edaformer.command_line import (
     add_model_arguments,
     check_model,
     image_size,
+    read_isr_ratio,
 )
 from mmseg_edaformer.errors import ConfigError, clear_errors
 
@@ -53,7 +54,7 @@ def main() -> None:
     from mmseg_edaformer.export import export
     MMLogger.get_current_instance().setLevel(logging.WARNING)
     print(export(args.model, args.out, format=args.format, checkpoint=args.checkpoint,
-                 isr_ratio=args.isr_ratio, size=args.size, labels=args.labels, int8=args.int8,
+                 isr_ratio=read_isr_ratio(args), size=args.size, labels=args.labels, int8=args.int8,
                  calibrate=args.calibrate, images=args.images, samples=args.samples,
                  threads=args.threads))
 

@@ -10,6 +10,7 @@ from mmseg_edaformer.command_line import (
     add_isr_ratio,
     check_checkpoint,
     find_config,
+    read_isr_ratio,
 )
 from mmseg_edaformer.errors import clear_errors
 
@@ -45,7 +46,7 @@ def main() -> None:
     goal = sweep.Goal(args.max_drop, args.budget_ms, args.budget_gmacs)
     from mmengine.logging import MMLogger
     MMLogger.get_current_instance().setLevel(logging.WARNING)
-    sweep.sweep(args.config, args.checkpoint, isr_ratios=args.isr_ratio or sweep.DEFAULT,
+    sweep.sweep(args.config, args.checkpoint, isr_ratios=read_isr_ratio(args) or sweep.DEFAULT,
                 goal=goal, samples=args.samples, out=args.out, cfg_options=args.cfg_options)
 
 

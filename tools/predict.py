@@ -7,6 +7,7 @@ from mmseg_edaformer.command_line import (
     add_model_arguments,
     check_inputs,
     check_model,
+    read_isr_ratio,
 )
 from mmseg_edaformer.errors import ConfigError, clear_errors
 
@@ -43,7 +44,7 @@ def main() -> None:
     if args.masks and not video:
         raise ConfigError('--masks is for a video: images always get a mask')
     segmenter = Segmenter(args.model, args.checkpoint, device=args.device,
-                          isr_ratio=args.isr_ratio, max_side=args.max_side,
+                          isr_ratio=read_isr_ratio(args), max_side=args.max_side,
                           batch_size=args.batch_size)
     print(segmenter, flush=True)
     if video:

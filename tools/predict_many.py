@@ -6,6 +6,7 @@ from mmseg_edaformer.command_line import (
     add_model_arguments,
     check_inputs,
     check_model,
+    read_isr_ratio,
 )
 from mmseg_edaformer.errors import clear_errors
 
@@ -39,8 +40,9 @@ def main() -> None:
     from mmseg_edaformer.predict.bulk import predict_many
     from mmseg_edaformer.predict.outputs import describe_summary
     summary = predict_many(
-        args.input, args.model, args.out, checkpoint=args.checkpoint, isr_ratio=args.isr_ratio,
-        max_side=args.max_side, workers=args.workers, threads=args.threads, address=args.address,
+        args.input, args.model, args.out, checkpoint=args.checkpoint,
+        isr_ratio=read_isr_ratio(args), max_side=args.max_side,
+        workers=args.workers, threads=args.threads, address=args.address,
         overlays=args.overlays, batch_size=args.batch_size, column=args.column)
     overlays = 'overlays, ' if args.overlays else ''
     print(describe_summary(summary, args.out, f'masks, {overlays}legend.png, manifest.jsonl and '

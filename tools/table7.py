@@ -2,7 +2,7 @@
 import argparse
 from pathlib import Path
 
-from mmseg_edaformer.command_line import add_isr_ratio
+from mmseg_edaformer.command_line import add_isr_ratio, read_isr_ratio
 from mmseg_edaformer.errors import clear_errors
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
@@ -23,7 +23,7 @@ def main() -> None:
     import torch
 
     from mmseg_edaformer.analysis import table7
-    print(table7.table(args.models, CONFIGS, args.isr_ratio or table7.RATIOS, every=args.all))
+    print(table7.table(args.models, CONFIGS, read_isr_ratio(args, table7.RATIOS), every=args.all))
     print(f'One image, counted on the meta device, torch {torch.__version__}. "paper": arXiv '
           '2407.17261, table 7; it publishes neither sizes nor ratios: the nearest of those tried '
           'is shown.')

@@ -6,6 +6,7 @@ from mmseg_edaformer.command_line import (
     add_run_arguments,
     check_checkpoint,
     find_config,
+    read_isr_ratio,
     run_settings,
 )
 from mmseg_edaformer.errors import clear_errors
@@ -39,7 +40,7 @@ def main() -> None:
     from mmseg_edaformer.engine import launch
     from mmseg_edaformer.engine.run_config import load_config
     cfg = load_config(args.config, **run_settings(args))
-    launch.prepare_test(cfg, args.checkpoint, isr_ratio=args.isr_ratio,
+    launch.prepare_test(cfg, args.checkpoint, isr_ratio=read_isr_ratio(args),
                         isr_method=args.isr_method, tta=args.tta, out=args.out, show=args.show,
                         show_dir=args.show_dir, wait_time=args.wait_time, bf16=args.bf16,
                         skip_bad_files=args.skip_bad_files)

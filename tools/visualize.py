@@ -12,6 +12,7 @@ from mmseg_edaformer.command_line import (
     add_model_arguments,
     check_inputs,
     check_model,
+    read_isr_ratio,
 )
 from mmseg_edaformer.errors import DataError, clear_errors
 
@@ -58,7 +59,7 @@ def main() -> None:
     from mmseg_edaformer.analysis.visualize import visualize
     from mmseg_edaformer.predict.segmenter import Segmenter
     visualize(Segmenter(args.model, args.checkpoint, device=args.device), args.images, args.out,
-              isr_ratio=args.isr_ratio, points=args.points, layers=args.layers,
+              isr_ratio=read_isr_ratio(args), points=args.points, layers=args.layers,
               others=[(Path(model).stem, Segmenter(model, checkpoint, device=args.device))
                       for model, checkpoint in others],
               labels=args.labels, reduce_zero_label=args.reduce_zero_label)

@@ -5,13 +5,15 @@ import math
 import os
 import time
 import zipfile
-from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset, pseudo_collate
 from mmseg.evaluation import IoUMetric
@@ -19,13 +21,44 @@ from mmseg.registry import DATASETS
 
 from ..engine import launch
 from ..engine.allocator import keep_freed_memory
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, RatioError
 from ..files import replacing
 from ..isr import ISRRatio, isr
+from ..isr.ratio import StageRatio
 from ..isr.registry import find_attention
 from ..predict.run import progress_bar
 from .loading import NONE, count_windows, load_model
 from .timing import milliseconds, peak_bytes, relative, time_call
+
+Dial = TypeVar('Dial', bound=StageRatio)
+
+
+@dataclass(frozen=True)
+class InputScale:
+    """A smaller input instead of fewer keys or queries: the plainest way to save."""
+    scale: float
+
+    def __str__(self) -> str:
+        return f'{_SCALE}{self.scale:g}'
+
+    @contextmanager
+    def applied(self, model: Any) -> Iterator[None]:
+        """Scale what the backbone sees; the logits are resized from there as ever."""
+        handle = model.backbone.register_forward_pre_hook(self._shrink)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _shrink(self, module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        size = [max(32, round(side * self.scale / 32) * 32) for side in args[0].shape[-2:]]
+        return (F.interpolate(args[0], size, mode='bilinear', antialias=True), *args[1:])
+
+
+Way = ISRRatio | InputScale
+"""A way to predict for less."""
+
+_SCALE = 'scale '
 
 _CACHE = 2**30  # bytes of loaded images that are kept for the next pass
 _LOOK = 25  # images whose sizes are looked at
@@ -60,6 +93,11 @@ class Bench:
         with isr(model, 1):
             pass  # fail early if it cannot be reduced
         self.stages = {part.kind: len(part.stages) for part in find_attention(model).parts}
+        try:
+            with isr(model, 1, query_ratio=2):
+                self.has_queries = True
+        except RatioError:
+            self.has_queries = False
         # The first images of one order: a larger sample holds a smaller one.
         order = np.random.default_rng(0).permutation(len(dataset))
         self.order = [int(index) for index in order[:samples]]
@@ -69,8 +107,17 @@ class Bench:
         self.cache: dict[int, Any] = {}
         self.cached = 0
         self.warm: set[str] = set()
-        self.macs: dict[ISRRatio, float] = {}
+        self.macs: dict[Way, float] = {}
         self.example, self.size = self._middle_image(look)
+
+    def way(self, name: str) -> Way:
+        """Read what `str` of a way gives."""
+        return InputScale(float(name.removeprefix(_SCALE))) if name.startswith(_SCALE) else (
+            self.ratio(name))
+
+    def applied(self, way: Way | str) -> AbstractContextManager[None]:
+        """Predict this way within the block."""
+        return way.applied(self.model) if isinstance(way, InputScale) else isr(self.model, way)
 
     def ratio(self, value: ISRRatio | int | str) -> ISRRatio:
         """Read a ratio for this model; ratios that do the same are the same.
@@ -81,42 +128,46 @@ class Bench:
         ratio = ISRRatio.parse(value)
         with isr(self.model, ratio):
             pass
+        queries = ratio.queries and self._shorten(ratio.queries)
+        return self._shorten(ratio).with_queries(queries)
+
+    def _shorten(self, ratio: Dial) -> Dial:
         if ratio.auto:
             return ratio
         parts = {kind: ratio.for_stages(kind, count) for kind, count in self.stages.items()}
         multipliers = {multiplier for part in parts.values() for multiplier in part}
         if len(multipliers) == 1:
-            return ISRRatio.parse(multipliers.pop())
-        return ISRRatio(parts.get('encoder', (1,)), parts.get('decoder', (1,)))
+            return type(ratio).parse(multipliers.pop())
+        return type(ratio)(parts.get('encoder', (1,)), parts.get('decoder', (1,)))
 
-    def gmacs(self, ratio: ISRRatio) -> float:
+    def gmacs(self, ratio: Way) -> float:
         """Return billions of multiply-adds of one image of `size`, all of its windows counted."""
         if ratio not in self.macs:
-            with isr(self.model, ratio):
+            with self.applied(ratio):
                 self.macs[ratio] = count_windows(self.model, self.size) / 1e9
         return self.macs[ratio]
 
-    def miou(self, ratio: ISRRatio) -> float:
+    def miou(self, ratio: Way) -> float:
         """Return the mIoU, in percent, of the images that all have been measured on."""
         return float(mean_iou(self.areas(ratio).sum(0), self.metric['nan_to_num']))
 
-    def areas(self, ratio: ISRRatio) -> np.ndarray:
+    def areas(self, ratio: Way) -> np.ndarray:
         """Return intersections and unions of those images, N x 2 x C."""
         return np.stack(self.measured[str(ratio)][:self.images])[..., :-1]
 
-    def seconds(self, ratio: ISRRatio) -> np.ndarray:
+    def seconds(self, ratio: Way | str) -> np.ndarray:
         """Return the times on those images, and those of the trained ratio beside them, N x 2."""
         return np.stack(self.measured[str(ratio)][:self.images])[..., -1]
 
-    def relative(self, ratio: ISRRatio) -> float:
+    def relative(self, ratio: Way) -> float:
         """Return the median ratio of the time to that of the trained ratio in the same turn."""
         return relative(*self.seconds(ratio).T)
 
-    def milliseconds(self, ratio: ISRRatio) -> float:
+    def milliseconds(self, ratio: Way) -> float:
         """Return the time of one prediction; see `Row.ms`."""
         return self.relative(ratio) * milliseconds(self.seconds(NONE)[:, 0])
 
-    def count(self, ratio: ISRRatio | str) -> int:
+    def count(self, ratio: Way | str) -> int:
         """Return how many images a ratio was measured on."""
         return len(self.measured.get(str(ratio), ()))
 
@@ -128,7 +179,7 @@ class Bench:
         return min(map(len, self.measured.values()), default=0)
 
     @torch.no_grad()
-    def measure(self, ratios: Sequence[ISRRatio], *, title: str = '',
+    def measure(self, ratios: Sequence[Way], *, title: str = '',
                 seconds: float = math.inf) -> None:
         """Predict each image at every ratio in turn, the trained one among them for the times.
 
@@ -154,7 +205,7 @@ class Bench:
         finally:
             self._save()
 
-    def _take_turns(self, position: int, due: dict[str, ISRRatio]) -> None:
+    def _take_turns(self, position: int, due: dict[str, Way]) -> None:
         if not due:
             return
         data = self._load(position)
@@ -167,9 +218,9 @@ class Bench:
             self.measured.setdefault(name, []).append(
                 np.column_stack([areas, (seconds, done['none'][1])]))
 
-    def _predict(self, data: Any, name: str, ratio: ISRRatio) -> tuple[np.ndarray, float]:
+    def _predict(self, data: Any, name: str, ratio: Way) -> tuple[np.ndarray, float]:
         """Return intersections and unions of a prediction (2 x C), and the seconds it took."""
-        with isr(self.model, ratio):
+        with self.applied(ratio):
             if name not in self.warm:
                 self.model.test_step(data)
                 self.warm.add(name)
@@ -213,9 +264,9 @@ class Bench:
             self.saved = time.monotonic()
 
     @torch.no_grad()
-    def peak_mib(self, ratio: ISRRatio) -> float:
+    def peak_mib(self, ratio: Way) -> float:
         """Return the most memory at once of a prediction of `size`, with the weights."""
-        with isr(self.model, ratio):
+        with self.applied(ratio):
             return peak_bytes(lambda: self.model.test_step(self.example), [
                 *self.model.parameters(), *self.model.buffers()], self.device) / 2**20
 

@@ -1,6 +1,7 @@
 """Many ISR ratios of one checkpoint on the same images: what each gives and costs, which to take.
 
-All ratios of a pass take turns on each image, so that they see the same images and other load on
+Ratios reduce keys, queries or both; beside them stand smaller inputs, the plainest way to save. All
+ratios of a pass take turns on each image, so that they see the same images and other load on
 the machine falls on all of them alike.
 """
 from collections.abc import Callable, Mapping, Sequence
@@ -14,20 +15,25 @@ import numpy as np
 from ..engine.run_config import load_config
 from ..errors import ConfigError, RatioError
 from ..files import write_file
-from ..isr import ISRRatio
-from .bench import Bench, mean_iou, open_bench
+from ..isr import ISRRatio, QueryRatio
+from .bench import Bench, InputScale, Way, mean_iou, open_bench
 from .sweep_report import Goal, Row, advice, draw, note, table, write
 from .timing import size_text
 
 GREEDY = 'greedy'
 """Stands for the ratios that the greedy search tries, in a list of ratios."""
-DEFAULT: tuple[str, ...] = ('none', 'optimal', '2', '3', '4', GREEDY)
+DEFAULT: tuple[str, ...] = ('none', 'optimal', '2', '3', '4', 'none+q2', '2+q2', GREEDY)
 
+SCALES = (0.5, 0.75, 0.9)
+"""Input scales that are always measured too."""
 _MOST = 4  # the largest multiplier that the search tries
 _WORTH = 0.005  # of the trained GMACs: a step that saves less is tried for a budget only
 _LEAST_LOSS = 0.01  # mIoU: less counts as this much, so that noise does not make a saving endless
 _RESAMPLES = 1000
 _FEWEST = 10  # images that a confidence interval needs
+
+Move = tuple[str, str, int]
+"""A dial, a part and a stage in it."""
 
 
 def change_interval(areas: np.ndarray, trained: np.ndarray,
@@ -48,20 +54,20 @@ def change_interval(areas: np.ndarray, trained: np.ndarray,
     return float(low), float(high)
 
 
-def search(bench: Bench, ratios: Sequence[ISRRatio], goal: Goal, greedy: bool) -> list[ISRRatio]:
-    """Measure the ratios and, from the trained one on, those of the greedy search.
+def search(bench: Bench, ratios: Sequence[ISRRatio], goal: Goal, greedy: bool) -> list[Way]:
+    """Measure the ratios, `SCALES` and, from the trained ratio on, those of the greedy search.
 
-    Each step measures what raising each stage by 1 gives, and takes the one that saves the most
-    per lost mIoU: milliseconds for ``budget_ms``, else GMACs. The path ends within the budget, or
-    where every step would lose more than ``max_drop`` or save little, or without a goal at the
-    GMACs of ratio 2.
+    Each step measures what raising each stage by 1 gives, for its keys and for its queries, and
+    takes the one that saves the most per lost mIoU: milliseconds for ``budget_ms``, else GMACs. The
+    path ends within the budget, or where every step would lose more than ``max_drop`` or save
+    little, or without a goal at the GMACs of ratio 2.
 
-    Returns all ratios that were to be measured. That no ratio meets ``budget_gmacs`` is known
+    Returns all that was to be measured. That no ratio meets ``budget_gmacs`` is known
     before any is measured, and raises a ConfigError.
     """
     trained = bench.ratio('none')
-    tried = list(dict.fromkeys([trained, *ratios]))
-    most = bench.ratio(_MOST)
+    tried: list[Way] = [*dict.fromkeys([trained, *ratios]), *map(InputScale, SCALES)]
+    most = bench.ratio(f'{_MOST}+q{_MOST}' if bench.has_queries else _MOST)
     if greedy and goal.budget_ms is not None and most not in tried:
         tried.append(most)
     if goal.budget_gmacs is not None:
@@ -71,7 +77,7 @@ def search(bench: Bench, ratios: Sequence[ISRRatio], goal: Goal, greedy: bool) -
                               f'{bench.gmacs(cheapest):.3f} GMACs for {size_text(bench.size)} '
                               'pixels. Give at least that, or take a smaller model')
     budget = goal.budget_gmacs or goal.budget_ms
-    closed: set[tuple[str, int]] = set()
+    closed: set[Move] = set()
     current, steps = trained, _steps(bench, trained, closed, budget) if greedy else {}
     tried += [ratio for ratio in steps.values() if ratio not in tried]
     bench.measure(tried, title='measuring')
@@ -95,17 +101,23 @@ def search(bench: Bench, ratios: Sequence[ISRRatio], goal: Goal, greedy: bool) -
     return tried
 
 
-def _steps(bench: Bench, ratio: ISRRatio, closed: set[tuple[str, int]],
-           budget: float | None) -> dict[tuple[str, int], ISRRatio]:
+def _steps(bench: Bench, ratio: ISRRatio, closed: set[Move],
+           budget: float | None) -> dict[Move, ISRRatio]:
     """Return ratios with one stage higher that save much, or for a budget some that save at all."""
-    parts = {kind: ratio.for_stages(kind, count) for kind, count in bench.stages.items()}
+    queries = ratio.queries or QueryRatio.parse(1)
     saved = {}
-    for kind, multipliers in parts.items():
-        for i, multiplier in enumerate(multipliers):
-            if multiplier < _MOST and (kind, i) not in closed:
+    for dial in (ratio, queries) if bench.has_queries else (ratio,):
+        parts = {kind: dial.for_stages(kind, count) for kind, count in bench.stages.items()}
+        for kind, multipliers in parts.items():
+            for i, multiplier in enumerate(multipliers):
+                move = dial.knob, kind, i
+                if multiplier == _MOST or move in closed:
+                    continue
                 more = parts | {kind: (*multipliers[:i], multiplier + 1, *multipliers[i + 1:])}
-                raised = bench.ratio(ISRRatio(more.get('encoder', (1,)), more.get('decoder', (1,))))
-                saved[kind, i] = raised, bench.gmacs(ratio) - bench.gmacs(raised)
+                higher = type(dial)(more.get('encoder', (1,)), more.get('decoder', (1,)))
+                raised = bench.ratio(higher.with_queries(queries) if isinstance(higher, ISRRatio)
+                                     else ratio.with_queries(higher))
+                saved[move] = raised, bench.gmacs(ratio) - bench.gmacs(raised)
     much = _WORTH * bench.gmacs(bench.ratio('none'))
     little = budget is not None and not any(saving > much for _, saving in saved.values())
     return {stage: more for stage, (more, saving) in saved.items()
@@ -113,7 +125,7 @@ def _steps(bench: Bench, ratio: ISRRatio, closed: set[tuple[str, int]],
 
 
 def _gain(bench: Bench, before: ISRRatio, after: ISRRatio,
-          cost: Callable[[ISRRatio], float]) -> float:
+          cost: Callable[[Way], float]) -> float:
     """Return what a step saves for each lost point of mIoU."""
     loss = max(bench.miou(before) - bench.miou(after), _LEAST_LOSS)
     return max(cost(before) - cost(after), 0.) / loss
@@ -136,7 +148,7 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
                     for cost, miou in points) for own in points]
 
 
-def make_rows(bench: Bench, ratios: Sequence[ISRRatio], *, memory: bool = True) -> list[Row]:
+def make_rows(bench: Bench, ratios: Sequence[Way], *, memory: bool = True) -> list[Row]:
     """Return the figures of those ratios that were measured on all images, the cheapest last.
 
     ``memory`` takes one more prediction of each.
@@ -196,12 +208,13 @@ def sweep(config: str, checkpoint: str, *, isr_ratios: Sequence[str] = DEFAULT,
         cfg_options, Mapping) else list(cfg_options or ())
     command = [config, checkpoint, *(['--cfg-options', *options] if options else [])]
 
-    def report(tried: Sequence[ISRRatio], *, memory: bool = True) -> list[Row]:
+    def report(tried: Sequence[Way], *, memory: bool = True) -> list[Row]:
         rows = make_rows(bench, tried, memory=memory)
         best = recommend(rows, goal)
         name = None if best is None else best.isr_ratio
         write(folder, bench, rows, goal, name, command)
-        named = {'none', *map(str, wanted)} | ({name} if name else set())
+        named = {'none', *map(str, [*wanted, *map(InputScale, SCALES)])} | (
+            {name} if name else set())
         draw(rows, folder / 'sweep.png', name, named)
         tail = (['--max-drop, --budget-ms or --budget-gmacs recommends one of them']
                 if not goal.given else [] if best is None else advice(rows, goal, best, command))
@@ -213,7 +226,7 @@ def sweep(config: str, checkpoint: str, *, isr_ratios: Sequence[str] = DEFAULT,
         tried = search(bench, wanted, goal, GREEDY in isr_ratios)
     except KeyboardInterrupt:
         if bench.images:
-            report(list(map(ISRRatio.parse, bench.measured)), memory=False)
+            report(list(map(bench.way, bench.measured)), memory=False)
             say('Interrupted: the same command resumes from here')
         raise
     rows = report(tried)

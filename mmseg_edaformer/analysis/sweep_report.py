@@ -58,7 +58,7 @@ class Row:
     """One ratio.
 
     Attributes:
-        isr_ratio: As `tools/test.py --isr-ratio` takes it.
+        isr_ratio: As `tools/test.py --isr-ratio` takes it; or ``scale 0.75``, a smaller input.
         miou: In percent, of the ``images`` images.
         change: mIoU above that of the trained ratio, in points; below 0 is a loss.
         change_low, change_high: Its 95 % interval; None for fewer than 10 images.
@@ -119,7 +119,8 @@ def note(bench: 'Bench') -> str:
 def advice(rows: Sequence[Row], goal: Goal, best: Row, command: Sequence[str]) -> list[str]:
     """Say which ratio to take, and the command that tests it."""
     trained = next(row for row in rows if row.isr_ratio == 'none')
-    flag = [] if best is trained else ['--isr-ratio', best.isr_ratio]
+    is_scale = best.isr_ratio.startswith('scale')
+    flag = [] if best is trained or is_scale else ['--isr-ratio', best.isr_ratio]
     line = shlex.join(['python', 'tools/test.py', *command[:2], *flag, *command[2:]])
     if best is trained:
         return [f'{goal}: take none, the trained ratio; no cheaper ratio meets it as well', line]
@@ -130,7 +131,8 @@ def advice(rows: Sequence[Row], goal: Goal, best: Row, command: Sequence[str]) -
             -best.change_low > goal.max_drop):
         lines.append(f'On other images the drop may reach {-best.change_low:.2f} (95 % interval): '
                      'more --samples narrow it')
-    return [*lines, line]
+    return [*lines, 'No ratio is as good: resize the images in the test_pipeline by this scale'
+            if is_scale else line]
 
 
 def write(folder: Path, bench: 'Bench', rows: Sequence[Row], goal: Goal, best: str | None,

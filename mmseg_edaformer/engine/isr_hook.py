@@ -17,19 +17,20 @@ from ..isr.ratio import ISRRatio
 
 @HOOKS.register_module()
 class ISRHook(Hook):
-    """Reduce the keys of the model during validation and test, never during training.
+    """Reduce keys and queries of the model during validation and test, never during training.
 
     The trained pools are back after each of them, also when it ends in an error: the loops' runs
     are wrapped, because mmengine calls no hook then. The arguments are those of `apply_isr`.
     """
 
     def __init__(self, isr_ratio: int | str = 1, crop_size: tuple[int, int] | None = None,
-                 method: str = 'average', **old: int | str) -> None:
+                 method: str = 'average', query_ratio: int | str | None = None,
+                 **old: int | str) -> None:
         if 'ratio' in old:
             raise ConfigError("ISRHook: 'ratio' is now called isr_ratio")
         if old:
             raise TypeError(f'ISRHook got an unexpected keyword argument {next(iter(old))!r}')
-        self.isr_ratio = ISRRatio.parse(isr_ratio)
+        self.isr_ratio = ISRRatio.parse(isr_ratio).with_queries(query_ratio)
         self.crop_size = crop_size
         self.method = check_method(method)
         self.wrapped: list[BaseLoop] = []
@@ -63,4 +64,4 @@ class ISRHook(Hook):
         if test_cfg.get('crop_size'):
             return tuple(test_cfg['crop_size'])
         height, width = self.crop_size or training_size(model)
-        return (2 * height, 2 * width) if self.isr_ratio.auto else (height, width)
+        return (2 * height, 2 * width) if self.isr_ratio.follows_size else (height, width)

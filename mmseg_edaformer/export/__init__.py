@@ -14,7 +14,7 @@ from ..analysis.timing import take_turns
 from ..compat import release
 from ..errors import ConfigError
 from ..files import write_file
-from ..isr import ISRRatio
+from ..isr import ISRRatio, QueryRatio
 from ..predict.inputs import find_images
 from ..predict.outputs import writing
 from ..predict.segmenter import Segmenter
@@ -28,7 +28,8 @@ _CALIBRATED = 128
 
 
 def export(model: str | Path, out: str | Path, *, format: str, checkpoint: str | Path | None = None,
-           isr_ratio: ISRRatio | int | str = 'none', size: tuple[int, int] | None = None,
+           isr_ratio: ISRRatio | int | str = 'none',
+           query_ratio: QueryRatio | int | str | None = None, size: tuple[int, int] | None = None,
            labels: bool = False, int8: bool = False, calibrate: str | Path | None = None,
            images: str | Path | None = None, samples: int = 40,
            threads: int | None = None) -> ExportReport:
@@ -42,6 +43,7 @@ def export(model: str | Path, out: str | Path, *, format: str, checkpoint: str |
         format: One of `FORMATS`.
         checkpoint: Weights for a config, see `Segmenter`.
         isr_ratio: The ISR ratio, which is fixed in the file.
+        query_ratio: The query ratio, likewise fixed.
         size: Height and width of all images; None for images of any size.
         labels: Resize the logits and take the largest class inside the graph.
         int8: Quantise the model, with ranges of activations measured on ``calibrate``.
@@ -57,7 +59,8 @@ def export(model: str | Path, out: str | Path, *, format: str, checkpoint: str |
     """
     out = Path(out)
     _check_arguments(out, format, int8, calibrate, size, samples, threads)
-    segmenter = Segmenter(model, checkpoint, device='cpu', isr_ratio=isr_ratio)
+    segmenter = Segmenter(model, checkpoint, device='cpu', isr_ratio=isr_ratio,
+                          query_ratio=query_ratio)
     if size is None:
         _check_open_size(segmenter)
     deployed = Deployed(segmenter.model, labels)
@@ -142,7 +145,7 @@ def _check_arguments(out: Path, kind: str, int8: bool, calibrate: str | Path | N
 def _check_open_size(segmenter: Segmenter) -> None:
     """Check that one graph can predict images of any size as the model does."""
     model: Any = segmenter.model
-    if segmenter.isr_ratio.auto:
+    if segmenter.isr_ratio.follows_size:
         raise ConfigError('--isr-ratio auto follows the size of each image, but a file keeps one '
                           'ratio: give the size of all images with --size H,W, or another '
                           '--isr-ratio')

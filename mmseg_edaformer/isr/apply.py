@@ -1,9 +1,10 @@
 """Inference spatial reduction on a model: apply it, undo it, and report what it changes.
 
-Source: arXiv 2407.17261, section 4. Pooling the keys further leaves the weights, the queries and
-the output's size as they are, so it needs no training and can be undone at any time.
+Source: arXiv 2407.17261, section 4. Pooling keys further, and queries, leaves the weights and the
+output's size as they are, so it needs no training and can be undone at any time.
 """
 import functools
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -21,7 +22,7 @@ from ..cost import Inputs, on_meta, trace_macs, unwrap
 from ..errors import ExampleError, RatioError, UserError
 from .pooling import check_method
 from .probe import locate
-from .ratio import ISRRatio
+from .ratio import NONE, ISRRatio, QueryRatio
 from .reduction import Record, Setting, recording
 from .registry import Attentions, ForeignLayer, Layer, find_attention
 from .rules import AttentionRule
@@ -43,10 +44,11 @@ def _names_isr_ratio(function: Callable[P, T]) -> Callable[P, T]:
 
 
 @_names_isr_ratio
-def apply_isr(model: nn.Module, isr_ratio: ISRRatio | int | str, *, method: str = 'average',
+def apply_isr(model: nn.Module, isr_ratio: ISRRatio | int | str, *,
+              query_ratio: QueryRatio | int | str | None = None, method: str = 'average',
               crop_size: tuple[int, int] | None = None, strict: bool = False,
               example_inputs: Inputs | Tensor | None = None) -> None:
-    """Pool the keys of a model further, from now on.
+    """Pool the keys of a model further, and its queries, from now on.
 
     The ratio counts from the training pools, so applying twice is applying once. A compiled model
     recompiles for a ratio that it has not seen; state dicts do not change.
@@ -57,6 +59,9 @@ def apply_isr(model: nn.Module, isr_ratio: ISRRatio | int | str, *, method: str 
             added. It may be compiled, or wrapped by DDP or test-time augmentation.
         isr_ratio: A value for `ISRRatio.parse`. A part that the model lacks is ignored. In models
             of other libraries, a stage is a run of attention layers of the same width.
+        query_ratio: A value for `QueryRatio.parse`: sides of the cells whose queries are averaged.
+            The result for a cell is spread over its tokens, bilinear. The default is that of
+            ``isr_ratio``, which may be ``2+q2``.
         method: How keys are reduced, one of `pooling.METHODS`.
         crop_size: Height and width in pixels of the training images, from which ``auto`` counts; by
             default what `training_size` finds.
@@ -71,7 +76,7 @@ def apply_isr(model: nn.Module, isr_ratio: ISRRatio | int | str, *, method: str 
         RatioError: The ratio does not fit, or the model has nothing to reduce. The model is
             unchanged.
     """
-    plan = _plan(model, isr_ratio, method, crop_size, strict, example_inputs)
+    plan = _plan(model, isr_ratio, query_ratio, method, crop_size, strict, example_inputs)
     _set(model, plan, strict)
 
 
@@ -90,14 +95,15 @@ def _left_over(model: nn.Module, known: Collection[nn.Module]) -> list[ForeignLa
 
 @_names_isr_ratio
 @contextmanager
-def isr(model: nn.Module, isr_ratio: ISRRatio | int | str, *, method: str = 'average',
+def isr(model: nn.Module, isr_ratio: ISRRatio | int | str, *,
+        query_ratio: QueryRatio | int | str | None = None, method: str = 'average',
         crop_size: tuple[int, int] | None = None, strict: bool = False,
         example_inputs: Inputs | Tensor | None = None) -> Iterator[None]:
-    """Pool the keys of a model further within a ``with`` block, and restore what was there before.
+    """Reduce a model as `apply_isr` does within a ``with`` block, and restore what was before.
 
     Arguments and errors are those of `apply_isr`.
     """
-    plan = _plan(model, isr_ratio, method, crop_size, strict, example_inputs)
+    plan = _plan(model, isr_ratio, query_ratio, method, crop_size, strict, example_inputs)
     before = [(layer, layer.setting) for layer, _ in plan]
     try:
         _set(model, plan, strict)
@@ -173,7 +179,8 @@ def _find(model: nn.Module, inputs: Inputs | None) -> Attentions:
         elif isinstance(place, AttentionRule):
             layer.rule = place
         else:
-            layer.rule = replace(layer.rule, prefix=place[0], suffix=place[1])
+            # The keys were located, not the queries.
+            layer.rule = replace(layer.rule, prefix=place[0], suffix=place[1], queries=False)
     return attentions
 
 
@@ -184,45 +191,64 @@ def _sized(inputs: Inputs | None, size: tuple[int, int]) -> Inputs | tuple[int, 
     return tree_map_only(Tensor, lambda x: F.interpolate(x, size) if x.dim() == 4 else x, inputs)
 
 
-def _plan(model: nn.Module, isr_ratio: ISRRatio | int | str, method: str,
+def _plan(model: nn.Module, isr_ratio: ISRRatio | int | str,
+          query_ratio: QueryRatio | int | str | None, method: str,
           crop_size: tuple[int, int] | None, strict: bool,
           inputs: Inputs | Tensor | None) -> list[tuple[Layer, Setting]]:
-    """Each attention layer with the setting that the ratio gives it."""
+    """Each attention layer with the setting that the ratios give it."""
     inputs = (inputs,) if isinstance(inputs, Tensor) else inputs
-    ratio, method = ISRRatio.parse(isr_ratio), check_method(method)
+    ratio = ISRRatio.parse(isr_ratio).with_queries(query_ratio)
+    cells = ratio.queries or QueryRatio.parse(NONE)
+    check_method(method)
     attentions = _find(model, inputs)
     if not _layers(attentions):
         raise RatioError(f'isr_ratio {ratio}: {type(model).__name__} holds no attention that ISR '
                          f'can reduce. Found: {attentions}. If it has attention of your own, '
                          'register_isr adds it')
+    if ratio.queries and all(isinstance(layer, ForeignLayer) and not layer.rule.queries
+                             for layer in _layers(attentions)):
+        raise RatioError(f'query_ratio {cells}: {type(model).__name__} holds no attention '
+                         'whose queries are known to be the tokens of a map. '
+                         'register_isr(..., queries=True) declares attention of your own')
     if strict and attentions.unknown:
         raise RatioError('ISR does not know all attention of this model: ' + '; '.join(
             f'{name}: {reason}' for name, reason in attentions.unknown.items()) +
             '. register_isr adds it, or declares that it has nothing to reduce')
     keys: dict[str, int] = {}
-    if ratio.auto:
+    queries: dict[str, int] = {}
+    if ratio.auto or cells.auto:
         trace = _Trace(model, attentions, _sized(inputs, crop_size or training_size(model)))
-        keys = {name: layer.keys[0] for name, layer in trace.layers.items() if layer.keys[0]}
+        for name, layer in trace.layers.items():
+            if ratio.auto and layer.keys[0]:
+                keys[name] = layer.keys[0]
+            if cells.auto and layer.queries[0]:
+                queries[name] = layer.queries[0]
     plan = []
     for part in attentions.parts:
         try:
-            multipliers = ratio.for_stages(part.kind, len(part.stages))
+            multipliers, sides = (dial.for_stages(part.kind, len(part.stages))
+                                  for dial in (ratio, cells))
         except RatioError as error:
             raise RatioError(f'{error}. Found: {attentions}') from None
-        for layers, multiplier in zip(part.stages.values(), multipliers):
-            plan += [(layer, Setting(multiplier, method, keys.get(layer.name), strict))
-                     for layer in layers]
+        for layers, multiplier, side in zip(part.stages.values(), multipliers, sides):
+            plan += [(layer, Setting(multiplier, method, keys.get(layer.name), strict, side,
+                                     queries.get(layer.name))) for layer in layers]
     left = _left_over(model, {layer.module for layer, _ in plan})
     return plan + [(layer, Setting()) for layer in left]
 
 
 @dataclass(frozen=True)
 class StageReport:
-    """One stage of an `ISRReport`: its pool and its number of keys, each before and after."""
+    """One stage of an `ISRReport`; pairs are before and after.
+
+    ``pool`` is the pool of the keys, ``query_pool`` the side of the cells of queries.
+    """
     stage: str
     blocks: int
     pool: tuple[int, int]
     keys: tuple[int, int]
+    query_pool: tuple[int, int]
+    queries: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -230,32 +256,36 @@ class ISRReport:
     """What a ratio changes at one image size; pairs are before and after.
 
     ``untouched`` maps the name of each attention layer that keeps its keys against the ratio to the
-    reason.
+    reason; ``untouched_queries`` does the same for those that keep their queries alone.
     """
     isr_ratio: ISRRatio
     input_size: tuple[int, int]
     stages: tuple[StageReport, ...]
     macs: tuple[int, int]
     untouched: dict[str, str]
+    untouched_queries: dict[str, str]
 
     def __str__(self) -> str:
-        rows = [('stage', 'blocks', 'pool', 'keys'), *(
-            (stage.stage, str(stage.blocks), _change(*stage.pool), _change(*stage.keys))
-            for stage in self.stages)]
+        rows = [('stage', 'blocks', 'pool', 'keys', 'query pool', 'queries'), *(
+            (stage.stage, str(stage.blocks), _change(*stage.pool), _change(*stage.keys),
+             _change(*stage.query_pool), _change(*stage.queries)) for stage in self.stages)]
+        rows = rows if self.isr_ratio.queries else [row[:4] for row in rows]
         before, after = (macs / 1e9 for macs in self.macs)
         lines = [f'ISR {self.isr_ratio} on {self.input_size[0]}x{self.input_size[1]} pixels:',
                  _table(rows), f'GMACs {before:.2f} -> {after:.2f} ({after / before - 1:+.1%})']
-        if self.untouched:
-            lines.append('not reduced:')
-        for reason, count in Counter(self.untouched.values()).items():
-            names = [name for name, why in self.untouched.items() if why == reason]
-            lines.append(f'  {names[0]}{f" and {count - 1} more" if count > 1 else ""}: {reason}')
+        for title, untouched in (('not reduced:', self.untouched),
+                                 ('queries not reduced:', self.untouched_queries)):
+            lines += [title] if untouched else []
+            for reason, count in Counter(untouched.values()).items():
+                name = next(name for name, why in untouched.items() if why == reason)
+                lines.append(f'  {name}{f" and {count - 1} more" if count > 1 else ""}: {reason}')
         return '\n'.join(lines)
 
 
 @_names_isr_ratio
 def report_isr(model: nn.Module, isr_ratio: ISRRatio | int | str,
-               input_size: tuple[int, int] | int | None = None, *, method: str = 'average',
+               input_size: tuple[int, int] | int | None = None, *,
+               query_ratio: QueryRatio | int | str | None = None, method: str = 'average',
                crop_size: tuple[int, int] | None = None, strict: bool = False,
                example_inputs: Inputs | Tensor | None = None) -> ISRReport:
     """Find out what a ratio would change, without touching the model.
@@ -273,8 +303,8 @@ def report_isr(model: nn.Module, isr_ratio: ISRRatio | int | str,
         ExampleError: The model does not run on the inputs.
     """
     example = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
-    plan = [(layer.name, setting)
-            for layer, setting in _plan(model, isr_ratio, method, crop_size, strict, example)]
+    plan = {layer.name: setting for layer, setting in _plan(
+        model, isr_ratio, query_ratio, method, crop_size, strict, example)}
     if input_size is None:
         size = next(((x.shape[-2], x.shape[-1]) for x in tree_leaves(example)
                      if isinstance(x, Tensor) and x.dim() > 2), (512, 512))
@@ -283,8 +313,9 @@ def report_isr(model: nn.Module, isr_ratio: ISRRatio | int | str,
     inputs = example if example is not None and input_size is None else _sized(example, size)
     attentions = _find(model, None)
     before = _Trace(model, attentions, inputs)
-    after = _Trace(model, attentions, inputs, dict(plan))
+    after = _Trace(model, attentions, inputs, plan)
     stages = []
+    untouched_queries: dict[str, str] = {}
     untouched = {**attentions.irreducible, **attentions.unknown}
     for part in attentions.parts:
         for number, layers in part.stages.items():
@@ -298,12 +329,17 @@ def report_isr(model: nn.Module, isr_ratio: ISRRatio | int | str,
                 old, new = before.layers[names[0]], after.layers[names[0]]
                 stages.append(StageReport(f'{part.kind} {number}', len(layers),
                                           (old.isr_ratio, new.isr_ratio),
-                                          (old.keys[1], new.keys[1])))
+                                          (old.keys[1], new.keys[1]),
+                                          (old.query_ratio, new.query_ratio),
+                                          (old.queries[1], new.queries[1])))
+            untouched_queries |= {layer.name: f'{type(layer.module).__name__}: {reason}'
+                                  for layer in layers
+                                  if (reason := after.layers[layer.name].queries_reason)}
     if not stages:
         raise RatioError(f'isr_ratio {isr_ratio} reduces nothing in {type(model).__name__}: ' +
                          '; '.join(f'{name}: {reason}' for name, reason in untouched.items()))
-    return ISRReport(ISRRatio.parse(isr_ratio), size, tuple(stages), (before.macs, after.macs),
-                     untouched)
+    return ISRReport(ISRRatio.parse(isr_ratio).with_queries(query_ratio), size, tuple(stages),
+                     (before.macs, after.macs), untouched, untouched_queries)
 
 
 class _Trace:
@@ -354,8 +390,12 @@ class _Trace:
         """What the pass did in a layer; in EFT's, the ratio of the record is its whole pool."""
         module: Any = layer.module
         if module in sizes:
-            keys = module.num_keys(*sizes[module])
-            return Record((keys, keys), min(module.pool_size(*sizes[module])))
+            size = sizes[module]
+            keys, cell = module.num_keys(*size), module.query_cell(*size)
+            return Record(
+                (keys, keys), min(module.pool_size(*size)), queries=(
+                    math.prod(size), math.prod(-(-s // c) for s, c in zip(size, cell))),
+                query_ratio=min(cell))
         return records.get(module, Record(reason='it was not run'))
 
 

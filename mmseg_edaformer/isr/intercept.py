@@ -1,9 +1,10 @@
-"""ISR on attention that knows nothing of it: keys are reduced where they meet the queries.
+"""ISR on attention that knows nothing of it: keys and queries are reduced where they meet.
 
 While an attention module's own forward runs, a ``TorchFunctionMode`` watches the calls that make an
 attention: ``scaled_dot_product_attention``, ``multi_head_attention_forward``, or the product of
 queries and keys, what is added to it, its softmax, and its product with the values. Keys, values,
-biases and masks are reduced on the way in; everything else is the module's own code.
+biases and masks are reduced on the way in, and the results of reduced queries are spread on the way
+out; everything else is the module's own code.
 
 Source of the formula: `pooling`. Shapes: N keys before, M after; h heads, d channels of each.
 """
@@ -19,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import pooling
-from .key_layout import Call
-from .reducers import MergedKeys, PooledKeys, PresentKeys
+from .key_layout import Call, Window
+from .pooling import Layout
+from .reducers import MergedKeys, PooledKeys, PooledQueries, PresentKeys
 from .reduction import Record, Reduction, count_tokens, is_recording, record
 from .scores import ADDS, ATTENTION, MIXES, RESHAPES, SOFTMAX, ReducedScores
 
@@ -37,6 +39,9 @@ class Interception(ReducedScores):
         self.reduced: tuple[int, int] | None = None
         self.isr_ratio = 1
         self.kept = ''
+        self.queries_reduced: tuple[int, int] | None = None
+        self.query_ratio = 1
+        self.queries_kept = ''
         # Projected from reduced tokens: keys and values stand in their first rows.
         self.projected = False
         self.spent = False
@@ -56,11 +61,10 @@ class Interception(ReducedScores):
             out = func(*args, **kwargs)
             if self.pool is None:
                 return out
-            if isinstance(out, torch.Size) and out and out[-1] == self.pool.left:
-                return torch.Size((*out[:-1], self.total))  # the module's code may count its keys
-            if name == 'size' and isinstance(out, int) and out == self.pool.left and (
-                    next(iter((*args[1:], *kwargs.values())), None) in (-1, args[0].dim() - 1)):
-                return self.total
+            if isinstance(out, torch.Size):  # the module's code may count its keys and queries
+                return torch.Size(self.expected(out))
+            if name == 'size' and isinstance(out, int):
+                return self.expected(args[0].shape)[next(iter((*args[1:], *kwargs.values())))]
             if isinstance(out, Tensor):
                 self.follow(out)
             return out
@@ -90,7 +94,7 @@ class Interception(ReducedScores):
             if name in RESHAPES:
                 return func(*self._reshape(args), **kwargs)
             if name in ADDS:
-                return func(*self._add(args), **kwargs)
+                return func(*self._add(args, name == 'where'), **kwargs)
             if name in SOFTMAX:
                 return self._softmax(func, *args, **kwargs)
         return func(*args, **kwargs)
@@ -110,33 +114,72 @@ class Interception(ReducedScores):
             if not is_recording() and not torch.compiler.is_compiling():
                 warnings.warn(f'ISR leaves {type(self.module).__name__} as it is: {self.kept}',
                               stacklevel=3)
-        record(self.module, Record(self.reduced or (0, 0), self.isr_ratio, self.kept))
+        if self.queries_kept and self.reduction.setting.strict:
+            raise self.fail(self.queries_kept)
+        record(self.module, Record(self.reduced or (0, 0), self.isr_ratio, self.kept,
+                                   self.queries_reduced or (0, 0), self.query_ratio,
+                                   self.queries_kept))
 
-    def _find(self, keys: Tensor) -> PooledKeys | None:
-        """The pool for keys ... x N x d, if they lie on the grid and fewer are left."""
+    def _find(self, keys: Tensor, queries: int | None = None) -> PooledKeys | None:
+        """The pool for keys ... x N x d, if they lie on the grid and fewer are left.
+
+        With a number of queries, it also finds their pool.
+        """
         total = keys.shape[-2]
-        layout = self.call.layout(self.reduction.rule.grid, self._prefixes(), total,
-                                  self._suffix())
+        layout = self._layout(total)
+        self.query_pool = None
         if layout is None:
             self.seen.append(total)
             return None
+        if queries is not None:
+            self.query_pool = self._find_queries(queries)
         self.single = layout.prefix
         setting = self.reduction.setting
         ratio = setting.multiplier(total)
         ratio, self.kept = self.reduction.rule.grid.fitting(self.call, ratio, setting.method)
         left = pooling.num_keys(layout, total, ratio)
         self.reduced, self.isr_ratio = (total, left), ratio
-        if left == total:
+        if left == total and self.query_pool is None:
             self.seen.append(total)
             return None
-        if setting.method == 'bipartite':
+        if setting.method == 'bipartite' and left < total:
             weights = pooling.merging(keys, layout, ratio)
             self.reduced = (total, weights.shape[-1])
             return MergedKeys(weights)
         present = self.reduction.rule.grid.present(self.call)
         if present is not None:
+            if self.query_pool is not None:
+                self.query_pool = None
+                self.queries_kept = 'some of its queries are padding'
             return PresentKeys(layout, ratio, setting.method, total, present)
         return PooledKeys(layout, ratio, setting.method, total)
+
+    def _find_queries(self, total: int) -> PooledQueries | None:
+        """The pool for this number of queries, if they lie on the grid and are to be reduced."""
+        rule, setting = self.reduction.rule, self.reduction.setting
+        ratio = setting.query_multiplier(total)
+        self.queries_reduced, self.query_ratio, self.queries_kept = (total, total), 1, ''
+        if ratio == 1:
+            return None
+        layout = self._layout(total)
+        if not rule.queries:
+            self.queries_kept = 'its queries are not known to be the tokens of a map'
+        elif layout is None or layout.order is not None:
+            self.queries_kept = f'its {total} queries lie on no grid that ISR finds row by row'
+        elif isinstance(rule.grid, Window) and any(side % ratio for side in layout.grids[0]):
+            self.queries_kept = (f'cells of {ratio} do not fill its windows of '
+                                 f'{_listed(layout.grids)}')
+        else:
+            ratio, self.queries_kept = rule.grid.fitting(self.call, ratio, 'average')
+        if self.queries_kept or layout is None:
+            return None
+        pool = PooledQueries(layout, ratio, total)
+        self.queries_reduced, self.query_ratio = (total, pool.left), ratio
+        return pool
+
+    def _layout(self, total: int) -> Layout | None:
+        """Where this number of keys or queries lies, if on a grid that the rule finds."""
+        return self.call.layout(self.reduction.rule.grid, self._prefixes(), total, self._suffix())
 
     def _prefixes(self) -> tuple[int, ...]:
         """Possible numbers of single tokens in front of the grid."""
@@ -203,12 +246,18 @@ class Interception(ReducedScores):
     def _fused(self, func: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor,
                attn_mask: Tensor | None = None, dropout_p: float = 0., is_causal: bool = False,
                **kwargs: Any) -> Tensor:
-        pool = None if is_causal else self._find(key)
+        pool = None if is_causal else self._find(key, query.shape[-2])
+        queries = self.query_pool
         if pool is not None:
             self._spend()
             key, value = self._tokens(pool, key), self._tokens(pool, value)
+            if queries is not None:
+                if attn_mask is not None and attn_mask.shape[-2] == query.shape[-2]:
+                    attn_mask = queries.rows(attn_mask, seen=True)
+                query = queries.tokens(query)
             attn_mask = pool.mask(attn_mask, query)
-        return func(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
+        out = func(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
+        return out if pool is None or queries is None else queries.spread(out)
 
     def _multi_head(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """``F.multi_head_attention_forward``, reduced before its projections.
@@ -219,10 +268,11 @@ class Interception(ReducedScores):
         query, key, value = (call[name] for name in ('query', 'key', 'value'))
         if call.get('is_causal') or query.dim() != 3:
             return func(*args, **kwargs)
-        heads, length = call['num_heads'], query.shape[0]
+        heads, length = call['num_heads'], len(query)
         tokens = key.transpose(0, 1).unsqueeze(1)  # N B C -> B 1 N C
         pool = self._find(_projected_keys(call) if self.reduction.setting.method == 'bipartite'
-                          else tokens)
+                          else tokens, length)
+        queries = self.query_pool
         if pool is None:
             return func(*args, **kwargs)
         call['key'] = pool.tokens(tokens).squeeze(1).transpose(0, 1)
@@ -230,8 +280,11 @@ class Interception(ReducedScores):
             pool.tokens(value.transpose(0, 1).unsqueeze(1)).squeeze(1).transpose(0, 1))
         masks = []  # each B or 1, h or 1, Nq or 1, M
         if (mask := call.get('attn_mask')) is not None:
-            masks.append(pool.columns(mask[None, None] if mask.dim() == 2 else
-                                      mask.unflatten(0, (-1, heads))))
+            mask = mask[None, None] if mask.dim() == 2 else mask.unflatten(0, (-1, heads))
+            masks.append(pool.columns(mask if queries is None else queries.rows(mask)))
+        if queries is not None:
+            call['query'] = queries.tokens(query.transpose(0, 1)).transpose(0, 1)
+            length = queries.left
         if (padding := call.get('key_padding_mask')) is not None:
             masks.append(pool.columns(padding[:, None, None]))
         if pool.uneven:
@@ -244,7 +297,10 @@ class Interception(ReducedScores):
             call['attn_mask'] = (mask[0, 0].expand(length, -1) if mask.shape[:2] == (1, 1) else
                                  mask.expand(key.shape[1], heads, length, -1).flatten(0, 1))
         call['need_weights'] = False
-        return func(**call)
+        out, weights = func(**call)
+        if queries is not None:
+            out = queries.spread(out.transpose(0, 1)).transpose(0, 1)
+        return out, weights
 
     def _product(self, func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """A matrix product: of queries and keys, of weights and values, or another."""
@@ -252,17 +308,27 @@ class Interception(ReducedScores):
         if self.pool is None:
             # What follows the scores of keys on no grid is their product with the values.
             pool = None if right.shape[-2] in self.seen else (
-                self._find(right.transpose(-2, -1)))
+                self._find(right.transpose(-2, -1), left.shape[-2]))
             if pool is not None:
-                self.pool, self.total, self.normalised = pool, right.shape[-1], False
-                self.queries = left.shape[-2]
+                self._begin(pool, right.shape[-1], left.shape[-2])
                 right = self._tokens(pool, right.transpose(-2, -1)).transpose(-2, -1)
-                bias = [pool.columns(bias[0])] if bias and bias[0].shape[-1] == self.total else bias
+                left = left if self.query_pool is None else self.query_pool.tokens(left)
+                bias = [self._beside(x, left, seen=False) for x in bias]
         elif left.shape[-1] == self.pool.left and right.shape[-2] == self.total:
-            right = self._values(right, left)
+            right, queries = self._values(right, left)
+            out = func(*bias, left, right, **kwargs)
+            return out if queries is None else queries.spread(out)
         elif left.shape[-1] == self.total and right.shape[-2] == self.pool.left:
-            left = self._values(left.transpose(-2, -1), right).transpose(-2, -1)
+            left, queries = self._values(left.transpose(-2, -1), right)
+            out = func(*bias, left.transpose(-2, -1), right, **kwargs)
+            return out if queries is None else (
+                queries.spread(out.transpose(-2, -1)).transpose(-2, -1))
         return func(*bias, left, right, **kwargs)
+
+    def _begin(self, pool: PooledKeys, total: int, queries: int) -> None:
+        """Begin an explicit attention of so many queries to so many keys."""
+        self.pool, self.total, self.normalised, self.queries = pool, total, False, queries
+        self.rows = queries if self.query_pool is None else self.query_pool.left
 
     def _einsum(self, func: Callable[..., Tensor], equation: str, *operands: Any) -> Tensor:
         if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
@@ -278,30 +344,39 @@ class Interception(ReducedScores):
             if letter in names[1] and letter not in names[0] and len(shared) == 1:
                 order = [letter, *shared]
                 keys = _to_end(right, [names[1].index(name) for name in order])
-                pool = None if keys.shape[-1] in self.seen else self._find(keys)
+                queries = dict(zip(names[0], left.shape)).get(result[-2:-1])
+                pool = None if keys.shape[-1] in self.seen else self._find(keys, queries)
                 if pool is not None:
-                    self.pool, self.total, self.normalised = pool, keys.shape[-2], False
-                    self.queries = dict(zip(names[0], left.shape)).get(result[-2:-1], 0)
+                    self._begin(pool, keys.shape[-2], queries or 0)
+                    if self.query_pool is not None:
+                        order_ = [names[0].index(letter) for letter in (result[-2], *shared)]
+                        left = _from_end(self.query_pool.tokens(_to_end(left, order_)), order_)
                     right = _from_end(self._tokens(pool, keys),
                                       [names[1].index(name) for name in order])
         elif names[0][-1] in names[1] and left.shape[-1] == self.pool.left:
             axis = names[1].index(names[0][-1])
             if right.shape[axis] == self.total:
                 other = next(i for i in reversed(range(right.dim())) if i != axis)
-                right = _from_end(self._values(_to_end(right, [axis, other]), left),
-                                  [axis, other])
+                values, query_pool = self._values(_to_end(right, [axis, other]), left)
+                right = _from_end(values, [axis, other])
+                out = func(equation, left, right)
+                if query_pool is None:
+                    return out
+                row = result.index(names[0][-2])
+                return query_pool.spread(out.movedim(row, -2)).movedim(-2, row)
         return func(equation, left, right)
 
-    def _values(self, values: Tensor, weights: Tensor) -> Tensor:
-        """Reduced values, ... x N x d; ends the explicit attention under way."""
+    def _values(self, values: Tensor, weights: Tensor) -> tuple[Tensor, PooledQueries | None]:
+        """Reduced values, ... x N x d, and the pool of the queries; ends an explicit attention."""
         assert self.pool is not None
         if not self.follows(weights):
             raise self.fail('what it does with its weights is hidden from ISR')
         pool, self.pool = self.pool, None
+        queries, self.query_pool = self.query_pool, None
         if not self.normalised:
             raise self.fail('it weighs its values without a softmax that ISR knows')
         self._spend()
-        return self._tokens(pool, values)
+        return self._tokens(pool, values), queries
 
 
 _MAPS = {'conv2d', 'avg_pool2d', 'max_pool2d', 'adaptive_avg_pool2d', 'adaptive_max_pool2d'}

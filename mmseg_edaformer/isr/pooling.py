@@ -14,6 +14,7 @@ arXiv 2407.17261, section 4 and table 6; log n_J is proportional attention of To
 (arXiv 2210.09461, section 3).
 """
 import math
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..compat import is_exporting
 from ..errors import RatioError
 
 Grid = tuple[int, int]
@@ -69,6 +71,8 @@ def num_keys(layout: Layout, total: int, ratio: int) -> int:
 
 def pool_tokens(x: Tensor, layout: Layout, ratio: int, method: str = 'average') -> Tensor:
     """Reduce tokens: ... x N x d to ... x M x d, by any method but `bipartite`."""
+    if ratio == 1:
+        return x
     if layout.order is not None:
         x = x[..., layout.order, :]
     return _by_segment(x, layout, lambda part, grid: _pool_segment(part, grid, ratio, method))
@@ -94,6 +98,8 @@ def pool_bias(bias: Tensor, layout: Layout, ratio: int) -> Tensor:
 
     Members at or below `MASKED` do not count; a cell is masked if all its members are.
     """
+    if ratio == 1:
+        return bias
     x = bias.unsqueeze(-1)
     masked = x <= MASKED
     # A look at the values is cheap on a CPU; elsewhere it would wait for them, or break a graph.
@@ -171,7 +177,62 @@ def pool_map(maps: Tensor, ratio: int, method: str) -> Tensor:
     return F.avg_pool2d(maps, 2 * ratio - 1, ratio, ratio - 1, count_include_pad=False)
 
 
+def query_cell(grid: Grid, ratio: int) -> Grid:
+    """Sides of the cells whose queries are averaged: ``ratio``, but never larger than the map."""
+    if not torch.compiler.is_compiling() and min(grid) < ratio:
+        # The same text for every size, so that Python's filter shows it once.
+        warnings.warn('a feature map is smaller than the cells of its queries, so the cells '
+                      'shrink to the map: lower query_ratio or enlarge the input', stacklevel=4)
+    return (ratio if grid[0] >= ratio else grid[0], ratio if grid[1] >= ratio else grid[1])
+
+
+def pool_queries(maps: Tensor, cell: Grid) -> Tensor:
+    """Average the queries of each cell: N x C x h x w to N x C x ceil(h / r) x ceil(w / r).
+
+    A cell that reaches beyond the map repeats the map's edge, so that the centres of all cells lie
+    where `spread_queries` puts them.
+    """
+    if cell == (1, 1):
+        return maps
+    below, right = -maps.shape[-2] % cell[0], -maps.shape[-1] % cell[1]
+    if is_exporting() or below or right:  # a graph must not ask whether its sizes are even
+        maps = F.pad(maps, (0, right, 0, below), mode='replicate')
+    return F.avg_pool2d(maps, cell)
+
+
+def spread_queries(maps: Tensor, cell: Grid, grid: Grid) -> Tensor:
+    """Undo the size of `pool_queries`: bilinear by exactly the cell, cropped to the grid h x w."""
+    if cell == (1, 1):
+        return maps
+    size = maps.shape[-2] * cell[0], maps.shape[-1] * cell[1]
+    return F.interpolate(maps, size, mode='bilinear')[..., :grid[0], :grid[1]]
+
+
+def pool_query_tokens(x: Tensor, layout: Layout, ratio: int) -> Tensor:
+    """Average queries by cell, ... x N x d to ... x M x d, as `pool_queries` does on a map."""
+    return _by_segment(x, layout, lambda part, grid: _on_map(
+        part, grid, lambda maps: pool_queries(maps, query_cell(grid, ratio))))
+
+
+def spread_query_tokens(x: Tensor, layout: Layout, ratio: int) -> Tensor:
+    """Spread the results of cells over their tokens: ... x M x d to ... x N x d."""
+    grids = iter(layout.grids)
+
+    def spread(part: Tensor, small: Grid) -> Tensor:
+        grid = next(grids)
+        return _on_map(part, small,
+                       lambda maps: spread_queries(maps, query_cell(grid, ratio), grid))
+
+    small = tuple(cells(grid, ratio) for grid in layout.grids)
+    return _by_segment(x, Layout(small, layout.prefix), spread)
+
+
 def _pool_segment(x: Tensor, grid: Grid, ratio: int, method: str) -> Tensor:
     """Reduce one map of tokens: ... x (h w) x d to ... x M x d."""
-    maps = pool_map(x.reshape(-1, *grid, x.shape[-1]).permute(0, 3, 1, 2), ratio, method)
+    return _on_map(x, grid, lambda maps: pool_map(maps, ratio, method))
+
+
+def _on_map(x: Tensor, grid: Grid, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply a function of maps N x d x h x w to tokens ... x (h w) x d."""
+    maps = function(x.reshape(-1, *grid, x.shape[-1]).permute(0, 3, 1, 2))
     return maps.permute(0, 2, 3, 1).reshape(*x.shape[:-2], -1, x.shape[-1])

@@ -55,7 +55,7 @@ class _Probe(Interception):
         self._find(key)
         return query.new_zeros(*query.shape[:-1], value.shape[-1])
 
-    def _find(self, keys: Tensor) -> None:
+    def _find(self, keys: Tensor, queries: int | None = None) -> None:
         self.notes.append(keys.float())
         self.seen.append(keys.shape[-2])
 

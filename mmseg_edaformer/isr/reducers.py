@@ -23,8 +23,8 @@ class PooledKeys:
         # Even cells weigh alike, so that log n cancels and no mask costs a fast kernel. A graph for
         # any size must not rest on the one that it was traced with.
         sizes = layout.sizes(total)
-        self.uneven = is_exporting() or sizes[0] + sizes[-1] > 0 or any(
-            side % ratio for grid in layout.grids for side in grid)
+        self.uneven = ratio > 1 and (is_exporting() or sizes[0] + sizes[-1] > 0 or any(
+            side % ratio for grid in layout.grids for side in grid))
 
     def tokens(self, x: Tensor) -> Tensor:
         return pooling.pool_tokens(x, self.layout, self.ratio, self.method)
@@ -61,6 +61,36 @@ class PooledKeys:
         if mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -math.inf)
         return mask + logs
+
+
+class PooledQueries:
+    """Cells of queries: each has the mean query of its tokens, and gives them its result.
+
+    Biases are averaged like queries. A cell sees what any of its members sees.
+    """
+
+    def __init__(self, layout: Layout, ratio: int, total: int) -> None:
+        self.layout, self.ratio, self.total = layout, ratio, total
+        self.left = pooling.num_keys(layout, total, ratio)
+        self.cells: Grid = pooling.cells(layout.grids[0], ratio)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """Queries ... x N x d, or rows of a bias, averaged by cell: ... x M x d."""
+        return pooling.pool_query_tokens(x, self.layout, self.ratio)
+
+    def rows(self, x: Tensor, seen: bool = False) -> Tensor:
+        """The rows of a bias or a mask ... x N x keys; ``seen``: True in the mask is a key seen."""
+        if x.dtype == torch.bool:
+            open_ = self.tokens((x if seen else ~x).float()) > 0
+            return open_ if seen else ~open_
+        masked = x <= pooling.MASKED
+        free = self.tokens((~masked).to(x.dtype))
+        mean = self.tokens(x.masked_fill(masked, 0)) / free.clamp(min=1e-6)
+        return torch.where(free > 0, mean, torch.finfo(x.dtype).min)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Results of cells ... x M x d, bilinear between their centres: ... x N x d."""
+        return pooling.spread_query_tokens(x, self.layout, self.ratio)
 
 
 class PresentKeys(PooledKeys):

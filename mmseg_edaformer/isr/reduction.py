@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .ratio import multiplier_near
 from .rules import AttentionRule
 
 
@@ -13,25 +14,29 @@ from .rules import AttentionRule
 class Setting:
     """How to reduce an attention layer; the default is the trained model.
 
-    ``keys`` is a number of keys to stay near, whatever the size of the map, or None; ``strict``
-    makes it an error if the keys lie on no grid.
+    ``keys`` and ``queries`` are numbers to stay near, whatever the size of the map, or None;
+    ``strict`` makes it an error if the keys lie on no grid.
     """
     isr_ratio: int = 1
     method: str = 'average'
     keys: int | None = None
     strict: bool = False
+    query_ratio: int = 1
+    queries: int | None = None
 
     @property
     def off(self) -> bool:
-        return self.isr_ratio == 1 and self.keys is None
+        return self.isr_ratio == self.query_ratio == 1 and self.keys is self.queries is None
 
     def multiplier(self, total: int) -> int:
-        """The ratio for this number of keys, by the rule of `EmbeddingFreeAttention.multiplier`."""
-        ratio = self.isr_ratio
-        if self.keys is not None:
-            while total > self.keys * ratio * (ratio + 1):
-                ratio += 1
-        return ratio
+        """The ratio for this number of keys."""
+        return self.isr_ratio if self.keys is None else (
+            multiplier_near(self.keys, total, self.isr_ratio))
+
+    def query_multiplier(self, total: int) -> int:
+        """Side of the cells for this number of queries."""
+        return self.query_ratio if self.queries is None else (
+            multiplier_near(self.queries, total, self.query_ratio))
 
 
 @dataclass
@@ -55,10 +60,13 @@ class Reduction:
 
 @dataclass
 class Record:
-    """What one forward pass did in a module: keys before and after, or why it kept them."""
+    """What one forward pass did in a module: keys and queries before and after, or why not."""
     keys: tuple[int, int] = (0, 0)
     isr_ratio: int = 1
     reason: str = ''
+    queries: tuple[int, int] = (0, 0)
+    query_ratio: int = 1
+    queries_reason: str = ''
 
 
 _records: dict[nn.Module, Record] | None = None

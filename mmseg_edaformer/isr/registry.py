@@ -26,7 +26,7 @@ _registered: dict[str, Rule] = {}
 def register_isr(attention_class: type[nn.Module] | str, *,
                  grid: GridSource | str | tuple[str, str] | None = None,
                  prefix: int | str | tuple[int | str, ...] | None = 0, suffix: int | str = 0,
-                 projections: tuple[str, ...] = (), traceable: bool = True,
+                 projections: tuple[str, ...] = (), traceable: bool = True, queries: bool = False,
                  irreducible: str | None = None) -> None:
     """Tell ISR about an attention module of your own; docs/isr.md shows one from start to test.
 
@@ -51,6 +51,8 @@ def register_isr(attention_class: type[nn.Module] | str, *,
             no norm, rotation or convolution on keys or values.
         traceable: False if torch.compile cannot take the forward as one graph; the module then runs
             outside of the compiled graphs while it is reduced.
+        queries: True if the queries are the tokens of the same map as the keys before any pool of
+            the module's own, so that a query_ratio can average them.
         irreducible: Why the module has no keys to reduce, in place of a grid.
 
     Raises:
@@ -70,7 +72,7 @@ def register_isr(attention_class: type[nn.Module] | str, *,
         grid = Arguments((grid,))
     elif isinstance(grid, tuple):
         grid = Arguments(grid)
-    _registered[name] = AttentionRule(grid, prefix, suffix, projections, traceable)
+    _registered[name] = AttentionRule(grid, prefix, suffix, projections, traceable, queries)
 
 
 class Layer(Protocol):
@@ -118,12 +120,14 @@ class EmbeddingFreeLayer:
 
     @property
     def setting(self) -> Setting:
-        return Setting(self.module.isr_ratio, self.module.isr_method, self.module.isr_keys)
+        return Setting(self.module.isr_ratio, self.module.isr_method, self.module.isr_keys,
+                       query_ratio=self.module.query_ratio, queries=self.module.isr_queries)
 
     @setting.setter
     def setting(self, setting: Setting) -> None:
         self.module.isr_ratio, self.module.isr_method = setting.isr_ratio, setting.method
         self.module.isr_keys = setting.keys
+        self.module.query_ratio, self.module.isr_queries = setting.query_ratio, setting.queries
 
 
 @dataclass

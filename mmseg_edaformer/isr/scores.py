@@ -1,11 +1,12 @@
-"""Scores and weights of an attention that is written out, with fewer keys than its code expects.
+"""Scores and weights of an attention that is written out, with fewer keys and queries than it has.
 
 Between the product of queries and keys and the product with the values, a module's own code scales,
-shifts, masks, reshapes and mixes. Each of these functions either does the same with fewer keys, or
-is given arguments that are reduced too, or is an error that names the module.
+shifts, masks, reshapes and mixes. Each of these functions either does the same with fewer, or is
+given arguments that are reduced too, or is an error that names the module.
 """
+import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from ..errors import RatioError
 from . import pooling
 from .pooling import Grid
-from .reducers import PooledKeys
+from .reducers import PooledKeys, PooledQueries
 
 ATTENTION = {'scaled_dot_product_attention': '_fused',
              'multi_head_attention_forward': '_multi_head', 'einsum': '_einsum',
@@ -43,11 +44,13 @@ class ReducedScores(TorchFunctionMode):
         super().__init__()
         self.module = module
         self.total = 0  # keys before
-        self.queries = 0
+        self.queries = 0  # queries before
+        self.rows = 0  # queries after
         self.single = 0  # tokens in front of the grid
         self.unfolded = False  # scores end with the rows and columns of the keys
         self.normalised = False  # the softmax is done
         self.pool: PooledKeys | None = None  # of the attention under way, if any
+        self.query_pool: PooledQueries | None = None
         self.scores: list[Any] = []
 
     def follow(self, out: Tensor) -> None:
@@ -70,6 +73,15 @@ class ReducedScores(TorchFunctionMode):
                 f'what it does with its scores needs all {self.total} keys, not {self.pool.left} '
                 f'({error}). register_isr(..., irreducible=...) leaves it alone') from error
 
+    def expected(self, shape: Sequence[int]) -> list[int]:
+        """The shape that scores or weights of this shape have in the module's own code."""
+        sizes = list(shape)
+        if self.pool is not None and sizes[-1:] == [self.pool.left]:
+            sizes[-1] = self.total
+        if self.query_pool is not None and sizes[-2:-1] == [self.rows]:
+            sizes[-2] = self.queries
+        return sizes
+
     def follows(self, x: Any) -> bool:
         """Whether this is, or is made from, the scores or the weights of an attention."""
         if isinstance(x, (list, tuple)):
@@ -79,7 +91,7 @@ class ReducedScores(TorchFunctionMode):
             for scores in self.scores)
 
     def bears(self, name: str, *args: Any) -> bool:
-        """Whether a function does the same to scores or weights of fewer keys.
+        """Whether a function does the same to scores or weights of fewer keys and queries.
 
         Scores may be scaled, shifted, mixed over heads and cut. Weights, which a cell has in place
         of all its members, may be scaled and mixed, but nothing else may be added to them.
@@ -88,6 +100,9 @@ class ReducedScores(TorchFunctionMode):
             return False
         if name == 'conv2d':  # over heads
             return tuple(args[1].shape[-2:]) == (1, 1)
+        if self.query_pool is not None and name in ('__getitem__', '__setitem__') and (
+                args[0][args[1]].shape[-2:-1] != (self.rows,)):
+            return False
         if self.normalised and name in ('__getitem__', '__setitem__'):
             return name == '__getitem__' and args[0][args[1]].shape[-1] == self.pool.left
         if self.normalised and name in ADDS:
@@ -100,7 +115,7 @@ class ReducedScores(TorchFunctionMode):
             return not self.normalised and (len(args) < 2 or args[1] in (-1, args[0].dim() - 1))
         if name in ('__getitem__', '__setitem__'):
             return self._spares_cells(*args[:2])
-        if not self.normalised and self.queries == self.pool.left and name == 'transpose':
+        if not self.normalised and self.rows == self.pool.left and name == 'transpose':
             return args[0].dim() - 1 not in [axis % args[0].dim() for axis in args[1:3]]
         return name in _BEARS
 
@@ -135,7 +150,7 @@ class ReducedScores(TorchFunctionMode):
         """Whether a linear map or a convolution is one over the heads of the weights."""
         if self.pool is None or not self.normalised:
             return False
-        keys = (self.queries, self.pool.left)
+        keys = (self.rows, self.pool.left)
         if weight.dim() == 4:
             return input.shape[-2:] == keys and weight.shape[-2:] == (1, 1)
         return input.shape[-3:-1] == keys
@@ -154,23 +169,47 @@ class ReducedScores(TorchFunctionMode):
         bias = bias.view(-1, 1, 1) * counts if last else counts.unsqueeze(-1) * bias
         return func(input, weight, None, *args, **kwargs) + bias
 
-    def _add(self, args: tuple[Any, ...]) -> list[Any]:
-        """Arguments of an elementwise function, with what meets the scores reduced like them."""
+    def _add(self, args: tuple[Any, ...], seen: bool) -> list[Any]:
+        """Arguments of an elementwise function, with what meets the scores reduced like them.
+
+        ``seen`` says that True in a mask is a key that is seen.
+        """
         assert self.pool is not None
         tensors = [arg for arg in args if isinstance(arg, Tensor) and arg.dim()]
         if self.unfolded and any(_ends_with(x, self.pool.cells) for x in tensors):
             # A bias in two parts, for the rows of the keys and for their columns (MViTv2).
-            return [self.pool.sides(arg) if isinstance(arg, Tensor) and arg.dim() > 1 and
-                    not _ends_with(arg, self.pool.cells) else arg for arg in args]
+            return [self._sides(arg) if isinstance(arg, Tensor) and arg.dim() > 1 and
+                    not self.follows(arg) else arg for arg in args]
         scores = next((x for x in tensors if x.shape[-1] == self.pool.left), None)
         if scores is not None:
-            return [self.pool.columns(arg, scores) if isinstance(arg, Tensor) and arg.dim() and
-                    arg.shape[-1] == self.total else arg for arg in args]
+            return [self._beside(arg, scores, seen) if isinstance(arg, Tensor) and arg.dim() and
+                    not self.follows(arg) else arg for arg in args]
         if self.single and any(x.shape[-1] == self.pool.left - self.single for x in tensors):
             # The scores behind the single tokens in front (RegionViT).
             return [self._behind(arg) if isinstance(arg, Tensor) and arg.dim() and
                     arg.shape[-1] == self.total - self.single else arg for arg in args]
         return list(args)
+
+    def _beside(self, x: Tensor, scores: Tensor, seen: bool) -> Tensor:
+        """Reduce the keys and the queries of what meets the scores."""
+        assert self.pool is not None
+        if self.query_pool is not None and x.shape[-2:-1] == (self.queries,):
+            x = self.query_pool.rows(x, seen)
+        if x.shape[-1] != self.total or self.pool.left == self.total:
+            return x
+        flip = seen and x.dtype == torch.bool
+        return ~self.pool.columns(~x, scores) if flip else self.pool.columns(x, scores)
+
+    def _sides(self, x: Tensor) -> Tensor:
+        """Reduce a part of a bias ... x query rows x query columns x key rows x key columns."""
+        assert self.pool is not None
+        if self.query_pool is not None and x.dim() > 3:
+            sizes = x.shape[-4:-2]
+            if tuple(sizes) != self.query_pool.layout.grids[0]:
+                raise self.fail(f'its bias is for {sizes[0]}x{sizes[1]} queries')
+            tokens = self.query_pool.tokens(x.flatten(-2).flatten(-3, -2))
+            x = tokens.reshape(*x.shape[:-4], *self.query_pool.cells, *x.shape[-2:])
+        return x if _ends_with(x, self.pool.cells) else self.pool.sides(x)
 
     def _behind(self, x: Tensor) -> Tensor:
         """Reduce what is added to the scores behind the single tokens in front."""
@@ -186,16 +225,23 @@ class ReducedScores(TorchFunctionMode):
         pool = self.pool
         if not shape or isinstance(shape[0], torch.dtype):
             return list(args)
-        if x.shape[-1] == pool.left and shape[-1] == self.total and (
-                x.shape[-2:-1] == (self.queries,)):
+        queries, rows = self.queries, self.rows
+        if x.shape[-1] == pool.left and shape[-1] == self.total and x.shape[-2:-1] == (rows,):
             shape[-1] = pool.left
+            if shape[-2:-1] == [queries]:
+                shape[-2] = rows
         elif pool.grid is not None:
-            rows, columns = pool.cells
-            if x.shape[-1] == rows * columns and tuple(shape[-2:]) == pool.grid:
-                shape[-2:] = rows, columns
+            if x.shape[-1] == math.prod(pool.cells) and tuple(shape[-2:]) == pool.grid:
+                shape[-2:] = pool.cells
+                if self.query_pool is not None:
+                    if tuple(shape[-4:-2]) != self.query_pool.layout.grids[0]:
+                        raise self.fail(f'it unfolds its scores to {shape}')
+                    shape[-4:-2] = self.query_pool.cells
                 self.unfolded = True
             elif _ends_with(x, pool.cells) and shape[-1] == pool.grid[0] * pool.grid[1]:
-                shape[-1] = rows * columns
+                shape[-1] = math.prod(pool.cells)
+                if shape[-2:-1] == [queries]:
+                    shape[-2] = rows
                 self.unfolded = False
         return [x, *shape]
 

@@ -12,7 +12,17 @@ from torch import Tensor, nn
 
 from ..compat import is_exporting
 from ..errors import ConfigError
-from ..isr.pooling import Grid, Layout, cells, merging, pool_map
+from ..isr.pooling import (
+    Grid,
+    Layout,
+    cells,
+    merging,
+    pool_map,
+    pool_queries,
+    query_cell,
+    spread_queries,
+)
+from ..isr.ratio import multiplier_near
 from ..isr.reducers import MergedKeys
 from . import cpu_kernels
 from .layers import PixelLinear, PixelNorm, split_heads, to_map, to_tokens
@@ -24,11 +34,12 @@ class EmbeddingFreeAttention(nn.Module):
     The map is average-pooled and projected once (``kv``), and serves as both keys and values; there
     is no query projection.
 
-    Three plain attributes, which are no weights, reduce a trained model at inference (inference
-    spatial reduction, section 4): the same weights, fewer keys, all queries kept. ``isr_ratio``
-    multiplies the pool; 1 is bit for bit the trained model. ``isr_keys`` is a number of keys to
-    stay near whatever the size of the map, or None. ``isr_method`` is one of `pooling.METHODS`; all
-    but `average` reduce what the training pool leaves (table 6a).
+    Plain attributes, which are no weights, reduce a trained model at inference. Fewer keys
+    (inference spatial reduction, section 4): ``isr_ratio`` multiplies the pool; 1 is bit for bit
+    the trained model. ``isr_keys`` is a number of keys to stay near whatever the size of the map,
+    or None. ``isr_method`` is one of `pooling.METHODS`; all but `average` reduce what the training
+    pool leaves (table 6a). Fewer queries: ``query_ratio`` is the side of the cells whose queries
+    are averaged, and ``isr_queries`` a number of queries to stay near, or None.
 
     Args:
         dim: Channels C.
@@ -53,6 +64,8 @@ class EmbeddingFreeAttention(nn.Module):
         self.pool_ratio = pool_ratio
         self.isr_ratio = 1
         self.isr_keys: int | None = None
+        self.query_ratio = 1
+        self.isr_queries: int | None = None
         self.isr_method = 'average'
         self.kv = nn.Conv2d(dim, dim, 1)
         self.kv_norm = PixelNorm(dim, eps=norm_eps) if kv_norm else None
@@ -61,19 +74,17 @@ class EmbeddingFreeAttention(nn.Module):
     def multiplier(self, height: int, width: int) -> int:
         """Multiplier of the training pool on a map of this size.
 
-        It is ``isr_ratio``. With ``isr_keys``, if the training pool gives s times as many keys, it
-        is at least ``isr_ratio`` and near the square root of s. It steps from m to m + 1 where s
-        exceeds m (m + 1): m leaves s / m^2 of ``isr_keys``, so from there on m + 1 is closer by
-        factor. Between half and twice ``isr_keys`` remain: less what does not fill a cell, and more
-        on a map that is thinner than a cell.
+        It is ``isr_ratio``, or at least that with ``isr_keys``: `multiplier_near`. Between half and
+        twice ``isr_keys`` remain: less what does not fill a cell, and more on a map that is thinner
+        than a cell.
         """
-        multiplier = self.isr_ratio
-        if self.isr_keys is not None:
-            keys = self.num_keys(height, width, 1)
-            # Compared step by step, which torch.compile can guard when sizes are dynamic.
-            while keys > self.isr_keys * multiplier * (multiplier + 1):
-                multiplier += 1
-        return multiplier
+        return self.isr_ratio if self.isr_keys is None else (
+            multiplier_near(self.isr_keys, self.num_keys(height, width, 1), self.isr_ratio))
+
+    def query_cell(self, height: int, width: int) -> Grid:
+        """Sides of the cells whose queries are averaged on a map of this size."""
+        return query_cell((height, width), self.query_ratio if self.isr_queries is None else (
+            multiplier_near(self.isr_queries, height * width, self.query_ratio)))
 
     def pool_size(self, height: int, width: int, multiplier: int | None = None) -> tuple[int, int]:
         """Kernel of the pool on a map of this size: never larger than the map.
@@ -119,30 +130,42 @@ class EmbeddingFreeAttention(nn.Module):
         return kv if self.kv_norm is None else F.gelu(self.kv_norm(kv))
 
     def forward(self, x: Tensor) -> Tensor:
-        kv = self.pooled(x)
-        if x.device.type == 'cpu' and not torch.is_grad_enabled() and (
-                self.isr_method != 'bipartite') and not is_exporting():
-            return self.proj(attend_by_rows(x, kv, self.num_heads))
-        keys = split_heads(kv, self.num_heads)  # N C H/p W/p -> N h M d
-        return self.attend(x, keys, keys)
+        return self.attend(x, x)
 
-    def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Attention of a map N x C x H x W to keys and values N x h x M x d, and its projection."""
+    def attend(self, x: Tensor, queries: Tensor) -> Tensor:
+        """Attention of a map of queries to the keys of a map x, and its projection."""
+        grid = x.shape[2], x.shape[3]
+        cell = self.query_cell(*grid)
+        queries, kv = pool_queries(queries, cell), self.pooled(x)
+        # Before the queries are spread: the projection commutes with that.
+        out = self.proj(self.attend_pooled(queries, kv, grid))
+        return spread_queries(out, cell, grid)
+
+    def attend_pooled(self, queries: Tensor, kv: Tensor, grid: Grid) -> Tensor:
+        """Attention of a map of queries to a pooled map, of which ``grid`` was the size."""
+        if queries.device.type == 'cpu' and not torch.is_grad_enabled() and (
+                self.isr_method != 'bipartite') and not is_exporting():
+            return attend_by_rows(queries, kv, self.num_heads)
+        keys = split_heads(kv, self.num_heads)  # N C H/p W/p -> N h M d
+        return self.attend_heads(queries, keys, keys, grid)
+
+    def attend_heads(self, queries: Tensor, keys: Tensor, values: Tensor, grid: Grid) -> Tensor:
+        """Attention of a map N x C x H x W to keys and values N x h x M x d."""
         n, c, height, width = queries.shape
         q, mask = split_heads(queries, self.num_heads), None
-        multiplier = self.multiplier(height, width)
+        multiplier = self.multiplier(*grid)
         if self.isr_method == 'bipartite' and multiplier > 1:
-            layout = Layout((self._trained_grid(height, width),))
-            merged = MergedKeys(merging(keys, layout, multiplier))
+            merged = MergedKeys(merging(keys, Layout((self._trained_grid(*grid),)), multiplier))
             keys, values = merged.tokens(keys), merged.tokens(values)
             mask = merged.mask(None, q)
         out = F.scaled_dot_product_attention(q, keys, values, mask)  # N h (H W) d
-        return self.proj(to_map(out.transpose(1, 2).reshape(n, height, width, c)))
+        return to_map(out.transpose(1, 2).reshape(n, height, width, c))
 
     def extra_repr(self) -> str:
         method = '' if self.isr_method == 'average' else f', isr_method={self.isr_method}'
         return (f'num_heads={self.num_heads}, pool_ratio={self.pool_ratio}, '
-                f'isr_ratio={self.isr_ratio}, isr_keys={self.isr_keys}{method}')
+                f'isr_ratio={self.isr_ratio}, isr_keys={self.isr_keys}, '
+                f'query_ratio={self.query_ratio}{method}')
 
 
 class EmbeddedAttention(EmbeddingFreeAttention):
@@ -162,9 +185,11 @@ class EmbeddedAttention(EmbeddingFreeAttention):
         self.value = PixelLinear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        pooled = self.pooled(x)
-        return self.attend(self.query(x), split_heads(self.key(pooled), self.num_heads),
-                           split_heads(self.value(pooled), self.num_heads))
+        return self.attend(x, self.query(x))
+
+    def attend_pooled(self, queries: Tensor, kv: Tensor, grid: Grid) -> Tensor:
+        return self.attend_heads(queries, split_heads(self.key(kv), self.num_heads),
+                                 split_heads(self.value(kv), self.num_heads), grid)
 
 
 SCORE_BYTES = 4 << 20

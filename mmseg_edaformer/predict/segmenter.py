@@ -22,7 +22,7 @@ from PIL import Image
 from ..cost import count_macs, windows
 from ..data.transforms import MAX_PIXELS, allow_pixels, with_checks
 from ..errors import CheckpointError, ConfigError, DataError, shown
-from ..isr import ISRRatio, apply_isr, remove_isr
+from ..isr import ISRRatio, QueryRatio, apply_isr, remove_isr
 from ..isr.registry import find_attention
 from .inputs import Video, find_images, is_video, read_ahead, scale_down, to_array, to_bgr
 from .loading import find_device, first_line, load_segmentor
@@ -116,6 +116,7 @@ class Segmenter:
         device: Such as 'cpu' or 'cuda:1'; by default the first GPU, if there is one.
         isr_ratio: What `ISRRatio.parse` reads; hooks of the config are ignored. The default is
             none, and auto for images of which the network sees more than `LARGE` pixels at once.
+        query_ratio: What `QueryRatio.parse` reads; the default is that of ``isr_ratio``.
         max_side: Larger images are scaled down for the network, to this many pixels on the longer
             side (up to 31 more, where the pipeline rounds); label maps keep the original size.
         batch_size: Most images of equal size that are predicted at once, by default 8 on a GPU and
@@ -127,6 +128,7 @@ class Segmenter:
 
     def __init__(self, model: str | Path, checkpoint: str | Path | None = None, *,
                  device: str | None = None, isr_ratio: ISRRatio | int | str | None = None,
+                 query_ratio: QueryRatio | int | str | None = None,
                  max_side: int | None = None, batch_size: int | None = None,
                  isr: None = None) -> None:
         if isr is not None:
@@ -164,6 +166,8 @@ class Segmenter:
                 raise
             raise CheckpointError(f'{model} is refused: it cannot predict an image '
                                   f'({first_line(error)})') from error
+        if query_ratio is not None:
+            isr_ratio = ISRRatio.parse(isr_ratio or 1).with_queries(query_ratio)
         self.isr_ratio = isr_ratio  # type: ignore[assignment]
         del self._own.ratio  # this thread, too, follows others until it sets one
 

@@ -24,6 +24,12 @@ from mmseg_edaformer.isr import ISRRatio, isr
 from tests.processes import finish, in_child, run_tool
 
 
+@pytest.fixture(autouse=True)
+def no_scales(monkeypatch):
+    """Without the input scales, which have a test of their own."""
+    monkeypatch.setattr(sweep, 'SCALES', ())
+
+
 def miou_of_test(model, folder, ratio):
     """The mIoU that tools/test.py prints, of two decimals."""
     code, output = run_tool('tools/test.py', *model, '--isr-ratio', ratio, '--work-dir', folder,
@@ -64,11 +70,25 @@ def test_segformer(segformer, tmp_path, monkeypatch):
     rows = silent(*segformer, isr_ratios=['2211-222', '2211-333', 'greedy'], out=tmp_path,
                   goal=Goal(max_drop=100))
     names = [row.isr_ratio for row in rows]
-    assert {'none', '2211-1'} < set(names)
-    assert {name.partition('-')[2] for name in names} == {'', '1'}
+    assert {'none', '2211-1', 'none+q2111-1', 'none+q1121-1'} < set(names)
+    assert {dial.partition('-')[2] for name in names for dial in name.split('+')} == {'', '1'}
     assert len(names) == len(set(names)) > 5
     best = min(rows, key=lambda row: row.gmacs).isr_ratio
     assert json.loads((tmp_path / 'sweep.json').read_text())['recommended'] == best
+
+
+def test_queries_and_smaller_inputs(edaformer, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, 'SCALES', (0.5,))
+    rows = {row.isr_ratio: row for row in silent(
+        *edaformer, isr_ratios=['none', '2+q2', 'none+q2222-222'], out=tmp_path)}
+    assert list(rows) == ['none', 'none+q2', '2+q2', 'scale 0.5']
+    model = MODELS.build(Config.fromfile(edaformer[0]).model)
+    assert rows['scale 0.5'].gmacs == pytest.approx(count_macs(model, (32, 64)) / 1e9, rel=0.05)
+    with isr(model, 2, query_ratio=2):
+        assert rows['2+q2'].gmacs == count_macs(model, (64, 96)) / 1e9
+    assert len({row.miou for row in rows.values()}) > 1
+    assert 'scale 0.5' in (tmp_path / 'sweep.csv').read_text()
+    assert not model.backbone._forward_pre_hooks
 
 
 @pytest.mark.parametrize('nan_to_num', [None, 0])
@@ -113,6 +133,7 @@ class Known(Bench):
 
     def __init__(self, saves, loses, stages):
         self.saves, self.loses, self.stages, self.passes = saves, loses, stages, []
+        self.has_queries = False
 
     def ratio(self, value):
         ratio = ISRRatio.parse(value)
@@ -212,7 +233,7 @@ def test_goals_that_mean_nothing():
     (dict(cfg_options={'test_dataloader.dataset.data_root': 'gone'}), DataError,
      'test set is not where the config says: gone'),
     (dict(cfg_options={'test_evaluator.type': 'DepthMetric'}), ConfigError, 'has no IoUMetric'),
-    (dict(goal=Goal(budget_gmacs=1e-6)), ConfigError, r'the cheapest ratio here, \d, costs'),
+    (dict(goal=Goal(budget_gmacs=1e-6)), ConfigError, r'the cheapest ratio here, 4\+q4, costs'),
     (dict(isr_ratios=['2'], cfg_options={'test_dataloader.dataset.pipeline': [
         dict(type='LoadImageFromFile'), dict(type='PackSegInputs')]}), DataError,
      'has no labels to compare with'),

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 
+from mmseg_edaformer.errors import RatioError
 from mmseg_edaformer.isr import apply_isr, isr, remove_isr, report_isr
 from mmseg_edaformer.isr.registry import find_attention
 
@@ -64,7 +65,8 @@ def patches(height, width):
     return [(height // 16, width // 16)]
 
 
-def row(make, images, grids, expected=2, *, name, compiled=False, gpu=False, **checks):
+def row(make, images, grids, expected=2, *, name, compiled=False, gpu=False, queries=None,
+        **checks):
     """Tests of one model, one for each size of its images: `make`, size, grids and `check_adapter`.
 
     Args:
@@ -75,12 +77,14 @@ def row(make, images, grids, expected=2, *, name, compiled=False, gpu=False, **c
         name: What it is called.
         compiled: Compile the first one.
         gpu: Mark them so.
+        queries: As for `check_adapter`, or a function of height and width.
         checks: Other arguments of `check_adapter`.
     """
     for number, size in enumerate(images):
         yield pytest.param(
             partial(make, size, number), size, grids(*size) if callable(grids) else grids,
-            dict(expected=expected, compiled=compiled and not number, **checks),
+            dict(expected=expected, compiled=compiled and not number,
+                 queries=queries(*size) if callable(queries) else queries, **checks),
             marks=[pytest.mark.gpu] * gpu, id=f'{name}-{number}-{size}')
 
 
@@ -120,7 +124,7 @@ def first(output):
 @torch.no_grad()
 def check_adapter(model, image, grids, *, prefix=0, ratios=(2, 3), expected=None, compiled=True,
                   order=None, masked=None, suffix=0, pickled=True, plain=None, decoder='',
-                  irreducible=None):
+                  irreducible=None, queries=None):
     """Everything that ISR promises, on one model and one image.
 
     Layers in a shifted window get a ratio of 1 where cells would mix its regions.
@@ -144,6 +148,8 @@ def check_adapter(model, image, grids, *, prefix=0, ratios=(2, 3), expected=None
         decoder: Part of the names of a decoder's layers, which are then reduced alone. Where it
             makes masks by a threshold, the encoder must be the same to the last bit.
         irreducible: The one reason why the model's other attention is left alone.
+        queries: The grids that queries lie on, to average them too, at the first ratio and cells
+            of 2; the number of queries tells which. An empty list if that must be refused.
     """
     strengthen(model)
     model.to(image.device)
@@ -155,11 +161,15 @@ def check_adapter(model, image, grids, *, prefix=0, ratios=(2, 3), expected=None
     state = copy.deepcopy(model.state_dict())
     before = first(model(image))
     found = {name: layer for name, layer in found.items() if decoder in name}
-    for ratio in ratios:
+    if queries == []:
+        with pytest.raises(RatioError, match='no attention whose queries are known'):
+            apply_isr(model, 1, query_ratio=2)
+    for ratio, side in [*((ratio, 1) for ratio in ratios), *([(ratios[0], 2)] * bool(queries))]:
         asked = f'1-{ratio}' if decoder else ratio
-        apply_isr(model, asked, strict=True)
+        asked = f'{asked}+q{side}' if side > 1 else asked
+        apply_isr(model, asked, strict=side == 1)
         reduced = first(model(image))
-        apply_isr(model, asked, strict=True)
+        apply_isr(model, asked, strict=side == 1)
         assert torch.equal(first(model(image)), reduced), 'applying twice is applying once'
         for copied in _copies(model, pickled) if ratio == ratios[0] else ():
             copied.to(image.device)
@@ -180,13 +190,15 @@ def check_adapter(model, image, grids, *, prefix=0, ratios=(2, 3), expected=None
             if isinstance(on, str):
                 on = [tuple(getattr(layer, on))]
             oracles.append(Oracle(_by_count(on, prefix, behind), _unmixed(model, name, ratio),
-                                  prefix, order and partial(order, model), masked, behind))
+                                  prefix, order and partial(order, model), masked, behind,
+                                  (_by_count(queries or [], prefix, behind), side)))
             layer.forward = (partial(plain, layer, ratio) if plain else
                              partial(_within, layer.forward, oracles[-1]))
         exact = first(model(image))
         for layer in found.values():
             del layer.forward
         assert plain or all(oracle.hits for oracle in oracles), 'the oracle reaches every layer'
+        assert side == 1 or any(oracle.averaged for oracle in oracles), 'queries are averaged'
         assert (reduced - before).abs().max() > 100 * TOLERANCE, 'a reduction that shows'
         scale = max(1, exact.abs().max().item())
         assert (reduced - exact).abs().max() < tolerance * scale

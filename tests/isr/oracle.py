@@ -1,7 +1,8 @@
 """Exact ISR of any softmax attention, without a saving: another route to the same numbers.
 
 Every softmax over keys gets the mean logit of each cell, plus log n, and its result is spread back
-evenly over the members. The code that is tested shares nothing with it.
+evenly over the members. Logits of queries are averaged by cell too, and the weights of cells are
+interpolated back. The code that is tested shares nothing with it.
 """
 import math
 
@@ -33,6 +34,26 @@ def tokens(grid):
     return sum(rows * columns for rows, columns in maps(grid))
 
 
+def query_matrices(grid, side, prefix, total):
+    """Means of cells with a repeated edge, Mq x Nq, and bilinear interpolation back, Nq x Mq."""
+    def axis(length):
+        cell = min(side, length)
+        count = math.ceil(length / cell)
+        mean, back = torch.zeros(count, length), torch.zeros(length, count)
+        for step in range(count * cell):
+            mean[step // cell, min(step, length - 1)] += 1 / cell
+        for step in range(length):
+            place = max((step + 0.5) / cell - 0.5, 0)
+            first = min(int(place), count - 1)
+            back[step, first] += 1 - (place - first)
+            back[step, min(first + 1, count - 1)] += place - first
+        return mean, back
+
+    rows, columns = map(axis, grid)
+    front, behind = torch.eye(prefix), torch.eye(total - prefix - math.prod(grid))
+    return [torch.block_diag(front, torch.kron(y, x), behind) for y, x in zip(rows, columns)]
+
+
 class Oracle(TorchFunctionMode):
     """Reduces every softmax whose last axis has prefix + h w + rest entries.
 
@@ -44,10 +65,15 @@ class Oracle(TorchFunctionMode):
         order: A function that gives, for a grid, the number among the keys of each of its tokens.
         suffix: Single tokens behind.
         masked: Keys whose score is at or below this are not there, for their query.
+        queries: A function that gives the grid for a number of queries, or None, and the side of
+            its cells.
     """
 
-    def __init__(self, grid, ratio, prefix=0, order=None, masked=None, suffix=0):
+    def __init__(self, grid, ratio, prefix=0, order=None, masked=None, suffix=0,
+                 queries=(lambda total: None, 1)):
         super().__init__()
+        self.query_grid, self.side = queries
+        self.averaged = 0
         self.grid, self.ratio, self.prefix = grid, ratio, prefix
         self.order, self.masked, self.suffix = order, masked, suffix
         self.hits = 0
@@ -59,7 +85,8 @@ class Oracle(TorchFunctionMode):
         if name == 'softmax':
             member = self.member(args[0].shape[-1])
             if member is not None:
-                return weigh(args[0], member, masked=self.masked)
+                mean, back = self.query_cells(args[0])
+                return back(weigh(mean(args[0]), member, masked=self.masked))
         return explicit.get(name, func)(*args, **kwargs or {})
 
     def member(self, total):
@@ -77,6 +104,17 @@ class Oracle(TorchFunctionMode):
             member[self.order(grid)] = member.clone()
         return member
 
+    def query_cells(self, scores):
+        """Functions that average the rows of scores by cell, and that interpolate weights back."""
+        total = scores.shape[-2]
+        grid = self.query_grid(total)
+        if grid is None or self.side == 1:
+            return (lambda x: x), (lambda x: x)
+        self.averaged += 1
+        prefix = total - self.suffix - tokens(grid) if self.prefix is None else self.prefix
+        return [matrix.to(scores).matmul for matrix in
+                query_matrices(grid, self.side, prefix, total)]
+
     def attend(self, query, key, value, attn_mask=None, dropout_p=0., is_causal=False, scale=None,
                enable_gqa=False):
         """What ``scaled_dot_product_attention`` is defined to be."""
@@ -89,7 +127,8 @@ class Oracle(TorchFunctionMode):
         member = self.member(scores.shape[-1])
         if member is None:
             return scores.masked_fill(hidden, -math.inf).softmax(-1) @ value
-        return weigh(scores, member, hidden, self.masked) @ value
+        mean, back = self.query_cells(scores)
+        return back(weigh(mean(scores), member, hidden, self.masked)) @ value
 
     def multi_head(self, query, key, value, embed_dim_to_check, num_heads, in_proj_weight,
                    in_proj_bias, bias_k, bias_v, add_zero_attn, dropout_p, out_proj_weight,

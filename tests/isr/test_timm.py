@@ -24,6 +24,7 @@ from .check import (
     patches,
     reduced,
     row,
+    sizes,
 )
 
 timm = pytest.importorskip('timm', reason='timm is not installed')
@@ -143,7 +144,7 @@ def named(name, kwargs, images, grids, expected=2, **checks):
 
 def vit(name, prefix, expected=2, gpu=False, **kwargs):
     return named(name, dict(SIZED, **kwargs), PLAIN, patches, expected, prefix=prefix,
-                 compiled=True, gpu=gpu)
+                 compiled=True, gpu=gpu, queries=patches)
 
 
 PYRAMID = dict(embed_dims=(8, 16, 32, 64), depths=(1, 2, 1, 1), num_heads=(1, 2, 4, 8),
@@ -165,15 +166,17 @@ CASES = [
     *vit('vit_relpos_base_patch32_plus_rpn_256', 0, patch_size=16),
     *named('swin_tiny_patch4_window7_224', SWIN, [(112, 112), (104, 120)], 'window_size', 6,
            gpu=True),
-    *named('swinv2_tiny_window8_256', SWIN, [(128, 128)], 'window_size', 6, gpu=True),
+    *named('swinv2_tiny_window8_256', SWIN, [(128, 128)], 'window_size', 6, gpu=True,
+           queries=[(8, 8), (4, 4)]),
     *named('swinv2_tiny_window8_256', SWIN, [(96, 160)], 'window_size', 6),
     *named('swinv2_cr_tiny_224', dict(SWIN, window_size=7), [(112, 112)], 'window_size', 6,
            compiled=True),
     *named('davit_tiny', PYRAMID, PLAIN, [(7, 7)], 5,
            irreducible='ChannelAttention: its keys are channels, not tokens'),
-    *named('pvt_v2_b0', PYRAMID, REDUCED, reduced, 5),
+    *named('pvt_v2_b0', PYRAMID, REDUCED, reduced, 5, queries=sizes),
     *named('pvt_v2_b2_li', PYRAMID, REDUCED, [(7, 7)], 5, compiled=True),
-    *named('twins_pcpvt_small', dict(PYRAMID, img_size=tuple), [WIDE, (160, 96)], reduced, 5),
+    *named('twins_pcpvt_small', dict(PYRAMID, img_size=tuple), [WIDE, (160, 96)], reduced, 5,
+           queries=sizes),
     *named('twins_svt_small', dict(PYRAMID, img_size=tuple), [WIDE, (160, 96)],
            lambda *size: [(7, 7), *reduced(*size)], 5, compiled=True, gpu=True),
     *(test for cls in (False, True) for test in row(

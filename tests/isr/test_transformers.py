@@ -101,8 +101,8 @@ def vit(name, prefix, *, images=PLAIN, **config):
     """A plain ViT with patches of 16."""
     checks = {key: config.pop(key) for key in ('eager', 'gpu', 'compiled', 'expected', 'pickled',
                                                'suffix') if key in config}
-    return case(name, images, patches,
-                dict(WIDTHS, patch_size=16, image_size=96) | config, prefix=prefix, **checks)
+    return case(name, images, patches, dict(WIDTHS, patch_size=16, image_size=96) | config,
+                prefix=prefix, queries=patches, **checks)
 
 
 def tower(name, prefix, expected=2, **config):
@@ -164,9 +164,9 @@ CASES = [
     *case('SegformerForSemanticSegmentation SegformerConfig', REDUCED,
           reduced, dict(
               decoder_hidden_size=16, sr_ratios=REDUCTIONS, **STAGES),
-          eager=True, gpu=True, expected=5, pickled=False),
+          eager=True, gpu=True, expected=5, pickled=False, queries=sizes),
     *case('GLPNModel', REDUCED, reduced, dict(
-        sr_ratios=REDUCTIONS, **STAGES), expected=5, compiled=False),
+        sr_ratios=REDUCTIONS, **STAGES), expected=5, compiled=False, queries=sizes),
     # With a class token in the last stage; it takes square images only.
     *case('PvtModel', [(128, 128), (160, 160)], lambda *size: lambda name: [
         reduced(*size)[int(name.split('.')[2])]], dict(
@@ -176,7 +176,7 @@ CASES = [
         'PvtV2Model PvtV2Config', REDUCED,
         [(7, 7)] if linear else reduced, dict(
             image_size=128, sr_ratios=REDUCTIONS, mlp_ratios=[2, 2, 2, 2],
-            linear_attention=linear, **STAGES), expected=5)),
+            linear_attention=linear, **STAGES), expected=5, queries=sizes)),
     # Keys of strided convolutions; a class token in the last stage.
     *case('CvtModel', REDUCED, lambda *size: lambda name: [tuple(
         math.ceil(side / 8 / 2 ** int(name.split('.')[2])) for side in size)], dict(

@@ -6,6 +6,7 @@ from .mmpretrain import MaskedWindow
 _COMPARISON = 'mmseg_edaformer.models.comparison'
 _BACKBONES = 'mmseg.models.backbones'
 _QUERY_LAYERS = 'mmdet.models.layers.transformer'
+_OWN_MAPS = AttentionRule(OwnMaps(), queries=False)
 _SAMPLED = Irreducible('deformable attention: its keys are a few points sampled for each query')
 
 RULES: dict[str, Rule] = {
@@ -26,15 +27,15 @@ RULES: dict[str, Rule] = {
     f'{_QUERY_LAYERS}.detr_layers.DetrTransformerEncoderLayer:self_attn':
         AttentionRule(Patches('encoder_in_proj')),
     f'{_QUERY_LAYERS}.detr_layers.DetrTransformerDecoderLayer:cross_attn':
-        AttentionRule(Patches('pixel_decoder')),
+        AttentionRule(Patches('pixel_decoder'), queries=False),
     f'{_QUERY_LAYERS}.detr_layers.DetrTransformerDecoderLayer:self_attn':
         Irreducible('its keys are the queries of the decoder, which lie on no grid'),
     f'{_QUERY_LAYERS}.deformable_detr_layers.DeformableDetrTransformerEncoderLayer:self_attn':
         _SAMPLED,
     'mmcv.ops.multi_scale_deform_attn.MultiScaleDeformableAttention': _SAMPLED,
     # EFT and EDAFormerHead need no rule: their attention has an isr_ratio of its own.
-    f'{_COMPARISON}.lvt.RecursiveAtrousSelfAttention': AttentionRule(OwnMaps()),
+    f'{_COMPARISON}.lvt.RecursiveAtrousSelfAttention': _OWN_MAPS,
     f'{_COMPARISON}.lvt.ConvolutionalSelfAttention': Irreducible(
         'it attends within 3x3 windows, by weights that depend on the query alone'),
-    f'{_COMPARISON}.feedformer_head.LowLevelCrossAttention': AttentionRule(OwnMaps()),
+    f'{_COMPARISON}.feedformer_head.LowLevelCrossAttention': _OWN_MAPS,
 }

@@ -81,6 +81,7 @@ class Regions(GridSource):
 _MAP_LAST = AttentionRule(InputMap(channels_last=True))
 _MAP_ARGUMENTS = AttentionRule(Arguments(('H', 'W')), ('cls_token',))
 _PATCHES = AttentionRule(Patches('patch_embed.proj|pos_embed|encoder.patch_embed.proj'), None)
+_OWN_MAPS = AttentionRule(OwnMaps(), queries=False)
 _NEIGHBOURS = Irreducible('its keys are the neighbours of each query, other ones for each')
 _COUNTED = Irreducible('it checks the number of its keys')
 _CONVOLUTION = Irreducible('it is a convolution, without keys')
@@ -114,7 +115,7 @@ RULES: dict[str, tuple[tuple[tuple[str, ...], Rule], ...]] = {
     'MultiheadAttentionRPE': ((('rpe', 'k_proj'), _COUNTED),),  # HRFormer
     'CSA': ((('unfold', 'csa_group'),  # LVT
              Irreducible('it has no keys: each query predicts the weights of its neighbours')),),
-    'CrossAttention': ((('q', 'kv', 'pool', 'sr'), AttentionRule(OwnMaps())),),  # FeedFormer
+    'CrossAttention': ((('q', 'kv', 'pool', 'sr'), _OWN_MAPS),),  # FeedFormer
     'LePEAttention': (
         (('get_v', 'H_sp', 'W_sp'), AttentionRule(Stripes('H_sp', 'W_sp'))),  # CSWin
         (('get_v', 'split_size', 'mode'), AttentionRule(OwnMaps())),  # GPViT
@@ -139,8 +140,9 @@ RULES: dict[str, tuple[tuple[tuple[str, ...], Rule], ...]] = {
     ),
     'ShiftWindowAttention': ((('window_size', 'shift_size'), _COUNTED),),  # DAT
     'LocalAttention': ((('window_size', 'proj_qkv'), AttentionRule(Window())),),  # DAT
-    'DAttentionBaseline': ((('conv_offset', 'proj_k'), AttentionRule(Patches('conv_offset'))),),
-    'PyramidAttention': ((('kv', 'sr_ratio'), AttentionRule(OwnMaps())),),  # DAT
+    'DAttentionBaseline': ((('conv_offset', 'proj_k'),
+                            AttentionRule(Patches('conv_offset'), queries=False)),),
+    'PyramidAttention': ((('kv', 'sr_ratio'), _OWN_MAPS),),  # DAT
     'NeighborhoodAttention2D': ((('kernel_size', 'qkv'), _NEIGHBOURS),),
     'SlideAttention': ((('dep_conv', 'ka'), _NEIGHBOURS),),
     'FusedKQnA': ((('q_param', 'ksize'), _NEIGHBOURS),),

@@ -47,7 +47,6 @@ RULES: dict[str, Rule] = {
     ), AttentionRule(Patches('patch_embed.proj'), _PREFIX, projections=('qkv',))),
     **dict.fromkeys((
         'timm.layers.attention.AttentionRope',
-        'timm.layers.attention_pool.AttentionPoolLatent',
         'timm.layers.diff_attention.DiffAttention',
         'timm.models.vision_transformer.ParallelScalingBlock',
         'timm.models.vision_transformer.DiffParallelScalingBlock',
@@ -57,6 +56,8 @@ RULES: dict[str, Rule] = {
         'timm.models.cait.TalkingHeadAttn',
         'timm.models.convit.MHSA',
     ), _PATCHES),
+    'timm.layers.attention_pool.AttentionPoolLatent':
+        AttentionRule(Patches('patch_embed.proj'), _PREFIX, queries=False),
     **dict.fromkeys((
         'timm.models.swin_transformer_v2.WindowAttention',
         'timm.models.swin_transformer_v2_cr.WindowMultiHeadAttention',

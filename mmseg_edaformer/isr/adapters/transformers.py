@@ -32,7 +32,7 @@ _TEXT = Irreducible('its keys are words or queries, which lie on no grid')
 _SIZE = Arguments(('height', 'width'))
 _PROJECTIONS = ('k_proj', 'v_proj')
 _KEY_VALUE = ('key', 'value')
-_LEVELS = AttentionRule(Patches('pixel_level_module'))
+_LEVELS = AttentionRule(Patches('pixel_level_module'), queries=False)
 _SHIFTED = AttentionRule(Window(shift='shift_size'))
 _MAP = AttentionRule(InputMap(channels_last=True))
 
@@ -48,6 +48,7 @@ _CLASS = _patches('cls_token')
 _CLIP = _patches('class_embedding', path='patch_embedding')
 _REGISTERS = 'register_tokens', 'cls_token'
 _FEATURES = AttentionRule(Patches('input_projection'))
+_CROSS = AttentionRule(Patches('input_projection'), queries=False)
 
 RULES: dict[str, Rule] = {
     _full('segformer', 'SegformerAttention'): AttentionRule(_SIZE, projections=_PROJECTIONS),
@@ -119,10 +120,11 @@ RULES: dict[str, Rule] = {
     ), _patches('class_embedding', path='patch_embedding', projections=())),
     _full('siglip', 'SiglipAttention'): _patches(path='patch_embedding'),
     _full('siglip', 'SiglipMultiheadAttentionPoolingHead:attention'):
-        AttentionRule(Patches('embeddings.patch_embedding')),
+        AttentionRule(Patches('embeddings.patch_embedding'), queries=False),
     _full('janus', 'JanusVisionAttention'): _patches(path='patch_embedding', projections=()),
     _full('aimv2', 'Aimv2Attention'): _patches(path='patch_embed'),
-    _full('aimv2', 'Aimv2AttentionPoolingHead'): _patches(path='patch_embed'),
+    _full('aimv2', 'Aimv2AttentionPoolingHead'): AttentionRule(
+        Patches('embeddings.patch_embed'), projections=_PROJECTIONS, queries=False),
 
     **dict.fromkeys((
         _full('sam', 'SamVisionAttention'),
@@ -150,12 +152,14 @@ RULES: dict[str, Rule] = {
 
     **dict.fromkeys((
         _full('conditional_detr', 'ConditionalDetrEncoderLayer:self_attn'),
-        _full('conditional_detr', 'ConditionalDetrDecoderLayer:encoder_attn'),
         _full('dab_detr', 'DabDetrEncoderLayer:self_attn'),
-        _full('dab_detr', 'DabDetrDecoderLayerCrossAttention:cross_attn'),
         _full('detr', 'DetrEncoderLayer:self_attn'),
-        _full('detr', 'DetrDecoderLayer:encoder_attn'),
     ), _FEATURES),
+    **dict.fromkeys((
+        _full('conditional_detr', 'ConditionalDetrDecoderLayer:encoder_attn'),
+        _full('dab_detr', 'DabDetrDecoderLayerCrossAttention:cross_attn'),
+        _full('detr', 'DetrDecoderLayer:encoder_attn'),
+    ), _CROSS),
     **dict.fromkeys((
         _full('conditional_detr', 'ConditionalDetrDecoderLayer:self_attn'),
         _full('dab_detr', 'DabDetrDecoderLayerSelfAttention:self_attn'),
