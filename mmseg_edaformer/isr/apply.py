@@ -198,15 +198,15 @@ def _plan(model: nn.Module, isr_ratio: ISRRatio | int | str,
     """Each attention layer with the setting that the ratios give it."""
     inputs = (inputs,) if isinstance(inputs, Tensor) else inputs
     ratio = ISRRatio.parse(isr_ratio).with_queries(query_ratio)
-    cells = ratio.queries or QueryRatio.parse(NONE)
+    cells = ratio.queries
     check_method(method)
     attentions = _find(model, inputs)
     if not _layers(attentions):
         raise RatioError(f'isr_ratio {ratio}: {type(model).__name__} holds no attention that ISR '
                          f'can reduce. Found: {attentions}. If it has attention of your own, '
                          'register_isr adds it')
-    if ratio.queries and all(isinstance(layer, ForeignLayer) and not layer.rule.queries
-                             for layer in _layers(attentions)):
+    if str(cells) != NONE and all(isinstance(layer, ForeignLayer) and not layer.rule.queries
+                                  for layer in _layers(attentions)):
         raise RatioError(f'query_ratio {cells}: {type(model).__name__} holds no attention '
                          'whose queries are known to be the tokens of a map. '
                          'register_isr(..., queries=True) declares attention of your own')
@@ -266,10 +266,12 @@ class ISRReport:
     untouched_queries: dict[str, str]
 
     def __str__(self) -> str:
-        rows = [('stage', 'blocks', 'pool', 'keys', 'query pool', 'queries'), *(
+        rows: list[tuple[str, ...]] = [
+            ('stage', 'blocks', 'pool', 'keys', 'query pool', 'queries'), *(
             (stage.stage, str(stage.blocks), _change(*stage.pool), _change(*stage.keys),
              _change(*stage.query_pool), _change(*stage.queries)) for stage in self.stages)]
-        rows = rows if self.isr_ratio.queries else [row[:4] for row in rows]
+        if str(self.isr_ratio.queries) == NONE:
+            rows = [row[:4] for row in rows]
         before, after = (macs / 1e9 for macs in self.macs)
         lines = [f'ISR {self.isr_ratio} on {self.input_size[0]}x{self.input_size[1]} pixels:',
                  _table(rows), f'GMACs {before:.2f} -> {after:.2f} ({after / before - 1:+.1%})']

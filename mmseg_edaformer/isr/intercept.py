@@ -69,8 +69,10 @@ class Interception(ReducedScores):
                 self.follow(out)
             return out
         if followed and not self.bears(name, *args):
+            fewer = ('queries: leave query_ratio at none' if self.query_pool is not None else
+                     'keys. register_isr(..., irreducible=...) leaves it alone')
             raise self.fail(f'it uses {name} on its scores or weights, which ISR cannot repeat '
-                            'with fewer keys. register_isr(..., irreducible=...) leaves it alone')
+                            f'with fewer {fewer}')
         out = self._call(func, name, args, kwargs)
         if self.pool is not None and isinstance(out, Tensor) and (
                 followed or self.pool is not under_way):
@@ -127,19 +129,18 @@ class Interception(ReducedScores):
         """
         total = keys.shape[-2]
         layout = self._layout(total)
-        self.query_pool = None
+        if queries is not None:  # a projection to keys has none
+            self.query_pool = None if layout is None else self._find_queries(queries)
         if layout is None:
             self.seen.append(total)
             return None
-        if queries is not None:
-            self.query_pool = self._find_queries(queries)
         self.single = layout.prefix
         setting = self.reduction.setting
         ratio = setting.multiplier(total)
         ratio, self.kept = self.reduction.rule.grid.fitting(self.call, ratio, setting.method)
         left = pooling.num_keys(layout, total, ratio)
         self.reduced, self.isr_ratio = (total, left), ratio
-        if left == total and self.query_pool is None:
+        if left == total and (queries is None or self.query_pool is None):
             self.seen.append(total)
             return None
         if setting.method == 'bipartite' and left < total:
@@ -148,9 +149,6 @@ class Interception(ReducedScores):
             return MergedKeys(weights)
         present = self.reduction.rule.grid.present(self.call)
         if present is not None:
-            if self.query_pool is not None:
-                self.query_pool = None
-                self.queries_kept = 'some of its queries are padding'
             return PresentKeys(layout, ratio, setting.method, total, present)
         return PooledKeys(layout, ratio, setting.method, total)
 
@@ -166,6 +164,8 @@ class Interception(ReducedScores):
             self.queries_kept = 'its queries are not known to be the tokens of a map'
         elif layout is None or layout.order is not None:
             self.queries_kept = f'its {total} queries lie on no grid that ISR finds row by row'
+        elif rule.grid.present(self.call) is not None:
+            self.queries_kept = 'some of its queries are padding'
         elif isinstance(rule.grid, Window) and any(side % ratio for side in layout.grids[0]):
             self.queries_kept = (f'cells of {ratio} do not fill its windows of '
                                  f'{_listed(layout.grids)}')

@@ -122,6 +122,9 @@ class QueryRatio(StageRatio):
     names = {NONE: '1'}
 
 
+_ALL_QUERIES = QueryRatio((1,), (1,))
+
+
 @dataclass(frozen=True)
 class ISRRatio(StageRatio):
     """Multipliers of the training pools of keys, by stage, and the query ratio beside them.
@@ -130,7 +133,7 @@ class ISRRatio(StageRatio):
     from deep to shallow: its [16,8,2,1]-[2,4,8] is 2211-222 here. With a query ratio it prints as
     ``2211-222+q2``, and is parsed again from that.
     """
-    queries: QueryRatio | None = None
+    queries: QueryRatio = _ALL_QUERIES
 
     knob = 'isr_ratio'
     names = NAMES
@@ -154,17 +157,17 @@ class ISRRatio(StageRatio):
         """The same with another query ratio; None keeps the one that it has."""
         if query_ratio is None:
             return self
-        queries = QueryRatio.parse(query_ratio)
-        return replace(self, queries=None if str(queries) == NONE else queries)
+        return replace(self, queries=QueryRatio.parse(query_ratio))
 
     @property
     def follows_size(self) -> bool:
         """Whether it is another ratio for images of another size."""
-        return self.auto or (self.queries is not None and self.queries.auto)
+        return self.auto or self.queries.auto
 
     def __str__(self) -> str:
         keys = super().__str__()
-        return keys if self.queries is None else f'{keys}{_QUERIES}{self.queries}'
+        queries = str(self.queries)
+        return keys if queries == NONE else f'{keys}{_QUERIES}{queries}'
 
 
 def multiplier_near(wanted: int, total: int, least: int) -> int:

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from mmseg.registry import MODELS
 from torch import nn
 
 from mmseg_edaformer.errors import RatioError
@@ -154,6 +155,27 @@ def test_queries_are_left_alone_unless_they_are_known():
     register_isr(Cross, grid='hw', queries=True)
     with isr(net, 1, query_ratio=2):
         assert not torch.equal(first(net(image)), first(before))
+
+
+@torch.no_grad()
+def test_what_cannot_be_averaged_is_named():
+    """Padding in the windows of Twins is no token; MViT takes its class token's scores apart."""
+    twins = MODELS.build(dict(
+        type='SVT', in_channels=3, embed_dims=[8, 16], num_heads=[1, 2], patch_sizes=[4, 2],
+        strides=[4, 2], mlp_ratios=[2, 2], sr_ratios=[4, 2], depths=[2, 2], windiow_sizes=[8, 8],
+        out_indices=(0, 1), norm_after_stage=False))
+    report = report_isr(twins.eval(), 2, (136, 200), query_ratio=2)
+    assert {reason.partition(': ')[2] for reason in report.untouched_queries.values()} == {
+        'some of its queries are padding'}
+    with isr(twins, 2, query_ratio=2, strict=True), pytest.raises(
+            RatioError, match='some of its queries are padding'):
+        twins(torch.randn(1, 3, 136, 200))
+    pytest.importorskip('timm')
+    from .test_timm import mvit
+    model = mvit((96, 96), 0, cls=True).eval()
+    apply_isr(model, 1, query_ratio=2)
+    with pytest.raises(RatioError, match=r'MultiScaleAttention .*leave query_ratio at none'):
+        model(torch.randn(1, 3, 96, 96))
 
 
 def test_the_grammar():

@@ -182,6 +182,7 @@ CASES = [
     *(test for cls in (False, True) for test in row(
         partial(mvit, cls=cls), [(96, 96), (160, 160)],
         lambda side, _: [(math.ceil(side / 4 / stride),) * 2 for stride in (4, 2, 1)], 5,
+        queries=None if cls else sizes,
         name=f'mvit-{cls}', prefix=int(cls), compiled=not cls)),
     *named('cait_xxs24_224', SIZED, [TALL] * 2, patches, 4, prefix=None, compiled=True),
     *named('xcit_nano_12_p16_224', SMALL, [TALL] * 2, patches, prefix=1),

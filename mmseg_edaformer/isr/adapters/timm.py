@@ -1,5 +1,5 @@
 """timm, and mmseg's TIMMBackbone around it."""
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..key_layout import (
@@ -57,7 +57,7 @@ RULES: dict[str, Rule] = {
         'timm.models.convit.MHSA',
     ), _PATCHES),
     'timm.layers.attention_pool.AttentionPoolLatent':
-        AttentionRule(Patches('patch_embed.proj'), _PREFIX, queries=False),
+        replace(_PATCHES, queries=False),
     **dict.fromkeys((
         'timm.models.swin_transformer_v2.WindowAttention',
         'timm.models.swin_transformer_v2_cr.WindowMultiHeadAttention',

@@ -1,6 +1,6 @@
 """transformers."""
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..key_layout import Arguments, Call, InputMap, OwnMaps, Patches, Unfolded, Unrolled, Window
@@ -48,7 +48,7 @@ _CLASS = _patches('cls_token')
 _CLIP = _patches('class_embedding', path='patch_embedding')
 _REGISTERS = 'register_tokens', 'cls_token'
 _FEATURES = AttentionRule(Patches('input_projection'))
-_CROSS = AttentionRule(Patches('input_projection'), queries=False)
+_CROSS = replace(_FEATURES, queries=False)
 
 RULES: dict[str, Rule] = {
     _full('segformer', 'SegformerAttention'): AttentionRule(_SIZE, projections=_PROJECTIONS),
@@ -123,8 +123,8 @@ RULES: dict[str, Rule] = {
         AttentionRule(Patches('embeddings.patch_embedding'), queries=False),
     _full('janus', 'JanusVisionAttention'): _patches(path='patch_embedding', projections=()),
     _full('aimv2', 'Aimv2Attention'): _patches(path='patch_embed'),
-    _full('aimv2', 'Aimv2AttentionPoolingHead'): AttentionRule(
-        Patches('embeddings.patch_embed'), projections=_PROJECTIONS, queries=False),
+    _full('aimv2', 'Aimv2AttentionPoolingHead'):
+        replace(_patches(path='patch_embed'), queries=False),
 
     **dict.fromkeys((
         _full('sam', 'SamVisionAttention'),
