@@ -63,10 +63,13 @@ def planted(scenes, tmp_path):
     return root, [str(path) for path in (cut, wrong[0])], [str(path) for path in (empty, wrong[1])]
 
 
-def runner_of(folder, data, name, run='train', skip=True):
+def runner_of(folder, data, name, run='train', skip=True, tta=False):
     """A runner of the mini config that skips bad files."""
     folder.mkdir(exist_ok=True)
     cfg = Config.fromfile(write_config(folder, data, iterations=7))
+    if tta:
+        cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+        cfg.model = dict(cfg.tta_model, module=cfg.model)
     cfg.work_dir, cfg.experiment_name = str(folder / 'work'), f'{folder.name}_{name}'
     cfg.launcher = 'none'
     if skip:
@@ -203,3 +206,14 @@ def test_the_config_of_every_loader(tmp_path):
 def test_what_would_write_a_blank_image(settings, flag):
     with pytest.raises(ConfigError, match=f'--skip-bad-files and {flag}|or {flag}'):
         skip_bad_files(Config(settings), 'work')
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures('_plain_config_text')
+def test_a_test_with_augmentation(planted, tmp_path):
+    data, _, validation = planted
+    runner = runner_of(tmp_path / 'tta', data, 'tta', 'test', tta=True)
+    assert runner.test()['mIoU'] >= 0
+    assert listed(tmp_path / 'tta' / 'work' / 'skipped_test.txt') == validation[::-1]
+    [hook] = [hook for hook in runner.hooks if isinstance(hook, SkippedFilesHook)]
+    assert hook.samples == 4

@@ -1,7 +1,7 @@
 """Reading images and labels: equal to mmseg's where they are good, named where they are bad."""
 import numpy as np
 import pytest
-from mmseg.datasets.transforms import LoadAnnotations
+from mmseg.datasets.transforms import LoadAnnotations, Resize
 from mmseg.registry import TRANSFORMS
 from PIL import Image
 
@@ -113,3 +113,15 @@ def test_the_message_survives_a_worker_process():
     error = DataError('Caught DataError in DataLoader worker process 0.\nOriginal Traceback:\n'
                       '  File "x.py"\nmmseg_edaformer.errors.DataError: mask a.png holds 7\n')
     assert str(error) == 'mask a.png holds 7'
+
+
+@pytest.mark.parametrize('options', [
+    dict(scale=(40, 20), keep_ratio=True), dict(scale=(40, 20)), dict(scale_factor=1.5)])
+def test_resize_is_mmsegs(options):
+    rng = np.random.default_rng(0)
+    results = dict(img=rng.integers(0, 256, (30, 50, 3), np.uint8), seg_fields=['gt_seg_map'],
+                   gt_seg_map=rng.integers(0, 8, (30, 50), np.uint8))
+    expected = Resize(**options).transform(dict(results))
+    found = SegResize(**options).transform(dict(results))
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[key], expected[key]) for key in expected)

@@ -1,6 +1,7 @@
 """A run that is told to stop before it trains, and one whose peer is gone without a trace."""
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -90,3 +91,13 @@ def test_what_says_that_a_peer_is_gone(monkeypatch):
     monkeypatch.setattr('mmseg_edaformer.engine.preemption.is_distributed', lambda: True)
     assert is_lost_peer(error)
     assert not is_lost_peer(RuntimeError('mat1 and mat2 shapes cannot be multiplied'))
+
+
+def test_told_to_stop_while_it_checks(tmp_path):
+    def main():
+        run_config.load_config = lambda *_, **__: os.kill(os.getpid(), signal.SIGUSR1)
+        sys.argv = ['tools/train.py', f'{ROOT}/configs/edaformer_t_ade.py']
+        runpy.run_path(f'{ROOT}/tools/train.py', run_name='__main__')
+
+    assert finish(in_child(main, log=tmp_path / 'log')) == EXIT_PREEMPTED
+    assert 'SIGUSR1: stopped' in (tmp_path / 'log').read_text()

@@ -8,6 +8,7 @@ import pytest
 from mmseg_edaformer.errors import DataError
 from mmseg_edaformer.predict.inputs import IMAGES
 from mmseg_edaformer.predict.shards import Sample, read_samples
+from tests.conftest import run
 
 pa = pytest.importorskip('pyarrow')
 parquet = pytest.importorskip('pyarrow.parquet')
@@ -112,3 +113,7 @@ def test_hostile_names_stay_within_the_results(tmp_path):
     assert len(reasons) == 3
     write_parquet(tmp_path / 'y.parquet', [dict(bytes=b'0', path='a\0.png')])
     assert not read(tmp_path / 'y.parquet')[0]
+
+
+def test_reading_needs_no_torch():
+    run('-c', 'import sys, mmseg_edaformer.predict.shards; assert "torch" not in sys.modules')
