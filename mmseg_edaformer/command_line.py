@@ -29,17 +29,21 @@ def add_isr_ratio(parser: argparse.ArgumentParser, *, several: bool = False,
                         '(2), or multipliers per stage, encoder-decoder, both shallow to deep '
                         f'(2211-222){"; several at once" if several else ""}{note}')
     parser.add_argument('--query-ratio', metavar='RATIO', help='average queries over cells of '
-                        'this side, written like --isr-ratio: none, auto, 2, 2211-222' +
-                        (', for all of them; --isr-ratio 2+q2 says it for one' if several else ''))
+                        'this side, written like --isr-ratio: none, auto, 2, 2211-222'
+                        f'{", for all that name none, as 2+q2 does" if several else ""}')
 
 
 def read_isr_ratio(args: argparse.Namespace, default: Any = None) -> Any:
-    """Return ``--isr-ratio``, or the default, joined with ``--query-ratio``: 2 and 4 are 2+q4."""
+    """Return ``--isr-ratio``, or the default, joined with ``--query-ratio``: 2 and 4 are 2+q4.
+
+    One that names a query ratio itself keeps it.
+    """
     ratio = args.isr_ratio or default
     if args.query_ratio is None:
         return ratio
-    join = f'{{}}+q{args.query_ratio}'.format
-    return join(ratio or 'none') if ratio is None or isinstance(ratio, str) else [*map(join, ratio)]
+    several = [ratio or 'none'] if ratio is None or isinstance(ratio, str) else ratio
+    joined = [name if '+q' in name else f'{name}+q{args.query_ratio}' for name in several]
+    return joined if several is ratio else joined[0]
 
 
 class Renamed(argparse.Action):
@@ -134,7 +138,8 @@ def check_checkpoint(name: str | Path | None) -> None:
         CheckpointError: The file does not exist.
     """
     if name is not None and '://' not in str(name) and not Path(name).is_file():
-        raise CheckpointError(f'checkpoint not found: {name}')
+        raise CheckpointError(f'checkpoint not found: {name}: give the path of a .pth or '
+                              '.safetensors')
 
 
 def check_inputs(sources: Iterable[str]) -> None:

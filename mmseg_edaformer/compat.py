@@ -193,7 +193,8 @@ def prepare_imports() -> None:
     provide_home()
     sys.meta_path.insert(0, _Imports())
     warnings.filterwarnings('ignore', message='Fail to import|Default ``avg_non_ignore``|'
-                            '``build_loss`` would be|The draw is False')
+                            '``build_loss`` would be|The draw is False|'
+                            'This DataLoader will create')
 
 
 def swaps_channels(preprocessor: Any) -> bool:

@@ -69,7 +69,8 @@ class Report:
 
     def add(self, level: str, problem: str, fix: str | None = None) -> None:
         self._note('add', level, problem, fix)
-        self.findings.append(Finding(level, problem, fix))
+        if (finding := Finding(level, problem, fix)) not in self.findings:
+            self.findings.append(finding)
 
     def add_failure(self, level: str, step: str, problem: str) -> None:
         """Add the finding that a step of `doctor_trials` failed."""

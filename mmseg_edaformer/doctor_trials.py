@@ -115,11 +115,13 @@ def check_config(tried: Callable[..., Any], report: Report, path: str) -> None:
     handler.emit = lambda record: report.add('warning', record.getMessage())  # type: ignore
     logger.addHandler(handler)
     cfg = tried('config', 'error', clear_errors()(load_config), path)
-    steps: list[tuple[Callable[..., None], Any]] = [] if cfg is None else [
-        (checks.check_amp, cfg), (checks.check_programs, cfg), (checks.check_start, cfg),
-        (checks.check_work_dir, cfg.work_dir),
-        *((functools.partial(checks.check_data, cfg), split) for split in ('train', 'val', 'test')),
-        (functools.partial(checks.check_batch_size, cfg), max(1, torch.cuda.device_count()))]
-    for call, subject in steps:
-        tried('config', 'error', clear_errors()(call), subject)
+    steps: list[tuple[str, Callable[..., None], Any]] = [] if cfg is None else [
+        ('precision', checks.check_amp, cfg), ('programs', checks.check_programs, cfg),
+        ('start', checks.check_start, cfg), ('work dir', checks.check_work_dir, cfg.work_dir),
+        *((f'{split} set', functools.partial(checks.check_data, cfg), split)
+          for split in ('train', 'val', 'test')),
+        ('batch size', functools.partial(checks.check_batch_size, cfg),
+         max(1, torch.cuda.device_count()))]
+    for name, call, subject in steps:
+        tried(f'config, {name}', 'error', clear_errors()(call), subject)
     logger.removeHandler(handler)

@@ -1,9 +1,11 @@
 """Writing files so that a kill, a full disk or a lost machine leaves the old one or the new one."""
+import functools
 import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 _MARK = 'partial'
 
@@ -66,3 +68,12 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@functools.cache
+def templates(folder: Path) -> Any:
+    """Return the jinja2 environment of a folder; values in HTML are escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    return Environment(loader=FileSystemLoader(folder), trim_blocks=True, lstrip_blocks=True,
+                       undefined=StrictUndefined,
+                       autoescape=lambda name: name is not None and '.html' in name)

@@ -10,7 +10,6 @@ from mmseg_edaformer.command_line import (
     add_isr_ratio,
     check_checkpoint,
     find_config,
-    read_isr_ratio,
 )
 from mmseg_edaformer.errors import clear_errors
 
@@ -29,7 +28,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--samples', type=int, metavar='N',
                         help='measure N images, drawn at random (default: the whole test set)')
     add_isr_ratio(parser, several=True, default=None, note='; greedy stands for the search over '
-                  'stages (default: none optimal 2 3 4 greedy)')
+                  'stages (default: none optimal 2 3 4 none+q2 2+q2 greedy)')
     parser.add_argument('--ratios', action=Renamed, new='--isr-ratio')
     parser.add_argument('--out', metavar='DIR', help='folder for the results, from which a later '
                         'sweep resumes (default: in work_dirs/ and the name of the config)')
@@ -46,8 +45,9 @@ def main() -> None:
     goal = sweep.Goal(args.max_drop, args.budget_ms, args.budget_gmacs)
     from mmengine.logging import MMLogger
     MMLogger.get_current_instance().setLevel(logging.WARNING)
-    sweep.sweep(args.config, args.checkpoint, isr_ratios=read_isr_ratio(args) or sweep.DEFAULT,
-                goal=goal, samples=args.samples, out=args.out, cfg_options=args.cfg_options)
+    sweep.sweep(args.config, args.checkpoint, isr_ratios=args.isr_ratio,
+                query_ratio=args.query_ratio, goal=goal, samples=args.samples, out=args.out,
+                cfg_options=args.cfg_options)
 
 
 if __name__ == '__main__':

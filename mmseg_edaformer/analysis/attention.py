@@ -136,6 +136,7 @@ class _Place:
 class _Run:
     """What was seen of a layer during a pass."""
     module: nn.Module
+    size: Grid  # of the image
     weights: Tensor | None = None
     place: _Place | None = None
     out: Any = None
@@ -143,10 +144,17 @@ class _Run:
 
     def result(self, record: Record | None) -> Attended:
         """Return what was observed; ``record`` is of ISR that acts from outside the layer."""
-        place = self.place
-        if self.weights is None or place is None:
+        if self.weights is None or self.place is None:
             raise _NoMapError(self.reason)
-        weights = self.weights.cpu()
+        weights, features = self.weights.cpu(), self.out
+        if isinstance(features, (tuple, list)):
+            features = features[0]
+        # Averaged queries lie on a smaller map than the tokens that the layer is given.
+        queries = record.queries[0] if record is not None else (
+            math.prod(features.shape[2:]) if isinstance(self.module, EmbeddingFreeAttention) else 0)
+        place = _find_place(self.size, queries) if queries else self.place
+        if place is None:
+            raise _NoMapError(f'its {queries} queries are not a map of the image')
         if isinstance(self.module, EmbeddingFreeAttention):
             single, pool = 0, self.module.pool_size(*place.grid)
             edges = [np.arange(side // step + 1) * step for side, step in zip(place.grid, pool)]
@@ -157,7 +165,6 @@ class _Run:
             edges = _key_edges(place.grid, total - single, ratio, self.module)
         if single + math.prod(len(edge) - 1 for edge in edges) != weights.shape[-1]:
             raise _NoMapError(f'its {weights.shape[-1]} keys are not the cells of a map')
-        features = self.out[0] if isinstance(self.out, (tuple, list)) else self.out
         rows, columns = (np.arange(side + 1) * place.stride for side in place.grid)
         return Attended(
             weights, single, (edges[0] * place.stride, edges[1] * place.stride),
@@ -174,7 +181,7 @@ class _Watch(TorchFunctionMode):
         self.current: _Run | None = None
 
     def follow(self, name: str, module: nn.Module, stack: ExitStack) -> None:
-        run = self.runs[name] = _Run(module)
+        run = self.runs[name] = _Run(module, self.size)
 
         def enter(*_: Any) -> None:
             self.current, run.weights = run, None

@@ -128,8 +128,7 @@ class Bench:
         ratio = ISRRatio.parse(value)
         with isr(self.model, ratio):
             pass
-        queries = ratio.queries and self._shorten(ratio.queries)
-        return self._shorten(ratio).with_queries(queries)
+        return self._shorten(ratio).with_queries(self._shorten(ratio.queries))
 
     def _shorten(self, ratio: Dial) -> Dial:
         if ratio.auto:

@@ -44,6 +44,9 @@ _CURVE_IMAGES = 50
 _PAIRS = 12  # of classes that are confused
 _NAMED = 40  # classes whose confusion matrix can be read
 
+_FILES = ('curves.csv', 'loss.png', 'lr.png', 'metric.png', 'classes.csv', 'confusion.csv',
+          'images.csv', 'isr.csv', 'isr.png')
+
 
 class Report:
     """Writes report.html to the work dir, and its charts and tables to report/ as PNG and CSV.
@@ -96,8 +99,8 @@ class Report:
         finally:
             self.model.train(training)
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        for path in (*self.folder.glob('*.csv'), *self.folder.glob('*.png')):
-            path.unlink()  # of an earlier report
+        for name in _FILES:  # of an earlier report
+            (self.folder / name).unlink(missing_ok=True)
         counts: dict[str, Any] = dict(classes=[]) if self.counted is None else dict(
             classes=self._classes(self.counted), confusion=self._confusion(self.counted),
             examples=self._examples(self.counted))

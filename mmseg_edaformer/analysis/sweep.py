@@ -15,8 +15,9 @@ import numpy as np
 from ..engine.run_config import load_config
 from ..errors import ConfigError, RatioError
 from ..files import write_file
-from ..isr import ISRRatio, QueryRatio
+from ..isr import ISRRatio
 from .bench import Bench, InputScale, Way, mean_iou, open_bench
+from .loading import NONE
 from .sweep_report import Goal, Row, advice, draw, note, table, write
 from .timing import size_text
 
@@ -76,13 +77,15 @@ def search(bench: Bench, ratios: Sequence[ISRRatio], goal: Goal, greedy: bool) -
             raise ConfigError(f'{goal}: the cheapest ratio here, {cheapest!s}, costs '
                               f'{bench.gmacs(cheapest):.3f} GMACs for {size_text(bench.size)} '
                               'pixels. Give at least that, or take a smaller model')
+        greedy = greedy and bench.gmacs(most) <= goal.budget_gmacs  # else only a scale meets it
     budget = goal.budget_gmacs or goal.budget_ms
     closed: set[Move] = set()
     current, steps = trained, _steps(bench, trained, closed, budget) if greedy else {}
     tried += [ratio for ratio in steps.values() if ratio not in tried]
     bench.measure(tried, title='measuring')
     if not greedy or (goal.budget_ms is not None and
-                      min(map(bench.milliseconds, tried)) > goal.budget_ms):
+                      min(bench.milliseconds(way) for way in tried
+                          if not isinstance(way, InputScale)) > goal.budget_ms):
         return tried
     cost = bench.gmacs if goal.budget_ms is None else bench.milliseconds
     end = budget or (0. if goal.max_drop is not None else bench.gmacs(bench.ratio(2)))
@@ -104,9 +107,8 @@ def search(bench: Bench, ratios: Sequence[ISRRatio], goal: Goal, greedy: bool) -
 def _steps(bench: Bench, ratio: ISRRatio, closed: set[Move],
            budget: float | None) -> dict[Move, ISRRatio]:
     """Return ratios with one stage higher that save much, or for a budget some that save at all."""
-    queries = ratio.queries or QueryRatio.parse(1)
     saved = {}
-    for dial in (ratio, queries) if bench.has_queries else (ratio,):
+    for dial in (ratio, ratio.queries) if bench.has_queries else (ratio,):
         parts = {kind: dial.for_stages(kind, count) for kind, count in bench.stages.items()}
         for kind, multipliers in parts.items():
             for i, multiplier in enumerate(multipliers):
@@ -115,8 +117,9 @@ def _steps(bench: Bench, ratio: ISRRatio, closed: set[Move],
                     continue
                 more = parts | {kind: (*multipliers[:i], multiplier + 1, *multipliers[i + 1:])}
                 higher = type(dial)(more.get('encoder', (1,)), more.get('decoder', (1,)))
-                raised = bench.ratio(higher.with_queries(queries) if isinstance(higher, ISRRatio)
-                                     else ratio.with_queries(higher))
+                raised = bench.ratio(
+                    higher.with_queries(ratio.queries) if isinstance(higher, ISRRatio) else
+                    ratio.with_queries(higher))
                 saved[move] = raised, bench.gmacs(ratio) - bench.gmacs(raised)
     much = _WORTH * bench.gmacs(bench.ratio('none'))
     little = budget is not None and not any(saving > much for _, saving in saved.values())
@@ -168,7 +171,8 @@ def make_rows(bench: Bench, ratios: Sequence[Way], *, memory: bool = True) -> li
         pareto([(row.ms, row.miou) for row in rows]))]
 
 
-def sweep(config: str, checkpoint: str, *, isr_ratios: Sequence[str] = DEFAULT,
+def sweep(config: str, checkpoint: str, *, isr_ratios: Sequence[str] | None = None,
+          query_ratio: str | None = None,
           goal: Goal | None = None, samples: int | None = None, out: str | Path | None = None,
           cfg_options: Mapping[str, Any] | Sequence[str] | None = None,
           say: Callable[[str], Any] = print) -> list[Row]:
@@ -179,7 +183,9 @@ def sweep(config: str, checkpoint: str, *, isr_ratios: Sequence[str] = DEFAULT,
     Args:
         config: Config of any segmentor whose attention ISR knows.
         checkpoint: Its weights.
-        isr_ratios: What `ISRRatio.parse` reads, and `GREEDY` for the greedy search.
+        isr_ratios: What `ISRRatio.parse` reads, and `GREEDY` for the greedy search; by default
+            `DEFAULT`, as far as the model has its stages.
+        query_ratio: A query ratio for those that name none.
         goal: What to recommend a ratio for.
         samples: Number of images of the test set, drawn at random; by default all.
         out: Folder for sweep.csv, .json, .png and, for a later sweep, .npz; by default a folder of
@@ -196,10 +202,13 @@ def sweep(config: str, checkpoint: str, *, isr_ratios: Sequence[str] = DEFAULT,
     folder = Path(out or Path(cfg.work_dir) / f'isr_sweep_{Path(checkpoint).stem}')
     bench = open_bench(cfg, checkpoint, folder, samples)
     wanted = []
-    for value in isr_ratios:
-        # A model may have other stages than the paper's.
-        with suppress(RatioError) if isr_ratios is DEFAULT else nullcontext():
-            wanted += [] if value == GREEDY else [bench.ratio(value)]
+    for value in isr_ratios or DEFAULT:
+        if value == GREEDY:
+            continue
+        with suppress(RatioError) if isr_ratios is None else nullcontext():
+            ratio = bench.ratio(value)
+            named = query_ratio if ratio.queries == NONE.queries else None
+            wanted.append(bench.ratio(ratio.with_queries(named)))
     write_file(folder / '.writable', '')  # fail before the hours that follow
     (folder / '.writable').unlink()
     if reused := min(bench.count('none'), len(bench.order)):
@@ -223,7 +232,7 @@ def sweep(config: str, checkpoint: str, *, isr_ratios: Sequence[str] = DEFAULT,
         return rows
 
     try:
-        tried = search(bench, wanted, goal, GREEDY in isr_ratios)
+        tried = search(bench, wanted, goal, GREEDY in (isr_ratios or DEFAULT))
     except KeyboardInterrupt:
         if bench.images:
             report(list(map(bench.way, bench.measured)), memory=False)

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..cost import on_meta
+from ..files import templates
 
 _LEAST_ROUNDS = 5
 
@@ -103,12 +104,9 @@ def thread_text() -> str:
 def render(template: str, filters: Mapping[str, Callable[[Any], str]] | None = None,
            **values: Any) -> str:
     """Fill a jinja2 template of this folder; values in HTML are escaped."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    templates = Environment(loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True,
-                            lstrip_blocks=True, undefined=StrictUndefined,
-                            autoescape='.html' in template)
-    templates.filters.update(filters or {})
-    return templates.get_template(template).render(values)
+    environment = templates(Path(__file__).parent)
+    environment.filters.update(filters or {})
+    return str(environment.get_template(template).render(values))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

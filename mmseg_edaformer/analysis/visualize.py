@@ -69,7 +69,8 @@ def visualize(segmenter: Segmenter, images: Sequence[str | Path], out: str | Pat
     before = segmenter.isr_ratio
     try:
         for path, name in files.items():
-            subject = find_subject(segmenter, path, points, ratios[0])
+            segmenter.isr_ratio = ratios[0]
+            subject = find_subject(segmenter, path, points)
             truth = None if labels is None else read_labels(
                 Path(labels), path, subject.image.shape[:2], len(segmenter.classes),
                 reduce_zero_label)
@@ -95,12 +96,10 @@ def visualize(segmenter: Segmenter, images: Sequence[str | Path], out: str | Pat
     return written
 
 
-def find_subject(segmenter: Segmenter, path: Path, points: Sequence[str],
-                 isr_ratio: ISRRatio) -> sheets.Subject:
-    """Load an image, with the given points, or those that its prediction at a ratio suggests."""
+def find_subject(segmenter: Segmenter, path: Path, points: Sequence[str]) -> sheets.Subject:
+    """Load an image, with the given points, or those that its prediction suggests."""
     image, inputs, (rows, columns) = _load(segmenter, path)
     height, width = image.shape[:2]
-    segmenter.isr_ratio = isr_ratio
     labels = segmenter(path).labels
     chosen = [parse_point(point, (height, width), path) for point in points] or (
         choose_points(labels))

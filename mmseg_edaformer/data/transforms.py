@@ -154,8 +154,10 @@ class _CheckedReader:
 
     backend_args: dict[str, Any] | None
     imdecode_backend: str
-    max_pixels: int
-    skip_list: SkipList | None
+
+    def _set_up(self, max_pixels: int, skip_list: str | None, blank: bool) -> None:
+        self.max_pixels, self.blank = max_pixels, blank
+        self.skip_list = SkipList(skip_list) if skip_list else None
 
     @contextmanager
     def _listing(self, path: str) -> Iterator[None]:
@@ -216,8 +218,7 @@ class LoadSegImage(_CheckedReader, LoadImageFromFile):
                  skip_list: str | None = None, blank: bool = False) -> None:
         super().__init__(to_float32, color_type, imdecode_backend, ignore_empty=ignore_empty,
                          backend_args=backend_args)
-        self.max_pixels, self.blank = max_pixels, blank
-        self.skip_list = SkipList(skip_list) if skip_list else None
+        self._set_up(max_pixels, skip_list, blank)
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any] | None:
         """Read the image into ``img`` (H x W x 3, BGR), and set ``img_shape`` and ``ori_shape``."""
@@ -264,8 +265,8 @@ class LoadSegLabels(_CheckedReader, LoadAnnotations):
                  num_classes: int | None = None, max_pixels: int = MAX_PIXELS,
                  skip_list: str | None = None, blank: bool = False) -> None:
         super().__init__(reduce_zero_label, backend_args, imdecode_backend)
-        self.num_classes, self.max_pixels, self.blank = num_classes, max_pixels, blank
-        self.skip_list = SkipList(skip_list) if skip_list else None
+        self.num_classes = num_classes
+        self._set_up(max_pixels, skip_list, blank)
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any] | None:
         """Read the labels into ``gt_seg_map`` (H x W, uint8)."""

@@ -89,7 +89,7 @@ def check_epochs(iterations: int, per_step: int, images: int) -> None:
 def check_start(cfg: Config) -> None:
     """Check the checkpoint that a training starts from, and warn of an encoder without any."""
     source = cfg.get('load_from')
-    check_checkpoint(source)
+    check_checkpoint(source or None)
     pretrained = cfg.model.backbone.get('init_cfg') is not None or any(
         hook['type'] == 'BackboneWeightsHook' for hook in cfg.get('custom_hooks') or ())
     if cfg.model.backbone.get('type') == 'EFT' and not (source or cfg.get('resume') or pretrained):

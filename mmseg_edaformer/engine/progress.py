@@ -4,7 +4,6 @@ import logging
 import re
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -167,8 +166,6 @@ class QuietRunner(Runner):
 
     def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
         logger: MMLogger = super().build_logger(*args, **kwargs)
-        # A machine with fewer cores than the config's workers is a little slower, no more.
-        warnings.filterwarnings('ignore', message='This DataLoader will create')
         for handler in logger.handlers:
             if type(handler) is logging.StreamHandler:
                 handler.addFilter(_matters)

@@ -20,7 +20,7 @@ import torch
 from ..compat import install_command
 from ..data.drawing import draw_scene
 from ..errors import ConfigError, DataError, UserError
-from ..files import write_file
+from ..files import templates, write_file
 from .comparison import MAX_SIDE, Comparer, Comparison
 from .segmenter import Segmenter
 
@@ -41,10 +41,7 @@ def describe(comparison: Comparison) -> tuple[str, str]:
 
 def _fill(part: str, **values: Any) -> str:
     """Fill a macro of the template, which escapes the names of classes and files."""
-    jinja2 = importlib.import_module('jinja2')
-    templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent),
-                                   trim_blocks=True, autoescape=True)
-    macros: Any = templates.get_template('page.html.jinja').module
+    macros: Any = templates(Path(__file__).parent).get_template('page.html.jinja').module
     return str(getattr(macros, part)(**values))
 
 

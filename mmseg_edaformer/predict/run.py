@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from datetime import timedelta
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +67,17 @@ def collect(outcomes: Iterable[Outcome], total: int | None, summary: Summary,
         DataError: No image can be read.
     """
     try:
+        outcomes = iter(outcomes)
+        with writing(summary.out):
+            first = [*islice(outcomes, 1)]  # the models are loaded: time begins to count
         with writing(summary.out), progress_bar('images', total, kept) as advance:
-            for outcome in outcomes:
+            for outcome in chain(first, outcomes):
                 take(outcome.address, summary.add(outcome))
                 advance(summary.done + len(summary.skipped))
     except KeyboardInterrupt:
-        print(f'{summary.done} of {total or "all"} images are done: run the same command again to '
-              'resume', file=sys.stderr)
+        known = '' if total is None else f' of {total}'
+        print(f'{summary.done}{known} images are done: run the same command again to resume',
+              file=sys.stderr)
         raise
     if not summary.done:
         raise DataError('no image can be read: ' + next(iter(summary.skipped.values())))

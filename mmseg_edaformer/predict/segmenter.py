@@ -116,7 +116,8 @@ class Segmenter:
         device: Such as 'cpu' or 'cuda:1'; by default the first GPU, if there is one.
         isr_ratio: What `ISRRatio.parse` reads; hooks of the config are ignored. The default is
             none, and auto for images of which the network sees more than `LARGE` pixels at once.
-        query_ratio: What `QueryRatio.parse` reads; the default is that of ``isr_ratio``.
+        query_ratio: What `QueryRatio.parse` reads; the default is that of ``isr_ratio``. If it is
+            given alone, ``isr_ratio`` is none for images of all sizes.
         max_side: Larger images are scaled down for the network, to this many pixels on the longer
             side (up to 31 more, where the pipeline rounds); label maps keep the original size.
         batch_size: Most images of equal size that are predicted at once, by default 8 on a GPU and
@@ -133,6 +134,9 @@ class Segmenter:
                  isr: None = None) -> None:
         if isr is not None:
             _refuse_isr()
+        if not isinstance(model, (str, Path)):
+            raise ConfigError(f'model {model!r} is not a path: give a work dir, a config or a '
+                              '.safetensors')
         if batch_size is not None and batch_size < 1:
             raise ConfigError(f'batch_size {batch_size}: it must be 1 or more')
         if max_side is not None and max_side < 32:
@@ -148,6 +152,7 @@ class Segmenter:
         self._shared_ratio: ISRRatio | None = None
         self._applied = _NONE
         self._told: dict[ISRRatio, int] = {}
+        self._reduced: dict[tuple[int, int], bool] = {}
         try:
             first, *rest = map(with_checks, self.description.pipeline)
             self._read_file = TRANSFORMS.build(first)
@@ -205,8 +210,12 @@ class Segmenter:
 
     def is_reduced(self, height: int, width: int) -> bool:
         """Return whether images of this size are predicted at auto by default."""
-        return self._ratio is None and height * width > LARGE and self._is_large(
-            self.load(np.zeros((height, width, 3), np.uint8))[1])
+        if self._ratio is not None or height * width <= LARGE:
+            return False
+        if (height, width) not in self._reduced:
+            self._reduced[height, width] = self._is_large(
+                self.load(np.zeros((height, width, 3), np.uint8))[1])
+        return self._reduced[height, width]
 
     def __call__(self, source: Any, skipped: dict[str, str] | None = None) -> Any:
         """Predict an image, or many one after the other.

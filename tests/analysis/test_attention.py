@@ -119,6 +119,22 @@ def test_attention_is_that_of_a_plain_softmax(model, ratio):
             assert (edges / stride).tolist() == wanted
 
 
+def test_averaged_queries_are_looked_at_on_the_whole_map(model):
+    names = list(choose_layers(model, ['*']))
+    with isr(model, 2):
+        plain, _ = look(model, image(), names, POINTS)
+    with isr(model, 2, query_ratio=2):
+        seen, reasons = look(model, image(), names, POINTS)
+    assert not reasons
+    for name, found in seen.items():
+        assert found.features.shape == plain[name].features.shape
+        assert found.weights.shape[-1] == 1 or not torch.equal(found.weights, plain[name].weights)
+        torch.testing.assert_close(found.weights.sum(-1), torch.ones(found.weights.shape[:2]))
+        for edges, expected in zip((*found.cells, *found.tokens),
+                                   (*plain[name].cells, *plain[name].tokens), strict=True):
+            assert np.array_equal(edges, expected)
+
+
 def test_looking_changes_nothing_and_leaves_nothing(model):
     names = list(choose_layers(model, ['*']))
     before = [(type(module), set(vars(module))) for module in model.modules()]

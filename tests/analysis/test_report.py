@@ -295,7 +295,7 @@ def test_a_training(trained):
     miou = re.search(r'mIoU: ([\d.]+)', logs[1])[1][:-2]
     assert f'mIoU {miou}' in page.says
     ratios = {row['isr_ratio']: row for row in read_csv(work / 'report' / 'isr.csv')}
-    assert ratios.keys() == {'none', '2211-222', '2', '3', '4'}
+    assert ratios.keys() == {'none', '2211-222', '2', '3', '4', 'none+q2', '2+q2'}
     assert float(ratios['none']['miou']) == pytest.approx(float(miou), abs=0.006)
     assert {path.name for path in (work / 'report').iterdir()} >= {
         'loss.png', 'lr.png', 'metric.png', 'confusion.csv', 'images.csv', 'isr.png'}

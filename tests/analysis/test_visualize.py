@@ -94,7 +94,7 @@ def test_the_panels_are_what_they_say(segmenter, path, mask, tmp_path):
            labels=mask)
     assert segmenter.isr_ratio == ISRRatio.parse('none')
     sheet = np.array(Image.open(tmp_path / '00000_attention.png'))
-    subject = find_subject(segmenter, path, ['40,20'], segmenter.isr_ratio)
+    subject = find_subject(segmenter, path, ['40,20'])
     seen = look(segmenter.model, subject.inputs, [name], [subject.to_inputs((40, 20))])[0][name]
     density = seen.density()[0]
     image = draw_cells(subject, (300, 200), density, seen.cells, 'inferno', 0.,

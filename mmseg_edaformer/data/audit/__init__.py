@@ -196,11 +196,12 @@ _Items = Iterator[tuple[str, str, str]]
 
 def _list(part: Part) -> _Items:
     """List the pairs of a data set; yields checks that its folders or its list fail."""
-    paths = [*_folders(part.dataset), part.dataset.ann_file]
-    missing = [path for path in paths if path and not os.path.exists(path)]
+    listed = part.dataset.ann_file
+    missing = [path for path in _folders(part.dataset) if path and not os.path.isdir(path)]
+    missing += [listed] if listed and not os.path.exists(listed) else []
+    for path in missing:
+        yield 'folder missing', path, f'from {os.getcwd()}'
     if missing:
-        for path in missing:
-            yield 'folder missing', path, f'from {os.getcwd()}'
         return
     try:
         yield from _list_classes(part) if part.classifies else _list_pairs(part)

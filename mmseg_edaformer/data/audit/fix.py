@@ -13,7 +13,8 @@ from ...errors import ConfigError
 from ...files import write_file
 from ..transforms import IGNORED, ORIENTATION
 from . import Audit
-from .rules import CHECKS, Part
+from .files import examine
+from .rules import CHECKS, Part, judge
 
 _LOSSLESS = {'.png': 'PNG', '.bmp': 'BMP', '.tif': 'TIFF', '.tiff': 'TIFF'}
 _OF_IMAGE = 'image turned by EXIF'
@@ -101,8 +102,22 @@ def _fix_pair(part: Part, image: str, mask: str | None, folder: Path) -> list[tu
                 target.symlink_to(os.path.abspath(path))
             except OSError:  # Windows, and file systems without links
                 shutil.copyfile(path, target)
+    if any(content for _, _, content in files):
+        _check_pair(part, [(path, str(target)) for path, target, _ in files])
     wrong = ', '.join(check for check in checks if check in _FIXABLE)
     return [(path, wrong) for path, _, content in files if content]
+
+
+def _check_pair(part: Part, files: list[tuple[str, str]]) -> None:
+    """Remove a pair of files, each with its source, that still fails a check."""
+    kinds = [*zip(('image', 'mask'), (target for _, target in files))]
+    mask = kinds[1][1] if len(kinds) > 1 else None
+    found = judge(part, kinds[0][1], mask, {file: examine(*file) for file in kinds})
+    wrong = next((check for check, _, _ in found if CHECKS[check][0] == 'error'), None)
+    if wrong:
+        for _, target in files:
+            os.remove(target)
+        raise _NotFixableError(files[-1][0], f'still {wrong} after fixing')
 
 
 def _fix_image(part: Part, path: str, checks: list[str]) -> bytes | None:
