@@ -32,6 +32,8 @@ from .timing import milliseconds, peak_bytes, relative, time_call
 
 Dial = TypeVar('Dial', bound=StageRatio)
 
+SCALE = 'scale '
+
 
 @dataclass(frozen=True)
 class InputScale:
@@ -39,7 +41,7 @@ class InputScale:
     scale: float
 
     def __str__(self) -> str:
-        return f'{_SCALE}{self.scale:g}'
+        return f'{SCALE}{self.scale:g}'
 
     @contextmanager
     def applied(self, model: Any) -> Iterator[None]:
@@ -57,8 +59,6 @@ class InputScale:
 
 Way = ISRRatio | InputScale
 """A way to predict for less."""
-
-_SCALE = 'scale '
 
 _CACHE = 2**30  # bytes of loaded images that are kept for the next pass
 _LOOK = 25  # images whose sizes are looked at
@@ -112,7 +112,7 @@ class Bench:
 
     def way(self, name: str) -> Way:
         """Read what `str` of a way gives."""
-        return InputScale(float(name.removeprefix(_SCALE))) if name.startswith(_SCALE) else (
+        return InputScale(float(name.removeprefix(SCALE))) if name.startswith(SCALE) else (
             self.ratio(name))
 
     def applied(self, way: Way | str) -> AbstractContextManager[None]:
@@ -293,14 +293,20 @@ def open_bench(cfg: Config, checkpoint: str, folder: Path | None = None,
     torch.backends.cudnn.benchmark = bool((cfg.get('env_cfg') or {}).get('cudnn_benchmark'))
     model = load_model(cfg, checkpoint).to(device)
     dataset = DATASETS.build(cfg.test_dataloader.dataset)
+    return Bench(model, dataset, metric, samples=samples, store=folder and folder / 'sweep.npz',
+                 subject=_digest(cfg, checkpoint, dataset, metric, device) if folder else '')
+
+
+def _digest(cfg: Config, checkpoint: str, dataset: BaseDataset, metric: dict[str, Any],
+            device: torch.device) -> str:
+    """Return what changes with all that the measurements depend on."""
     files = [os.path.abspath(dataset.get_data_info(i)['img_path']) for i in range(len(dataset))]
     weights = os.stat(checkpoint) if os.path.exists(checkpoint) else None
     text = json.dumps([
         'areas and seconds', cfg.model, cfg.test_dataloader.dataset, metric, files,
         os.path.realpath(checkpoint), weights and (weights.st_size, weights.st_mtime_ns),
         torch.__version__, torch.get_num_threads(), str(device)], default=str, sort_keys=True)
-    return Bench(model, dataset, metric, samples=samples, store=folder and folder / 'sweep.npz',
-                 subject=hashlib.sha256(text.encode()).hexdigest()[:16])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _iou_metric(cfg: Config) -> dict[str, Any]:

@@ -121,14 +121,14 @@ def draw(cells: Sequence[Sequence[Figures]], environment: Mapping[str, str]) -> 
     growth = len({_pixels(cell[0]) for cell in cells}) > 1
     for row in (row for cell in cells for row in cell):
         name = f'{row.mode}, {row.dtype}, batch {row.batch_size}' if row.mode else ''
-        panels.setdefault(name, []).append(row)
+        panels.setdefault(name if growth else title(row), []).append(row)
     height = 4. if growth else 1.2 + 0.36 * max(map(len, cells))
     figure = Figure(figsize=(9, 0.6 + height * len(panels)), layout='constrained')
     axes = figure.subplots(len(panels), squeeze=False)[:, 0]
     for axis, (name, rows) in zip(axes, panels.items()):
         (_draw_growth if growth else _draw_bars)(axis, rows)
         axis.spines[['top', 'right']].set_visible(False)
-        axis.set_title(name if growth else title(rows[0]), fontsize=9)
+        axis.set_title(name, fontsize=9)
     first = cells[0][0]
     figure.suptitle('Multiply-adds of one image' if first.status == 'costs' else (
         f'{environment["device"]}, threads: {environment["threads"]}, '

@@ -147,12 +147,12 @@ class Suite:
         else:
             contenders = [plain.run_as(ratios=['none', 'optimal']), *self._others(model),
                           ours.run_as(ratios=ratios), ours.run_as(kernels=False, ratios=['none'])]
-        return self._timed(dtype, 12 + megapixels, contenders, size, batch, dtype)
+        return self._timed(model, dtype, 12 + megapixels, contenders, size, batch, dtype)
 
     def _executed(self, execution: str, model: str, size: tuple[int, int], batch: int,
                   ratios: Sequence[str] = ('none',)) -> Part:
         seconds = 10 + 12 * len(ratios) if execution == 'graphed' else dict(T=75, B=120)[model]
-        return self._timed(execution, seconds, [
+        return self._timed(model, execution, seconds, [
             self.models[f'plain {model}'].run_as(ratios=['none']),
             self.models[f'EDAFormer-{model}'].run_as(execution, ratios=ratios)], size, batch)
 
@@ -161,13 +161,13 @@ class Suite:
         contenders = [self.models[f'plain {model}'], ours.run_as(execution)]
         if execution == 'eager':
             contenders += [ours.run_as(kernels=False), *self._others(model)]
-        return self._timed(f'training, {execution}', seconds, contenders, self.sizes[0],
+        return self._timed(model, f'training, {execution}', seconds, contenders, self.sizes[0],
                            self.train_batch, mode='train')
 
     def _others(self, model: str) -> list[Contender]:
         return [self.models['SegFormer-B0']] if model == 'T' else []
 
-    def _timed(self, title: str, seconds: float, contenders: Sequence[Contender],
+    def _timed(self, model: str, title: str, seconds: float, contenders: Sequence[Contender],
                size: tuple[int, int], batch: int, dtype: str = 'bfloat16',
                mode: str = 'eval') -> Part:
         """Make a part of a cell; speeds are shown where its first contender is the plain one."""
@@ -179,7 +179,6 @@ class Suite:
             for rows in benchmark.run(contenders, plan):
                 self.content['rows'] += [asdict(row) | hidden for row in rows]
 
-        model = contenders[0].name.partition(',')[0][-1]
         return Part(f'{model}, {size_text(size)}, batch {batch}, {title}', seconds, measure)
 
     def _rates(self) -> None:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._dynamo.testing import rand_strided
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.flop_counter import flop_registry
@@ -72,6 +71,7 @@ class Recorder(TorchDispatchMode):
         if key not in self.works:
 
             def ready() -> Callable[[], Any]:
+                from torch._dynamo.testing import rand_strided  # takes a second
                 # Random numbers; zeros of integers, which index something.
                 again, named = tree_unflatten([
                     rand_strided(*leaf) if isinstance(leaf, _Like) else leaf for leaf in shapes],

@@ -6,18 +6,16 @@ import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from prettytable import PrettyTable
 
 from ..errors import ConfigError
 from ..files import write_file
+from .bench import SCALE, Bench
 from .report_plots import LINE, MARKED, figure_of, write_csv
 from .timing import environment, size_text, thread_text
-
-if TYPE_CHECKING:
-    from .bench import Bench
 
 _TRIED = '#b0b7bf'
 
@@ -107,7 +105,7 @@ def table(rows: Sequence[Row], named: set[str]) -> str:
         if rest else '')
 
 
-def note(bench: 'Bench') -> str:
+def note(bench: Bench) -> str:
     """Say what was measured where."""
     some = '' if bench.images == len(bench.dataset) else f' of {len(bench.dataset)}'
     device = torch.cuda.get_device_name() if bench.device.type == 'cuda' else 'CPU'
@@ -119,9 +117,12 @@ def note(bench: 'Bench') -> str:
 def advice(rows: Sequence[Row], goal: Goal, best: Row, command: Sequence[str]) -> list[str]:
     """Say which ratio to take, and the command that tests it."""
     trained = next(row for row in rows if row.isr_ratio == 'none')
-    is_scale = best.isr_ratio.startswith('scale')
-    flag = [] if best is trained or is_scale else ['--isr-ratio', best.isr_ratio]
+    flag = [] if best is trained else ['--isr-ratio', best.isr_ratio]
     line = shlex.join(['python', 'tools/test.py', *command[:2], *flag, *command[2:]])
+    if best.isr_ratio.startswith(SCALE):
+        line = (f'No ratio is as good as images smaller by {best.isr_ratio.removeprefix(SCALE)}, '
+                'measured where the backbone takes them: lower the scale of Resize in the '
+                'test_pipeline by it, and test that')
     if best is trained:
         return [f'{goal}: take none, the trained ratio; no cheaper ratio meets it as well', line]
     lines = [f'{goal}: take {best.isr_ratio}: mIoU {best.miou:.2f} ({best.change:+.2f}), '
@@ -131,11 +132,10 @@ def advice(rows: Sequence[Row], goal: Goal, best: Row, command: Sequence[str]) -
             -best.change_low > goal.max_drop):
         lines.append(f'On other images the drop may reach {-best.change_low:.2f} (95 % interval): '
                      'more --samples narrow it')
-    return [*lines, 'No ratio is as good: resize the images in the test_pipeline by this scale'
-            if is_scale else line]
+    return [*lines, line]
 
 
-def write(folder: Path, bench: 'Bench', rows: Sequence[Row], goal: Goal, best: str | None,
+def write(folder: Path, bench: Bench, rows: Sequence[Row], goal: Goal, best: str | None,
           command: Sequence[str]) -> None:
     """Write sweep.csv and sweep.json."""
     figures = [{name: round(value, 6) if isinstance(value, float) else value

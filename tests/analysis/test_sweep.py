@@ -17,7 +17,7 @@ from PIL import Image
 
 from mmseg_edaformer.analysis import bench as bench_module, sweep
 from mmseg_edaformer.analysis.bench import Bench, mean_iou
-from mmseg_edaformer.analysis.sweep import Goal, Row
+from mmseg_edaformer.analysis.sweep import Goal, Row, advice
 from mmseg_edaformer.cost import count_macs
 from mmseg_edaformer.errors import ConfigError, DataError, RatioError
 from mmseg_edaformer.isr import ISRRatio, isr
@@ -88,6 +88,9 @@ def test_queries_and_smaller_inputs(edaformer, tmp_path, monkeypatch):
         assert rows['2+q2'].gmacs == count_macs(model, (64, 96)) / 1e9
     assert len({row.miou for row in rows.values()}) > 1
     assert 'scale 0.5' in (tmp_path / 'sweep.csv').read_text()
+    _, line = advice([*rows.values()], Goal(max_drop=100), rows['scale 0.5'], edaformer)
+    assert 'images smaller by 0.5' in line
+    assert 'tools/test.py' not in line
     assert not model.backbone._forward_pre_hooks
 
 
