@@ -3,4 +3,4 @@ _base_ = ['./edaformer_t_camvid_isr.py']
 model = dict(
     backbone=dict(pool_ratios=(8, 4, 2, 1)),
     decode_head=dict(pool_ratios=(4, 2, 1)),
-    train_cfg=dict(isr_range=dict(isr_ratios=('2211-222', '2222-222', '4422-444'))))
+    train_cfg=dict(isr_range=dict(isr_ratios=('2211-222', '2222-222', '4422-444', '2222-222+q2'))))

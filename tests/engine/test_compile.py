@@ -52,7 +52,7 @@ def test_sizes_and_ratios(tiny, images, device):
     segmentor.to(device)
     with torch.no_grad():
         expected = [segmentor(image) for image in images]
-        apply_isr(segmentor, 2)
+        apply_isr(segmentor, '2+q2')
         reduced = segmentor(images[0])
         apply_isr(segmentor, 1)
         compile_model(segmentor)
@@ -61,7 +61,7 @@ def test_sizes_and_ratios(tiny, images, device):
         if torch.__version__ >= (2, 13):  # 2.11 compiles again where a pool divides its map
             with torch.compiler.set_stance('fail_on_recompile'):  # there is code for every size
                 assert_near(segmentor(images[3]), expected[3])
-        apply_isr(segmentor, 2)
+        apply_isr(segmentor, '2+q2')
         assert_near(segmentor(images[0]), reduced)
     assert list(segmentor.state_dict()) == names
 
@@ -76,7 +76,7 @@ def test_graphs_for_each_size_and_ratio(segmentor, images, device, settings):
     for level in segmentor.decode_head.levels:
         del level[1:]  # tracing takes time
     # For the larger image auto reduces the keys.
-    cases = {'none': images[0], 2: images[0], 'auto': images[2]}
+    cases = {'none': images[0], '2+q2': images[0], 'auto': images[2]}
     expected = {}
     with torch.no_grad():
         for ratio, image in cases.items():

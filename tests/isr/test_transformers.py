@@ -171,7 +171,7 @@ CASES = [
     *case('PvtModel', [(128, 128), (160, 160)], lambda *size: lambda name: [
         reduced(*size)[int(name.split('.')[2])]], dict(
             image_size=max, sequence_reduction_ratios=REDUCTIONS, mlp_ratios=[2, 2, 2, 2],
-            **STAGES), prefix=None, expected=5),
+            **STAGES), prefix=None, expected=5, queries=sizes),
     *(test for linear in (False, True) for test in case(
         'PvtV2Model PvtV2Config', REDUCED,
         [(7, 7)] if linear else reduced, dict(
@@ -181,7 +181,7 @@ CASES = [
     *case('CvtModel', REDUCED, lambda *size: lambda name: [tuple(
         math.ceil(side / 8 / 2 ** int(name.split('.')[2])) for side in size)], dict(
             embed_dim=[16, 32, 64], num_heads=[1, 2, 4], depth=[1, 2, 3]), prefix=None,
-          expected=6),
+          expected=6, queries=sizes),
     *case('SwinModel', SWIN_SIZES, [(7, 7)], SWIN, eager=True, gpu=True,
           expected=4),
     *case('Swinv2Model', SWIN_SIZES, [(7, 7)], SWIN, expected=4),

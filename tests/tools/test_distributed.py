@@ -45,7 +45,7 @@ custom_imports = dict(imports=['mmseg_edaformer', 'tests.frozen_norm'])
 custom_hooks = [dict(type='CheckWeightsHook'), dict(type='FreezeNormHook')]
 model = dict(backbone=dict(drop_path_rate=0.),
              decode_head=dict(drop_path_rate=0., dropout_ratio=0.),
-             train_cfg=dict(isr_range=dict(isr_ratios=[2])))
+             train_cfg=dict(isr_range=dict(isr_ratios=['2+q2'])))
 train_dataloader = dict(batch_size=4, dataset=dict(pipeline=[
     dict(type='LoadSegImage'), dict(type='LoadSegLabels', num_classes=8),
     dict(type='Resize', scale=(64, 64), keep_ratio=False), dict(type='PackSegInputs')]))
