@@ -1,5 +1,6 @@
 """Arguments that several tools share. It imports nothing heavy, so that ``--help`` is instant."""
 import argparse
+import difflib
 import glob
 import os
 from collections.abc import Iterable
@@ -124,11 +125,14 @@ def find_config(name: str | Path) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    for folder in (_HERE / '.mim' / 'configs', _HERE.parent / 'configs'):
+    folders = _HERE / '.mim' / 'configs', _HERE.parent / 'configs'
+    for folder in folders:
         for known in (folder / path.name, folder / f'{path.name}.py'):
             if known.is_file() and path.name == str(name).removeprefix('configs/'):
                 return known
-    raise ConfigError(f'config not found: {name}')
+    near = difflib.get_close_matches(
+        path.stem, [known.stem for folder in folders for known in folder.glob('*.py')], 1)
+    raise ConfigError(f'config not found: {name}' + (f': did you mean {near[0]}?' if near else ''))
 
 
 def check_checkpoint(name: str | Path | None) -> None:

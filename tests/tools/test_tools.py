@@ -294,6 +294,7 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason='works on a G
 @pytest.mark.slow
 @pytest.mark.parametrize(('command', 'says'), [
     ('tools/train.py configs/none.py', 'config not found: configs/none.py'),
+    ('tools/train.py edaformer_t_adee', 't_adee: did you mean edaformer_t_ade?'),
     (TRAIN + '--load-from none.pth', 'checkpoint not found: none.pth'),
     (TEST + 'none.pth', 'checkpoint not found: none.pth'),
     (TEST + '{checkpoint} --isr-ratio 0', 'isr_ratio 0 is not an integer from 1'),
