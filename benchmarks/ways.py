@@ -101,8 +101,8 @@ class MapReducer(Reducer):
                 change: Callable[[Tensor], Tensor]) -> Tensor:
         front, maps, behind = x.split([self.front, grid[0] * grid[1], self.behind], -2)
         maps = change(maps.reshape(-1, *grid, x.shape[-1]).permute(0, 3, 1, 2))
-        return torch.cat([front, maps.flatten(2).mT.reshape(*x.shape[:-2], -1, x.shape[-1]),
-                          behind], -2)
+        tokens = maps.flatten(2).mT.reshape(*x.shape[:-2], -1, x.shape[-1])
+        return torch.cat([front, tokens, behind], -2) if self.front + self.behind else tokens
 
 
 def _halve(maps: Tensor) -> Tensor:
@@ -136,31 +136,26 @@ class Rival:
     def applied(self, model: Any) -> Iterator[None]:
         """Predict this way within the block; a rival that reduces nothing changes nothing."""
         parts = [] if self.keys is self.queries is Reducer else find_attention(model).parts
-        undo: list[Callable[[], Any]] = []
+        changed: list[Any] = []
         try:
             for layer in [layer for part in parts for stage in part.stages.values()
                           for layer in stage]:
-                undo += self._install(model, layer)
+                changed.append(layer.module)
+                if not isinstance(layer, ForeignLayer):
+                    _change(layer.module, _attention, rival=self)
+                    continue
+                install(layer.module, Reduction(
+                    Setting(method=self.name, strict=True), layer.rule, layer.owners,
+                    interception=functools.partial(_Intercept, self)))
+                block: Any = model.get_submodule(layer.name.rpartition('.')[0])
+                if self.merges and isinstance(getattr(block, 'ffn', None), FFN):
+                    changed.append(block.ffn)
+                    _change(block.ffn, _network, rival=self, attention=layer.module)
             yield
         finally:
-            for step in undo:
-                step()
-
-    def _install(self, model: nn.Module, layer: Any) -> Iterator[Callable[[], Any]]:
-        """Change an attention, and the network behind it; yields what undoes that."""
-        module = layer.module
-        if not isinstance(layer, ForeignLayer):
-            module.__class__, module.rival = _subclass(type(module)), self
-            yield functools.partial(_restore, module)
-            return
-        install(module, Reduction(Setting(method=self.name, strict=True), layer.rule, layer.owners,
-                                  interception=functools.partial(_Intercept, self)))
-        yield lambda: (uninstall(module), vars(module).pop('rival_layout', None))
-        network = getattr(model.get_submodule(layer.name.rpartition('.')[0]), 'ffn', None)
-        if self.merges and isinstance(network, FFN):
-            around = _AroundNetwork(self, module)
-            yield network.register_forward_pre_hook(around.before, with_kwargs=True).remove
-            yield network.register_forward_hook(around.after).remove
+            for module in changed:
+                uninstall(module)
+                _restore(module)
 
     def reducers(self, keys: Layout, total: int, queries: Layout,
                  count: int) -> tuple[Reducer, Reducer]:
@@ -190,13 +185,22 @@ class _Intercept(Interception):
         return pool
 
 
+def _change(module: Any, subclass: Callable[[Any], Any], **attributes: Any) -> None:
+    """Turn a module into one of a subclass, with attributes that are none of its submodules."""
+    module.__class__ = subclass(type(module))
+    vars(module).update(attributes)
+
+
 def _restore(module: Any) -> None:
-    module.__class__ = type(module).__base__
-    del module.rival
+    """Undo `_change`, and forget the layout of an attention."""
+    if 'rival' in vars(module):
+        module.__class__ = type(module).__base__
+    for name in ('rival', 'attention', 'rival_layout'):
+        vars(module).pop(name, None)
 
 
 @functools.cache
-def _subclass(cls: Any) -> Any:
+def _attention(cls: Any) -> Any:
     """A subclass of an embedding-free attention that reduces as its ``rival`` says."""
     def attend(self: Any, x: Tensor, queries: Tensor) -> Tensor:
         grid = x.shape[2], x.shape[3]
@@ -212,6 +216,17 @@ def _subclass(cls: Any) -> Any:
     return type(cls.__name__, (cls,), dict(attend=attend))
 
 
+@functools.cache
+def _network(cls: Any) -> Any:
+    """A subclass of a feed-forward network that merges what it takes, but not its residual."""
+    def forward(self: Any, x: Tensor, identity: Tensor | None = None) -> Tensor:
+        reducer = self.rival.queries(self.attention.rival_layout, x.shape[1])
+        out = reducer.spread(cls.forward(self, reducer.tokens(x), identity=0.))
+        return out + (x if identity is None else identity)
+
+    return type(cls.__name__, (cls,), dict(forward=forward))
+
+
 def _as_tokens(x: Tensor) -> Tensor:
     """View a map as a sequence: B d h w -> B N d."""
     return to_tokens(x).flatten(1, 2)
@@ -220,23 +235,6 @@ def _as_tokens(x: Tensor) -> Tensor:
 def _as_map(x: Tensor) -> Tensor:
     """View a sequence as a map of one column: B N d -> B d N 1."""
     return to_map(x.unsqueeze(2))
-
-
-class _AroundNetwork:
-    """Merges what a feed-forward network takes, and unmerges what it adds to all tokens."""
-
-    def __init__(self, rival: Rival, attention: nn.Module) -> None:
-        self.rival, self.attention = rival, attention
-        self.under_way: Any = None
-
-    def before(self, network: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Any:
-        reducer = self.rival.queries(vars(self.attention)['rival_layout'], args[0].shape[1])
-        self.under_way = reducer, kwargs['identity']
-        return (reducer.tokens(args[0]),), dict(identity=0.)
-
-    def after(self, network: nn.Module, args: Any, out: Tensor) -> Tensor:
-        (reducer, identity), self.under_way = self.under_way, None
-        return identity + reducer.spread(out)
 
 
 def tome(share: str) -> Rival:
@@ -314,3 +312,14 @@ def read(bench: Bench, name: str) -> Way:
         raise RatioError(f'{name}: {error}') from error
     bench.gmacs(way)  # fail before the measurements if the model cannot take it
     return way
+
+
+def spare_weights(model: nn.Module) -> None:
+    """Have each ``nn.MultiheadAttention`` compute no weights that nobody reads, as ISR does.
+
+    Else what a rival saves would be mixed with what PyTorch's faster attention saves.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            module.register_forward_pre_hook(lambda module, args, kwargs: (
+                args, dict(kwargs, need_weights=False)), with_kwargs=True)

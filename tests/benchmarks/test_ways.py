@@ -10,7 +10,7 @@ from mmseg.registry import MODELS
 from torch import nn
 
 from benchmarks.token_merging import match, merge, unmerge
-from benchmarks.ways import Rival, neighbours, todo, tome
+from benchmarks.ways import neighbours, todo, tome
 from mmseg_edaformer.cost import count_macs
 from mmseg_edaformer.models.attention import EmbeddingFreeAttention
 from mmseg_edaformer.models.eft import EFT
