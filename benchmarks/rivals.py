@@ -35,6 +35,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--input-scale', nargs='+', type=float, default=[1.], metavar='S',
                         help='measure all ways on images that are enlarged so many times: 1 2 '
                         '(default: 1)')
+    parser.add_argument('--note', default='', help='a sentence for the document, such as what else '
+                        'ran on the machine')
     parser.add_argument('--out', type=Path, default=Path('docs/rivals.md'), metavar='FILE',
                         help='document to write; its plot lies beside it (%(default)s)')
     add_cfg_options(parser)
@@ -99,8 +101,8 @@ def duel(bench: Any, ways: Sequence[Any], rows: Sequence[Any], rival: Any, cost:
     return f'{text} ({low:+.2f} to {high:+.2f}){result}'
 
 
-def write_document(path: Path, models: Sequence[dict[str, Any]], command: Sequence[str]) -> None:
-    """Write the document and, beside it, one plot of all checkpoints."""
+def write_document(path: Path, models: Sequence[dict[str, Any]], **values: str) -> None:
+    """Write the document, with these values in it, and beside it one plot of all checkpoints."""
     import torch
     from PIL import Image
 
@@ -119,7 +121,7 @@ def write_document(path: Path, models: Sequence[dict[str, Any]], command: Sequen
     with replacing(path.with_suffix('.png')) as partial:
         below(plots, gap=14).save(partial, 'PNG')
     text = templates(Path(__file__).parent).get_template('rivals.md.jinja2').render(
-        models=models, command=shlex.join(command), plot=path.with_suffix('.png').name,
+        models=models, plot=path.with_suffix('.png').name, **values,
         environment=environment('cuda' if torch.cuda.is_available() else 'cpu'))
     write_file(path, text.rstrip() + '\n')
 
@@ -133,8 +135,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from mmengine.logging import MMLogger
     MMLogger.get_current_instance().setLevel(logging.WARNING)
     models = [measure(*pair, scale, args) for pair in pairs for scale in args.input_scale]
-    write_document(args.out, models, ['python', '-m', 'benchmarks.rivals',
-                                      *(sys.argv[1:] if argv is None else argv)])
+    command = shlex.join(['python', '-m', 'benchmarks.rivals', *(argv or sys.argv[1:])])
+    write_document(args.out, models, command=command, remark=args.note)
     print(f'Written: {args.out} and {args.out.with_suffix(".png")}')
 
 

@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_SCORES = 2**24  # similarities that are held at once
-
 
 def match(metric: Tensor, merged: int, front: int = 0, behind: int = 0) -> Tensor:
     """Return for each token the number of the merged token that it becomes part of: B x N.
@@ -36,10 +34,10 @@ def match(metric: Tensor, merged: int, front: int = 0, behind: int = 0) -> Tenso
 
 def _nearest(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Return for each vector of ``left`` the highest product with one of ``right``, and which."""
-    rows = max(1, _SCORES // right.shape[1])
-    best = [(part @ right.mT).max(-1) for part in left.split(rows, 1)]
-    return torch.cat([part.values for part in best], 1), torch.cat([part.indices for part in best],
-                                                                   1)
+    held = 2**20 if left.device.type == 'cpu' else 2**26  # products at once: a cache's, or many
+    parts = left.split(max(1, held // right.shape[1]), 1)
+    values, indices = zip(*((part @ right.mT).max(-1) for part in parts))
+    return torch.cat(values, 1), torch.cat(indices, 1)
 
 
 def merge(x: Tensor, groups: Tensor, left: int) -> Tensor:

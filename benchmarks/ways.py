@@ -237,23 +237,22 @@ def _as_map(x: Tensor) -> Tensor:
     return to_map(x.unsqueeze(2))
 
 
-def tome(share: str) -> Rival:
+def tome(share: float) -> Rival:
     """Token Merging around each branch of a block, as Expedit compares with it (arXiv 2210.01035).
 
     x + unmerge(branch(merge(norm(x)))), where the branch is the attention or a feed-forward network
     without convolutions. Keys that the model reduces itself have a matching of their own.
     """
-    if not 0 <= float(share) <= 0.5:
-        raise ValueError('it merges at most half of the tokens: give a share from 0 to 0.5')
-    make: Any = functools.partial(MergingReducer, share=float(share)) if float(share) else Reducer
-    return Rival(f'tome {share}', make, make, merges=True)
+    if not 0 <= share <= 0.5:
+        raise RatioError('it merges at most half of the tokens: give a share from 0 to 0.5')
+    make: Make = functools.partial(MergingReducer, share=share) if share else Reducer
+    return Rival(f'tome {share:g}', make, make, merges=True)
 
 
-def todo(factor: str) -> Rival:
+def todo(step: int) -> Rival:
     """ToDo (arXiv 2402.13573): keys and values of every so many rows and columns, all queries."""
-    if int(factor) < 1:
-        raise ValueError('give a factor of 1 or more')
-    step = int(factor)
+    if step < 1:
+        raise RatioError('give 1 or more')
     return Rival(f'todo {step}', Reducer if step == 1 else functools.partial(
         MapReducer, down=lambda maps: maps[..., ::step, ::step]))
 
@@ -265,7 +264,7 @@ def neighbours(tokens: str) -> Rival:
     by nearest neighbours; ``q+k`` averages the keys too.
     """
     if tokens not in ('q', 'q+k'):
-        raise ValueError('give q for queries, or q+k for queries and keys')
+        raise RatioError('give q for queries, or q+k for queries and keys')
     half = functools.partial(MapReducer, down=_halve)
     return Rival(f'2x2 {tokens}', half if tokens == 'q+k' else Reducer, half)
 
@@ -283,14 +282,17 @@ class ISRMethod:
         return isr(model, self.ratio, method=self.method)
 
 
-def by_method(method: str, ratio: str) -> ISRMethod:
-    """ISR by a method."""
-    return ISRMethod(method, int(ratio))
+def smaller(scale: float) -> InputScale:
+    """A smaller input."""
+    if not 0 < scale <= 1:
+        raise RatioError('give a scale above 0, up to 1')
+    return InputScale(scale)
 
 
-WAYS: dict[str, Callable[[str], Any]] = {
-    'tome': tome, 'todo': todo, '2x2': neighbours, 'scale': lambda scale: InputScale(float(scale)),
-    **{method: functools.partial(by_method, method) for method in METHODS[1:]}}
+WAYS: dict[str, tuple[Callable[[Any], Any], Callable[[str], Any]]] = {
+    'tome': (tome, float), 'todo': (todo, int), '2x2': (neighbours, str), 'scale': (smaller, float),
+    **{method: (functools.partial(ISRMethod, method), int) for method in METHODS[1:]}}
+"""What makes a way from the value behind its name, and the type of that value."""
 
 
 def read(bench: Bench, name: str) -> Way:
@@ -299,18 +301,23 @@ def read(bench: Bench, name: str) -> Way:
     Raises:
         RatioError: There is none of this name, or it does not fit the model.
     """
-    kind, _, value = name.partition(' ')
+    kind, _, text = name.partition(' ')
     if kind not in WAYS:
         try:
             return bench.ratio(name)
         except RatioError as error:
             raise RatioError(f'{name}: neither a ratio ({error}) nor one of '
                              f'{", ".join(f"{kind} ..." for kind in WAYS)}') from error
+    make, parse = WAYS[kind]
     try:
-        way = WAYS[kind](value)
+        value = parse(text)
     except ValueError as error:
+        raise RatioError(f'{name}: give {kind} and a number of type {parse.__name__}') from error
+    try:
+        way = make(value)
+        bench.gmacs(way)  # fail before the measurements if the model cannot take it
+    except RatioError as error:
         raise RatioError(f'{name}: {error}') from error
-    bench.gmacs(way)  # fail before the measurements if the model cannot take it
     return way
 
 

@@ -81,7 +81,7 @@ def attention(queries, keys, values, heads):
 
 
 RIVALS = pytest.mark.parametrize('rival', [
-    tome('0.3'), tome('0.5'), todo('2'), todo('3'), neighbours('q'), neighbours('q+k')], ids=str)
+    tome(0.3), tome(0.5), todo(2), todo(3), neighbours('q'), neighbours('q+k')], ids=str)
 SIZES = pytest.mark.parametrize('grid', [(6, 8), (5, 7)], ids=str)
 
 
@@ -209,7 +209,7 @@ def test_whole_models(make, segmentor):
     image = torch.randn(2, 3, 96, 128)
     before, macs = model(image), count_macs(model, (512, 512))
     state = repr(model)
-    for rival in (todo('2'), neighbours('q'), neighbours('q+k'), tome('0.5')):
+    for rival in (todo(2), neighbours('q'), neighbours('q+k'), tome(0.5)):
         with rival.applied(model):
             reduced = model(image)
             assert (count_macs(model, (512, 512)) < macs) == (make is segmenter or
@@ -218,6 +218,6 @@ def test_whole_models(make, segmentor):
         assert not torch.equal(reduced, before)
         assert repr(model) == state
         assert torch.equal(model(image), before)
-    for rival in (tome('0'), todo('1')):
+    for rival in (tome(0), todo(1)):
         with rival.applied(model):
             assert torch.equal(model(image), before)
