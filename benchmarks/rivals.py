@@ -43,6 +43,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if len(args.models) % 2:
         parser.error('give a checkpoint for each config')
+    if min(args.input_scale) <= 0:
+        parser.error('--input-scale: give numbers above 0')
     return args
 
 

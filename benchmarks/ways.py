@@ -310,14 +310,12 @@ def read(bench: Bench, name: str) -> Way:
                              f'{", ".join(f"{kind} ..." for kind in WAYS)}') from error
     make, parse = WAYS[kind]
     try:
-        value = parse(text)
-    except ValueError as error:
-        raise RatioError(f'{name}: give {kind} and a number of type {parse.__name__}') from error
-    try:
-        way = make(value)
+        way = make(parse(text))
         bench.gmacs(way)  # fail before the measurements if the model cannot take it
     except RatioError as error:
         raise RatioError(f'{name}: {error}') from error
+    except ValueError as error:
+        raise RatioError(f'{name}: give {kind} and a number of type {parse.__name__}') from error
     return way
 
 

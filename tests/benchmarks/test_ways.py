@@ -80,6 +80,10 @@ def attention(queries, keys, values, heads):
     return (weights @ v).transpose(0, 1).flatten(1)
 
 
+def check(found, wanted):
+    assert float((found - wanted).detach().abs().max()) < TOLERANCE
+
+
 RIVALS = pytest.mark.parametrize('rival', [
     tome(0.3), tome(0.5), todo(2), todo(3), neighbours('q'), neighbours('q+k')], ids=str)
 SIZES = pytest.mark.parametrize('grid', [(6, 8), (5, 7)], ids=str)
@@ -119,7 +123,7 @@ def test_embedding_free_attention(rival, grid, pool):
     out = attention(reduce @ tokens, keys, keys, 2) @ attn.proj.weight.T + attn.proj.bias
     with torch.no_grad(), applied(rival, attn):
         found = attn(x)[0].flatten(1).T
-    assert float((found - spread @ out).detach().abs().max()) < TOLERANCE
+    check(found, spread @ out)
 
 
 def applied(rival, attn):
@@ -145,7 +149,7 @@ def test_segformer(rival, grid, reduction):
     out = project(attn.attn, reduce @ tokens, own @ small)
     with torch.no_grad(), rival.applied(nn.Sequential(attn)):
         found = attn(tokens[None], grid)[0]
-    assert float((found - tokens - spread @ out).detach().abs().max()) < TOLERANCE
+    check(found - tokens, spread @ out)
 
 
 def project(attn, queries, keys):
@@ -178,7 +182,7 @@ def test_plain_vit(rival, token):
     if rival.merges:
         reduce, _, spread = matrices(rival, normed, (4, 5), front)
     x = x + spread @ layer.ffn.layers(reduce @ normed)
-    assert float((found - x).detach().abs().max()) < TOLERANCE
+    check(found, x)
 
 
 def segmenter():
