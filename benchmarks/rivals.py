@@ -76,10 +76,11 @@ def measure(config: str, checkpoint: str, scale: float, args: argparse.Namespace
     with nullcontext() if scale == 1 else InputScale(scale).applied(bench.model):
         ways = list(dict.fromkeys(read(bench, name) for name in ('none', *(args.ways or WAYS))))
         bench.measure(ways, title=name)
-        rows = make_rows(bench, ways)
+        rows = make_rows(bench, ways, memory=False)
         return dict(
             name=name if scale == 1 else f'{name}, images enlarged {scale:g} times', rows=rows,
-            note=f'{"Unknown" if done is None else done} iterations of training; {note(bench)}',
+            note=f'{"Unknown" if done is None else done} iterations of training; ' +
+            note(bench).replace(' and MiB', ''),
             table=table(rows, set(map(str, ways)), markdown=True),
             duels=[dict(name=row.isr_ratio, by={cost: duel(bench, ways, rows, row, cost)
                                                 for cost in ('ms', 'gmacs')})
