@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -57,7 +57,14 @@ class InputScale:
         return (F.interpolate(args[0], size, mode='bilinear', antialias=True), *args[1:])
 
 
-Way = ISRRatio | InputScale
+class Rival(Protocol):
+    """A way to predict for less that is no ratio: hashable, with a name of its own as ``str``."""
+
+    def applied(self, model: Any) -> AbstractContextManager[None]:
+        """Predict this way within the block, and as trained after it."""
+
+
+Way = ISRRatio | Rival
 """A way to predict for less."""
 
 _CACHE = 2**30  # bytes of loaded images that are kept for the next pass
@@ -117,7 +124,7 @@ class Bench:
 
     def applied(self, way: Way | str) -> AbstractContextManager[None]:
         """Predict this way within the block."""
-        return way.applied(self.model) if isinstance(way, InputScale) else isr(self.model, way)
+        return isr(self.model, way) if isinstance(way, (ISRRatio, str)) else way.applied(self.model)
 
     def ratio(self, value: ISRRatio | int | str) -> ISRRatio:
         """Read a ratio for this model; ratios that do the same are the same.

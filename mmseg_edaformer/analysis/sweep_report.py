@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from prettytable import PrettyTable
+from prettytable import PrettyTable, TableStyle
 
 from ..errors import ConfigError
 from ..files import write_file
@@ -81,13 +81,15 @@ class Row:
     pareto_ms: bool = False
 
 
-def table(rows: Sequence[Row], named: set[str]) -> str:
-    """Format the named ratios and those that nothing beats for a terminal."""
+def table(rows: Sequence[Row], named: set[str], *, markdown: bool = False) -> str:
+    """Format the named ratios and those that nothing beats, for a terminal or as Markdown."""
     hidden = {name for name, value in (('95 % interval', rows[0].change_low),
                                        ('MiB', rows[0].peak_mib)) if value is None}
     columns = ('isr_ratio', 'mIoU', 'change', '95 % interval', 'GMACs', 'ms', 'time', 'MiB', 'best')
     pretty = PrettyTable(columns, align='r')
     pretty.align['isr_ratio'] = 'l'
+    if markdown:
+        pretty.set_style(TableStyle.MARKDOWN)
     shown = [row for row in rows if row.isr_ratio in named or row.pareto_gmacs or row.pareto_ms]
     for row in shown:
         best = [name for name, is_best in (('GMACs', row.pareto_gmacs), ('ms', row.pareto_ms))
@@ -171,10 +173,11 @@ def find_sweep(checkpoint: Path, work_dir: Path) -> tuple[list[Row], str] | None
 
 
 def draw(rows: Sequence[Row], path: Path, recommended: str | None = None,
-         named: Collection[str] = ('none',)) -> None:
+         named: Collection[str] = ('none',), groups: Mapping[str, str] | None = None) -> None:
     """Draw mIoU over GMACs and over time, with what nothing beats as a line, as a PNG.
 
-    The ``named`` ratios are labelled beside those on the line.
+    The ``named`` ratios are labelled beside those on the line. With the ``groups`` that ratios
+    belong to, each group has a colour, and bars show the intervals of their change.
     """
     with figure_of(path, (11, 5.2), 2) as (figure, axes):
         labels = []
@@ -183,7 +186,9 @@ def draw(rows: Sequence[Row], path: Path, recommended: str | None = None,
             best = {row.isr_ratio for row in rows if getattr(row, f'pareto_{cost}')}
             labels.append({name: points[name] for name in points if name in best or name in named})
             beaten = [points[name] for name in points if name not in best]
-            if beaten:
+            if groups:
+                _draw_groups(axis, rows, points, groups)
+            elif beaten:
                 axis.scatter(*zip(*beaten), s=22, color=_TRIED, label='others give more for less',
                              zorder=2)
             axis.plot(*zip(*sorted(points[name] for name in best)), color=LINE, linewidth=1.4,
@@ -201,6 +206,19 @@ def draw(rows: Sequence[Row], path: Path, recommended: str | None = None,
         figure.set_layout_engine('none')
         for axis, points in zip(axes, labels):
             _label(axis, points, recommended, named)
+
+
+def _draw_groups(axis: Any, rows: Sequence[Row], points: Mapping[str, tuple[float, float]],
+                 groups: Mapping[str, str]) -> None:
+    """Draw the points of each group in its colour, with their intervals."""
+    for number, group in enumerate(dict.fromkeys(groups.values())):
+        members = [row for row in rows if groups.get(row.isr_ratio) == group]
+        cost, miou = zip(*(points[row.isr_ratio] for row in members))
+        low, high = zip(*((0., 0.) if row.change_low is None or row.change_high is None else
+                          (max(row.change - row.change_low, 0.),
+                           max(row.change_high - row.change, 0.)) for row in members))
+        axis.errorbar(cost, miou, (low, high), fmt='o', color=f'C{number}', ecolor=_TRIED,
+                      elinewidth=0.8, markersize=5, label=group, zorder=4)
 
 
 def _label(axis: Any, points: Mapping[str, tuple[float, float]], recommended: str | None,

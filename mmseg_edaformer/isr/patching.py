@@ -65,7 +65,8 @@ def _forward_reduced(original: Any, module: Any, args: tuple[Any, ...],
         raise RatioError(f'torch.fx cannot trace {original.__name__} while ISR reduces it: use '
                          'torch.export, or call remove_isr first')
     module.isr_reduction.ran = True
-    interception = Interception(module, module.isr_reduction, args, kwargs)
+    intercept = module.isr_reduction.interception or Interception
+    interception = intercept(module, module.isr_reduction, args, kwargs)
     if torch.compiler.is_compiling():
         if not module.isr_reduction.rule.traceable:
             return _forward_eager(original, module, args, kwargs)

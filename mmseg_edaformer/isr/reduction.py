@@ -1,5 +1,5 @@
 """How an attention layer is to be reduced, and the record of one forward pass."""
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -45,12 +45,14 @@ class Reduction:
 
     It is no submodule. ``owners`` are modules elsewhere in the model that the grid is read from;
     under ``@name`` it holds the module around the layer that has an attribute of that name. ``ran``
-    says whether the module's forward has run since.
+    says whether the module's forward has run since. ``interception`` makes another `Interception`
+    of each forward, for ways of reducing that are not of this package.
     """
     setting: Setting
     rule: AttentionRule
     owners: dict[str, nn.Module]
     ran: bool = False
+    interception: Callable[..., Any] | None = None
 
     def recorded(self) -> list[nn.Module]:
         """Modules whose output maps are recorded."""

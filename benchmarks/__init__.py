@@ -1,0 +1,1 @@
+"""Comparisons with other published ways to make a trained model cheaper; not in the package."""
