@@ -45,7 +45,7 @@ def main() -> None:
         raise ConfigError('--masks is for a video: images always get a mask')
     segmenter = Segmenter(args.model, args.checkpoint, device=args.device,
                           isr_ratio=read_isr_ratio(args), max_side=args.max_side,
-                          batch_size=args.batch_size)
+                          keep_ratio=args.keep_ratio, batch_size=args.batch_size)
     print(segmenter, flush=True)
     if video:
         summary = predict_video(segmenter, args.input[0], args.out, masks=args.masks)

@@ -6,6 +6,7 @@ no addresses.
 import json
 import warnings
 from collections.abc import Mapping, Sequence
+from colorsys import hsv_to_rgb
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,7 @@ def describe(cfg: Config, meta: Mapping[str, Any]) -> Description:
         names = own.get('classes'), own.get('palette')
     for name in ('skip_list', 'blank', 'ignore_empty'):  # a bad image must not become a blank one
         steps[0].pop(name, None)
-    return Description(_plain(model), steps, *_name_classes(*names, head['num_classes']))
+    return Description(_plain(model), steps, *name_classes(*names, head['num_classes']))
 
 
 def load_model(description: Description, content: Mapping[str, Any]) -> nn.Module:
@@ -181,7 +182,7 @@ def _parse(data: Any) -> Description:
     classes, palette = data.get('classes') or (), data.get('palette')
     if not _fit(classes, model['decode_head'].get('num_classes')):
         raise ValueError('it does not name each class of the model')
-    return Description(model, list(pipeline), *_name_classes(classes, palette, len(classes)))
+    return Description(model, list(pipeline), *name_classes(classes, palette, len(classes)))
 
 
 def _checked(value: Any, name: str = '') -> Any:
@@ -218,8 +219,8 @@ def _fit(names: Any, count: Any) -> bool:
             all(isinstance(name, str) for name in names))
 
 
-def _name_classes(names: Any, palette: Any, count: int
-                  ) -> tuple[tuple[str, ...], tuple[tuple[int, int, int], ...]]:
+def name_classes(names: Any, palette: Any, count: int
+                 ) -> tuple[tuple[str, ...], tuple[tuple[int, int, int], ...]]:
     """Return a printable name and a colour for each class, made up if there is none."""
     if not _fit(names, count):
         names = [f'class {index}' for index in range(count)]
@@ -228,6 +229,9 @@ def _name_classes(names: Any, palette: Any, count: int
     except ValueError:
         colours = np.zeros(3)
     if colours.dtype.kind not in 'iu' or not ((colours >= 0) & (colours < 256)).all():
-        colours = np.random.default_rng(0).integers(0, 256, (count, 3))
+        # Hues in steps of the golden ratio never come close to the last few ones.
+        colours = np.array([[round(255 * part) for part in hsv_to_rgb(
+            i * 0.618034 % 1, (0.9, 0.5, 0.7)[i % 3], (0.95, 0.75, 0.55)[i // 3 % 3])]
+            for i in range(count)])
     return (tuple(''.join(ch if ch.isprintable() else '?' for ch in name[:60]) for name in names),
             tuple((int(r), int(g), int(b)) for r, g, b in colours))
