@@ -31,9 +31,9 @@ DESCRIPTION_FORMAT = 1  # of what is written here; a larger one comes from a new
 _KEY = 'mmseg_edaformer'
 _DESCRIBED = {
     'EncoderDecoder', 'StreamedEncoderDecoder', 'SegDataPreProcessor', 'BatchPreProcessor', 'EFT',
-    'EDAFormerHead', 'MixVisionTransformer', 'SegformerHead', 'LVT', 'FeedFormerHead', 'BN',
-    'SyncBN', 'LN', 'ReLU', 'GELU', 'LoadImageFromFile', 'Resize', 'ResizeToMultiple',
-    'PackSegInputs'}
+    'EDAFormerHead', 'MixVisionTransformer', 'SegformerHead', 'FusedSegformerHead', 'LVT',
+    'FeedFormerHead', 'BN', 'SyncBN', 'LN', 'ReLU', 'GELU', 'LoadImageFromFile', 'Resize',
+    'ResizeToMultiple', 'PackSegInputs'}
 """Classes that a file may name; mmengine imports and calls anything that a ``type`` names."""
 _TRAINING = ('init_cfg', 'pretrained', 'train_cfg', 'loss_decode', 'auxiliary_head')
 """Arguments for training alone; most can name files, some of which would be unpickled."""

@@ -27,6 +27,7 @@ from ..engine.single_file import Description, name_classes
 from ..errors import CheckpointError, ConfigError, UserError, first_line
 from ..models.label_map import label_maps
 from ..models.resize import Chain
+from ..models.segformer_head import FusedSegformerHead
 
 _DATASETS: tuple[Any, ...] = (ADE20KDataset, CityscapesDataset, COCOStuffDataset, PascalVOCDataset)
 _MULTIPLE = 32  # pixels that sides are rounded up to where a processor is told the size
@@ -320,7 +321,10 @@ def _load_transformers(name: str, given: Any, keep_ratio: bool, max_side: int | 
     elif post_process is None and squeezes:
         note = (f'its processor makes all images {width}x{height}, whatever their shape: '
                 '--keep-ratio (keep_ratio) keeps it')
-    model = Foreign(network.float(), direct=True, post_process=post_process, note=note,
+    network.float()
+    if given is None and config.model_type == 'segformer' and config.reshape_last_stage:
+        network.decode_head = FusedSegformerHead.fold(network.decode_head)
+    model = Foreign(network, direct=True, post_process=post_process, note=note,
                     task=probe.get('task_inputs'),
                     tile=(height, width) if len(tiles) > 1 else None)
     names = [str(config.id2label[index]) for index in range(config.num_labels)]
