@@ -71,13 +71,19 @@ def pack_file(source: str | Path, target: str | Path, cfg: Config) -> Descriptio
 
     The source is a checkpoint of a training with ``cfg``, or one that the authors released.
     """
-    target = Path(target)
-    if target.suffix != '.safetensors':
-        raise CheckpointError(f'{target}: with a config, write to a .safetensors file')
     content = load_from_file(source, map_location='cpu')
     if any('.linear_pred.' in name for name in content['state_dict']):
         content['state_dict'] = convert_state_dict(content['state_dict']).state_dict
-    whole = describe(cfg, content['meta'])
+    return pack(target, describe(cfg, content['meta']), content, cfg.filename)
+
+
+def pack(target: str | Path, whole: Description, content: Mapping[str, Any],
+         name: str) -> Description:
+    """Write a described model with its weights to one .safetensors; ``name`` is for messages."""
+    target = Path(target)
+    if target.suffix != '.safetensors':
+        raise CheckpointError(f'{target}: write to a .safetensors file, which can hold the whole '
+                              'model')
     first, *steps = whole.pipeline
     first = {name: value for name, value in first.items() if name in _READING}
     data = dict(vars(whole), pipeline=[first, *steps], format=DESCRIPTION_FORMAT,
@@ -85,7 +91,7 @@ def pack_file(source: str | Path, target: str | Path, cfg: Config) -> Descriptio
     try:
         description = _parse(json.loads(json.dumps(data)))
     except (TypeError, ValueError) as error:
-        raise ConfigError(f'{cfg.filename} cannot be written as data ({error}): keep the '
+        raise ConfigError(f'{name} cannot be written as data ({error}): keep the '
                           'checkpoint and its config together instead') from error
     model = load_model(description, content)
     write_weights(target, model.state_dict(), {_KEY: json.dumps(data), 'format': 'pt'})

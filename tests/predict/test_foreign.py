@@ -19,7 +19,9 @@ from mmseg_edaformer import ISRRatio  # noqa: E402
 from mmseg_edaformer.command_line import find_in_zoo  # noqa: E402
 from mmseg_edaformer.errors import CheckpointError, ConfigError, UserError  # noqa: E402
 from mmseg_edaformer.predict import foreign  # noqa: E402
+from mmseg_edaformer.predict.segformer import convert_segformer  # noqa: E402
 from mmseg_edaformer.predict.segmenter import Segmenter  # noqa: E402
+from tests.conftest import run  # noqa: E402
 
 from .foreign_models import (  # noqa: E402
     MASKS,
@@ -352,3 +354,21 @@ def test_a_name_of_the_zoo(tmp_path, monkeypatch):
         Segmenter('segformer_mit-b9', device='cpu')
     with pytest.raises(ConfigError, match='keep_ratio is not for'):
         Segmenter(name, tmp_path / 'weights.pth', keep_ratio=True)
+
+
+def test_a_segformer_becomes_one_of_mmseg(segformer, tmp_path):
+    """In a file that needs no other library, with the logits of transformers."""
+    run('tools/convert_checkpoint.py', segformer, tmp_path / 'model.safetensors')
+    own = Segmenter(tmp_path / 'model.safetensors', device='cpu')
+    assert own.classes == tuple(NAMES)
+    model = transformers.AutoModelForSemanticSegmentation.from_pretrained(segformer).eval()
+    inputs = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        expected = model(inputs).logits
+        assert expected.std() > 0.1
+        torch.testing.assert_close(own.model._forward(inputs), expected)
+    image = scene(64, 64)[..., ::-1].copy()
+    assert (own(image).labels == Segmenter(segformer, device='cpu')(image).labels).mean() > 0.99
+    save(tmp_path / 'dpt', 'DPT')
+    with pytest.raises(CheckpointError, match='is a DPTForSemanticSegmentation, which is not conv'):
+        convert_segformer(str(tmp_path / 'dpt'), tmp_path / 'dpt.safetensors')
