@@ -116,6 +116,12 @@ def add_cost_arguments(parser: argparse.ArgumentParser) -> None:
                         'the processor of a model of transformers makes all of them squares')
 
 
+def add_reduce_zero_label(parser: argparse.ArgumentParser) -> None:
+    """Add ``--reduce-zero-label``, for masks."""
+    parser.add_argument('--reduce-zero-label', action='store_true',
+                        help='0 in the masks means no label and 1 the first class, as in ADE20K')
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add ``--device``, as `Segmenter` takes it."""
     parser.add_argument('--device', help='cpu, cuda, cuda:1 (default: a GPU if there is one)')

@@ -9,7 +9,7 @@ from mmseg_edaformer.command_line import (
     add_cfg_options,
     add_isr_ratio,
     check_checkpoint,
-    find_config,
+    check_model,
     image_size,
     read_isr_ratio,
 )
@@ -18,10 +18,11 @@ from mmseg_edaformer.errors import clear_errors
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='the config that the others are compared with')
+    parser.add_argument('config', help='the config that the others are compared with; or a folder '
+                        'or hub name of transformers or segmentation-models-pytorch')
     parser.add_argument('checkpoint', nargs='?', help='its weights (default: random ones)')
     parser.add_argument('--compare', nargs='+', default=[], metavar='CONFIG',
-                        help='more configs for the same run, of any mmseg segmentor')
+                        help='more of them for the same run; configs of any mmseg segmentor')
     add_isr_ratio(parser, several=True)
     parser.add_argument('--size', nargs='+', type=image_size, metavar='H,W',
                         help='image sizes in pixels, such as 1024,2048; one number is a square '
@@ -60,7 +61,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     for config in (args.config, *args.compare):
-        find_config(config)
+        check_model(config)
     check_checkpoint(args.checkpoint)
     sys.path.insert(0, os.getcwd())  # for the custom_imports of configs
     import torch

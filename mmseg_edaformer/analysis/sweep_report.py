@@ -117,11 +117,16 @@ def note(bench: 'Bench') -> str:
 
 
 def advice(rows: Sequence[Row], goal: Goal, best: Row, command: Sequence[str]) -> list[str]:
-    """Say which ratio to take, and the command that tests it."""
+    """Say which ratio to take, and the command that tests it.
+
+    ``command`` is config, checkpoint and options; or a model, '' and options of tools/predict.py.
+    """
     trained = next(row for row in rows if row.isr_ratio == 'none')
     is_scale = best.isr_ratio.startswith('scale')
     flag = [] if best is trained or is_scale else ['--isr-ratio', best.isr_ratio]
-    line = shlex.join(['python', 'tools/test.py', *command[:2], *flag, *command[2:]])
+    own = ['test.py', *command[:2]] if command[1] else ['predict.py', 'IMAGES', '--model',
+                                                        command[0], '--out', 'RESULTS']
+    line = shlex.join(['python', f'tools/{own[0]}', *own[1:], *flag, *command[2:]])
     if best is trained:
         return [f'{goal}: take none, the trained ratio; no cheaper ratio meets it as well', line]
     lines = [f'{goal}: take {best.isr_ratio}: mIoU {best.miou:.2f} ({best.change:+.2f}), '
@@ -131,7 +136,7 @@ def advice(rows: Sequence[Row], goal: Goal, best: Row, command: Sequence[str]) -
             -best.change_low > goal.max_drop):
         lines.append(f'On other images the drop may reach {-best.change_low:.2f} (95 % interval): '
                      'more --samples narrow it')
-    return [*lines, 'No ratio is as good: resize the images in the test_pipeline by this scale'
+    return [*lines, 'No ratio is as good: scale the images down, by the test_pipeline or --max-side'
             if is_scale else line]
 
 

@@ -116,8 +116,7 @@ def test_a_processor_that_keeps_the_ratio(tmp_path):
 def test_large_images_in_little_memory(segformer):
     """150 classes at 24 megapixels take 14 GiB as logits of full size."""
     config = transformers.SegformerConfig(num_labels=150)
-    model = foreign.Foreign(transformers.SegformerForSemanticSegmentation(config).eval(),
-                            direct=True)
+    model = foreign.Foreign(transformers.SegformerForSemanticSegmentation(config).eval())
     sample = SimpleNamespace(metainfo=dict(ori_shape=(4000, 6000), img_shape=(128, 128)))
     with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profile:
         labels = model.predict_labels(torch.randn(1, 3, 64, 64), [sample])
@@ -328,8 +327,8 @@ def test_a_module_of_your_own():
     assert differing(segmenter, image, labels) <= 4
     assert str(segmenter) == 'Plain, 4 classes, on cpu'
     for change, says in ((dict(classes=NAMES), 'predicts 4 classes, and classes= names 7'),
-                         (dict(classes=None), 'give classes=, mean= and std='),
-                         (dict(std=None), 'give mean= and std=')):
+                         (dict(classes=None), 'give classes=, and mean= and std='),
+                         (dict(std=None), 'give classes=, and mean= and std=')):
         with pytest.raises(ConfigError, match=says):
             Segmenter(model, device='cpu', **known | change)
 
