@@ -95,13 +95,14 @@ class Foreign(nn.Module):
             dict(ori_shape=size, img_shape=size)] * len(inputs)
         if self.post_process is None:
             return label_maps(self(inputs), [_chain(size, **meta) for meta in metas])
-        maps = []
+        network: Any = self.network
+        dtype, maps = torch.uint8 if network.config.num_labels <= 256 else torch.int16, []
         for image, meta in zip(inputs, metas):
             features = {name: value.to(inputs.device) if isinstance(value, Tensor) else value
                         for name, value in meta.get('features', {}).items()}
             output = self(torch.stack(image.chunk(meta.get('tiles', 1), -1)), **features)
             labels = self.post_process(output, target_sizes=[tuple(meta['ori_shape'])])[0]
-            maps.append(labels.to(torch.uint8 if labels.max() < 256 else torch.int16))
+            maps.append(labels.to(dtype))
         return maps
 
     def predict(self, inputs: Tensor,
@@ -200,7 +201,7 @@ def load_foreign(model: str | nn.Module, *, classes: Sequence[str] | None = None
         if package == 'transformers' and source and mean is None:
             loaded, step, names = _load_transformers(source, given, settings, keep_ratio, max_side)
         else:
-            loaded, step, names = _load_plain(given, source, package, classes,
+            loaded, step, names = _load_plain(given, source, package, classes is None,
                                               dict(mean=mean, std=std), max_side)
     except UserError:
         raise
@@ -211,6 +212,9 @@ def load_foreign(model: str | nn.Module, *, classes: Sequence[str] | None = None
         raise CheckpointError(f'{name} cannot be loaded by {package} ({first_line(error)}): check '
                               'that it is complete, as save_pretrained of the model and of its '
                               'processor writes it') from error
+    if classes is not None and len(classes) != len(names):
+        raise ConfigError(f'{name} predicts {len(names)} classes, and classes= names '
+                          f'{len(classes)}')
     names = classes or names
     colours = next((known.METAINFO['palette'] for known in _DATASETS
                     if _are_same(known.METAINFO['classes'], names)), None)
@@ -311,8 +315,8 @@ def _load_transformers(name: str, given: Any, settings: dict[str, Any], keep_rat
     return Foreign(network, note=note), step, names
 
 
-def _load_plain(given: Any, source: str, package: str, classes: Sequence[str] | None,
-                norm: dict[str, Any], max_side: int | None) -> _Parts:
+def _load_plain(given: Any, source: str, package: str, nameless: bool, norm: dict[str, Any],
+                max_side: int | None) -> _Parts:
     """Load a model of segmentation-models-pytorch, or take a module that gives logits."""
     name, note, divisor, threshold = source or type(given).__name__, '', 1, 0.
     if package == 'segmentation_models_pytorch':
@@ -327,17 +331,15 @@ def _load_plain(given: Any, source: str, package: str, classes: Sequence[str] | 
             except (OSError, ValueError):
                 norm, note = _IMAGENET, ("images are normalised as ImageNet's, because the "
                                          'settings of the encoder cannot be read')
-    elif classes is None or None in norm.values():
+    elif nameless or None in norm.values():
         raise ConfigError(f'{name} does not say its classes and how images are normalised: give '
                           'classes=, and mean= and std= of red, green and blue from 0 to 1; or the '
                           'name or folder that transformers loads it from')
     model = Foreign(given, divisor=divisor, threshold=threshold, note=note)
     with torch.no_grad():
         channels = model(next(given.parameters()).new_zeros(1, 3, 64, 64)).shape[1]
-    names = classes or (['background', 'foreground'] if channels == 2 else
-                        [f'class {index}' for index in range(channels)])
-    if len(names) != channels:
-        raise ConfigError(f'{name} predicts {channels} classes, and classes= names {len(names)}')
+    names = ['background', 'foreground'] if channels == 2 else [
+        f'class {index}' for index in range(channels)]
     return model, dict(type=Preprocess, processor=Normalisation(**norm), max_side=max_side), names
 
 

@@ -18,6 +18,7 @@ transformers = pytest.importorskip('transformers', reason='this checks models of
 from mmseg_edaformer import ISRRatio  # noqa: E402
 from mmseg_edaformer.command_line import find_in_zoo  # noqa: E402
 from mmseg_edaformer.errors import CheckpointError, ConfigError, UserError  # noqa: E402
+from mmseg_edaformer.export.graph import Deployed  # noqa: E402
 from mmseg_edaformer.predict import foreign  # noqa: E402
 from mmseg_edaformer.predict.segformer import convert_segformer  # noqa: E402
 from mmseg_edaformer.predict.segmenter import Segmenter  # noqa: E402
@@ -80,8 +81,16 @@ def test_a_model_in_memory(segformer):
     """Its processor comes from where it was loaded from."""
     model = transformers.AutoModelForSemanticSegmentation.from_pretrained(segformer)
     image = scene(70, 133)
+    segmenter = Segmenter(segformer, device='cpu')
     assert not differing(Segmenter(model, device='cpu'), image,
-                         Segmenter(segformer, device='cpu')(image[..., ::-1].copy()).labels)
+                         segmenter(image[..., ::-1].copy()).labels)
+    assert Segmenter(model, device='cpu', classes=list('abcdefg')).classes == tuple('abcdefg')
+    with pytest.raises(ConfigError, match='predicts 7 classes, and classes= names 2'):
+        Segmenter(model, device='cpu', classes=['a', 'b'])
+    with pytest.raises(ConfigError, match='has its own weights: leave'):
+        Segmenter(segformer, 'x.pth', device='cpu')
+    with pytest.raises(ConfigError, match='SegformerForSemanticSegmentation is not exported here'):
+        Deployed(segmenter.model, labels=True)
 
 
 def test_the_ratio_of_images_is_kept(segformer):
