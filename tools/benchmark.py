@@ -9,8 +9,9 @@ from mmseg_edaformer.command_line import (
     add_cfg_options,
     add_isr_ratio,
     check_checkpoint,
-    check_model,
+    find_config,
     image_size,
+    is_hub_name,
     read_isr_ratio,
 )
 from mmseg_edaformer.errors import clear_errors
@@ -61,7 +62,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     for config in (args.config, *args.compare):
-        check_model(config)
+        if not os.path.isdir(config) and not is_hub_name(config):
+            find_config(config)
     check_checkpoint(args.checkpoint)
     sys.path.insert(0, os.getcwd())  # for the custom_imports of configs
     import torch
