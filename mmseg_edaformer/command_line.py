@@ -2,7 +2,9 @@
 import argparse
 import difflib
 import glob
+import importlib.util
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -97,8 +99,10 @@ def run_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add ``--model`` and ``--checkpoint``, as `Segmenter` takes them."""
-    parser.add_argument('--model', required=True, help='work dir of a training, a config, or a '
-                        '.safetensors written by tools/convert_checkpoint.py --config')
+    parser.add_argument('--model', required=True, help='work dir of a training, a config, a '
+                        '.safetensors written by tools/convert_checkpoint.py, a folder or hub name '
+                        '(org/name) of transformers or segmentation-models-pytorch, or a name of '
+                        "mmseg's model zoo")
     parser.add_argument('--checkpoint', metavar='FILE', help='.pth or .safetensors, for a config; '
                         'for a work dir the default is its best, or else its last checkpoint')
 
@@ -109,6 +113,14 @@ def add_cost_arguments(parser: argparse.ArgumentParser) -> None:
                   note=' (default: none, and auto for images of more than 4.2 megapixels)')
     parser.add_argument('--max-side', type=int, metavar='N', help='scale larger images down for '
                         'the network, to N pixels on the longer side; masks keep their size')
+    parser.add_argument('--keep-ratio', action='store_true', help='keep the ratio of images where '
+                        'the processor of a model of transformers makes all of them squares')
+
+
+def add_reduce_zero_label(parser: argparse.ArgumentParser) -> None:
+    """Add ``--reduce-zero-label``, for masks."""
+    parser.add_argument('--reduce-zero-label', action='store_true',
+                        help='0 in the masks means no label and 1 the first class, as in ADE20K')
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -133,6 +145,23 @@ def find_config(name: str | Path) -> Path:
     near = difflib.get_close_matches(
         path.stem, [known.stem for folder in folders for known in folder.glob('*.py')], 1)
     raise ConfigError(f'config not found: {name}' + (f': did you mean {near[0]}?' if near else ''))
+
+
+def is_hub_name(name: str | Path) -> bool:
+    """Return whether a name can be that of a model on the hub, ``org/name``, and no path here."""
+    return (re.fullmatch(r'[\w.-]+/[\w.-]+', str(name)) is not None and
+            not os.path.exists(Path(name).parts[0]) and
+            Path(name).suffix not in ('.py', '.pth', '.safetensors'))
+
+
+def find_in_zoo(name: str) -> Path | None:
+    """Return the config of a model of mmseg's zoo by its name, without importing mmseg."""
+    package = importlib.util.find_spec('mmseg')
+    if package is None or package.origin is None or not re.fullmatch(r'[\w.-]+', name) or (
+            os.path.exists(name)):
+        return None
+    configs = Path(package.origin).parent / '.mim' / 'configs'
+    return next(configs.glob(f'*/{name.removesuffix(".py")}.py'), None)
 
 
 def check_checkpoint(name: str | Path | None) -> None:
@@ -164,10 +193,11 @@ def check_model(model: str | Path, checkpoint: str | Path | None = None) -> None
         ConfigError: There is no such work dir, config or file.
         CheckpointError: The checkpoint does not exist.
     """
-    if not os.path.exists(model):
+    if not os.path.exists(model) and not is_hub_name(model) and not find_in_zoo(str(model)):
         try:
             find_config(model)
         except ConfigError as error:
             raise ConfigError(f'no such model: {model}: give the work dir of a training, a config '
-                              'and its checkpoint, or a .safetensors') from error
+                              'and its checkpoint, a .safetensors, a folder or hub name of '
+                              "transformers, or a name of mmseg's model zoo") from error
     check_checkpoint(checkpoint)

@@ -42,6 +42,11 @@ class ExampleError(RatioError):
     """A model that does not run on the example with which ISR would look at it."""
 
 
+def first_line(error: Exception) -> str:
+    """Return the beginning of an error's message, for one line of another one."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 def shown(name: object) -> str:
     """Return a file name for people and JSON: control characters and non-UTF-8 as ``\\xe9``."""
     return re.sub('[\x00-\x08\x0a-\x1f\x7f-\x9f\ud800-\udfff]',

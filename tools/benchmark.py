@@ -11,6 +11,7 @@ from mmseg_edaformer.command_line import (
     check_checkpoint,
     find_config,
     image_size,
+    is_hub_name,
     read_isr_ratio,
 )
 from mmseg_edaformer.errors import clear_errors
@@ -18,10 +19,11 @@ from mmseg_edaformer.errors import clear_errors
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='the config that the others are compared with')
+    parser.add_argument('config', help='the config that the others are compared with; or a folder '
+                        'or hub name of transformers or segmentation-models-pytorch')
     parser.add_argument('checkpoint', nargs='?', help='its weights (default: random ones)')
     parser.add_argument('--compare', nargs='+', default=[], metavar='CONFIG',
-                        help='more configs for the same run, of any mmseg segmentor')
+                        help='more of them for the same run; configs of any mmseg segmentor')
     add_isr_ratio(parser, several=True)
     parser.add_argument('--size', nargs='+', type=image_size, metavar='H,W',
                         help='image sizes in pixels, such as 1024,2048; one number is a square '
@@ -60,7 +62,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     for config in (args.config, *args.compare):
-        find_config(config)
+        if not os.path.isdir(config) and not is_hub_name(config):
+            find_config(config)
     check_checkpoint(args.checkpoint)
     sys.path.insert(0, os.getcwd())  # for the custom_imports of configs
     import torch

@@ -3,12 +3,16 @@ import argparse
 import logging
 import os
 import sys
+from pathlib import Path
 
 from mmseg_edaformer.command_line import (
     Renamed,
     add_cfg_options,
     add_isr_ratio,
+    add_reduce_zero_label,
     check_checkpoint,
+    check_inputs,
+    check_model,
     find_config,
 )
 from mmseg_edaformer.errors import clear_errors
@@ -16,8 +20,15 @@ from mmseg_edaformer.errors import clear_errors
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='the config that the checkpoint was trained with')
-    parser.add_argument('checkpoint', help='.pth or .safetensors')
+    parser.add_argument('config', nargs='?', help='the config that the checkpoint was trained with')
+    parser.add_argument('checkpoint', nargs='?', help='.pth or .safetensors')
+    parser.add_argument('--model', help='in place of a config: what tools/predict.py takes, such '
+                        'as a folder or hub name of transformers')
+    parser.add_argument('--images', metavar='DIR', help='with --model, the images')
+    parser.add_argument('--masks', metavar='DIR', help='with --model, masks with the names of the '
+                        'images: class indices, 255 for none')
+    add_reduce_zero_label(parser)
+    parser.add_argument('--keep-ratio', action='store_true', help='as for tools/predict.py')
     goal = parser.add_mutually_exclusive_group()
     goal.add_argument('--max-drop', type=float, metavar='POINTS',
                         help='recommend the cheapest ratio that loses at most so much mIoU')
@@ -33,21 +44,40 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--out', metavar='DIR', help='folder for the results, from which a later '
                         'sweep resumes (default: in work_dirs/ and the name of the config)')
     add_cfg_options(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if (args.model is None) == (args.checkpoint is None) or (
+            None in (args.images, args.masks)) != (args.model is None):
+        parser.error('give CONFIG and CHECKPOINT, or --model, --images and --masks')
+    return args
 
 
 def main() -> None:
     args = parse_args()
-    find_config(args.config)
-    check_checkpoint(args.checkpoint)
+    if args.model is None:
+        find_config(args.config)
+        check_checkpoint(args.checkpoint)
+    else:
+        check_model(args.model, args.config)
+        check_inputs([args.images, args.masks])
     sys.path.insert(0, os.getcwd())  # for the custom_imports of configs
     from mmseg_edaformer.analysis import sweep
     goal = sweep.Goal(args.max_drop, args.budget_ms, args.budget_gmacs)
     from mmengine.logging import MMLogger
     MMLogger.get_current_instance().setLevel(logging.WARNING)
-    sweep.sweep(args.config, args.checkpoint, isr_ratios=args.isr_ratio,
-                query_ratio=args.query_ratio, goal=goal, samples=args.samples, out=args.out,
-                cfg_options=args.cfg_options)
+    wanted = dict(isr_ratios=args.isr_ratio, query_ratio=args.query_ratio, goal=goal)
+    if args.model is None:
+        sweep.sweep(args.config, args.checkpoint, samples=args.samples, out=args.out,
+                    cfg_options=args.cfg_options, **wanted)
+        return
+    from mmseg_edaformer.analysis.bench import open_folders
+    from mmseg_edaformer.predict.segmenter import Segmenter
+    segmenter = Segmenter(args.model, keep_ratio=args.keep_ratio)
+    print(segmenter, flush=True)
+    folder = Path(args.out or Path('work_dirs', f'isr_sweep_{Path(args.model).name}'))
+    bench = open_folders(segmenter, args.images, args.masks, folder=folder, samples=args.samples,
+                         reduce_zero_label=args.reduce_zero_label)
+    options = ['--keep-ratio'] if args.keep_ratio else []
+    sweep.sweep_bench(bench, folder, [args.model, '', *options], **wanted)
 
 
 if __name__ == '__main__':

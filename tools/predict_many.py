@@ -41,7 +41,7 @@ def main() -> None:
     from mmseg_edaformer.predict.outputs import describe_summary
     summary = predict_many(
         args.input, args.model, args.out, checkpoint=args.checkpoint,
-        isr_ratio=read_isr_ratio(args), max_side=args.max_side,
+        isr_ratio=read_isr_ratio(args), max_side=args.max_side, keep_ratio=args.keep_ratio,
         workers=args.workers, threads=args.threads, address=args.address,
         overlays=args.overlays, batch_size=args.batch_size, column=args.column)
     overlays = 'overlays, ' if args.overlays else ''

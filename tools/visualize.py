@@ -10,6 +10,7 @@ from mmseg_edaformer.command_line import (
     add_device,
     add_isr_ratio,
     add_model_arguments,
+    add_reduce_zero_label,
     check_inputs,
     check_model,
     read_isr_ratio,
@@ -39,8 +40,7 @@ def parse_args() -> argparse.Namespace:
                         '(default: the last of each stage)')
     parser.add_argument('--labels', metavar='MASK', help='the mask of the image, or a folder of '
                         'masks with the names of the images: class indices, 255 for none')
-    parser.add_argument('--reduce-zero-label', action='store_true',
-                        help='0 in the masks means no label and 1 the first class, as in ADE20K')
+    add_reduce_zero_label(parser)
     add_device(parser)
     return parser.parse_args()
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset, pseudo_collate
 from mmseg.evaluation import IoUMetric
+from mmseg.models.segmentors import EncoderDecoder
 from mmseg.registry import DATASETS
 
 from ..engine import launch
@@ -27,6 +28,8 @@ from ..isr import ISRRatio, isr
 from ..isr.ratio import StageRatio
 from ..isr.registry import find_attention
 from ..predict.run import progress_bar
+from ..predict.segmenter import Segmenter
+from .labelled import IGNORED, LabelledImages
 from .loading import NONE, count_windows, load_model
 from .timing import milliseconds, peak_bytes, relative, time_call
 
@@ -92,7 +95,7 @@ class Bench:
         RatioError: The model holds no attention that ISR can reduce.
     """
 
-    def __init__(self, model: Any, dataset: BaseDataset, metric: dict[str, Any], *,
+    def __init__(self, model: Any, dataset: Any, metric: dict[str, Any], *,
                  samples: int | None = None, store: Path | None = None, subject: str = '',
                  look: int = _LOOK) -> None:
         self.model, self.dataset, self.metric = model, dataset, metric
@@ -252,6 +255,18 @@ class Bench:
             self.cache[position] = data
         return data
 
+    @torch.no_grad()
+    def takes(self, scale: InputScale) -> bool:
+        """Return whether the model predicts at an input scale, which some networks refuse."""
+        if isinstance(self.model, EncoderDecoder):
+            return True
+        try:
+            with self.applied(scale):
+                self.model.test_step(self.example)
+        except (RuntimeError, ValueError):
+            return False
+        return True
+
     def _middle_image(self, look: int) -> tuple[Any, tuple[int, int]]:
         """Return the middle one by size of the first images, with its size in the network."""
         sized = []
@@ -314,6 +329,20 @@ def _digest(cfg: Config, checkpoint: str, dataset: BaseDataset, metric: dict[str
         os.path.realpath(checkpoint), weights and (weights.st_size, weights.st_mtime_ns),
         torch.__version__, torch.get_num_threads(), str(device)], default=str, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def open_folders(segmenter: Segmenter, images: str | Path, masks: str | Path, *,
+                 reduce_zero_label: bool = False, folder: Path | None = None,
+                 samples: int | None = None) -> Bench:
+    """Return a bench of any model on a folder of images and one of masks with the same names."""
+    dataset = LabelledImages(segmenter, images, masks, reduce_zero_label)
+    subject = hashlib.sha256(json.dumps([
+        segmenter.fingerprint(), [(str(path), path.stat().st_mtime_ns) for path in dataset.files],
+        os.path.realpath(masks), reduce_zero_label, torch.__version__, torch.get_num_threads(),
+        str(segmenter.device)]).encode()).hexdigest()[:16]
+    metric = dict(classes=len(segmenter.classes), ignore_index=IGNORED, nan_to_num=None)
+    return Bench(segmenter.model, dataset, metric, samples=samples, subject=subject,
+                 store=folder and folder / 'sweep.npz')
 
 
 def _iou_metric(cfg: Config) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
+from ..command_line import is_hub_name
 from ..cost import windows
 from ..engine.allocator import keep_freed_memory
 from ..engine.compile import compile_model
@@ -27,6 +28,7 @@ from ..engine.run_config import load_config
 from ..errors import ConfigError
 from ..isr import ISRRatio
 from ..models.cpu_kernels import allow_kernels
+from ..predict.foreign import load_foreign
 from . import timing
 from .loading import NONE, can_reduce, count_windows, load_model, set_ratio
 from .pipeline import measure_pipeline
@@ -139,8 +141,11 @@ def load_contenders(config: str, checkpoint: str | None = None, compare: Sequenc
     contenders: list[Contender] = []
     names: Counter[str] = Counter()
     for i, path in enumerate([config, *compare]):
-        cfg = load_config(path, cfg_options=None if i else cfg_options)
-        model = load_model(cfg, None if i else checkpoint)
+        if Path(path, 'config.json').is_file() or is_hub_name(path):
+            cfg, model = Config(), load_foreign(path)[1]
+        else:
+            cfg = load_config(path, cfg_options=None if i else cfg_options)
+            model = load_model(cfg, None if i else checkpoint)
         ratios = wanted if not i or can_reduce(model) else (NONE,)
         for ratio in (*ratios, NONE):
             set_ratio(model, ratio)

@@ -67,7 +67,8 @@ def search(bench: Bench, ratios: Sequence[ISRRatio], goal: Goal, greedy: bool) -
     before any is measured, and raises a ConfigError.
     """
     trained = bench.ratio('none')
-    tried: list[Way] = [*dict.fromkeys([trained, *ratios]), *map(InputScale, SCALES)]
+    tried: list[Way] = [*dict.fromkeys([trained, *ratios]), *filter(
+        bench.takes, map(InputScale, SCALES))]
     most = bench.ratio(f'{_MOST}+q{_MOST}' if bench.has_queries else _MOST)
     if greedy and goal.budget_ms is not None and most not in tried:
         tried.append(most)
@@ -197,10 +198,23 @@ def sweep(config: str, checkpoint: str, *, isr_ratios: Sequence[str] | None = No
         UserError: The config, the checkpoint, the data or a ratio cannot be used, or no ratio
             meets the goal.
     """
-    goal = goal or Goal()
     cfg = load_config(config, cfg_options=cfg_options)
     folder = Path(out or Path(cfg.work_dir) / f'isr_sweep_{Path(checkpoint).stem}')
-    bench = open_bench(cfg, checkpoint, folder, samples)
+    options = [f'{key}={value}' for key, value in cfg_options.items()] if isinstance(
+        cfg_options, Mapping) else list(cfg_options or ())
+    command = [config, checkpoint, *(['--cfg-options', *options] if options else [])]
+    return sweep_bench(open_bench(cfg, checkpoint, folder, samples), folder, command,
+                       isr_ratios=isr_ratios, query_ratio=query_ratio, goal=goal, say=say)
+
+
+def sweep_bench(bench: Bench, folder: Path, command: Sequence[str], *,
+                isr_ratios: Sequence[str] | None = None, query_ratio: str | None = None,
+                goal: Goal | None = None, say: Callable[[str], Any] = print) -> list[Row]:
+    """`sweep` of a model and images that are loaded.
+
+    ``command`` is what `sweep_report.advice` takes.
+    """
+    goal = goal or Goal()
     wanted = []
     for value in isr_ratios or DEFAULT:
         if value == GREEDY:
@@ -213,9 +227,6 @@ def sweep(config: str, checkpoint: str, *, isr_ratios: Sequence[str] | None = No
     (folder / '.writable').unlink()
     if reused := min(bench.count('none'), len(bench.order)):
         say(f'Reusing {folder / "sweep.npz"}, which holds {reused} images')
-    options = [f'{key}={value}' for key, value in cfg_options.items()] if isinstance(
-        cfg_options, Mapping) else list(cfg_options or ())
-    command = [config, checkpoint, *(['--cfg-options', *options] if options else [])]
 
     def report(tried: Sequence[Way], *, memory: bool = True) -> list[Row]:
         rows = make_rows(bench, tried, memory=memory)

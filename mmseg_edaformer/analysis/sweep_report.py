@@ -117,14 +117,19 @@ def note(bench: Bench) -> str:
 
 
 def advice(rows: Sequence[Row], goal: Goal, best: Row, command: Sequence[str]) -> list[str]:
-    """Say which ratio to take, and the command that tests it."""
+    """Say which ratio to take, and the command that tests it.
+
+    ``command`` is config, checkpoint and options; or a model, '' and options of tools/predict.py.
+    """
     trained = next(row for row in rows if row.isr_ratio == 'none')
     flag = [] if best is trained else ['--isr-ratio', best.isr_ratio]
-    line = shlex.join(['python', 'tools/test.py', *command[:2], *flag, *command[2:]])
+    own = ['test.py', *command[:2]] if command[1] else ['predict.py', 'IMAGES', '--model',
+                                                        command[0], '--out', 'RESULTS']
+    line = shlex.join(['python', f'tools/{own[0]}', *own[1:], *flag, *command[2:]])
     if best.isr_ratio.startswith(SCALE):
+        where = 'the scale of Resize in the test_pipeline' if command[1] else '--max-side'
         line = (f'No ratio is as good as images smaller by {best.isr_ratio.removeprefix(SCALE)}, '
-                'measured where the backbone takes them: lower the scale of Resize in the '
-                'test_pipeline by it, and test that')
+                f'measured where the backbone takes them: lower {where} by it, and test that')
     if best is trained:
         return [f'{goal}: take none, the trained ratio; no cheaper ratio meets it as well', line]
     lines = [f'{goal}: take {best.isr_ratio}: mIoU {best.miou:.2f} ({best.change:+.2f}), '

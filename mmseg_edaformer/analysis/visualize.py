@@ -6,11 +6,10 @@ from typing import Any
 
 import cv2
 import numpy as np
-from mmseg.registry import TRANSFORMS
 from prettytable import PrettyTable
 from torch import Tensor
 
-from ..errors import ConfigError, DataError, shown
+from ..errors import ConfigError, shown
 from ..files import replacing
 from ..isr import ISRRatio
 from ..isr.pooling import Grid
@@ -19,6 +18,7 @@ from ..predict.outputs import writing
 from ..predict.segmenter import Segmenter
 from . import sheets
 from .attention import Attended, choose_layers, look
+from .labelled import read_labels
 from .loading import count_windows
 
 
@@ -169,21 +169,6 @@ def _predict(segmenter: Segmenter, path: Path, title: str,
     height, width = _load(segmenter, path)[1].shape[2:]
     gmacs = count_windows(segmenter.model, (height, width)) / 1e9
     return sheets.Shot(title, segmenter(path), gmacs, seen or {})
-
-
-def read_labels(labels: Path, path: Path, size: Grid, classes: int,
-                reduce_zero_label: bool) -> np.ndarray:
-    """Read the labels of an image, H x W, from a mask or a folder of masks."""
-    mask = labels
-    if labels.is_dir():
-        masks = sorted(labels.glob(f'{path.stem}.*'))
-        if len(masks) != 1:
-            raise DataError(f'{labels} holds {len(masks)} masks called {path.stem}.*, not one')
-        mask = masks[0]
-    load = TRANSFORMS.build(dict(type='LoadSegLabels', num_classes=classes))
-    results = load(dict(img_path=str(path), seg_map_path=str(mask), ori_shape=size, seg_fields=[],
-                        reduce_zero_label=reduce_zero_label))
-    return np.asarray(results['gt_seg_map'])
 
 
 def _tables(subject: sheets.Subject, shots: Sequence[sheets.Shot],

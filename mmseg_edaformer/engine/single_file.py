@@ -6,6 +6,7 @@ no addresses.
 import json
 import warnings
 from collections.abc import Mapping, Sequence
+from colorsys import hsv_to_rgb
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,9 @@ DESCRIPTION_FORMAT = 1  # of what is written here; a larger one comes from a new
 _KEY = 'mmseg_edaformer'
 _DESCRIBED = {
     'EncoderDecoder', 'StreamedEncoderDecoder', 'SegDataPreProcessor', 'BatchPreProcessor', 'EFT',
-    'EDAFormerHead', 'MixVisionTransformer', 'SegformerHead', 'LVT', 'FeedFormerHead', 'BN',
-    'SyncBN', 'LN', 'ReLU', 'GELU', 'LoadImageFromFile', 'Resize', 'ResizeToMultiple',
-    'PackSegInputs'}
+    'EDAFormerHead', 'MixVisionTransformer', 'SegformerHead', 'FusedSegformerHead', 'LVT',
+    'FeedFormerHead', 'BN', 'SyncBN', 'LN', 'ReLU', 'GELU', 'LoadImageFromFile', 'Resize',
+    'ResizeToMultiple', 'PackSegInputs'}
 """Classes that a file may name; mmengine imports and calls anything that a ``type`` names."""
 _TRAINING = ('init_cfg', 'pretrained', 'train_cfg', 'loss_decode', 'auxiliary_head')
 """Arguments for training alone; most can name files, some of which would be unpickled."""
@@ -70,13 +71,19 @@ def pack_file(source: str | Path, target: str | Path, cfg: Config) -> Descriptio
 
     The source is a checkpoint of a training with ``cfg``, or one that the authors released.
     """
-    target = Path(target)
-    if target.suffix != '.safetensors':
-        raise CheckpointError(f'{target}: with a config, write to a .safetensors file')
     content = load_from_file(source, map_location='cpu')
     if any('.linear_pred.' in name for name in content['state_dict']):
         content['state_dict'] = convert_state_dict(content['state_dict']).state_dict
-    whole = describe(cfg, content['meta'])
+    return pack(target, describe(cfg, content['meta']), content, cfg.filename)
+
+
+def pack(target: str | Path, whole: Description, content: Mapping[str, Any],
+         name: str) -> Description:
+    """Write a described model with its weights to one .safetensors; ``name`` is for messages."""
+    target = Path(target)
+    if target.suffix != '.safetensors':
+        raise CheckpointError(f'{target}: write to a .safetensors file, which can hold the whole '
+                              'model')
     first, *steps = whole.pipeline
     first = {name: value for name, value in first.items() if name in _READING}
     data = dict(vars(whole), pipeline=[first, *steps], format=DESCRIPTION_FORMAT,
@@ -84,7 +91,7 @@ def pack_file(source: str | Path, target: str | Path, cfg: Config) -> Descriptio
     try:
         description = _parse(json.loads(json.dumps(data)))
     except (TypeError, ValueError) as error:
-        raise ConfigError(f'{cfg.filename} cannot be written as data ({error}): keep the '
+        raise ConfigError(f'{name} cannot be written as data ({error}): keep the '
                           'checkpoint and its config together instead') from error
     model = load_model(description, content)
     write_weights(target, model.state_dict(), {_KEY: json.dumps(data), 'format': 'pt'})
@@ -140,7 +147,7 @@ def describe(cfg: Config, meta: Mapping[str, Any]) -> Description:
         names = own.get('classes'), own.get('palette')
     for name in ('skip_list', 'blank', 'ignore_empty'):  # a bad image must not become a blank one
         steps[0].pop(name, None)
-    return Description(_plain(model), steps, *_name_classes(*names, head['num_classes']))
+    return Description(_plain(model), steps, *name_classes(*names, head['num_classes']))
 
 
 def load_model(description: Description, content: Mapping[str, Any]) -> nn.Module:
@@ -181,7 +188,7 @@ def _parse(data: Any) -> Description:
     classes, palette = data.get('classes') or (), data.get('palette')
     if not _fit(classes, model['decode_head'].get('num_classes')):
         raise ValueError('it does not name each class of the model')
-    return Description(model, list(pipeline), *_name_classes(classes, palette, len(classes)))
+    return Description(model, list(pipeline), *name_classes(classes, palette, len(classes)))
 
 
 def _checked(value: Any, name: str = '') -> Any:
@@ -218,8 +225,8 @@ def _fit(names: Any, count: Any) -> bool:
             all(isinstance(name, str) for name in names))
 
 
-def _name_classes(names: Any, palette: Any, count: int
-                  ) -> tuple[tuple[str, ...], tuple[tuple[int, int, int], ...]]:
+def name_classes(names: Any, palette: Any, count: int
+                 ) -> tuple[tuple[str, ...], tuple[tuple[int, int, int], ...]]:
     """Return a printable name and a colour for each class, made up if there is none."""
     if not _fit(names, count):
         names = [f'class {index}' for index in range(count)]
@@ -228,6 +235,9 @@ def _name_classes(names: Any, palette: Any, count: int
     except ValueError:
         colours = np.zeros(3)
     if colours.dtype.kind not in 'iu' or not ((colours >= 0) & (colours < 256)).all():
-        colours = np.random.default_rng(0).integers(0, 256, (count, 3))
+        # Hues in steps of the golden ratio never come close to the last few ones.
+        colours = np.array([[round(255 * part) for part in hsv_to_rgb(
+            i * 0.618034 % 1, (0.9, 0.5, 0.7)[i % 3], (0.95, 0.75, 0.55)[i // 3 % 3])]
+            for i in range(count)])
     return (tuple(''.join(ch if ch.isprintable() else '?' for ch in name[:60]) for name in names),
             tuple((int(r), int(g), int(b)) for r, g, b in colours))

@@ -21,6 +21,7 @@ from .. import __version__
 from ..compat import swaps_channels
 from ..errors import ConfigError, UserError
 from ..models.segmentor import StreamedEncoderDecoder
+from ..predict.foreign import Foreign
 from ..predict.segmenter import Segmenter
 
 _TRACED = (613, 741)  # several cells of every sensible pool; free, for nothing is computed
@@ -31,6 +32,10 @@ class Deployed(nn.Module):
 
     def __init__(self, model: nn.Module, labels: bool) -> None:
         super().__init__()
+        if isinstance(model, Foreign):
+            raise ConfigError(f'a {type(model.network).__name__} is not exported here: write a '
+                              'SegFormer of transformers to one file with tools/'
+                              'convert_checkpoint.py and export that, others by their own library')
         if not isinstance(model, StreamedEncoderDecoder) or not model.streamable:
             head = type(getattr(model, 'decode_head', model)).__name__
             raise ConfigError(f'{type(model).__name__} with {head} cannot be exported, because its '

@@ -19,9 +19,8 @@ from torch import Tensor
 from .. import compat
 from ..data.drawing import draw_scene
 from ..engine.run_config import load_config
-from ..errors import ConfigError, UserError
+from ..errors import ConfigError, UserError, first_line
 from ..predict.inputs import find_images
-from ..predict.loading import first_line
 from ..predict.segmenter import Segmenter
 from .graph import Deployed
 from .runtimes import OPENVINO, Exported, Run

@@ -10,8 +10,9 @@ from .comparison.library_backbones import TimmMaps, TransformersMaps
 from .comparison.lvt import LVT
 from .edaformer_head import EDAFormerHead
 from .eft import EFT
+from .segformer_head import FusedSegformerHead
 from .segmentor import StreamedEncoderDecoder, StreamedTTAModel
 
 __all__ = ['EFT', 'LVT', 'EDAFormerHead', 'EmbeddedAttention', 'EmbeddingFreeAttention',
-           'FeedFormerHead', 'MixFFN', 'PatchEmbed', 'StreamedEncoderDecoder', 'StreamedTTAModel',
-           'TimmMaps', 'TransformerBlock', 'TransformersMaps']
+           'FeedFormerHead', 'FusedSegformerHead', 'MixFFN', 'PatchEmbed', 'StreamedEncoderDecoder',
+           'StreamedTTAModel', 'TimmMaps', 'TransformerBlock', 'TransformersMaps']

@@ -38,8 +38,9 @@ _BATCHES = 16  # of each worker, at least: the last ones end at about the same t
 
 def predict_many(source: str | Path, model: str | Path, out: str | Path, *,
                  checkpoint: str | Path | None = None, isr_ratio: str | None = None,
-                 max_side: int | None = None, workers: int | None = None, threads: int = 1,
-                 address: str | None = None, overlays: bool = False, batch_size: int | None = None,
+                 max_side: int | None = None, keep_ratio: bool = False,
+                 workers: int | None = None, threads: int = 1, address: str | None = None,
+                 overlays: bool = False, batch_size: int | None = None,
                  column: str | None = None) -> dict[str, Any]:
     """Write the masks of many images to a folder with Ray; re-running resumes where it stopped.
 
@@ -58,7 +59,8 @@ def predict_many(source: str | Path, model: str | Path, out: str | Path, *,
     settings: dict[str, Any] = {  # with absolute paths, for workers elsewhere
         name: os.path.abspath(path) if path is not None and os.path.exists(path) else path
         for name, path in (('model', model), ('checkpoint', checkpoint))}
-    settings |= dict(isr_ratio=isr_ratio, max_side=max_side, batch_size=batch_size)
+    settings |= dict(isr_ratio=isr_ratio, max_side=max_side, keep_ratio=keep_ratio,
+                     batch_size=batch_size)
     segmenter = Segmenter(device='cpu', **settings)
     summary = Summary(segmenter, out)
     token = out / f'.{socket.gethostname()}.{os.getpid()}.partial'

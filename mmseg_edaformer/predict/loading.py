@@ -1,22 +1,41 @@
-"""Loading the model of a prediction: from a work dir, a config or one file, onto a device."""
+"""Loading the model of a prediction, of this package or another library, onto a device."""
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
+from mmengine.config.utils import _get_cfg_metainfo
 from mmengine.runner import CheckpointLoader
 
-from ..command_line import check_model
+from ..command_line import check_model, find_in_zoo, is_hub_name
 from ..engine import load_from_file
 from ..engine.allocator import keep_freed_memory
 from ..engine.run_config import load_config
 from ..engine.single_file import Description, describe, load_model, read_description
-from ..errors import CheckpointError, ConfigError, UserError
+from ..errors import CheckpointError, ConfigError, UserError, first_line
+from .foreign import load_foreign
 
 
-def load_segmentor(model: Path, checkpoint: str | Path | None
-                   ) -> tuple[Description, torch.nn.Module, str]:
-    """Return the description of a model, the model on the CPU, and the file of its weights."""
+def load_segmentor(model: str | Path | torch.nn.Module, checkpoint: str | Path | None,
+                   **settings: Any) -> tuple[Description, torch.nn.Module, str]:
+    """Return the description of a model, the model, and the file of its weights.
+
+    ``settings`` are those of `load_foreign`, which mmseg's models do not have.
+    """
+    if isinstance(model, torch.nn.Module) or is_hub_name(model) or (
+            Path(model, 'config.json').is_file()):
+        if checkpoint is not None:
+            raise ConfigError(f'{model} has its own weights: leave {checkpoint} out')
+        return load_foreign(model if isinstance(model, torch.nn.Module) else str(model), **settings)
     check_model(model, checkpoint)
+    for name, value in settings.items():
+        if value and name != 'max_side':
+            raise ConfigError(f'{name} is not for {model}, whose config says it: leave it out')
+    return _load_own(Path(model), checkpoint)
+
+
+def _load_own(model: Path, checkpoint: str | Path | None
+              ) -> tuple[Description, torch.nn.Module, str]:
     if model.suffix == '.safetensors':
         if checkpoint is not None:
             raise ConfigError(f'{model} holds its own weights: leave {checkpoint} out, or give a '
@@ -33,6 +52,9 @@ def load_segmentor(model: Path, checkpoint: str | Path | None
     if model.suffix == '.pth':
         raise ConfigError(f'{model} is a checkpoint and does not say what model it is of: give its '
                           'work dir, or its config and then the checkpoint')
+    if known := find_in_zoo(str(model)):
+        model, path = known, f'{known.parent.name}/{known.name}'
+        checkpoint = checkpoint or _get_cfg_metainfo(str(known.parents[3]), path).get('Weights')
     if checkpoint is None:
         raise ConfigError(f'{model}: a config needs a checkpoint')
     cfg = load_config(model)
@@ -51,15 +73,12 @@ def load_segmentor(model: Path, checkpoint: str | Path | None
         raise CheckpointError(f'{checkpoint}: {error}') from error
 
 
-def first_line(error: Exception) -> str:
-    """Return the beginning of an error's message, for one line of another one."""
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
-
-
 def _find_in_work_dir(folder: Path, checkpoint: str | Path | None) -> tuple[Path, str | Path]:
     configs = sorted(folder.glob('*.py'))
     if not configs:
-        raise ConfigError(f'{folder} is not the work dir of a training: it holds no config')
+        raise ConfigError(f'{folder} is not the work dir of a training: it holds no config, nor '
+                          'the config.json that save_pretrained of transformers or '
+                          'segmentation-models-pytorch writes')
     if len(configs) > 1:
         raise ConfigError(f'{folder} holds several configs, '
                           f'{", ".join(path.name for path in configs[:4])}: give one of them and '

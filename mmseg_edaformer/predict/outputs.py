@@ -199,7 +199,8 @@ class Summary:
             ratio = ('auto' if self.reduced == self.done else
                      f'none, auto for {self.reduced} of {self.done}')
         summary = dict(
-            checkpoint=self.place(own.source), device=str(own.device), isr_ratio=ratio,
+            checkpoint=self.place(own.source) if os.path.exists(own.source) else own.source,
+            device=str(own.device), isr_ratio=ratio,
             seconds=round(seconds, 3),
             versions=dict(mmseg_edaformer=__version__, torch=torch.__version__),
             classes={name: '#' + bytes(colour).hex()

@@ -21,11 +21,12 @@ from PIL import Image
 
 from ..cost import count_macs, windows
 from ..data.transforms import MAX_PIXELS, allow_pixels, with_checks
-from ..errors import CheckpointError, ConfigError, DataError, shown
+from ..errors import CheckpointError, ConfigError, DataError, first_line, shown
 from ..isr import ISRRatio, QueryRatio, apply_isr, remove_isr
 from ..isr.registry import find_attention
+from .foreign import Foreign
 from .inputs import Video, find_images, is_video, read_ahead, scale_down, to_array, to_bgr
-from .loading import find_device, first_line, load_segmentor
+from .loading import find_device, load_segmentor
 
 LARGE = 2048 * 2048
 """Pixels of an image, and of what the network sees of it at once, above which the default ratio is
@@ -109,8 +110,10 @@ class Segmenter:
     a Segmenter, see `isr_ratio`: it predicts for one of them at a time.
 
     Args:
-        model: A work dir, a config, or a .safetensors that tools/convert_checkpoint.py --config
-            wrote, which needs nothing else.
+        model: A work dir, a config, or a .safetensors that tools/convert_checkpoint.py wrote,
+            which needs nothing else. A folder of transformers' or segmentation-models-pytorch's
+            ``save_pretrained``, or the name of such a model on the hub, ``org/name``; a name of
+            mmseg's model zoo. Or a module from N x 3 x H x W to logits, in memory.
         checkpoint: Weights for a config; a work dir uses its best checkpoint by default, or else
             its last one.
         device: Such as 'cpu' or 'cuda:1'; by default the first GPU, if there is one.
@@ -122,21 +125,27 @@ class Segmenter:
             side (up to 31 more, where the pipeline rounds); label maps keep the original size.
         batch_size: Most images of equal size that are predicted at once, by default 8 on a GPU and
             1 on a CPU, where more are not faster; fewer if they are large.
+        keep_ratio: Whether images keep their ratio where the processor of a model of transformers
+            makes all of them squares; their shorter side becomes that of the square.
+        classes: Names of the classes of a module that does not know them.
+        mean, std: Of a module, of red, green and blue from 0 to 1.
 
     Raises:
         UserError: The model, the checkpoint or the device cannot be used.
     """
 
-    def __init__(self, model: str | Path, checkpoint: str | Path | None = None, *,
+    def __init__(self, model: str | Path | torch.nn.Module, checkpoint: str | Path | None = None, *,
                  device: str | None = None, isr_ratio: ISRRatio | int | str | None = None,
                  query_ratio: QueryRatio | int | str | None = None,
                  max_side: int | None = None, batch_size: int | None = None,
+                 keep_ratio: bool = False, classes: Sequence[str] | None = None,
+                 mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
                  isr: None = None) -> None:
         if isr is not None:
             _refuse_isr()
-        if not isinstance(model, (str, Path)):
-            raise ConfigError(f'model {model!r} is not a path: give a work dir, a config or a '
-                              '.safetensors')
+        if not isinstance(model, (str, Path, torch.nn.Module)):
+            raise ConfigError(f'model {model!r} is no path, name or module: give a work dir, a '
+                              'config, a .safetensors, or a folder or hub name of transformers')
         if batch_size is not None and batch_size < 1:
             raise ConfigError(f'batch_size {batch_size}: it must be 1 or more')
         if max_side is not None and max_side < 32:
@@ -144,7 +153,10 @@ class Segmenter:
         allow_pixels(MAX_PIXELS)
         self.device = find_device(device)
         self.batch_size = batch_size or (1 if self.device.type == 'cpu' else 8)
-        self.description, self.model, self.source = load_segmentor(Path(model), checkpoint)
+        self.description, self.model, self.source = load_segmentor(
+            model, checkpoint, classes=classes, mean=mean, std=std, keep_ratio=keep_ratio,
+            max_side=max_side)
+        is_single_file = Path(self.source).suffix == '.safetensors' and checkpoint is None
         self.model.to(self.device)
         init_default_scope('mmseg')
         self.max_side = max_side
@@ -157,19 +169,20 @@ class Segmenter:
             first, *rest = map(with_checks, self.description.pipeline)
             self._read_file = TRANSFORMS.build(first)
             steps: list[Any] = rest
-            if max_side is not None:  # after what resizes for good, before multiples of 32
+            if max_side is not None and not isinstance(self.model, Foreign):
+                # After what resizes for good, before multiples of 32.
                 resized = [index for index, step in enumerate(steps, 1)
                            if 'Resize' in str(step['type']) and 'Multiple' not in str(step['type'])]
                 steps.insert(max(resized, default=0), self._scale_down)
             self._prepare = Compose(steps)
-            if Path(model).suffix == '.safetensors':  # whose values may fit no image at all
+            if is_single_file:  # whose values may fit no image at all
                 data = self.load(np.zeros((64, 64, 3), np.uint8))[1]
                 data['inputs'] = data['inputs'][:, :64, :64]
                 self._predict_labels([data])
         except Exception as error:  # values that do not go together raise anything
-            if Path(model).suffix != '.safetensors':
+            if not is_single_file:
                 raise
-            raise CheckpointError(f'{model} is refused: it cannot predict an image '
+            raise CheckpointError(f'{self.source} is refused: it cannot predict an image '
                                   f'({first_line(error)})') from error
         if query_ratio is not None:
             isr_ratio = ISRRatio.parse(isr_ratio or 1).with_queries(query_ratio)
@@ -177,7 +190,9 @@ class Segmenter:
         del self._own.ratio  # this thread, too, follows others until it sets one
 
     def __str__(self) -> str:
-        return f'{shown(self.source)}, {len(self.classes)} classes, on {self.device}'
+        note = getattr(self.model, 'note', '')
+        return (f'{shown(self.source)}, {len(self.classes)} classes, on {self.device}' +
+                f'\n{note}' * bool(note))
 
     isr = property(_refuse_isr, _refuse_isr)
 

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 from mmseg_edaformer.analysis.attention import look
+from mmseg_edaformer.analysis.labelled import read_labels
 from mmseg_edaformer.analysis.sheets import draw_cells, draw_cross, paint, project, relative_error
 from mmseg_edaformer.analysis.visualize import (
     choose_points,
     find_subject,
     parse_point,
-    read_labels,
     visualize,
 )
 from mmseg_edaformer.errors import ConfigError, DataError, RatioError
