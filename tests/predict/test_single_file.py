@@ -135,7 +135,7 @@ def test_names_do_a_terminal_no_harm(told):
 
 
 @pytest.mark.parametrize(('target', 'config', 'says'), [
-    ('x.pth', 'mini.py', 'with a config, write to a .safetensors file'),
+    ('x.pth', 'mini.py', 'write to a .safetensors file'),
     ('x.safetensors', 'foreign.py', "cannot be written as data .it must not name 'TimmMaps'"),
 ])
 def test_what_cannot_be_one_file(work, tmp_path, target, config, says):
