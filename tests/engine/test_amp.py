@@ -22,7 +22,7 @@ def test_it_learns_and_resumes(cuda, scenes, tmp_path, monkeypatch):
     monkeypatch.setattr(EDAFormerHead, 'forward', note)
     config = write_config(tmp_path, scenes)
     options = {'train_cfg.max_iters': 32, 'train_cfg.val_interval': 32,
-               'default_hooks.checkpoint.interval': 16}
+               'default_hooks.checkpoint.interval': 16, 'train_dataloader.batch_size': 4}
     assert train_here(config, tmp_path / 'whole', amp=True, options=options) == 0
     assert dtypes == [torch.bfloat16] * 32 + [torch.float32] * 4
 
@@ -31,7 +31,7 @@ def test_it_learns_and_resumes(cuda, scenes, tmp_path, monkeypatch):
         return content['message_hub']['log_scalars']['train/loss'].data[0]
 
     whole = losses('whole')
-    assert whole[-10:].mean() < 0.9 * whole[:5].mean()  # 0.80 on a CPU
+    assert whole[-10:].mean() < 0.9 * whole[:5].mean()  # 0.79 on a CPU
 
     (tmp_path / 'resumed').mkdir()
     shutil.copy(tmp_path / 'whole' / 'iter_16.pth', tmp_path / 'resumed')

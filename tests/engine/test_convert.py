@@ -112,7 +112,7 @@ def test_a_truncated_file_or_a_full_disk_writes_nothing(tmp_path):
 def test_what_the_tool_refuses(tmp_path):
     (tmp_path / 'ours.pth').touch()
     for arguments, message in (
-            (['none.pth', 'new.pth'], 'error: checkpoint not found: none.pth: give the path of a .pth'),
+            (['none.pth', 'new.pth'], 'checkpoint not found: none.pth: give the path of a .pth'),
             ([tmp_path / 'ours.pth', 'new.pth', '--config', 'none.py'],
              'error: config not found: none.py\n'),
             ([tmp_path / 'ours.pth', 'new.onnx'], 'write to a .pth or a .safetensors file')):
