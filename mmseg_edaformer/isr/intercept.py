@@ -268,7 +268,7 @@ class Interception(ReducedScores):
         query, key, value = (call[name] for name in ('query', 'key', 'value'))
         if call.get('is_causal') or query.dim() != 3:
             return func(*args, **kwargs)
-        heads, length = call['num_heads'], len(query)
+        heads, length = call['num_heads'], query.shape[0]
         tokens = key.transpose(0, 1).unsqueeze(1)  # N B C -> B 1 N C
         pool = self._find(_projected_keys(call) if self.reduction.setting.method == 'bipartite'
                           else tokens, length)

@@ -96,8 +96,10 @@ class Arguments(GridSource):
         values = [call.argument(name) for name in self.names]
         if None in values:
             return list(call.maps)
-        rows, columns = values if len(values) == 2 else values[0][-2:]
-        return [(int(rows), int(columns)), *call.maps]
+        # int would fix a symbol in a graph.
+        rows, columns = (int(side) if isinstance(side, Tensor) else side for side in (
+            values if len(values) == 2 else values[0][-2:]))
+        return [(rows, columns), *call.maps]
 
 
 @dataclass(frozen=True)

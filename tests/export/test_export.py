@@ -241,8 +241,8 @@ test_dataloader = dict(dataset=dict(data_root='{scenes}'))
     torch.save(dict(state_dict=model.state_dict(), meta=dict()), weights)
     with pytest.raises(ConfigError, match=r'pads the images: export labels.*--labels'):
         export(config, path, format='pt2', checkpoint=weights)
-    export(config, path, format='pt2', checkpoint=weights, isr_ratio='21', labels=True)
-    file, segmenter = Exported(path), Segmenter(config, weights, device='cpu', isr_ratio='21')
+    export(config, path, format='pt2', checkpoint=weights, isr_ratio='21+q2', labels=True)
+    file, segmenter = Exported(path), Segmenter(config, weights, device='cpu', isr_ratio='21+q2')
     for size, count in (((128, 256), 2), ((187, 129), 1)):
         images = draw(scenes, size, count)
         assert (file(images) == predict(segmenter, images)).mean() > 0.9995
