@@ -113,6 +113,11 @@ def add_cost_arguments(parser: argparse.ArgumentParser) -> None:
                   note=' (default: none, and auto for images of more than 4.2 megapixels)')
     parser.add_argument('--max-side', type=int, metavar='N', help='scale larger images down for '
                         'the network, to N pixels on the longer side; masks keep their size')
+    add_keep_ratio(parser)
+
+
+def add_keep_ratio(parser: argparse.ArgumentParser) -> None:
+    """Add ``--keep-ratio``, for models of transformers."""
     parser.add_argument('--keep-ratio', action='store_true', help='keep the ratio of images where '
                         'the processor of a model of transformers makes all of them squares')
 

@@ -1,13 +1,19 @@
 """Serve a web page: an image in, its prediction out, with the ISR ratio on sliders."""
 import argparse
 
-from mmseg_edaformer.command_line import add_device, add_model_arguments, check_model
+from mmseg_edaformer.command_line import (
+    add_device,
+    add_keep_ratio,
+    add_model_arguments,
+    check_model,
+)
 from mmseg_edaformer.errors import clear_errors
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add_model_arguments(parser)
+    add_keep_ratio(parser)
     add_device(parser)
     parser.add_argument('--host', default='127.0.0.1', metavar='ADDRESS',
                         help='address to listen on (default: 127.0.0.1, for this machine alone; '
@@ -30,7 +36,8 @@ def main() -> None:
     check_model(args.model, args.checkpoint)
     from mmseg_edaformer.predict.page import serve
     from mmseg_edaformer.predict.segmenter import Segmenter
-    segmenter = Segmenter(args.model, args.checkpoint, device=args.device)
+    segmenter = Segmenter(args.model, args.checkpoint, device=args.device,
+                          keep_ratio=args.keep_ratio)
     print(segmenter)
     serve(segmenter, host=args.host, port=args.port, names=args.allow_host,
           max_upload=args.max_upload, max_side=args.max_side)

@@ -9,6 +9,7 @@ from mmseg_edaformer.command_line import (
     Renamed,
     add_cfg_options,
     add_isr_ratio,
+    add_keep_ratio,
     add_reduce_zero_label,
     check_checkpoint,
     check_inputs,
@@ -28,7 +29,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--masks', metavar='DIR', help='with --model, masks with the names of the '
                         'images: class indices, 255 for none')
     add_reduce_zero_label(parser)
-    parser.add_argument('--keep-ratio', action='store_true', help='as for tools/predict.py')
+    add_keep_ratio(parser)
     goal = parser.add_mutually_exclusive_group()
     goal.add_argument('--max-drop', type=float, metavar='POINTS',
                         help='recommend the cheapest ratio that loses at most so much mIoU')

@@ -256,7 +256,8 @@ def _introduce(comparer: Comparer) -> str:
     device = torch.cuda.get_device_name(segmenter.device) if segmenter.device.type == 'cuda' else (
         f'CPU, {threads} thread{"s" * (threads != 1)}')
     return _fill('introduction', source=os.path.join(*Path(segmenter.source).parts[-2:]),
-                 classes=len(segmenter.classes), device=device, max_side=comparer.max_side)
+                 classes=len(segmenter.classes), device=device, max_side=comparer.max_side,
+                 note=segmenter.note)
 
 
 _ASK_SOON = '''() => {

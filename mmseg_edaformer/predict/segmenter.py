@@ -189,10 +189,14 @@ class Segmenter:
         self.isr_ratio = isr_ratio  # type: ignore[assignment]
         del self._own.ratio  # this thread, too, follows others until it sets one
 
+    @property
+    def note(self) -> str:
+        """What is worth knowing of how the model sees images, or an empty string."""
+        return str(getattr(self.model, 'note', ''))
+
     def __str__(self) -> str:
-        note = getattr(self.model, 'note', '')
         return (f'{shown(self.source)}, {len(self.classes)} classes, on {self.device}' +
-                f'\n{note}' * bool(note))
+                f'\n{self.note}' * bool(self.note))
 
     isr = property(_refuse_isr, _refuse_isr)
 
