@@ -88,7 +88,7 @@ def test_the_tools(folder, tmp_path):
     code, text = run_tool(
         'tools/isr_sweep.py', *where, '--images', folder / 'images', '--masks', folder / 'masks',
         '--isr-ratio', 'none', '2', '--max-drop', '0', '--out', tmp_path)
-    assert code == 0
+    assert code == 0, text
     assert 'makes all images 64x64' in text
     assert f'tools/predict.py IMAGES --model {folder / "model"} --out RESULTS' in text
     code, text = run_tool('tools/isr_sweep.py', *where)
