@@ -159,6 +159,11 @@ def is_hub_name(name: str | Path) -> bool:
             Path(name).suffix not in ('.py', '.pth', '.safetensors'))
 
 
+def is_foreign(name: str | Path) -> bool:
+    """Return whether a name is that of another library's model: a folder or on the hub."""
+    return Path(name, 'config.json').is_file() or is_hub_name(name)
+
+
 def find_in_zoo(name: str) -> Path | None:
     """Return the config of a model of mmseg's zoo by its name, without importing mmseg."""
     package = importlib.util.find_spec('mmseg')
@@ -166,7 +171,7 @@ def find_in_zoo(name: str) -> Path | None:
             os.path.exists(name)):
         return None
     configs = Path(package.origin).parent / '.mim' / 'configs'
-    return next(configs.glob(f'*/{name.removesuffix(".py")}.py'), None)
+    return next(configs.glob(f'[!_]*/{name.removesuffix(".py")}.py'), None)
 
 
 def check_checkpoint(name: str | Path | None) -> None:

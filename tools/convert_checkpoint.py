@@ -5,11 +5,10 @@ which tools/predict.py and Segmenter predict without anything else. A SegFormer 
 folder or a hub name, becomes such a file without --config.
 """
 import argparse
-from pathlib import Path
 from typing import Any
 
-from mmseg_edaformer.command_line import check_checkpoint, find_config, is_hub_name
-from mmseg_edaformer.errors import clear_errors
+from mmseg_edaformer.command_line import check_checkpoint, find_config, is_foreign
+from mmseg_edaformer.errors import ConfigError, clear_errors
 
 
 def parse_args() -> argparse.Namespace:
@@ -25,13 +24,15 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    is_foreign = Path(args.source).is_dir() or is_hub_name(args.source)
-    if not is_foreign:
-        check_checkpoint(args.source)
-    if is_foreign:
+    if is_foreign(args.source):
+        if args.config:
+            raise ConfigError(f'{args.source} says itself what it is: leave --config out')
         from mmseg_edaformer.predict.segformer import convert_segformer
         _describe(convert_segformer(args.source, args.target), args.target)
-    elif args.config:
+        print(f'written: {args.target}')
+        return
+    check_checkpoint(args.source)
+    if args.config:
         find_config(args.config)
         from mmseg_edaformer.engine.run_config import load_config
         from mmseg_edaformer.engine.single_file import pack_file

@@ -46,8 +46,9 @@ def parse_args() -> argparse.Namespace:
                         'sweep resumes (default: in work_dirs/ and the name of the config)')
     add_cfg_options(parser)
     args = parser.parse_args()
-    if (args.model is None) == (args.checkpoint is None) or (
-            None in (args.images, args.masks)) != (args.model is None):
+    own, folders = (args.config, args.checkpoint), (args.model, args.images, args.masks)
+    if not ((all(own) and not any(folders)) or
+            (all(folders) and not any((*own, args.cfg_options)))):
         parser.error('give CONFIG and CHECKPOINT, or --model, --images and --masks')
     return args
 
@@ -58,7 +59,7 @@ def main() -> None:
         find_config(args.config)
         check_checkpoint(args.checkpoint)
     else:
-        check_model(args.model, args.config)
+        check_model(args.model)
         check_inputs([args.images, args.masks])
     sys.path.insert(0, os.getcwd())  # for the custom_imports of configs
     from mmseg_edaformer.analysis import sweep

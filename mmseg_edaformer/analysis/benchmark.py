@@ -20,7 +20,7 @@ from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
-from ..command_line import is_hub_name
+from ..command_line import is_foreign
 from ..cost import windows
 from ..engine.allocator import keep_freed_memory
 from ..engine.compile import compile_model
@@ -141,7 +141,7 @@ def load_contenders(config: str, checkpoint: str | None = None, compare: Sequenc
     contenders: list[Contender] = []
     names: Counter[str] = Counter()
     for i, path in enumerate([config, *compare]):
-        if Path(path, 'config.json').is_file() or is_hub_name(path):
+        if is_foreign(path):
             cfg, model = Config(), load_foreign(path)[1]
         else:
             cfg = load_config(path, cfg_options=None if i else cfg_options)

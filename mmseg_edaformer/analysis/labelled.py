@@ -25,6 +25,9 @@ class LabelledImages:
         self.segmenter, self.masks = segmenter, Path(masks)
         self.reduce_zero_label = reduce_zero_label
         self.files = [path for path, _ in find_images(images)]
+        if len({Path(path).stem for path in self.files}) < len(self.files):
+            raise DataError(f'{images} holds several images of one name, so their masks cannot be '
+                            'told apart: rename them')
 
     def __len__(self) -> int:
         return len(self.files)
@@ -63,7 +66,7 @@ def score(summary: dict[str, Any], out: str | Path, labels: str | Path,
         reduce_zero_label: Whether 0 in the masks means no label and 1 the first class.
     """
     names = list(summary['classes'])
-    areas: Any = torch.zeros(4, len(names))
+    areas: Any = torch.zeros(4, len(names), dtype=torch.double)
     for place, entry in summary['images'].items():
         with Image.open(Path(out, entry['mask'])) as mask:
             predicted = np.asarray(mask).astype(np.int64)
@@ -72,7 +75,7 @@ def score(summary: dict[str, Any], out: str | Path, labels: str | Path,
         areas = areas + torch.stack(IoUMetric.intersect_and_union(
             torch.from_numpy(predicted), torch.from_numpy(truth.astype(np.int64)), len(names),
             IGNORED))
-    shared, union, _, labelled = areas.double()
+    shared, union, _, labelled = areas
     iou = 100 * shared / union
     return dict(mIoU=round(float(iou.nanmean()), 2),
                 accuracy=round(float(100 * shared.sum() / labelled.sum()), 2),

@@ -149,9 +149,9 @@ class ISRRatio(StageRatio):
     @classmethod
     def parse_encoder(cls, text: str) -> Self:
         """Parse the ratio of a model without a decoder, for which ``2211`` is enough."""
-        keys, _, queries = text.partition(_QUERIES)
+        keys, plus, queries = text.partition(_QUERIES)
         ratio = cls._parse_encoder(keys)
-        return ratio.with_queries(QueryRatio._parse_encoder(queries)) if queries else ratio
+        return ratio.with_queries(QueryRatio._parse_encoder(queries)) if plus else ratio
 
     def with_queries(self, query_ratio: QueryRatio | int | str | None) -> Self:
         """The same with another query ratio; None keeps the one that it has."""

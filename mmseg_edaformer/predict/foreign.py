@@ -197,6 +197,10 @@ def load_foreign(model: str | nn.Module, *, classes: Sequence[str] | None = None
     settings = _read_config(source) if given is None else {}
     package = type(model).__module__.partition('.')[0] if given is not None else (
         'transformers' if 'model_type' in settings else 'segmentation_models_pytorch')
+    if (given is None and mean is not None) or (
+            package in ('transformers', 'segmentation_models_pytorch') and
+            (mean is None) != (std is None)):
+        raise ConfigError(f'{name}: mean= and std= go together, and are for a module in memory')
     try:
         if package == 'transformers' and source and mean is None:
             loaded, step, names = _load_transformers(source, given, settings, keep_ratio, max_side)
@@ -291,15 +295,16 @@ def _load_transformers(name: str, given: Any, settings: dict[str, Any], keep_rat
     count, _, height, width = trial['pixel_values'].shape
     step: dict[str, Any] = dict(type=Preprocess, processor=processor, options=options)
     names = [str(network.config.id2label[index]) for index in range(network.config.num_labels)]
+    squeezes, note = count == 1 and width < 1.5 * height, ''
     if load is transformers.AutoModelForUniversalSegmentation:
-        if max_side is not None:
-            raise ConfigError(f'max_side {max_side}: the processor of {name} chooses the size of '
-                              'images itself, since the model predicts masks: leave max_side out, '
-                              'or change size in its preprocessor_config.json')
+        if max_side is not None or (keep_ratio and squeezes):
+            raise ConfigError(f'{"keep_ratio" if max_side is None else f"max_side {max_side}"}: '
+                              f'the processor of {name} chooses the size of images itself, since '
+                              'the model predicts masks: leave it out, or change size in its '
+                              'preprocessor_config.json')
         return Foreign(network, post_process=images.post_process_semantic_segmentation,
                        task=trial.get('task_inputs'),
                        tile=(height, width) if count > 1 else None), step, names
-    squeezes, note = width < 1.5 * height, ''
     if max_side is not None or (keep_ratio and squeezes):
         short = min(height, width) if keep_ratio else None
         step |= dict(short_side=short, max_side=max_side, multiple=_MULTIPLE,

@@ -1,5 +1,6 @@
 """Loading the model of a prediction, of this package or another library, onto a device."""
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from mmengine.config.utils import _get_cfg_metainfo
 from mmengine.runner import CheckpointLoader
 
-from ..command_line import check_model, find_in_zoo, is_hub_name
+from ..command_line import check_model, find_in_zoo, is_foreign
 from ..engine import load_from_file
 from ..engine.allocator import keep_freed_memory
 from ..engine.run_config import load_config
@@ -22,8 +23,7 @@ def load_segmentor(model: str | Path | torch.nn.Module, checkpoint: str | Path |
 
     ``settings`` are those of `load_foreign`, which mmseg's models do not have.
     """
-    if isinstance(model, torch.nn.Module) or is_hub_name(model) or (
-            Path(model, 'config.json').is_file()):
+    if isinstance(model, torch.nn.Module) or is_foreign(model):
         if checkpoint is not None:
             raise ConfigError(f'{model} has its own weights: leave {checkpoint} out')
         return load_foreign(model if isinstance(model, torch.nn.Module) else str(model), **settings)
@@ -54,7 +54,8 @@ def _load_own(model: Path, checkpoint: str | Path | None
                           'work dir, or its config and then the checkpoint')
     if known := find_in_zoo(str(model)):
         model, path = known, f'{known.parent.name}/{known.name}'
-        checkpoint = checkpoint or _get_cfg_metainfo(str(known.parents[3]), path).get('Weights')
+        with suppress(ValueError):  # no metafile names it
+            checkpoint = checkpoint or _get_cfg_metainfo(str(known.parents[3]), path).get('Weights')
     if checkpoint is None:
         raise ConfigError(f'{model}: a config needs a checkpoint')
     cfg = load_config(model)

@@ -16,14 +16,17 @@ def convert_segformer(source: str, target: str | Path) -> Description:
     foreign, model, _ = load_foreign(source)
     network: Any = model.network
     config = network.config
-    if config.model_type != 'segformer' or not config.reshape_last_stage or len(
-            {size / heads for size, heads in zip(config.hidden_sizes,
-                                                 config.num_attention_heads)}) > 1:
-        raise CheckpointError(f'{source} is a {type(network).__name__}, which is not converted: '
-                              'predict with the model as it is, or give a SegFormer of the usual '
-                              'sizes')
     read, step = foreign.pipeline
     norm = step['processor']
+    if config.model_type != 'segformer' or not config.reshape_last_stage or len(
+            {size / heads for size, heads in zip(config.hidden_sizes,
+                                                 config.num_attention_heads)}) > 1 or (
+            len({*config.mlp_ratios}) > 1 or config.hidden_act != 'gelu' or not norm.do_resize or
+            not norm.do_rescale or not norm.do_normalize or norm.resample != 2 or
+            not norm.size.get('width') or abs(255 * norm.rescale_factor - 1) > 1e-6):
+        raise CheckpointError(f'{source} is a {type(network).__name__}, which is not converted: '
+                              'predict with the model as it is, or give a SegFormer of the usual '
+                              'sizes with its usual processor')
     epsilon = next(module.eps for module in network.modules() if isinstance(module, nn.LayerNorm))
     own = dict(
         type='EncoderDecoder', data_preprocessor=dict(
@@ -39,7 +42,8 @@ def convert_segformer(source: str, target: str | Path) -> Description:
             type='FusedSegformerHead', in_channels=config.hidden_sizes,
             channels=config.decoder_hidden_size, num_classes=config.num_labels),
         test_cfg=dict(mode='whole'))
-    resize = dict(type='Resize', scale=(norm.size['width'], norm.size['height']))
+    resize = dict(type='Resize', scale=(norm.size['width'], norm.size['height']),
+                  backend='pillow')  # as the processor, with antialiasing
     state, tensors = network.segformer.state_dict(), []
     for name, tensor in state.items():  # which come in the order of mmseg's
         if '.q_proj.' in name:

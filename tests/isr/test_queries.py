@@ -25,7 +25,7 @@ from .check import first
 from .oracle import query_matrices
 
 
-@pytest.mark.parametrize('grid', [(12, 16), (13, 18), (5, 3)], ids=str)
+@pytest.mark.parametrize('grid', [(12, 16), (13, 18), (14, 23), (5, 3)], ids=str)
 @pytest.mark.parametrize('side', [2, 3, 4])
 def test_a_ramp_comes_back_inside(grid, side):
     """The centres of cells stay where they are, also beside a ragged border."""
@@ -34,9 +34,12 @@ def test_a_ramp_comes_back_inside(grid, side):
     cell = min(side, grid[0]), min(side, grid[1])
     found = spread_queries(pool_queries(ramp, cell), cell, grid)
     assert found.shape == ramp.shape
+    mean, back = query_matrices(grid, side, 0, ramp.numel())
+    torch.testing.assert_close(found.flatten(), back @ mean @ ramp.flatten())
     inner = [slice(cell[axis] // 2, max(1, grid[axis] // cell[axis] * cell[axis] - cell[axis] // 2 -
                                         cell[axis] * (grid[axis] % cell[axis] > 0)))
              for axis in (0, 1)]
+    assert grid == (5, 3) or ramp[..., inner[0], inner[1]].numel()
     torch.testing.assert_close(found[..., inner[0], inner[1]], ramp[..., inner[0], inner[1]])
 
 
@@ -190,3 +193,5 @@ def test_the_grammar():
                        'none+qoptimal': "cannot parse query_ratio 'optimal'"}.items():
         with pytest.raises(RatioError, match=says):
             ISRRatio.parse(text)
+    with pytest.raises(RatioError, match='cannot parse query_ratio'):
+        ISRRatio.parse_encoder('2211+q')

@@ -364,6 +364,12 @@ def test_a_name_of_the_zoo(tmp_path, monkeypatch):
         Segmenter(name, tmp_path / 'weights.pth', keep_ratio=True)
 
 
+def test_half_a_normalisation_is_refused(segformer):
+    for options in (dict(std=(1, 1, 1)), dict(mean=(0, 0, 0), std=(1, 1, 1))):
+        with pytest.raises(ConfigError, match='mean= and std= go together'):
+            Segmenter(segformer, device='cpu', **options)
+
+
 def test_a_segformer_becomes_one_of_mmseg(segformer, tmp_path):
     """In a file that needs no other library, with the logits of transformers."""
     run('tools/convert_checkpoint.py', segformer, tmp_path / 'model.safetensors')
@@ -375,7 +381,7 @@ def test_a_segformer_becomes_one_of_mmseg(segformer, tmp_path):
         expected = model(inputs).logits
         assert expected.std() > 0.1
         torch.testing.assert_close(own.model._forward(inputs), expected)
-    image = scene(64, 64)[..., ::-1].copy()
+    image = scene(300, 410)[..., ::-1].copy()  # which the processor squeezes
     assert (own(image).labels == Segmenter(segformer, device='cpu')(image).labels).mean() > 0.99
     save(tmp_path / 'dpt', 'DPT')
     with pytest.raises(CheckpointError, match='is a DPTForSemanticSegmentation, which is not conv'):

@@ -93,6 +93,7 @@ def _fix_pair(part: Part, image: str, mask: str | None, folder: Path) -> list[tu
             if inside.startswith('..') or os.path.isabs(inside):
                 raise _NotFixableError(path, f'lies outside of {source}')
             files.append((path, folder / name / inside, repair(part, path, checks)))
+    new = [target for _, target, _ in files if not os.path.lexists(target)]
     for path, target, content in files:
         target.parent.mkdir(parents=True, exist_ok=True)
         if content is not None:
@@ -103,19 +104,19 @@ def _fix_pair(part: Part, image: str, mask: str | None, folder: Path) -> list[tu
             except OSError:  # Windows, and file systems without links
                 shutil.copyfile(path, target)
     if any(content for _, _, content in files):
-        _check_pair(part, [(path, str(target)) for path, target, _ in files])
+        _check_pair(part, [(path, str(target)) for path, target, _ in files], new)
     wrong = ', '.join(check for check in checks if check in _FIXABLE)
     return [(path, wrong) for path, _, content in files if content]
 
 
-def _check_pair(part: Part, files: list[tuple[str, str]]) -> None:
-    """Remove a pair of files, each with its source, that still fails a check."""
+def _check_pair(part: Part, files: list[tuple[str, str]], new: list[Path]) -> None:
+    """Remove the ``new`` files of a pair, each with its source, that still fails a check."""
     kinds = [*zip(('image', 'mask'), (target for _, target in files))]
     mask = kinds[1][1] if len(kinds) > 1 else None
     found = judge(part, kinds[0][1], mask, {file: examine(*file) for file in kinds})
     wrong = next((check for check, _, _ in found if CHECKS[check][0] == 'error'), None)
     if wrong:
-        for _, target in files:
+        for target in new:
             os.remove(target)
         raise _NotFixableError(files[-1][0], f'still {wrong} after fixing')
 
