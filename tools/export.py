@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mmseg_edaformer.command_line import (
     add_isr_ratio,
+    add_keep_ratio,
     add_model_arguments,
     check_model,
     image_size,
@@ -21,6 +22,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--out', required=True, metavar='FILE',
                         help='.onnx, .xml (its weights go to a .bin beside it) or .pt2')
     add_isr_ratio(parser, note='; it is fixed in the file (default: none)')
+    add_keep_ratio(parser)
     parser.add_argument('--size', type=image_size, metavar='H,W', help='height and width of all '
                         'images, one number for squares (default: any size from a minimum up)')
     parser.add_argument('--labels', action='store_true', help='give a label map at the size of the '
@@ -56,7 +58,7 @@ def main() -> None:
     print(export(args.model, args.out, format=args.format, checkpoint=args.checkpoint,
                  isr_ratio=read_isr_ratio(args), size=args.size, labels=args.labels, int8=args.int8,
                  calibrate=args.calibrate, images=args.images, samples=args.samples,
-                 threads=args.threads))
+                 threads=args.threads, keep_ratio=args.keep_ratio))
 
 
 if __name__ == '__main__':

@@ -15,10 +15,11 @@ from ..compat import release
 from ..errors import ConfigError
 from ..files import write_file
 from ..isr import ISRRatio, QueryRatio
+from ..predict.foreign import Foreign
 from ..predict.inputs import find_images
 from ..predict.outputs import writing
 from ..predict.segmenter import Segmenter
-from .graph import Deployed, describe, quiet, trace
+from .graph import Adapted, Deployed, describe, quiet, trace
 from .parity import ExportReport, Measured, Parity, TestImages, check, fit, read_images, reference
 from .runtimes import FORMATS, Exported, Run, placing
 
@@ -27,18 +28,18 @@ __all__ = ['FORMATS', 'ExportReport', 'Exported', 'export']
 _CALIBRATED = 128
 
 
-def export(model: str | Path, out: str | Path, *, format: str, checkpoint: str | Path | None = None,
-           isr_ratio: ISRRatio | int | str = 'none',
+def export(model: str | Path | torch.nn.Module, out: str | Path, *, format: str,
+           checkpoint: str | Path | None = None, isr_ratio: ISRRatio | int | str = 'none',
            query_ratio: QueryRatio | int | str | None = None, size: tuple[int, int] | None = None,
            labels: bool = False, int8: bool = False, calibrate: str | Path | None = None,
-           images: str | Path | None = None, samples: int = 40,
-           threads: int | None = None) -> ExportReport:
+           images: str | Path | None = None, samples: int = 40, threads: int | None = None,
+           **settings: Any) -> ExportReport:
     """Write a model for another runtime, and check that it predicts what PyTorch predicts.
 
     The file is written under another name, loaded again and compared, and takes its name last.
 
     Args:
-        model: A work dir, a config or a .safetensors, see `Segmenter`.
+        model: What `Segmenter` takes.
         out: The file; its suffix is that of the format.
         format: One of `FORMATS`.
         checkpoint: Weights for a config, see `Segmenter`.
@@ -52,6 +53,7 @@ def export(model: str | Path, out: str | Path, *, format: str, checkpoint: str |
             or else drawn ones.
         samples: Most labelled test images on which the mIoU of float and of int8 is measured.
         threads: Threads of all runtimes; by default as many as PyTorch has.
+        **settings: Those of `Segmenter` for models of other libraries, like ``keep_ratio``.
 
     Raises:
         UserError: A package is missing, the arguments do not fit each other or the model, or the
@@ -60,14 +62,16 @@ def export(model: str | Path, out: str | Path, *, format: str, checkpoint: str |
     out = Path(out)
     _check_arguments(out, format, int8, calibrate, size, samples, threads)
     segmenter = Segmenter(model, checkpoint, device='cpu', isr_ratio=isr_ratio,
-                          query_ratio=query_ratio)
+                          query_ratio=query_ratio, **settings)
+    if isinstance(segmenter.model, Foreign):
+        segmenter.model = Adapted(segmenter.model, segmenter.description.pipeline[-1])
     if size is None:
         _check_open_size(segmenter)
     deployed = Deployed(segmenter.model, labels)
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        test_images = TestImages(segmenter, Path(model), images, samples)
+        test_images = TestImages(segmenter, model, images, samples)
         return _export(segmenter, deployed, out, format, size, calibrate, test_images)
     finally:
         torch.set_num_threads(before)
@@ -149,6 +153,10 @@ def _check_open_size(segmenter: Segmenter) -> None:
         raise ConfigError('--isr-ratio auto follows the size of each image, but a file keeps one '
                           'ratio: give the size of all images with --size H,W, or another '
                           '--isr-ratio')
+    if any('Swin' in type(module).__name__ for module in model.modules()):
+        # Its padding and rolling by symbols keep torch.export busy for hours (torch 2.13).
+        raise ConfigError('the windows of a Swin Transformer cannot be traced for images of any '
+                          'size: give one size with --size H,W')
     if (getattr(model, 'test_cfg', None) or {}).get('mode') == 'slide':
         height, width = model.test_cfg.crop_size
         raise ConfigError('the config predicts with a sliding window, which a graph cannot hold: '

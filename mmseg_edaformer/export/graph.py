@@ -4,7 +4,9 @@ Shapes: N images of H x W pixels, C classes. The graph takes ``images``, N x H x
 it subtracts the mean and divides by the deviation itself. It gives ``labels``, N x H x W, uint8
 (int16 for more than 256 classes), or ``logits``, N x C x h x w, float32, at the head's resolution.
 """
+import copy
 import hashlib
+import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -14,6 +16,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from mmengine.config import ConfigDict
+from mmseg.models import SegDataPreProcessor
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
@@ -21,10 +25,46 @@ from .. import __version__
 from ..compat import swaps_channels
 from ..errors import ConfigError, UserError
 from ..models.segmentor import StreamedEncoderDecoder
-from ..predict.foreign import Foreign
+from ..predict.foreign import Foreign, Preprocess
 from ..predict.segmenter import Segmenter
 
 _TRACED = (613, 741)  # several cells of every sensible pool; free, for nothing is computed
+
+
+class Adapted(nn.Module):
+    """A model of another library whose normalisation, too, can be part of a graph.
+
+    Its interface is what the export needs of `StreamedEncoderDecoder`.
+
+    Raises:
+        ConfigError: The model predicts masks, or the processor does more than normalise.
+    """
+    streamable, align_corners = True, False
+
+    def __init__(self, foreign: Foreign, step: dict[str, Any]) -> None:
+        super().__init__()
+        if foreign.post_process is not None:
+            raise ConfigError(f'a {type(foreign.network).__name__} cannot be exported, because its '
+                              'labels are not the largest of logits per class: export another '
+                              'model')
+        processor = step['processor']
+        foreign = copy.deepcopy(foreign)  # which may be somebody's
+        network: Any = foreign.network
+        if hasattr(network, 'set_attn_implementation'):
+            # torch.onnx cannot decompose fused attention with a bias (torch 2.13).
+            network.set_attn_implementation('eager')
+        mean, std, is_bgr = Preprocess(**{key: step[key] for key in step if key != 'type'}
+                                       ).normalisation()
+        self.resizing = json.loads(processor.to_json_string()) if (
+            hasattr(processor, 'to_json_string')) else {}
+        self.foreign, self.note, self.test_cfg = foreign, foreign.note, ConfigDict(mode='whole')
+        self.data_preprocessor = SegDataPreProcessor(
+            mean=mean, std=std, bgr_to_rgb=not is_bgr,
+            test_cfg=dict(size_divisor=foreign.divisor) if foreign.divisor > 1 else None)
+        self.predict_labels = foreign.predict_labels
+
+    def _forward(self, inputs: Tensor) -> Tensor:
+        return self.foreign(inputs)
 
 
 class Deployed(nn.Module):
@@ -32,20 +72,18 @@ class Deployed(nn.Module):
 
     def __init__(self, model: nn.Module, labels: bool) -> None:
         super().__init__()
-        if isinstance(model, Foreign):
-            raise ConfigError(f'a {type(model.network).__name__} is not exported here: write a '
-                              'SegFormer of transformers to one file with tools/'
-                              'convert_checkpoint.py and export that, others by their own library')
-        if not isinstance(model, StreamedEncoderDecoder) or not model.streamable:
+        if not isinstance(model, (StreamedEncoderDecoder, Adapted)) or not model.streamable:
             head = type(getattr(model, 'decode_head', model)).__name__
             raise ConfigError(f'{type(model).__name__} with {head} cannot be exported, because its '
                               'labels are not the largest of logits per class: export another '
                               'model')
         padding: dict[str, Any] = dict(model.data_preprocessor.test_cfg or {})
         if padding.get('size') or (padding.get('size_divisor') and not labels):
-            raise ConfigError('data_preprocessor.test_cfg pads the images: ' + (
-                'replace size by size_divisor, which can be exported' if padding.get('size') else
-                'export labels, which are cropped again, with --labels'))
+            raise ConfigError('the images are padded' + (
+                ' to data_preprocessor.test_cfg.size: replace it by size_divisor, which can be '
+                'exported' if padding.get('size') else
+                f' to a multiple of {padding["size_divisor"]}: export labels, which are cropped '
+                'again, with --labels'))
         self.model = model.eval()
         self.labels = labels
         self.divisor: int = padding.get('size_divisor') or 1
@@ -119,9 +157,10 @@ def describe(segmenter: Segmenter, deployed: Deployed, size: tuple[int, int] | N
     """Return the metadata of a file, as plain data."""
     preprocessor: Any = segmenter.model.data_preprocessor
     normalised = preprocessor._enable_normalize
+    weights = Path(segmenter.source)
     return dict(
-        version=__version__, torch=torch.__version__, checkpoint=Path(segmenter.source).name,
-        sha256=hashlib.sha256(Path(segmenter.source).read_bytes()).hexdigest(),
+        version=__version__, torch=torch.__version__, checkpoint=weights.name,
+        sha256=hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None,
         isr_ratio=str(segmenter.isr_ratio),
         input='images: N x H x W x 3, uint8, RGB, 0 to 255; mean and std are inside',
         output='labels' if deployed.labels else 'logits',
@@ -129,8 +168,10 @@ def describe(segmenter: Segmenter, deployed: Deployed, size: tuple[int, int] | N
         mean=preprocessor.mean.flatten().tolist() if normalised else None,
         std=preprocessor.std.flatten().tolist() if normalised else None,
         size=size, minimum=minimum, int8=False,
-        pipeline=[{name: value for name, value in step.items() if not callable(value)}
-                  for step in segmenter.description.pipeline[1:-1]])
+        note=segmenter.note, pipeline=[
+            {name: value for name, value in step.items() if not callable(value)}
+            for step in segmenter.description.pipeline[1:-1]] or [
+            getattr(segmenter.model, 'resizing', {})])
 
 
 def images_of(program: ExportedProgram) -> Tensor:

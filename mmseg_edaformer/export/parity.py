@@ -184,7 +184,7 @@ class TestImages:
     """
     __test__ = False  # no test of pytest
 
-    def __init__(self, segmenter: Segmenter, model: Path, folder: str | Path | None,
+    def __init__(self, segmenter: Segmenter, model: Any, folder: str | Path | None,
                  samples: int) -> None:
         self.segmenter, self.samples = segmenter, samples
         self.notes: list[str] = []
@@ -201,8 +201,11 @@ class TestImages:
             self.notes.append('The compared images are drawn, so they tell little about real ones.')
             self.images = [draw_scene(np.random.default_rng(i), _DRAWN)[0] for i in range(4)]
 
-    def _find_dataset(self, model: Path) -> Any:
+    def _find_dataset(self, model: Any) -> Any:
         """Return the test set of the model's config, or None where there is none, or no data."""
+        if isinstance(model, torch.nn.Module):
+            return None
+        model = Path(model)
         config = next(iter(sorted(model.glob('*.py'))), None) if model.is_dir() else model
         if config is None or config.suffix != '.py':
             return None
@@ -268,11 +271,18 @@ def read_images(segmenter: Segmenter, source: str | Path, most: int) -> list[np.
     """Return up to ``most`` images, evenly chosen, as the model takes them: H x W x 3, RGB."""
     files = [file for file, _ in find_images(source)]
     chosen = np.unique(np.linspace(0, len(files) - 1, min(most, len(files))).astype(int))
-    return [_to_rgb(segmenter.load(files[index])[1]) for index in chosen]
+    preprocessor = segmenter.model.data_preprocessor
+    return [_to_rgb(segmenter.load(files[index])[1], preprocessor) for index in chosen]
 
 
-def _to_rgb(data: dict[str, Any]) -> np.ndarray:
-    return np.ascontiguousarray(data['inputs'].numpy().transpose(1, 2, 0)[..., ::-1])
+def _to_rgb(data: dict[str, Any], preprocessor: Any = None) -> np.ndarray:
+    """Return an image as a graph takes it, of what a pipeline gives: raw, BGR, or normalised."""
+    inputs = data['inputs']
+    if inputs.is_floating_point():
+        inputs = (inputs * preprocessor.std + preprocessor.mean).round().clamp(0, 255).byte()
+        if compat.swaps_channels(preprocessor):
+            inputs = inputs.flip(0)
+    return np.ascontiguousarray(inputs.numpy().transpose(1, 2, 0)[..., ::-1])
 
 
 def fit(image: np.ndarray, size: tuple[int, int] | None, minimum: tuple[int, int]) -> np.ndarray:

@@ -162,6 +162,29 @@ class Preprocess:
             features=features, tiles=len(tiles))))
 
 
+    def normalisation(self) -> tuple[list[float], list[float], bool]:
+        """Return mean and deviation of channels from 0 to 255, and whether they become BGR.
+
+        Raises:
+            ConfigError: The processor does more than resize, pad and normalise each channel.
+        """
+        def middle(*colour: int) -> Tensor:
+            inputs = self(dict(img=np.full((64, 64, 3), colour[::-1], np.uint8)))['inputs']
+            values: Tensor = inputs[:, inputs.shape[1] // 2, inputs.shape[2] // 2].double()
+            return values
+
+        black, is_bgr = middle(0, 0, 0), bool(middle(255, 0, 0)[0] == middle(0, 0, 0)[0])
+        std = 255 / (middle(255, 255, 255) - black)
+        mean = -black * std
+        colour = torch.tensor([30., 90., 200.])
+        expected = ((colour.flip(0) if is_bgr else colour) - mean) / std
+        if not torch.allclose(middle(30, 90, 200), expected, atol=1e-4):
+            raise ConfigError(f'the {type(self.processor).__name__} changes colours otherwise than '
+                              'by a mean and a deviation of each channel, which a graph cannot '
+                              'hold: export a model with another processor')
+        return (mean + 0).tolist(), std.tolist(), is_bgr
+
+
 class Normalisation:
     """A processor that only normalises, by mean and deviation of red, green and blue."""
 

@@ -239,7 +239,7 @@ test_dataloader = dict(dataset=dict(data_root='{scenes}'))
     torch.nn.init.normal_(model.decode_head.conv_seg.weight)
     weights, path = tmp_path / 'weights.pth', tmp_path / 'model.pt2'
     torch.save(dict(state_dict=model.state_dict(), meta=dict()), weights)
-    with pytest.raises(ConfigError, match=r'pads the images: export labels.*--labels'):
+    with pytest.raises(ConfigError, match=r'padded to a multiple of 32: export labels.*--labels'):
         export(config, path, format='pt2', checkpoint=weights)
     export(config, path, format='pt2', checkpoint=weights, isr_ratio='21+q2', labels=True)
     file, segmenter = Exported(path), Segmenter(config, weights, device='cpu', isr_ratio='21+q2')
@@ -412,7 +412,7 @@ def test_arguments_that_cannot_work(work, tmp_path, untraced, wrong, message, mo
     ("model['test_cfg'] = dict(mode='slide', crop_size=(64, 96), stride=(64, 64))",
      'with a sliding window.*--size 64,96'),
     ("model['data_preprocessor']['test_cfg'] = dict(size=(64, 64))",
-     'replace size by size_divisor')])
+     'replace it by size_divisor')])
 def test_models_that_cannot_work(work, tmp_path, untraced, more, message):
     config = tmp_path / 'config.py'
     config.write_text(f"{(work / 'mini.py').read_text()}\n{more}\n")

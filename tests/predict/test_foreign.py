@@ -18,7 +18,6 @@ transformers = pytest.importorskip('transformers', reason='this checks models of
 from mmseg_edaformer import ISRRatio  # noqa: E402
 from mmseg_edaformer.command_line import find_in_zoo  # noqa: E402
 from mmseg_edaformer.errors import CheckpointError, ConfigError, UserError  # noqa: E402
-from mmseg_edaformer.export.graph import Deployed  # noqa: E402
 from mmseg_edaformer.predict import foreign  # noqa: E402
 from mmseg_edaformer.predict.segformer import convert_segformer  # noqa: E402
 from mmseg_edaformer.predict.segmenter import Segmenter  # noqa: E402
@@ -89,8 +88,6 @@ def test_a_model_in_memory(segformer):
         Segmenter(model, device='cpu', classes=['a', 'b'])
     with pytest.raises(ConfigError, match='has its own weights: leave'):
         Segmenter(segformer, 'x.pth', device='cpu')
-    with pytest.raises(ConfigError, match='SegformerForSemanticSegmentation is not exported here'):
-        Deployed(segmenter.model, labels=True)
 
 
 def test_the_ratio_of_images_is_kept(segformer):
