@@ -19,9 +19,10 @@ from mmseg_edaformer.errors import clear_errors
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='the config that the others are compared with; or a folder '
-                        'or hub name of transformers or segmentation-models-pytorch')
+    parser.add_argument('config', nargs='?', help='the config that the others are compared with')
     parser.add_argument('checkpoint', nargs='?', help='its weights (default: random ones)')
+    parser.add_argument('--model', help='in place of a config: a folder or hub name of '
+                        'transformers or segmentation-models-pytorch')
     parser.add_argument('--compare', nargs='+', default=[], metavar='CONFIG',
                         help='more of them for the same run; configs of any mmseg segmentor')
     add_isr_ratio(parser, several=True)
@@ -52,6 +53,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--out', metavar='DIR', help='write benchmark.csv, .md and .png there')
     add_cfg_options(parser)
     args = parser.parse_args()
+    if (args.config is None) == (args.model is None):
+        parser.error('give CONFIG or --model')
+    args.config = args.config or args.model
     if args.threads is not None and args.threads < 1:
         parser.error('--threads must be 1 or more')
     if 'data' in args.mode and (len(args.mode) > 1 or args.out):

@@ -28,6 +28,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--images', metavar='DIR', help='with --model, the images')
     parser.add_argument('--masks', metavar='DIR', help='with --model, masks with the names of the '
                         'images: class indices, 255 for none')
+    parser.add_argument('--dataset', metavar='NAME', help='in place of --images and --masks, a '
+                        'folder or hub name that the library datasets loads')
     add_reduce_zero_label(parser)
     add_keep_ratio(parser)
     goal = parser.add_mutually_exclusive_group()
@@ -46,10 +48,12 @@ def parse_args() -> argparse.Namespace:
                         'sweep resumes (default: in work_dirs/ and the name of the config)')
     add_cfg_options(parser)
     args = parser.parse_args()
-    own, folders = (args.config, args.checkpoint), (args.model, args.images, args.masks)
-    if not ((all(own) and not any(folders)) or
-            (all(folders) and not any((*own, args.cfg_options)))):
-        parser.error('give CONFIG and CHECKPOINT, or --model, --images and --masks')
+    own, folders = (args.config, args.checkpoint), (args.images, args.masks)
+    is_own = all(own) and not any((args.model, args.dataset, *folders))
+    if not (is_own or (args.model and not any((*own, args.cfg_options)) and (
+            not any(folders) if args.dataset else all(folders)))):
+        parser.error('give CONFIG and CHECKPOINT, or --model and either --images and --masks or '
+                     '--dataset')
     return args
 
 
@@ -60,7 +64,7 @@ def main() -> None:
         check_checkpoint(args.checkpoint)
     else:
         check_model(args.model)
-        check_inputs([args.images, args.masks])
+        check_inputs([] if args.dataset else [args.images, args.masks])
     sys.path.insert(0, os.getcwd())  # for the custom_imports of configs
     from mmseg_edaformer.analysis import sweep
     goal = sweep.Goal(args.max_drop, args.budget_ms, args.budget_gmacs)
@@ -76,7 +80,11 @@ def main() -> None:
     segmenter = Segmenter(args.model, keep_ratio=args.keep_ratio)
     print(segmenter, flush=True)
     folder = Path(args.out or Path('work_dirs', f'isr_sweep_{Path(args.model).name}'))
-    bench = open_folders(segmenter, args.images, args.masks, folder=folder, samples=args.samples,
+    images, masks = args.images, args.masks
+    if args.dataset:
+        from mmseg_edaformer.analysis.labelled import unpack_dataset
+        images, masks = unpack_dataset(args.dataset, folder / 'data')
+    bench = open_folders(segmenter, images, masks, folder=folder, samples=args.samples,
                          reduce_zero_label=args.reduce_zero_label)
     options = ['--keep-ratio'] if args.keep_ratio else []
     sweep.sweep_bench(bench, folder, [args.model, '', *options], **wanted)

@@ -142,6 +142,9 @@ def load_contenders(config: str, checkpoint: str | None = None, compare: Sequenc
     names: Counter[str] = Counter()
     for i, path in enumerate([config, *compare]):
         if is_foreign(path):
+            if not i and (checkpoint or cfg_options):
+                raise ConfigError(f'{path} has its own weights and settings: leave '
+                                  f'{checkpoint or "--cfg-options"} out')
             cfg, model = Config(), load_foreign(path)[1]
         else:
             cfg = load_config(path, cfg_options=None if i else cfg_options)

@@ -1,4 +1,5 @@
 """Images beside masks, for any model that `Segmenter` takes: without a config and its data set."""
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ from mmseg.evaluation import IoUMetric
 from mmseg.registry import TRANSFORMS
 from PIL import Image
 
-from ..errors import DataError
+from ..errors import ConfigError, DataError, first_line
+from ..files import write_file
 from ..isr.pooling import Grid
 from ..predict.inputs import find_images
 from ..predict.segmenter import Segmenter
@@ -38,6 +40,62 @@ class LabelledImages:
                              len(self.segmenter.classes), self.reduce_zero_label)
         data['data_samples'].gt_sem_seg = PixelData(data=torch.from_numpy(labels)[None])
         return data
+
+
+def unpack_dataset(name: str, folder: Path) -> tuple[Path, Path]:
+    """Write images and masks of a data set to two folders, encoded as they are, and return these.
+
+    Args:
+        name: A folder or a hub name that the library datasets loads: of its splits validation,
+            test, or the only one. One of two columns of images is named after what it holds,
+            such as label, mask or annotation.
+        folder: Where images/ and masks/ are written. Files that are the same stay untouched.
+
+    Raises:
+        UserError: The library is missing, or cannot load it, or its columns are others.
+    """
+    try:
+        datasets: Any = importlib.import_module('datasets')
+    except ImportError as error:
+        raise ConfigError(f'{name} needs the library datasets ({first_line(error)}): pip install '
+                          'datasets') from error
+    try:
+        splits = datasets.get_dataset_split_names(name)
+        split = next((known for known in ('validation', 'val', 'test') if known in splits),
+                     splits[0] if len(splits) == 1 else None)
+        rows = datasets.load_dataset(name, split=split) if split else None
+    except Exception as error:  # of the network, of files that anyone may have written
+        raise DataError(f'{name} is no data set that the library datasets loads '
+                        f'({first_line(error)}): check the name and the network, or give --images '
+                        'and --masks') from error
+    if rows is None:
+        raise DataError(f'{name} has the splits {", ".join(splits)}, and none is called validation '
+                        'or test: give --images and --masks')
+    columns = [column for column, kind in rows.features.items()
+               if isinstance(kind, datasets.Image) or (
+                   isinstance(kind, dict) and set(kind) == {'bytes', 'path'})]
+    labels = [column for column in columns
+              if any(word in column.lower() for word in ('label', 'mask', 'annot', 'seg'))]
+    if len(columns) != 2 or len(labels) != 1:
+        raise DataError(f'{name} has the columns {", ".join(rows.features)}, and not one of images '
+                        'and one of masks, called label, mask, annotation or segmentation: give '
+                        '--images and --masks')
+    for column in columns:
+        rows = rows.cast_column(column, datasets.Image(decode=False))
+    places = folder / 'images', folder / 'masks'
+    for place, column in zip(places, sorted(columns, key=labels.count)):
+        place.mkdir(parents=True, exist_ok=True)
+        old = set(place.iterdir())
+        for index, row in enumerate(rows.select_columns([column])):
+            value = row[column]
+            content = value['bytes'] or Path(value['path']).read_bytes()
+            path = place / f'{index:06}{Path(value["path"] or "").suffix or ".png"}'
+            if not path.is_file() or path.read_bytes() != content:
+                write_file(path, content)
+            old.discard(path)
+        for path in old:
+            path.unlink()
+    return places
 
 
 def read_labels(labels: Path, path: Path, size: Grid, classes: int,

@@ -258,11 +258,15 @@ def _read_config(name: str) -> dict[str, Any]:
         if not path.exists():
             path = Path(importlib.import_module('huggingface_hub').hf_hub_download(
                 name, 'config.json'))
-        return dict(json.loads(path.read_text(encoding='utf-8')))
+        text = path.read_text(encoding='utf-8')
     except Exception as error:  # of the network and of whatever lies between
         raise CheckpointError(f'no such model: {name}: it is no folder or file here, and the hub '
                               f'does not give its config.json ({first_line(error)}): check the '
                               'name and the network, or give a folder with the files') from error
+    try:
+        return dict(json.loads(text))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f'{path} is damaged ({first_line(error)}): copy it again') from error
 
 
 def _load_transformers(name: str, given: Any, settings: dict[str, Any], keep_ratio: bool,

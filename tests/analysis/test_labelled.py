@@ -9,11 +9,11 @@ pytest.importorskip('transformers', reason='this checks models of transformers')
 
 from mmseg_edaformer.analysis.bench import open_folders
 from mmseg_edaformer.analysis.benchmark import Plan, load_contenders, run
-from mmseg_edaformer.analysis.labelled import LabelledImages, score
+from mmseg_edaformer.analysis.labelled import LabelledImages, score, unpack_dataset
 from mmseg_edaformer.analysis.sweep import sweep_bench
 from mmseg_edaformer.analysis.sweep_report import Goal
 from mmseg_edaformer.analysis.visualize import visualize
-from mmseg_edaformer.errors import DataError
+from mmseg_edaformer.errors import ConfigError, DataError
 from mmseg_edaformer.predict.run import predict_images
 from mmseg_edaformer.predict.segmenter import Segmenter
 from tests.predict.foreign_models import NAMES, save, scene
@@ -68,11 +68,44 @@ def test_masks_that_begin_with_one(folder):
         LabelledImages(shifted.segmenter, folder / 'images', folder / 'masks' / 'more')[0]
 
 
+def test_a_data_set_of_hugging_face(folder, tmp_path, monkeypatch, capfd):
+    """In parquet, images as bytes beside their masks; the sweep keeps what it measured."""
+    datasets = pytest.importorskip('datasets', reason='this reads data sets of Hugging Face')
+    monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', str(tmp_path / 'cache'))
+    files = {kind: sorted((folder / kind).glob('*.png')) for kind in ('images', 'masks')}
+    kinds = datasets.Features(image=datasets.Image(), label=datasets.Image(),
+                              place=datasets.Value('string'))
+    rows = [dict(image=str(image), label=str(mask), place='here') for image, mask in zip(
+        *files.values())]
+    for split, count in (('train', 1), ('validation', 3)):
+        datasets.Dataset.from_list(rows[:count], kinds).to_parquet(
+            tmp_path / 'set' / 'data' / f'{split}-00000-of-00001.parquet')
+    images, masks = unpack_dataset(str(tmp_path / 'set'), tmp_path / 'out' / 'data')
+    for place, kind in ((images, 'images'), (masks, 'masks')):
+        assert [path.read_bytes() for path in sorted(place.iterdir())] == [
+            path.read_bytes() for path in files[kind]]
+    before = {path: path.stat().st_mtime_ns for path in images.iterdir()}
+    (images / '000007.png').touch()
+    code, text = run_tool('tools/isr_sweep.py', '--model', folder / 'model', '--dataset',
+                          tmp_path / 'set', '--isr-ratio', 'none', '--out', tmp_path / 'out')
+    assert not code, text
+    assert {path: path.stat().st_mtime_ns for path in images.iterdir()} == before
+    assert '3 images' in text
+    wrong = datasets.Dataset.from_list(rows).rename_column('label', 'other')
+    wrong.to_parquet(tmp_path / 'wrong' / 'test.parquet')
+    with pytest.raises(DataError, match='columns image, other, place, and not one of images'):
+        unpack_dataset(str(tmp_path / 'wrong'), tmp_path / 'out' / 'data')
+    with pytest.raises(DataError, match='no data set that the library datasets loads'):
+        unpack_dataset(str(tmp_path / 'none'), tmp_path / 'out' / 'data')
+
+
 def test_sheets_and_times(folder, tmp_path):
     segmenter = Segmenter(folder / 'model', device='cpu')
     assert len(visualize(segmenter, [folder / 'images' / '0.png'], tmp_path,
                          isr_ratio=['none', 2])) == 3
     contenders = load_contenders(str(folder / 'model'), isr_ratios=['none', '2'])
+    with pytest.raises(ConfigError, match='has its own weights and settings: leave x'):
+        load_contenders(str(folder / 'model'), 'x.pth')
     [rows] = run(contenders, Plan(sizes=[(64, 64)], repeats=1, seconds=0.1))
     assert [(row.config, row.isr_ratio, row.status) for row in rows] == [
         ('model', 'none', 'ok'), ('model', '2', 'ok')]
@@ -93,4 +126,4 @@ def test_the_tools(folder, tmp_path):
     assert f'tools/predict.py IMAGES --model {folder / "model"} --out RESULTS' in text
     code, text = run_tool('tools/isr_sweep.py', *where)
     assert code == 2
-    assert 'give CONFIG and CHECKPOINT, or --model, --images and --masks' in text
+    assert 'give CONFIG and CHECKPOINT, or --model and either --images' in text

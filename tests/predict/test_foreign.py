@@ -186,6 +186,7 @@ def changed(name, **values):
     (without('config.json'), 'is not the work dir of a training: it holds no config, nor the '
      r'config\.json'),
     (without('model.safetensors'), r'cannot be loaded by transformers .*model\.safetensors'),
+    (lambda folder: (folder / 'config.json').write_text('{'), r'config\.json is damaged .*: copy'),
     (without('preprocessor_config.json'), r'lacks preprocessor_config\.json'),
     (lambda folder: (folder / 'model.safetensors').write_bytes(b'x' * 99), 'cannot be loaded by'),
     (changed('config.json', id2label={'0': 'a', '1': 'b'}, label2id={}),
