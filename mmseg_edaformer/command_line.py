@@ -122,6 +122,12 @@ def add_keep_ratio(parser: argparse.ArgumentParser) -> None:
                         'the processor of a model of transformers makes all of them squares')
 
 
+def add_dataset(parser: argparse.ArgumentParser, instead: str) -> None:
+    """Add ``--dataset``, which `unpack_dataset` reads."""
+    parser.add_argument('--dataset', metavar='NAME', help=f'in place of {instead}, a folder or hub '
+                        "name that Hugging Face's datasets loads: its validation or test split")
+
+
 def add_reduce_zero_label(parser: argparse.ArgumentParser) -> None:
     """Add ``--reduce-zero-label``, for masks."""
     parser.add_argument('--reduce-zero-label', action='store_true',

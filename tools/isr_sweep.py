@@ -8,6 +8,7 @@ from pathlib import Path
 from mmseg_edaformer.command_line import (
     Renamed,
     add_cfg_options,
+    add_dataset,
     add_isr_ratio,
     add_keep_ratio,
     add_reduce_zero_label,
@@ -28,8 +29,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--images', metavar='DIR', help='with --model, the images')
     parser.add_argument('--masks', metavar='DIR', help='with --model, masks with the names of the '
                         'images: class indices, 255 for none')
-    parser.add_argument('--dataset', metavar='NAME', help='in place of --images and --masks, a '
-                        'folder or hub name that the library datasets loads')
+    add_dataset(parser, '--images and --masks')
     add_reduce_zero_label(parser)
     add_keep_ratio(parser)
     goal = parser.add_mutually_exclusive_group()

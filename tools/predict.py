@@ -2,9 +2,11 @@
 import argparse
 import json
 import sys
+from pathlib import Path
 
 from mmseg_edaformer.command_line import (
     add_cost_arguments,
+    add_dataset,
     add_device,
     add_model_arguments,
     add_reduce_zero_label,
@@ -18,7 +20,7 @@ from mmseg_edaformer.errors import ConfigError, clear_errors
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog='Re-running resumes where it stopped.')
-    parser.add_argument('input', nargs='+',
+    parser.add_argument('input', nargs='*',
                         help='images, folders, patterns such as "photos/*.jpg", or one video')
     add_model_arguments(parser)
     parser.add_argument('--out', required=True, metavar='DIR', help='folder for the results')
@@ -32,15 +34,23 @@ def parse_args() -> argparse.Namespace:
                         help='for a video, write the mask of each frame to masks/ as well')
     parser.add_argument('--labels', metavar='MASKS', help='a folder of masks with the names of the '
                         'images, class indices and 255 for none: report mIoU, accuracy and IoU')
+    add_dataset(parser, 'images and --labels')
     add_reduce_zero_label(parser)
     parser.add_argument('--json', action='store_true', help='print the summary as JSON')
-    return parser.parse_args()
+    args = parser.parse_args()
+    if bool(args.input) == bool(args.dataset) or (args.dataset and args.labels):
+        parser.error('give images or a video, or --dataset without --labels')
+    return args
 
 
 def main() -> None:
     args = parse_args()
     check_inputs([*args.input, *([args.labels] if args.labels else [])])
     check_model(args.model, args.checkpoint)
+    if args.dataset:
+        from mmseg_edaformer.analysis.labelled import unpack_dataset
+        images, args.labels = unpack_dataset(args.dataset, Path(f'{args.out}_data'))
+        args.input = [str(images)]
     from mmseg_edaformer.predict.inputs import is_video
     from mmseg_edaformer.predict.outputs import describe_summary
     from mmseg_edaformer.predict.run import predict_images, predict_video

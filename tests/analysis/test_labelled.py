@@ -91,6 +91,10 @@ def test_a_data_set_of_hugging_face(folder, tmp_path, monkeypatch, capfd):
     assert not code, text
     assert {path: path.stat().st_mtime_ns for path in images.iterdir()} == before
     assert '3 images' in text
+    code, text = run_tool('tools/predict.py', '--model', folder / 'model', '--dataset',
+                          tmp_path / 'set', '--out', tmp_path / 'predicted')
+    assert not code, text
+    assert '85.' in text.splitlines()[-1], text
     wrong = datasets.Dataset.from_list(rows).rename_column('label', 'other')
     wrong.to_parquet(tmp_path / 'wrong' / 'test.parquet')
     with pytest.raises(DataError, match='columns image, other, place, and not one of images'):
