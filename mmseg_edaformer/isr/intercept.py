@@ -69,10 +69,9 @@ class Interception(ReducedScores):
                 self.follow(out)
             return out
         if followed and not self.bears(name, *args):
-            fewer = ('queries: leave query_ratio at none' if self.query_pool is not None else
-                     'keys. register_isr(..., irreducible=...) leaves it alone')
+            fewer = 'keys' if self.query_pool is None else 'queries'
             raise self.fail(f'it uses {name} on its scores or weights, which ISR cannot repeat '
-                            f'with fewer {fewer}')
+                            f'with fewer {fewer}. {self.remedy}')
         out = self._call(func, name, args, kwargs)
         if self.pool is not None and isinstance(out, Tensor) and (
                 followed or self.pool is not under_way):

@@ -69,9 +69,16 @@ class ReducedScores(TorchFunctionMode):
         except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
             if self.pool is None or isinstance(error, RatioError):
                 raise
-            raise self.fail(
-                f'what it does with its scores needs all {self.total} keys, not {self.pool.left} '
-                f'({error}). register_isr(..., irreducible=...) leaves it alone') from error
+            needed = f'{self.queries} queries, not {self.rows}' if (
+                self.pool.left == self.total) else f'{self.total} keys, not {self.pool.left}'
+            raise self.fail(f'what it does with its scores needs all {needed} ({error}). '
+                            f'{self.remedy}') from error
+
+    @property
+    def remedy(self) -> str:
+        """What to do about a module that cannot be reduced."""
+        return 'Leave query_ratio at none' if self.query_pool is not None else (
+            'register_isr(..., irreducible=...) leaves it alone')
 
     def expected(self, shape: Sequence[int]) -> list[int]:
         """The shape that scores or weights of this shape have in the module's own code."""

@@ -177,7 +177,7 @@ def test_what_cannot_be_averaged_is_named():
     from .test_timm import mvit
     model = mvit((96, 96), 0, cls=True).eval()
     apply_isr(model, 1, query_ratio=2)
-    with pytest.raises(RatioError, match=r'MultiScaleAttention .*leave query_ratio at none'):
+    with pytest.raises(RatioError, match=r'MultiScaleAttention .*Leave query_ratio at none'):
         model(torch.randn(1, 3, 96, 96))
 
 
