@@ -55,8 +55,8 @@ class Adapted(nn.Module):
             network.set_attn_implementation('eager')
         mean, std, is_bgr = Preprocess(**{key: step[key] for key in step if key != 'type'}
                                        ).normalisation()
-        self.resizing = json.loads(processor.to_json_string()) if (
-            hasattr(processor, 'to_json_string')) else {}
+        self.preprocessing = [json.loads(processor.to_json_string())] if (
+            hasattr(processor, 'to_json_string')) else []
         self.foreign, self.note, self.test_cfg = foreign, foreign.note, ConfigDict(mode='whole')
         self.data_preprocessor = SegDataPreProcessor(
             mean=mean, std=std, bgr_to_rgb=not is_bgr,
@@ -168,10 +168,10 @@ def describe(segmenter: Segmenter, deployed: Deployed, size: tuple[int, int] | N
         mean=preprocessor.mean.flatten().tolist() if normalised else None,
         std=preprocessor.std.flatten().tolist() if normalised else None,
         size=size, minimum=minimum, int8=False,
-        note=segmenter.note, pipeline=[
+        note=segmenter.note, pipeline=segmenter.model.preprocessing if isinstance(
+            segmenter.model, Adapted) else [
             {name: value for name, value in step.items() if not callable(value)}
-            for step in segmenter.description.pipeline[1:-1]] or [
-            getattr(segmenter.model, 'resizing', {})])
+            for step in segmenter.description.pipeline[1:-1]])
 
 
 def images_of(program: ExportedProgram) -> Tensor:

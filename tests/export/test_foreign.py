@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 transformers = pytest.importorskip('transformers', reason='this exports models of transformers')
 pytest.importorskip('onnxruntime', reason='this runs ONNX files')
@@ -56,6 +57,10 @@ def test_a_module_and_padding(tmp_path):
     export(model, out, format='pt2', size=(70, 90), labels=True, **settings)
     expected = Segmenter(model, device='cpu', **settings)(np.ascontiguousarray(image[..., ::-1]))
     assert np.count_nonzero(Exported(out)(image[None])[0] != expected.labels) <= 4
+    Image.fromarray(image).save(tmp_path / 'x.png')
+    segmenter = Segmenter(model, device='cpu', **settings)
+    segmenter.model = package.Adapted(segmenter.model, segmenter.description.pipeline[-1])
+    assert (package.read_images(segmenter, tmp_path / 'x.png', 1)[0] == image).all()
 
 
 def test_what_cannot_be_exported(tmp_path):
