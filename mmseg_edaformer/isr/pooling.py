@@ -60,7 +60,8 @@ class Layout(NamedTuple):
 
 def cells(grid: Grid, ratio: int) -> Grid:
     """Rows and columns of cells of a map."""
-    return -(-grid[0] // ratio), -(-grid[1] // ratio)
+    # Not -(-h // r): ONNX divides towards zero.
+    return (grid[0] + ratio - 1) // ratio, (grid[1] + ratio - 1) // ratio
 
 
 def num_keys(layout: Layout, total: int, ratio: int) -> int:

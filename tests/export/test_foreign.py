@@ -22,8 +22,8 @@ def _few_rounds(monkeypatch):
 
 
 @pytest.mark.parametrize(('name', 'kind', 'ratio', 'size'), [
-    ('Segformer', 'pt2', 'none', None), ('Beit', 'onnx', '2', (64, 64)),
-    ('MobileViT', 'pt2', 'none', (64, 64))])
+    ('Segformer', 'onnx', '2', None), ('Beit', 'onnx', '2', (64, 64)),
+    ('MobileViT', 'pt2', 'none', (64, 64)), ('DPT', 'pt2', 'none', (64, 64))])
 def test_labels_are_those_of_transformers(tmp_path, name, kind, ratio, size):
     """Normalisation inside the graph is the processor's, of RGB, or of BGR as MobileViT's is."""
     cropped = dict(crop_size=dict(height=64, width=64)) if name == 'MobileViT' else {}
@@ -40,7 +40,7 @@ def test_labels_are_those_of_transformers(tmp_path, name, kind, ratio, size):
     assert 'makes all images 64x64' in file.metadata['note']
     assert file.metadata['pipeline'][0]['size'] == dict(height=64, width=64)
     if size is None:
-        keeping = Segmenter(tmp_path, device='cpu', keep_ratio=True)
+        keeping = Segmenter(tmp_path, device='cpu', keep_ratio=True, isr_ratio=ratio)
         image = scene(64, 128)
         assert np.count_nonzero(file(image[None])[0] != keeping(
             np.ascontiguousarray(image[..., ::-1])).labels) <= 4
