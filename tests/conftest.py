@@ -1,5 +1,6 @@
 """What the tests share: small models, drawn data, quiet registries, a device."""
 import contextlib
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -7,8 +8,10 @@ from pathlib import Path
 import cv2
 import pytest
 import torch
+from mmengine.config import config as mmengine_config
 from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
+from yapf.yapflib import yapf_api
 
 import mmseg_edaformer
 from mmseg_edaformer.data import drawing as synthetic
@@ -21,10 +24,19 @@ ROOT = Path(mmseg_edaformer.__file__).parents[1]
 MINI = dict(embed_dims=(16, 32, 64, 128), depths=(1, 1, 2, 1))
 """Sizes of the small encoder that most tests use."""
 
+# mmengine has yapf format the config for each checkpoint, which takes longer than the small
+# trainings; what tests start as processes of their own formats it.
+for module in mmengine_config, yapf_api:
+    module.FormatCode = lambda text, **_: (text, True)
+
 
 def pytest_addoption(parser):
     parser.addoption('--fake-cuda', action='store_true', help='without a GPU, run the tests of the '
                      'fixture device on a CPU that passes for one too (tests/fake_cuda.py)')
+
+
+def pytest_collection_finish():
+    gc.freeze()  # mmengine collects garbage for each data set: not in all modules, and not in forks
 
 
 @pytest.fixture(autouse=True)
