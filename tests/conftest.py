@@ -159,14 +159,14 @@ def seeing_model(config, scenes, init=False):
     return model
 
 
-def write_config(folder, scenes, iterations=4, **model):
+def write_config(folder, scenes, iterations=4):
     """A config of the small model on the drawn scenes; returns its path."""
     config = folder / 'mini.py'
     config.write_text(f'''
 _base_ = ['{ROOT}/configs/edaformer_t_synthetic.py']
 model = dict(
     data_preprocessor=dict(size=(64, 64)), backbone={MINI},
-    decode_head=dict(in_channels=(32, 64, 128), channels=32))
+    decode_head=dict(in_channels=(32, 64, 128), channels=32, depths=(1, 1, 1)))
 crop_size = (64, 64)
 data_root = '{scenes}'
 train_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False, dataset=dict(

@@ -37,7 +37,6 @@ def work(scenes, tmp_path_factory):
     # Tracing takes a second for each block.
     config.write_text(config.read_text() + """
 model['backbone']['depths'] = (1, 1, 1, 1)
-model['decode_head']['depths'] = (1, 1, 1)
 """)
     model = seeing_model(config, scenes, init=True)
     torch.save(dict(state_dict=model.state_dict(), meta=dict()), folder / 'best_mIoU_iter_4.pth')

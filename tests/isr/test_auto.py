@@ -89,7 +89,7 @@ def test_the_size_of_training(segmentor):
 
 def test_the_cost_of_a_pixel_stays_flat():
     model = MODELS.build(Config.fromfile(f'{ROOT}/configs/edaformer_t_ade.py').model)
-    reports = {side: report_isr(model, 'auto', (side, side)) for side in (512, 1024, 1536, 2048)}
+    reports = {side: report_isr(model, 'auto', (side, side)) for side in (512, 1536, 2048)}
     per_pixel = {side: report.macs[1] / side ** 2 for side, report in reports.items()}
     assert max(per_pixel.values()) < 1.05 * min(per_pixel.values())
     assert reports[512].macs[0] == reports[512].macs[1]

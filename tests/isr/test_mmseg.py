@@ -27,10 +27,10 @@ TWINS = dict(in_channels=3, embed_dims=[8, 16, 32, 64], num_heads=[1, 2, 4, 8],
              patch_sizes=[4, 2, 2, 2], strides=[4, 2, 2, 2], mlp_ratios=[2, 2, 2, 2],
              sr_ratios=[8, 4, 2, 1], out_indices=(0, 1, 2, 3), norm_after_stage=False)
 CASES = [
-    *of('MixVisionTransformer', REDUCED, reduced, 5, gpu=True, queries=sizes,
-        num_layers=[1, 1, 2, 1], sr_ratios=[8, 4, 2, 1], embed_dims=8, num_heads=[1, 2, 4, 8]),
-    *of('SwinTransformer', [(112, 112), (100, 120)], [(7, 7)], 7, gpu=True, embed_dims=24,
-        depths=[2, 2, 2, 1], num_heads=[1, 2, 3, 4]),
+    *of('MixVisionTransformer', REDUCED, reduced, 4, gpu=True, queries=sizes,
+        num_layers=[1, 1, 1, 1], sr_ratios=[8, 4, 2, 1], embed_dims=8, num_heads=[1, 2, 4, 8]),
+    *of('SwinTransformer', [(112, 112), (100, 120)], [(7, 7)], 5, gpu=True, embed_dims=24,
+        depths=[2, 1, 1, 1], num_heads=[1, 2, 3, 4]),
     *(test for token in (True, False) for test in of(
         'VisionTransformer', PLAIN, patches, 2, prefix=int(token), queries=patches,
         img_size=(64, 64), patch_size=16, with_cls_token=token, output_cls_token=False, **VIT)),
