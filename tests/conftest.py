@@ -15,6 +15,7 @@ from yapf.yapflib import yapf_api
 
 import mmseg_edaformer
 from mmseg_edaformer.data import drawing as synthetic
+from mmseg_edaformer.engine.allocator import keep_freed_memory
 from mmseg_edaformer.models import layers
 from mmseg_edaformer.pretraining.crops import draw_crops
 from tests.fake_cuda import fake_cuda
@@ -23,6 +24,8 @@ ROOT = Path(mmseg_edaformer.__file__).parents[1]
 
 MINI = dict(embed_dims=(16, 32, 64, 128), depths=(1, 1, 2, 1))
 """Sizes of the small encoder that most tests use."""
+
+keep_freed_memory()  # or half of the time goes into mapping the same pages again and again
 
 # mmengine has yapf format the config for each checkpoint, which takes longer than the small
 # trainings; what tests start as processes of their own formats it.
