@@ -55,8 +55,8 @@ def unfolded(height, width):
 
 def mvit(size, number, cls):
     from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
-    return MultiScaleVit(MultiScaleVitCfg(depths=(1, 2, 1, 1), embed_dim=(16, 32, 48, 64),
-                                          num_heads=(1, 2, 3, 4), use_cls_token=cls),
+    return MultiScaleVit(MultiScaleVitCfg(depths=(1, 1, 1), embed_dim=(16, 32, 48),
+                                          num_heads=(1, 2, 3), use_cls_token=cls),
                          img_size=size[0], num_classes=0)
 
 
@@ -181,7 +181,7 @@ CASES = [
            lambda *size: [(7, 7), *reduced(*size)], 5, compiled=True, gpu=True),
     *(test for cls in (False, True) for test in row(
         partial(mvit, cls=cls), [(96, 96), (160, 160)],
-        lambda side, _: [(math.ceil(side / 4 / stride),) * 2 for stride in (4, 2, 1)], 5,
+        lambda side, _: [(math.ceil(side / 4 / stride),) * 2 for stride in (4, 2, 1)], 3,
         queries=None if cls else sizes,
         name=f'mvit-{cls}', prefix=int(cls), compiled=not cls)),
     *named('cait_xxs24_224', SIZED, [TALL] * 2, patches, 4, prefix=None, compiled=True),
