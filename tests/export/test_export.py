@@ -23,7 +23,7 @@ from mmseg_edaformer.export.runtimes import placing
 from mmseg_edaformer.models import StreamedEncoderDecoder
 from mmseg_edaformer.predict.segmenter import Segmenter
 from tests.conftest import ROOT, run, seeing_model, write_config
-from tests.processes import finish, in_child, run_tool
+from tests.processes import done, finish, in_child, run_tool
 
 NEEDS = {'onnx': ('onnxscript', 'onnxruntime'), 'openvino': ('onnxscript', 'openvino'), 'pt2': ()}
 RATIO = '2211-222'
@@ -276,9 +276,8 @@ def test_int8_is_near_and_says_what_it_costs(work, scenes, tmp_path, kind, quick
         parity.check(path, path, deployed, [draw(scenes, (64, 96), 4)[i:i + 1] for i in range(4)],
                      int8=True)
     if kind == 'onnx':  # mmseg's own evaluation of the same images
-        code, output = run_tool('tools/test.py', work / 'mini.py', work / 'best_mIoU_iter_4.pth',
-                                '--work-dir', tmp_path, '--json', tmp_path / 'json')
-        assert code == 0, output
+        done('tools/test.py', work / 'mini.py', work / 'best_mIoU_iter_4.pth', '--work-dir',
+             tmp_path, '--json', tmp_path / 'json')
         assert report.rows[0].miou == pytest.approx(
             json.loads((tmp_path / 'json').read_text())['metrics']['mIoU'], abs=0.01)
 
@@ -443,9 +442,8 @@ def test_a_model_that_looks_at_values_cannot_be_traced(work, tmp_path, monkeypat
 def test_the_command_line(work, tmp_path):
     single, out = tmp_path / 'model.safetensors', tmp_path / 'model.pt2'
     pack_file(work / 'best_mIoU_iter_4.pth', single, Config.fromfile(work / 'mini.py'))
-    code, output = run_tool('tools/export.py', '--model', single, '--format', 'pt2', '--out', out,
-                            '--labels', '--size', '64,96', '--isr-ratio', '2', '--threads', '1')
-    assert code == 0, output
+    output = done('tools/export.py', '--model', single, '--format', 'pt2', '--out', out,
+                  '--labels', '--size', '64,96', '--isr-ratio', '2', '--threads', '1')
     assert 'The compared images are drawn, so they tell little about real ones.' in output
     assert '8 classes, ISR 2, labels, images of 64x96, any number at once' in output
     assert 'Warning' not in output
