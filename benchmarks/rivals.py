@@ -80,7 +80,7 @@ def measure(config: str, checkpoint: str, scale: float, args: argparse.Namespace
         return dict(
             name=name if scale == 1 else f'{name}, images enlarged {scale:g} times', rows=rows,
             note=f'{"Unknown" if done is None else done} iterations of training; ' +
-            note(bench).replace(' and MiB', ''),
+            note(bench, 'GMACs', scale),
             table=table(rows, set(map(str, ways)), markdown=True),
             duels=[dict(name=row.isr_ratio, by={cost: duel(bench, ways, rows, row, cost)
                                                 for cost in ('ms', 'gmacs')})

@@ -22,7 +22,7 @@ from mmseg_edaformer.errors import RatioError
 from mmseg_edaformer.isr import isr
 from mmseg_edaformer.isr.intercept import Interception
 from mmseg_edaformer.isr.patching import install, uninstall
-from mmseg_edaformer.isr.pooling import METHODS, Layout
+from mmseg_edaformer.isr.pooling import METHODS, Layout, _by_segment, _on_map, cells, pool_map
 from mmseg_edaformer.isr.reducers import PooledKeys, PooledQueries
 from mmseg_edaformer.isr.reduction import Reduction, Setting
 from mmseg_edaformer.isr.registry import ForeignLayer, find_attention
@@ -89,24 +89,13 @@ class MapReducer(Reducer):
         self.left = len(self.tokens(torch.empty(total, 1, device='meta')))
 
     def tokens(self, x: Tensor) -> Tensor:
-        return self._on_map(x, self.layout.grids[0], self.down)
+        return _by_segment(x, self.layout, lambda part, grid: _on_map(part, grid, self.down))
 
     def spread(self, x: Tensor) -> Tensor:
-        """Nearest neighbours, as SegFormer++ unmerges what `_halve` has averaged."""
-        rows, columns = grid = self.layout.grids[0]
-        return self._on_map(x, (-(-rows // 2), -(-columns // 2)), lambda maps: F.interpolate(
-            maps, grid))
-
-    def _on_map(self, x: Tensor, grid: tuple[int, int],
-                change: Callable[[Tensor], Tensor]) -> Tensor:
-        front, maps, behind = x.split([self.front, grid[0] * grid[1], self.behind], -2)
-        maps = change(maps.reshape(-1, *grid, x.shape[-1]).permute(0, 3, 1, 2))
-        tokens = maps.flatten(2).mT.reshape(*x.shape[:-2], -1, x.shape[-1])
-        return torch.cat([front, tokens, behind], -2) if self.front + self.behind else tokens
-
-
-def _halve(maps: Tensor) -> Tensor:
-    return F.avg_pool2d(maps, 2, ceil_mode=True)
+        """Nearest neighbours, as SegFormer++ unmerges the means of 2x2."""
+        [grid] = self.layout.grids
+        return _by_segment(x, Layout((cells(grid, 2),), self.front), lambda part, small: _on_map(
+            part, small, lambda maps: F.interpolate(maps, grid)))
 
 
 Make = Callable[[Layout, int], Reducer]
@@ -265,7 +254,7 @@ def neighbours(tokens: str) -> Rival:
     """
     if tokens not in ('q', 'q+k'):
         raise RatioError('give q for queries, or q+k for queries and keys')
-    half = functools.partial(MapReducer, down=_halve)
+    half = functools.partial(MapReducer, down=lambda maps: pool_map(maps, 2, 'average'))
     return Rival(f'2x2 {tokens}', half if tokens == 'q+k' else Reducer, half)
 
 
@@ -282,15 +271,9 @@ class ISRMethod:
         return isr(model, self.ratio, method=self.method)
 
 
-def smaller(scale: float) -> InputScale:
-    """A smaller input."""
-    if not 0 < scale <= 1:
-        raise RatioError('give a scale above 0, up to 1')
-    return InputScale(scale)
-
-
 WAYS: dict[str, tuple[Callable[[Any], Any], Callable[[str], Any]]] = {
-    'tome': (tome, float), 'todo': (todo, int), '2x2': (neighbours, str), 'scale': (smaller, float),
+    'tome': (tome, float), 'todo': (todo, int), '2x2': (neighbours, str),
+    'scale': (InputScale, float),
     **{method: (functools.partial(ISRMethod, method), int) for method in METHODS[1:]}}
 """What makes a way from the value behind its name, and the type of that value."""
 

@@ -73,7 +73,7 @@ def _flush(path: Path) -> None:
 @functools.cache
 def templates(folder: Path) -> Any:
     """Return the jinja2 environment of a folder; values in HTML are escaped."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
     return Environment(loader=FileSystemLoader(folder), trim_blocks=True, lstrip_blocks=True,
-                       undefined=StrictUndefined,
-                       autoescape=lambda name: name is not None and '.html' in name)
+                       undefined=StrictUndefined, autoescape=select_autoescape(
+                           ['html', 'html.jinja'], default_for_string=False))

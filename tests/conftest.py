@@ -1,5 +1,6 @@
 """What the tests share: small models, drawn data, quiet registries, a device."""
 import contextlib
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -7,11 +8,14 @@ from pathlib import Path
 import cv2
 import pytest
 import torch
+from mmengine.config import config as mmengine_config
 from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
+from yapf.yapflib import yapf_api
 
 import mmseg_edaformer
 from mmseg_edaformer.data import drawing as synthetic
+from mmseg_edaformer.engine.allocator import keep_freed_memory
 from mmseg_edaformer.models import layers
 from mmseg_edaformer.pretraining.crops import draw_crops
 from tests.fake_cuda import fake_cuda
@@ -21,10 +25,21 @@ ROOT = Path(mmseg_edaformer.__file__).parents[1]
 MINI = dict(embed_dims=(16, 32, 64, 128), depths=(1, 1, 2, 1))
 """Sizes of the small encoder that most tests use."""
 
+keep_freed_memory()  # or half of the time goes into mapping the same pages again and again
+
+# mmengine has yapf format the config for each checkpoint, which takes longer than the small
+# trainings; what tests start as processes of their own formats it.
+for module in mmengine_config, yapf_api:
+    module.FormatCode = lambda text, **_: (text, True)
+
 
 def pytest_addoption(parser):
     parser.addoption('--fake-cuda', action='store_true', help='without a GPU, run the tests of the '
                      'fixture device on a CPU that passes for one too (tests/fake_cuda.py)')
+
+
+def pytest_collection_finish():
+    gc.freeze()  # mmengine collects garbage for each data set: not in all modules, and not in forks
 
 
 @pytest.fixture(autouse=True)
@@ -147,14 +162,14 @@ def seeing_model(config, scenes, init=False):
     return model
 
 
-def write_config(folder, scenes, iterations=4, **model):
+def write_config(folder, scenes, iterations=4):
     """A config of the small model on the drawn scenes; returns its path."""
     config = folder / 'mini.py'
     config.write_text(f'''
 _base_ = ['{ROOT}/configs/edaformer_t_synthetic.py']
 model = dict(
     data_preprocessor=dict(size=(64, 64)), backbone={MINI},
-    decode_head=dict(in_channels=(32, 64, 128), channels=32))
+    decode_head=dict(in_channels=(32, 64, 128), channels=32, depths=(1, 1, 1)))
 crop_size = (64, 64)
 data_root = '{scenes}'
 train_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False, dataset=dict(

@@ -79,6 +79,13 @@ def run_tool(*command):
         return finish(in_child(main, log=log)), log.read_text()
 
 
+def done(*command):
+    """Run a command line to a good end as `run_tool` does; returns what it wrote."""
+    code, output = run_tool(*command)
+    assert code == 0, output[-4000:]
+    return output
+
+
 def free_port():
     """A port that nothing listens on."""
     with socket.socket() as server:

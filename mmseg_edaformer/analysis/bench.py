@@ -40,8 +40,16 @@ SCALE = 'scale '
 
 @dataclass(frozen=True)
 class InputScale:
-    """A smaller input instead of fewer keys or queries: the plainest way to save."""
+    """A smaller input instead of fewer keys or queries: the plainest way to save.
+
+    Raises:
+        RatioError: The scale is not above 0.
+    """
     scale: float
+
+    def __post_init__(self) -> None:
+        if not self.scale > 0:
+            raise RatioError('give a scale above 0')
 
     def __str__(self) -> str:
         return f'{SCALE}{self.scale:g}'

@@ -70,10 +70,10 @@ def collect(outcomes: Iterable[Outcome], total: int | None, summary: Summary,
         outcomes = iter(outcomes)
         with writing(summary.out):
             first = [*islice(outcomes, 1)]  # the models are loaded: time begins to count
-        with writing(summary.out), progress_bar('images', total, kept) as advance:
-            for outcome in chain(first, outcomes):
-                take(outcome.address, summary.add(outcome))
-                advance(summary.done + len(summary.skipped))
+            with progress_bar('images', total, kept) as advance:
+                for outcome in chain(first, outcomes):
+                    take(outcome.address, summary.add(outcome))
+                    advance(summary.done + len(summary.skipped))
     except KeyboardInterrupt:
         known = '' if total is None else f' of {total}'
         print(f'{summary.done}{known} images are done: run the same command again to resume',

@@ -33,6 +33,7 @@ model = dict(backbone=dict(embed_dims=(16, 32, 64, 128), depths=(1, 1, 1, 1)),
         monkeypatch.setattr(benchmark, 'compile_model', lambda *_, **__: None)
         monkeypatch.setattr(gpu_benchmark, 'measure_rates', lambda *_: Rates(1., 1.))
         monkeypatch.setattr(gpu_benchmark, '_DRAWN', 2)
+    forget(ManagerMixin)  # a training that other tests left would get the log
     monkeypatch.setattr(gpu_benchmark, 'CONFIGS', dict.fromkeys(gpu_benchmark.CONFIGS, config))
     yield gpu_benchmark.Suite([(64, 64), (64, 96)], [1], 2, 1e4, 0, 1, 3, 256, tmp_path)
     forget(ManagerMixin)  # mmengine's visualizer of a training whose folder is gone

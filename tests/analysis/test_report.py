@@ -22,7 +22,7 @@ from mmseg_edaformer.analysis.evaluation import EvaluationHook
 from tests.conftest import write_config
 from tests.engine.test_resume import sending
 from tests.engine.training import train
-from tests.processes import finish, in_child, run_tool
+from tests.processes import done, finish, in_child
 
 CLASSES = ('<b>&"', 'road $x^$', 'absent', 'tree', 'lamp')
 PALETTE = tuple((40 * i, 255 - 40 * i, 90) for i in range(len(CLASSES)))
@@ -255,12 +255,6 @@ def test_nothing_of_a_report_ends_a_run(runner, tmp_path, monkeypatch, caplog):
     assert re.search(r'the run itself is complete: .*exists', caplog.text)
 
 
-def tool(*command):
-    code, output = run_tool(*command)
-    assert code == 0, output[-4000:]
-    return output
-
-
 @pytest.fixture(scope='module')
 def trained(scenes, tmp_path_factory):
     """A config and the work dir of two steps and, resumed, of three more, with the logs."""
@@ -268,7 +262,7 @@ def trained(scenes, tmp_path_factory):
     config = write_config(folder, scenes)
     with config.open('a') as file:
         file.write('report = True\n')
-    logs = [tool('tools/train.py', config, '--work-dir', folder / 'work', *flags, '--verbose',
+    logs = [done('tools/train.py', config, '--work-dir', folder / 'work', *flags, '--verbose',
                  '--cfg-options', f'train_cfg.max_iters={steps}', f'train_cfg.val_interval={steps}',
                  f'default_hooks.checkpoint.interval={steps}', f'report={steps > 2}')
             for steps, flags in ((2, []), (5, ['--resume']))]
@@ -324,7 +318,7 @@ def test_the_report_of_a_run_killed_before_it(trained, tmp_path):
     """The last validation is done, so a resumed run does none: its counts are kept."""
     config, work, _ = trained
     (work / 'report.html').rename(tmp_path / 'first.html')
-    tool('tools/train.py', config, '--work-dir', work, '--resume', '--cfg-options',
+    done('tools/train.py', config, '--work-dir', work, '--resume', '--cfg-options',
          'train_cfg.max_iters=5', 'train_cfg.val_interval=5')
     first, again = Page(tmp_path / 'first.html').says, check_page(work / 'report.html').says
     section = re.compile(r'Classes From the last validation.*Best 2')
@@ -333,7 +327,7 @@ def test_the_report_of_a_run_killed_before_it(trained, tmp_path):
 
 def test_a_test_with_a_ratio(trained, tmp_path):
     config, work, _ = trained
-    tool('tools/test.py', config, work / 'iter_5.pth', '--work-dir', tmp_path, '--isr-ratio', '3')
+    done('tools/test.py', config, work / 'iter_5.pth', '--work-dir', tmp_path, '--isr-ratio', '3')
     page = check_page(tmp_path / 'report.html')
     row = next(row for row in read_csv(tmp_path / 'report' / 'isr.csv')
                if row['isr_ratio'] == '3')
@@ -362,7 +356,7 @@ def test_a_sweep_of_the_checkpoint_is_shown(tmp_path):
 
 @pytest.mark.slow
 def test_a_classifier(classifier, tmp_path):
-    tool('tools/train.py', classifier, '--work-dir', tmp_path, '--cfg-options',
+    done('tools/train.py', classifier, '--work-dir', tmp_path, '--cfg-options',
          'train_cfg.max_iters=3', 'train_cfg.val_interval=3', 'default_hooks.logger.interval=1',
          'report=True')
     page = check_page(tmp_path / 'report.html')

@@ -22,7 +22,7 @@ from mmseg_edaformer.analysis.visualize import (
 from mmseg_edaformer.errors import ConfigError, DataError, RatioError
 from mmseg_edaformer.isr import ISRRatio
 from mmseg_edaformer.predict.segmenter import Segmenter
-from tests.processes import run_tool
+from tests.processes import done, run_tool
 
 
 @pytest.fixture
@@ -146,10 +146,9 @@ def test_models_that_do_not_fit(segmenter, other, path, tmp_path, monkeypatch):
 def test_command_line(edaformer, segformer, segmenter, path, mask, tmp_path):
     command = ('tools/visualize.py', path, '--model', Path(edaformer[0]).parent,
                '--out', tmp_path / 'out')
-    code, output = run_tool(*command, '--with', ':'.join(segformer), '--isr-ratio', 'none', '2',
-                            '2211-222', '--labels', mask, '--points', '10,10', '0.9,0.9',
-                            '--device', 'cpu')
-    assert code == 0, output
+    output = done(*command, '--with', ':'.join(segformer), '--isr-ratio', 'none', '2',
+                  '2211-222', '--labels', mask, '--points', '10,10', '0.9,0.9',
+                  '--device', 'cpu')
     for kind in 'attention', 'features', 'predictions':
         with Image.open(tmp_path / 'out' / f'00000_{kind}.png') as sheet:
             assert np.array(sheet).std() > 20

@@ -77,19 +77,12 @@ def runner_of(folder, data, name, run='train', skip=True, tta=False):
     return Runner.from_cfg(cfg)
 
 
-@pytest.fixture
-def _plain_config_text(monkeypatch):
-    """The Runner formats its config four times, each of which takes seconds."""
-    monkeypatch.setattr(Config, 'pretty_text', property(lambda cfg: repr(cfg)))
-
-
 def listed(path):
     """The files of a list."""
     return sorted({line.split('\t')[0] for line in path.read_text().splitlines()})
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures('_plain_config_text')
 def test_a_training_goes_on(planted, tmp_path, capfd):
     data, training, validation = planted
     (tmp_path / 'run' / 'work').mkdir(parents=True)
@@ -108,7 +101,6 @@ def test_a_training_goes_on(planted, tmp_path, capfd):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures('_plain_config_text')
 def test_a_test_is_that_of_the_good_files(planted, tmp_path):
     data, _, validation = planted
     skipping = runner_of(tmp_path / 'skipping', data, 'test', 'test')
@@ -209,7 +201,6 @@ def test_what_would_write_a_blank_image(settings, flag):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures('_plain_config_text')
 def test_a_test_with_augmentation(planted, tmp_path):
     data, _, validation = planted
     runner = runner_of(tmp_path / 'tta', data, 'tta', 'test', tta=True)

@@ -16,7 +16,7 @@ from mmseg_edaformer.errors import CheckpointError, ConfigError
 from tests import plain
 from tests.conftest import MINI, segmentor_config
 from tests.engine.training import run_to_end, state
-from tests.processes import run_tool
+from tests.processes import done, run_tool
 
 CLASSIFIER = {'head.weight': torch.zeros(1000, 8), 'head.bias': torch.zeros(1000)}
 
@@ -52,9 +52,7 @@ def test_a_segmentor(tmp_path, target):
     torch.save(dict(meta=dict(CLASSES=('road', 'car'), PALETTE=[[1, 2, 3], [4, 5, 6]]),
                     state_dict=weights, optimizer=dict(state={}, param_groups=[])),
                tmp_path / 'theirs.pth')
-    code, output = run_tool('tools/convert_checkpoint.py', tmp_path / 'theirs.pth',
-                            tmp_path / target)
-    assert code == 0
+    output = done('tools/convert_checkpoint.py', tmp_path / 'theirs.pth', tmp_path / target)
     assert 'backbone.block1.0.attn.sr.weight -> backbone.stages.0.blocks.0.attn.kv.weight' in output
     assert 'decode_head.conv_seg.bias dropped: unused in the release' in output
     assert f'{len(weights) - 2} keys converted, 2 dropped' in output

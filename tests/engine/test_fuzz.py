@@ -72,16 +72,15 @@ def test_every_byte_counts(tmp_path, good):
     whole = load(path, content)
     harmless = 0
     for place in range(len(content)):
-        for flipped in (1 << place % 8, 255):
-            damaged = bytearray(content)
-            damaged[place] ^= flipped
-            found = load(path, bytes(damaged))
-            assert found in (None, whole), place
-            harmless += found is not None
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8 if place % 2 else 255
+        found = load(path, bytes(damaged))
+        assert found in (None, whole), place
+        harmless += found is not None
     path.write_bytes(content)
     with zipfile.ZipFile(path) as archive:
         covered = sum(member.file_size for member in archive.infolist())
-    assert harmless <= 2 * (len(content) - covered)  # none of them in what the members hold
+    assert harmless <= len(content) - covered  # none of them in what the members hold
 
 
 @pytest.mark.parametrize('form', FORMS)

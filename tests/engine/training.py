@@ -23,7 +23,7 @@ def write_random_config(folder, scenes):
     path.write_text('''
 _base_ = ['./mini.py']
 model = dict(backbone=dict(drop_path_rate=0.2, depths=(1, 1, 1, 1)),
-             decode_head=dict(drop_path_rate=0.2, dropout_ratio=0.2, depths=(1, 1, 1)),
+             decode_head=dict(drop_path_rate=0.2, dropout_ratio=0.2),
              train_cfg=dict(isr_range=dict(isr_ratios=('2211-222', '2+q2'))))
 train_dataloader = dict(collate_fn=dict(type='stack_collate', photometric=dict()), dataset=dict(
     pipeline=[

@@ -23,7 +23,7 @@ from mmseg_edaformer.export.runtimes import placing
 from mmseg_edaformer.models import StreamedEncoderDecoder
 from mmseg_edaformer.predict.segmenter import Segmenter
 from tests.conftest import ROOT, run, seeing_model, write_config
-from tests.processes import finish, in_child, run_tool
+from tests.processes import done, finish, in_child, run_tool
 
 NEEDS = {'onnx': ('onnxscript', 'onnxruntime'), 'openvino': ('onnxscript', 'openvino'), 'pt2': ()}
 RATIO = '2211-222'
@@ -37,7 +37,6 @@ def work(scenes, tmp_path_factory):
     # Tracing takes a second for each block.
     config.write_text(config.read_text() + """
 model['backbone']['depths'] = (1, 1, 1, 1)
-model['decode_head']['depths'] = (1, 1, 1)
 """)
     model = seeing_model(config, scenes, init=True)
     torch.save(dict(state_dict=model.state_dict(), meta=dict()), folder / 'best_mIoU_iter_4.pth')
@@ -64,7 +63,7 @@ def quick_export(work):
 
 @pytest.fixture(scope='module')
 def files(quick_export, tmp_path_factory):
-    """Exported files, each made once: by format, ratio, and whether they give labels."""
+    """Loaded files and their reports, each made once: by format, ratio, and labels or not."""
     folder, made = tmp_path_factory.mktemp('files'), {}
 
     def get(kind, ratio, labels):
@@ -72,7 +71,8 @@ def files(quick_export, tmp_path_factory):
             pytest.importorskip(name)
         if (kind, ratio, labels) not in made:
             path = folder / f'{ratio}-{labels}{FORMATS[kind].suffix}'
-            made[kind, ratio, labels] = path, quick_export(path, kind, ratio, labels, None)
+            report = quick_export(path, kind, ratio, labels, None)
+            made[kind, ratio, labels] = Exported(path), report
         return made[kind, ratio, labels]
     return get
 
@@ -104,14 +104,16 @@ def predict(segmenter, images):
 
 
 @pytest.mark.parametrize(('kind', 'ratio', 'labels'), [
-    ('pt2', 'none', True), ('pt2', RATIO, False), ('pt2', '2+q2', True),
-    *(pytest.param(*what, marks=pytest.mark.slow) for what in (
+    pytest.param(kind, ratio, labels, marks=[
+        pytest.mark.xdist_group(ratio), *[pytest.mark.slow] * (kind != 'pt2')])
+    for kind, ratio, labels in (
+        ('pt2', 'none', True), ('pt2', RATIO, False), ('pt2', '2+q2', False),
         ('onnx', 'none', True), ('onnx', RATIO, False), ('onnx', '2+q2', False),
-        ('openvino', RATIO, False)))])
+        ('openvino', RATIO, False))])
 def test_a_file_predicts_as_the_model_at_any_size_and_number(work, scenes, files, kind, ratio,
                                                              labels):
-    path, report = files(kind, ratio, labels)
-    file, segmenter = Exported(path), Segmenter(work, device='cpu', isr_ratio=ratio)
+    file, report = files(kind, ratio, labels)
+    segmenter = Segmenter(work, device='cpu', isr_ratio=ratio)
     mean, std = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
     for size, count in (((128, 160), 1), ((187, 129), 2)):
         images = draw(scenes, size, count)
@@ -138,9 +140,10 @@ def test_a_file_predicts_as_the_model_at_any_size_and_number(work, scenes, files
 
 @pytest.mark.gpu
 @pytest.mark.slow
+@pytest.mark.xdist_group('none')
 def test_a_file_moves_to_the_device(work, scenes, files, request):
     from torch.export.passes import move_to_device_pass
-    program = torch.export.load(files('pt2', 'none', True)[0])
+    program = torch.export.load(files('pt2', 'none', True)[1].path)
     device = request.getfixturevalue('device')  # what is exported before knows nothing of a fake
     program = move_to_device_pass(program, str(device)).module(check_guards=False)
     images, segmenter = draw(scenes, (131, 157), 3), Segmenter(work, device=str(device))
@@ -150,8 +153,9 @@ def test_a_file_moves_to_the_device(work, scenes, files, request):
     assert (labels.cpu().numpy() == predict(segmenter, images)).mean() > 0.9995
 
 
+@pytest.mark.xdist_group(RATIO)
 def test_the_metadata_and_what_a_file_refuses(work, files, scenes, tmp_path):
-    file = Exported(files('pt2', RATIO, False)[0])
+    file = files('pt2', RATIO, False)[0]
     metadata = file.metadata
     assert metadata['classes'] == list(Segmenter(work, device='cpu').classes)
     assert len(metadata['palette']) == 8
@@ -168,17 +172,19 @@ def test_the_metadata_and_what_a_file_refuses(work, files, scenes, tmp_path):
         Exported(tmp_path / 'none.onnx')
 
 
+@pytest.mark.xdist_group(RATIO)
 @pytest.mark.parametrize('kind', [
     'pt2', *(pytest.param(kind, marks=pytest.mark.slow) for kind in ('onnx', 'openvino'))])
 def test_a_file_alone_refuses_smaller_images(files, scenes, kind):
     """The runtime without `Exported`, as the page of the documentation shows it."""
-    run = FORMATS[kind].load(files(kind, RATIO, False)[0], 1)[0]
+    run = FORMATS[kind].load(files(kind, RATIO, False)[1].path, 1)[0]
     for size in (124, 160), (160, 124):
         with pytest.raises(Exception, match='125'):  # each runtime has its own
             run(draw(scenes, size, 1))
     assert run(draw(scenes, (125, 125), 1)).shape[0] == 1
 
 
+@pytest.mark.xdist_group(RATIO)
 def test_useless_times_are_named(files):
     report = files('pt2', RATIO, False)[1]
     assert report.rows[1].spread[0] <= report.rows[1].relative <= report.rows[1].spread[1]
@@ -190,6 +196,7 @@ def test_useless_times_are_named(files):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group('none')
 def test_the_examples_of_the_page_run(files, scenes, tmp_path, monkeypatch):
     """Each by its runtime alone, on the same image, with the same labels."""
     blocks = re.findall(r'```python\n(.*?)```', (ROOT / 'docs' / 'export.md').read_text(), re.S)
@@ -200,11 +207,10 @@ def test_the_examples_of_the_page_run(files, scenes, tmp_path, monkeypatch):
         block = next(block for block in blocks if f'model{FORMATS[kind].suffix}' in block)
         assert not re.search('(import|from) mmseg_edaformer', block)
         if all(importlib.util.find_spec(name) for name in needs):
-            path = files(kind, 'none', True)[0]
-            names = {}
-            exec(block.replace('model' + FORMATS[kind].suffix, str(path)), names)
+            (file, report), names = files(kind, 'none', True), {}
+            exec(block.replace('model' + FORMATS[kind].suffix, str(report.path)), names)
             assert names['labels'].shape == (131, 157)
-            assert names['classes'] == Exported(path).metadata['classes']
+            assert names['classes'] == file.metadata['classes']
             results.append(names['labels'])
     assert all((labels == results[0]).mean() > 0.9995 for labels in results)
 
@@ -249,6 +255,7 @@ test_dataloader = dict(dataset=dict(data_root='{scenes}'))
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group('one size')
 @pytest.mark.parametrize('kind', ['onnx', 'openvino'])
 def test_int8_is_near_and_says_what_it_costs(work, scenes, tmp_path, kind, quick_export,
                                              monkeypatch):
@@ -269,9 +276,8 @@ def test_int8_is_near_and_says_what_it_costs(work, scenes, tmp_path, kind, quick
         parity.check(path, path, deployed, [draw(scenes, (64, 96), 4)[i:i + 1] for i in range(4)],
                      int8=True)
     if kind == 'onnx':  # mmseg's own evaluation of the same images
-        code, output = run_tool('tools/test.py', work / 'mini.py', work / 'best_mIoU_iter_4.pth',
-                                '--work-dir', tmp_path, '--json', tmp_path / 'json')
-        assert code == 0, output
+        done('tools/test.py', work / 'mini.py', work / 'best_mIoU_iter_4.pth', '--work-dir',
+             tmp_path, '--json', tmp_path / 'json')
         assert report.rows[0].miou == pytest.approx(
             json.loads((tmp_path / 'json').read_text())['metrics']['mIoU'], abs=0.01)
 
@@ -301,6 +307,7 @@ def truncate(program, path, metadata):
     path.write_bytes(path.read_bytes()[:10000])
 
 
+@pytest.mark.xdist_group('one size')
 @pytest.mark.parametrize(('write', 'message'), [
     (spoil, r"it gives \d.* of PyTorch's labels"), (truncate, 'its runtime cannot run it')])
 def test_a_file_that_predicts_otherwise_is_not_written(quick_export, tmp_path, monkeypatch, write,
@@ -327,6 +334,7 @@ def test_differences_are_measured(monkeypatch, change, equal):
     assert result.relative == pytest.approx(max(change) / 4)
 
 
+@pytest.mark.xdist_group('one size')
 def test_a_full_disk(quick_export, tmp_path):
     """Simulated by a limit on the size of files, in a process of its own."""
     pytest.importorskip('openvino')
@@ -434,9 +442,8 @@ def test_a_model_that_looks_at_values_cannot_be_traced(work, tmp_path, monkeypat
 def test_the_command_line(work, tmp_path):
     single, out = tmp_path / 'model.safetensors', tmp_path / 'model.pt2'
     pack_file(work / 'best_mIoU_iter_4.pth', single, Config.fromfile(work / 'mini.py'))
-    code, output = run_tool('tools/export.py', '--model', single, '--format', 'pt2', '--out', out,
-                            '--labels', '--size', '64,96', '--isr-ratio', '2', '--threads', '1')
-    assert code == 0, output
+    output = done('tools/export.py', '--model', single, '--format', 'pt2', '--out', out,
+                  '--labels', '--size', '64,96', '--isr-ratio', '2', '--threads', '1')
     assert 'The compared images are drawn, so they tell little about real ones.' in output
     assert '8 classes, ISR 2, labels, images of 64x96, any number at once' in output
     assert 'Warning' not in output

@@ -40,8 +40,9 @@ TWINS = dict(embed_dims=[8, 16, 32, 64], num_heads=[1, 2, 4, 8], patch_sizes=[4,
              sr_ratios=[8, 4, 2, 1])
 PADDED = [*REDUCED, (112, 136)]
 CASES = [
-    *vit('VisionTransformer', 1), *vit('VisionTransformer', 0, with_cls_token=False),
-    *vit('DistilledVisionTransformer', 2), *vit('DeiT3', 1), *vit('BEiTViT', 1),
+    *vit('VisionTransformer', 1),
+    *vit('VisionTransformer', 0, with_cls_token=False, compiled=False),
+    *vit('DistilledVisionTransformer', 2, compiled=False), *vit('DeiT3', 1), *vit('BEiTViT', 1),
     *vit('ViTEVA02', 1, {**ARCH, 'embed_dims': 64}),
     *of('ViTSAM', PLAIN, lambda *size: [(4, 4), *patches(*size)], img_size=None, patch_size=16,
         out_channels=0, window_size=4, arch={**ARCH, 'global_attn_indexes': (1,)}),
@@ -51,7 +52,7 @@ CASES = [
     *of('PCPVT', PADDED, reduced, 7, compiled=False, arch=TWINS, out_indices=(0, 1, 2, 3),
         norm_after_stage=False),
     # Windows of the first stage are full, padded on both sides, and on one side.
-    *of('SVT', PADDED, lambda *size: [(7, 7), *reduced(*size)], 7, masked=-500,
+    *of('SVT', PADDED, lambda *size: [(7, 7), *reduced(*size)], 7, compiled=False, masked=-500,
         arch=dict(TWINS, window_sizes=[7, 7, 7, 7]), out_indices=(0, 1, 2, 3),
         norm_after_stage=False),
     *of('MViT', [(96, 96), (160, 96)], lambda *size: [

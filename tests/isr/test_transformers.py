@@ -124,15 +124,16 @@ MASKED = dict(hidden_dim=32, num_attention_heads=4, encoder_feedforward_dim=32, 
 SWIN_SIZES = [(112, 112), (100, 120)]
 CASES = [
     *vit('ViTModel', 1, eager=True, image_size=list),
-    *vit('DeiTModel', 2, eager=True, image_size=list),
+    *vit('DeiTModel', 2, eager=True, compiled=False, image_size=list),
     *vit('BeitModel', 1, eager=True, image_size=list, use_relative_position_bias=True),
     # One bias for all blocks, which the model adds to the mask of attention.
     *vit('BeitModel', 1, images=[TALL], image_size=list, use_shared_relative_position_bias=True),
-    *vit('Dinov2Model', 1, eager=True),
-    *vit('Dinov2WithRegistersModel', 4, eager=True, num_register_tokens=3),
+    *vit('Dinov2Model', 1, eager=True, compiled=False),
+    *vit('Dinov2WithRegistersModel', 4, eager=True, compiled=False, num_register_tokens=3),
     *vit('DINOv3ViTModel', 4, eager=True, gpu=True, num_register_tokens=3),
     # Tokens for detections stand behind the patches.
-    *vit('YolosModel', 1, images=[TALL], suffix=3, image_size=list, num_detection_tokens=3),
+    *vit('YolosModel', 1, images=[TALL], suffix=3, compiled=False, image_size=list,
+         num_detection_tokens=3),
     *tower('AltCLIPVisionModel', 1), *tower('Aimv2VisionModel', 0, 3),
     *tower('Blip2VisionModel', 1), *tower('BlipVisionModel', 1),
     *tower('ChineseCLIPVisionModel', 1), *tower('CLIPSegVisionModel', 1),

@@ -19,7 +19,7 @@ from mmseg_edaformer.predict.run import predict_images, predict_video
 from mmseg_edaformer.predict.segmenter import Segmenter
 from tests.conftest import ROOT, run
 from tests.predict.conftest import same, seen_sizes
-from tests.processes import run_tool
+from tests.processes import done, run_tool
 
 
 @pytest.fixture
@@ -302,11 +302,10 @@ def test_what_ends_half_way_leaves_no_half_video(work, clip, ffmpeg, tmp_path):
 @pytest.mark.slow
 def test_labels_are_those_of_the_test_tool(work, images, photos, tmp_path):
     checkpoint = work / 'best_mIoU_iter_4.pth'
-    code, output = run_tool('tools/test.py', work / 'mini.py', checkpoint, '--isr-ratio', '2',
-                            '--out', tmp_path / 'test', '--work-dir', tmp_path / 'log')
-    assert code == 0, output
+    done('tools/test.py', work / 'mini.py', checkpoint, '--isr-ratio', '2',
+         '--out', tmp_path / 'test', '--work-dir', tmp_path / 'log')
     shutil.copy(photos / 'bad.JPG', tmp_path)
-    code, output = run_tool(
+    _, output = run_tool(
         'tools/predict.py', images[0].parent, photos / 'bad.JPG', '--model', work / 'mini.py',
         '--checkpoint', checkpoint, '--out', tmp_path / 'out', '--isr-ratio', 2, '--device', 'cpu')
     lines = output.splitlines()
@@ -326,13 +325,11 @@ def test_labels_are_those_of_the_test_tool(work, images, photos, tmp_path):
 @pytest.mark.slow
 def test_command_line_of_one_file_and_a_video(work, clip, tmp_path):
     single = tmp_path / 'one.safetensors'
-    code, output = run_tool('tools/convert_checkpoint.py', work / 'best_mIoU_iter_4.pth', single,
-                            '--config', work / 'mini.py')
-    assert code == 0, output
+    output = done('tools/convert_checkpoint.py', work / 'best_mIoU_iter_4.pth', single,
+                  '--config', work / 'mini.py')
     assert f'predict with tools/predict.py INPUT --model {single}' in output
-    code, output = run_tool('tools/predict.py', clip[0], '--model', single, '--out',
-                            tmp_path / 'out', '--masks', '--device', 'cpu')
-    assert code == 0, output
+    output = done('tools/predict.py', clip[0], '--model', single, '--out',
+                  tmp_path / 'out', '--masks', '--device', 'cpu')
     assert '12 frames at ISR ratio none\n' in output
     assert output.endswith(f'\n{tmp_path}/out/clip_overlay.mp4\n')
     for wrong, says in (([clip[0], clip[0]], 'one video at a time'),

@@ -29,7 +29,7 @@ from mmseg_edaformer.isr import ISRRatio
 from mmseg_edaformer.pretraining import crops as drawn, folders
 from tests.conftest import ROOT
 from tests.engine.training import differences, run_to_end, state, train
-from tests.processes import finish, in_child, run_tool
+from tests.processes import done, finish, in_child
 
 
 @pytest.fixture(autouse=True)
@@ -188,10 +188,9 @@ def test_it_learns(classifier, tmp_path):
 
 
 def test_isr(classifier, whole, tmp_path):
-    code, output = run_tool(
+    output = done(
         'tools/test.py', classifier, whole / 'iter_12.pth', '--work-dir', tmp_path / 'work',
         '--isr-ratio', '2211', '--json', tmp_path / 'figures.json')
-    assert code == 0, output[-2000:]
     figures = json.loads((tmp_path / 'figures.json').read_text())
     assert figures['isr_ratio'] == '2211-111'
     assert figures['metrics'].keys() == {'accuracy/top1', 'accuracy/top5'}

@@ -13,7 +13,7 @@ from mmseg_edaformer.engine import checks, find_checkpoint
 from mmseg_edaformer.engine.preemption import EXIT_PREEMPTED
 from tests.conftest import ROOT, write_config
 from tests.engine.training import train_here
-from tests.processes import free_port, run_tool
+from tests.processes import done, free_port
 
 pytestmark = pytest.mark.slow
 
@@ -61,10 +61,8 @@ optim_wrapper = dict(
 def one(config, tmp_path_factory):
     """The work dir of a run of one process."""
     work = tmp_path_factory.mktemp('one')
-    code, output = run_tool('tools/train.py', config, '--work-dir', work, '--cfg-options',
-                            'default_hooks.checkpoint.interval=1',
-                            'default_hooks.checkpoint.max_keep_ckpts=4')
-    assert code == 0, output
+    done('tools/train.py', config, '--work-dir', work, '--cfg-options',
+         'default_hooks.checkpoint.interval=1', 'default_hooks.checkpoint.max_keep_ckpts=4')
     return work
 
 
@@ -84,8 +82,7 @@ def assert_close(found, expected):
 def test_two_processes_test_like_one(config, one, tmp_path):
     """They see every image once."""
     arguments = (one / 'iter_4.pth', '--work-dir', tmp_path, '--isr-ratio', '2')
-    code, single = run_tool('tools/test.py', config, *arguments)
-    assert code == 0, single
+    single = done('tools/test.py', config, *arguments)
     double = script('dist_test.sh', config, arguments[0], 2, *arguments[1:])
     figures = re.compile(r'mIoU [\d.]+, .*')
     assert figures.search(double)[0] == figures.search(single)[0]

@@ -14,7 +14,7 @@ from PIL import Image
 
 from mmseg_edaformer.engine import checks
 from tests.conftest import ROOT, run, write_config
-from tests.processes import run_tool
+from tests.processes import done, run_tool
 
 
 @pytest.fixture(scope='module')
@@ -24,13 +24,6 @@ def trained(scenes, tmp_path_factory):
     config = write_config(folder, scenes)
     output = run('tools/train.py', config, '--work-dir', folder / 'work', '--verbose').stdout
     return config, folder / 'work' / 'iter_4.pth', output
-
-
-def done(*command):
-    """Run a tool to a good end; returns what it wrote."""
-    code, output = run_tool(*command)
-    assert code == 0, output[-4000:]
-    return output
 
 
 def evaluate(config, checkpoint, folder, *flags, run=done):
