@@ -7,22 +7,30 @@ it subtracts the mean and divides by the deviation itself. It gives ``labels``, 
 import hashlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.export import Dim, ExportedProgram
 
 from .. import __version__
 from ..compat import swaps_channels
 from ..errors import ConfigError, UserError
+from ..isr.apply import find_located
+from ..isr.pooling import OpenRatio
+from ..isr.ratio import LARGEST
 from ..models.segmentor import StreamedEncoderDecoder
 from ..predict.foreign import Foreign
 from ..predict.segmenter import Segmenter
+
+DIALS = 'isr_ratio', 'query_ratio'
+"""Ratios that can be inputs of a graph."""
 
 _TRACED = (613, 741)  # several cells of every sensible pool; free, for nothing is computed
 
@@ -30,7 +38,7 @@ _TRACED = (613, 741)  # several cells of every sensible pool; free, for nothing 
 class Deployed(nn.Module):
     """A segmentor in plain operators, to labels at the size of the images or the head's logits."""
 
-    def __init__(self, model: nn.Module, labels: bool) -> None:
+    def __init__(self, model: nn.Module, labels: bool, dials: Sequence[str] = ()) -> None:
         super().__init__()
         if isinstance(model, Foreign):
             raise ConfigError(f'a {type(model.network).__name__} is not exported here: write a '
@@ -49,9 +57,36 @@ class Deployed(nn.Module):
         self.model = model.eval()
         self.labels = labels
         self.divisor: int = padding.get('size_divisor') or 1
+        self.dials = tuple(dials)
+        self.stages = {f'{part.kind} {number}': layers for part in find_located(model).parts
+                       for number, layers in part.stages.items()} if dials else {}
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return labels or logits of images, N x H x W x 3, uint8, RGB."""
+    def forward(self, images: Tensor, isr_ratio: Tensor | None = None,
+                query_ratio: Tensor | None = None) -> Tensor:
+        """Return labels or logits of images, N x H x W x 3, uint8, RGB.
+
+        The ratios that are inputs, ``dials``, hold a multiplier for each of ``stages``. One below 1
+        counts as 1.
+        """
+        settings = [(layer, layer.setting) for layers in self.stages.values() for layer in layers]
+        try:
+            for name, ratios in zip(DIALS, (isr_ratio, query_ratio)):
+                if ratios is not None:
+                    self._open(name, ratios)
+            return self._predict(images)
+        finally:
+            for layer, setting in settings:
+                layer.setting = setting
+
+    def _open(self, name: str, ratios: Tensor) -> None:
+        # A view, because a .pt2 does not check the length itself.
+        values = ratios.view(len(self.stages)).clamp(1, LARGEST).unbind()
+        for layers, value in zip(self.stages.values(), values):
+            ratio = OpenRatio(value)
+            for layer in layers:
+                layer.setting = replace(layer.setting, **{name: ratio})
+
+    def _predict(self, images: Tensor) -> Tensor:
         if not self.labels:
             return self.logits(images)
         logits = self.full_logits(images)
@@ -90,10 +125,12 @@ def trace(deployed: Deployed, size: tuple[int, int] | None
     """
     example = torch.zeros(2, *(size or _TRACED), 3, dtype=torch.uint8)
     free = Dim.DYNAMIC
-    dynamic: dict[int, Any] = {0: free} if size else {0: free, 1: free, 2: free}
+    dynamic: dict[str, Any] = {'images': {0: free} if size else {0: free, 1: free, 2: free}}
+    dials = dict.fromkeys(deployed.dials, torch.full((len(deployed.stages),), 2))
     try:
         with torch.no_grad(), quiet():
-            program = torch.export.export(deployed, (example,), dynamic_shapes={'images': dynamic})
+            program = torch.export.export(
+                deployed, (example,), dials, dynamic_shapes=dynamic | dict.fromkeys(dials))
     except UserError:
         raise
     except Exception as error:  # whatever a model's own code may raise
@@ -141,11 +178,15 @@ def images_of(program: ExportedProgram) -> Tensor:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the logs and warnings of the exporters."""
+    """Silence the logs and warnings of the exporters, and keep attention free of guards.
+
+    The faster backends of ``scaled_dot_product_attention`` ask how many keys there are, which is
+    open while a ratio is an input. The graph holds the function whatever the backend.
+    """
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
             warnings.simplefilter('ignore')
             yield
     finally:

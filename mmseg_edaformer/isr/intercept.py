@@ -140,7 +140,8 @@ class Interception(ReducedScores):
         ratio, self.kept = self.reduction.rule.grid.fitting(self.call, ratio, setting.method)
         left = pooling.num_keys(layout, total, ratio)
         self.reduced, self.isr_ratio = (total, left), ratio
-        if left == total and (queries is None or self.query_pool is None):
+        is_open = isinstance(ratio, pooling.OpenRatio)
+        if not is_open and left == total and (queries is None or self.query_pool is None):
             self.seen.append(total)
             return None
         if setting.method == 'bipartite' and left < total:
