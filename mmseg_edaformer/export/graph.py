@@ -16,21 +16,24 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.export import Dim, ExportedProgram
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import __version__
 from ..compat import swaps_channels
 from ..errors import ConfigError, UserError
-from ..isr.apply import find_located
+from ..isr.apply import find_located, isr
 from ..isr.pooling import OpenRatio
-from ..isr.ratio import LARGEST
+from ..isr.ratio import LARGEST, NONE, ISRRatio
 from ..models.segmentor import StreamedEncoderDecoder
 from ..predict.foreign import Foreign
 from ..predict.segmenter import Segmenter
 
+RUNTIME = 'runtime'
+"""The value of a ratio that becomes an input of the graph."""
+
 DIALS = 'isr_ratio', 'query_ratio'
-"""Ratios that can be inputs of a graph."""
+"""Ratios that can be inputs, int64, with a multiplier for each stage."""
 
 _TRACED = (613, 741)  # several cells of every sensible pool; free, for nothing is computed
 
@@ -58,6 +61,9 @@ class Deployed(nn.Module):
         self.labels = labels
         self.divisor: int = padding.get('size_divisor') or 1
         self.dials = tuple(dials)
+        if dials:  # fail early where there is nothing to reduce
+            with isr(model, 2, query_ratio=2 if 'query_ratio' in dials else None):
+                pass
         self.stages = {f'{part.kind} {number}': layers for part in find_located(model).parts
                        for number, layers in part.stages.items()} if dials else {}
 
@@ -82,9 +88,9 @@ class Deployed(nn.Module):
         # A view, because a .pt2 does not check the length itself.
         values = ratios.view(len(self.stages)).clamp(1, LARGEST).unbind()
         for layers, value in zip(self.stages.values(), values):
-            ratio = OpenRatio(value)
+            change: dict[str, Any] = {name: OpenRatio(value)}  # shared by the layers of a stage
             for layer in layers:
-                layer.setting = replace(layer.setting, **{name: ratio})
+                layer.setting = replace(layer.setting, **change)
 
     def _predict(self, images: Tensor) -> Tensor:
         if not self.labels:
@@ -136,6 +142,8 @@ def trace(deployed: Deployed, size: tuple[int, int] | None
     except Exception as error:  # whatever a model's own code may raise
         reason = f'{type(error).__name__}: {(str(error).strip() or "-").splitlines()[0][:200]}'
         raise ConfigError(
+            f'the model cannot be traced with a ratio that is an input ({reason}): give one ratio '
+            f'in place of {RUNTIME}' if dials else
             f'the model cannot be traced for images of any size ({reason}): give one size with '
             '--size H,W' if size is None else
             f'torch.export cannot trace this model ({reason}): export another model, or try '
@@ -159,7 +167,8 @@ def describe(segmenter: Segmenter, deployed: Deployed, size: tuple[int, int] | N
     return dict(
         version=__version__, torch=torch.__version__, checkpoint=Path(segmenter.source).name,
         sha256=hashlib.sha256(Path(segmenter.source).read_bytes()).hexdigest(),
-        isr_ratio=str(segmenter.isr_ratio),
+        isr_ratio=with_inputs(segmenter.isr_ratio, deployed.dials), dials=deployed.dials,
+        isr_stages=list(deployed.stages),
         input='images: N x H x W x 3, uint8, RGB, 0 to 255; mean and std are inside',
         output='labels' if deployed.labels else 'logits',
         classes=segmenter.classes, palette=segmenter.description.palette,
@@ -168,6 +177,13 @@ def describe(segmenter: Segmenter, deployed: Deployed, size: tuple[int, int] | N
         size=size, minimum=minimum, int8=False,
         pipeline=[{name: value for name, value in step.items() if not callable(value)}
                   for step in segmenter.description.pipeline[1:-1]])
+
+
+def with_inputs(ratio: ISRRatio, dials: Sequence[str]) -> str:
+    """Return the ratio of a file as text: runtime where it is an input, as in runtime+q2."""
+    keys = RUNTIME if 'isr_ratio' in dials else str(ratio.with_queries(1))
+    queries = RUNTIME if 'query_ratio' in dials else str(ratio.queries)
+    return keys if queries == NONE else f'{keys}+q{queries}'
 
 
 def images_of(program: ExportedProgram) -> Tensor:

@@ -77,13 +77,15 @@ class OpenRatio:
         """
         key = str(side), pool, whole
         if key not in self._members:
-            def length(tensor: Tensor) -> Any:  # a symbol of its own, not a formula of others
-                torch._check((value := tensor.item()) >= 1)
-                return value
+            def number(value: Tensor) -> Any:  # a symbol of its own, not a formula of others
+                count = value.item()
+                torch._check(count >= 1)
+                return count
 
             device = self.value.device
-            cell = length(torch.minimum(self.value * pool, torch.scalar_tensor(side, dtype=torch.int64)))
-            count = length(torch.scalar_tensor(
+            cell = number(torch.minimum(self.value * pool, torch.scalar_tensor(
+                side, dtype=torch.int64, device=device)))
+            count = number(torch.scalar_tensor(
                 (side if whole else side + cell - 1) // cell, dtype=torch.int64))
             offset = torch.arange(side, device=device) - (
                 cell * torch.arange(count, device=device)[:, None])
@@ -253,7 +255,8 @@ def pool_map(maps: Tensor, ratio: int, method: str) -> Tensor:
 def query_cell(grid: Grid, ratio: int) -> Grid:
     """Sides of the cells whose queries are averaged: ``ratio``, but never larger than the map."""
     if isinstance(ratio, OpenRatio):
-        return ratio
+        cell: Any = ratio  # which fits itself to the map
+        return cell
     if not torch.compiler.is_compiling() and min(grid) < ratio:
         # The same text for every size, so that Python's filter shows it once.
         warnings.warn('a feature map is smaller than the cells of its queries, so the cells '
