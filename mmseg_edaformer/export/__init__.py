@@ -2,7 +2,7 @@
 import json
 import statistics
 import tempfile
-from functools import partial
+from functools import cache, partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,7 @@ def _export(segmenter: Segmenter, deployed: Deployed, out: Path, kind: str,
                          **file.multipliers(**settings_of(deployed, ratio)))
                     for image, ratio in zip(read_images(segmenter, calibrate, _CALIBRATED),
                                             cycle(ratios))])
+        load = cache(Exported)
         for ratio in ratios:
             segmenter.isr_ratio = ratio
             calls: dict[str, Run] = {'PyTorch': lambda batch: reference(deployed, batch)}
@@ -120,7 +121,7 @@ def _export(segmenter: Segmenter, deployed: Deployed, out: Path, kind: str,
                 with quiet():  # about cells that shrink to small images
                     calls[name], parities[name] = check(
                         path, out, deployed, inputs, settings_of(deployed, ratio),
-                        int8=path != plain)
+                        int8=path != plain, load=load)
             if deployed.dials and ratio in ratios[:_TWINS]:
                 calls.update(_fix(segmenter, deployed, kind, size, Path(folder), inputs[0]))
             times = take_turns({name: partial(partial, call, inputs[0]) for name, call in

@@ -1,7 +1,7 @@
 """Parity: whether a written file predicts what PyTorch predicts, on which images, how fast."""
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -194,10 +194,11 @@ def settings_of(deployed: Deployed, ratio: ISRRatio) -> dict[str, Any]:
 
 
 def check(path: Path, out: Path, deployed: Deployed, inputs: Sequence[np.ndarray],
-          settings: dict[str, Any] | None = None, *, int8: bool) -> tuple[Run, Parity]:
+          settings: dict[str, Any] | None = None, *, int8: bool,
+          load: Callable[[Path], Run] = Exported) -> tuple[Run, Parity]:
     """Load a file again and check its parity with PyTorch, with these settings of its ratios."""
     try:
-        run = partial(Exported(path), **(settings or {}))
+        run = partial(load(path), **(settings or {}))
         parity = compare(run, deployed, inputs)
     except UserError as error:
         raise ConfigError(f'{out} is not written: {error}') from error

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..compat import is_exporting
 from . import pooling
 from .key_layout import Call, Window
 from .pooling import Layout
@@ -296,8 +297,13 @@ class Interception(ReducedScores):
             mask = functools.reduce(torch.add, (
                 torch.zeros_like(mask, dtype=query.dtype).masked_fill(mask, -math.inf)
                 if mask.dtype == torch.bool else mask for mask in masks))
-            call['attn_mask'] = (mask[0, 0].expand(length, -1) if mask.shape[:2] == (1, 1) else
-                                 mask.expand(key.shape[1], heads, length, -1).flatten(0, 1))
+            if is_exporting() and mask.shape[:3] == (1, 1, 1):
+                # Graphs would spell a mask out for each query.
+                call['key_padding_mask'] = mask[0, 0].expand(key.shape[1], -1)
+            elif mask.shape[:2] == (1, 1):
+                call['attn_mask'] = mask[0, 0].expand(length, -1)
+            else:
+                call['attn_mask'] = mask.expand(key.shape[1], heads, length, -1).flatten(0, 1)
         call['need_weights'] = False
         out, weights = func(**call)
         if queries is not None:

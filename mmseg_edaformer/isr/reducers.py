@@ -57,7 +57,8 @@ class PooledKeys:
             return mask
         logs = self.log_counts(query)
         if mask is None:
-            return logs.expand(*query.shape[:-1], -1)
+            # Graphs would spell a mask out for each query.
+            return logs.expand(*query.shape[:-2], 1 if is_exporting() else query.shape[-2], -1)
         if mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -math.inf)
         return mask + logs
