@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..compat import is_exporting
 from . import pooling
 from .key_layout import Call, Window
 from .pooling import Layout
@@ -139,7 +140,8 @@ class Interception(ReducedScores):
         ratio, self.kept = self.reduction.rule.grid.fitting(self.call, ratio, setting.method)
         left = pooling.num_keys(layout, total, ratio)
         self.reduced, self.isr_ratio = (total, left), ratio
-        if left == total and (queries is None or self.query_pool is None):
+        is_open = isinstance(ratio, pooling.OpenRatio)  # then a question would be a guard
+        if not is_open and left == total and (queries is None or self.query_pool is None):
             self.seen.append(total)
             return None
         if setting.method == 'bipartite' and left < total:
@@ -206,9 +208,10 @@ class Interception(ReducedScores):
         """
         name = next((name for name in self.reduction.rule.projections
                      if getattr(getattr(self.module, name, None), 'weight', None) is weight), None)
-        pool = None
+        pool, setting = None, self.reduction.setting
         if name is not None and all(map(self._plain, self.reduction.rule.projections)) and (
-                self.reduction.setting.method == 'average') and isinstance(
+                setting.method == 'average') and (
+                not isinstance(setting.isr_ratio, pooling.OpenRatio)) and isinstance(
                 getattr(self.module, 'k_norm', None), (nn.Identity, type(None))):
             pool = self._find(input)
         if pool is None or isinstance(pool, PresentKeys):
@@ -293,8 +296,13 @@ class Interception(ReducedScores):
             mask = functools.reduce(torch.add, (
                 torch.zeros_like(mask, dtype=query.dtype).masked_fill(mask, -math.inf)
                 if mask.dtype == torch.bool else mask for mask in masks))
-            call['attn_mask'] = (mask[0, 0].expand(length, -1) if mask.shape[:2] == (1, 1) else
-                                 mask.expand(key.shape[1], heads, length, -1).flatten(0, 1))
+            if is_exporting() and mask.shape[:3] == (1, 1, 1):
+                # Graphs would spell a mask out for each query.
+                call['key_padding_mask'] = mask[0, 0].expand(key.shape[1], -1)
+            elif mask.shape[:2] == (1, 1):
+                call['attn_mask'] = mask[0, 0].expand(length, -1)
+            else:
+                call['attn_mask'] = mask.expand(key.shape[1], heads, length, -1).flatten(0, 1)
         call['need_weights'] = False
         out, weights = func(**call)
         if queries is not None:
