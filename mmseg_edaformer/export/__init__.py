@@ -13,7 +13,7 @@ import torch
 from ..analysis.bench import mean_iou
 from ..analysis.timing import take_turns
 from ..compat import release
-from ..errors import ConfigError
+from ..errors import ConfigError, first_line
 from ..files import write_file
 from ..isr import ISRRatio, QueryRatio
 from ..isr.ratio import NONE
@@ -79,7 +79,7 @@ def export(model: str | Path | torch.nn.Module, out: str | Path, *, format: str,
     ratio, dials = _read_ratio(isr_ratio, query_ratio)
     segmenter = Segmenter(model, checkpoint, device='cpu', isr_ratio=ratio, **settings)
     if isinstance(segmenter.model, Foreign):
-        segmenter.model = Adapted(segmenter.model, segmenter.description.pipeline[-1])
+        segmenter.model = Adapted(segmenter.model, segmenter.description.pipeline[-1], bool(dials))
     if size is None:
         _check_open_size(segmenter)
     deployed = Deployed(segmenter.model, labels, dials)
@@ -103,8 +103,13 @@ def _export(segmenter: Segmenter, deployed: Deployed, out: Path, kind: str,
     rows: list[Measured] = []
     with tempfile.TemporaryDirectory() as folder, placing(out) as place:
         plain = place if calibrate is None else Path(folder) / out.name
-        with quiet():
-            FORMATS[kind].write(program, plain, json.dumps(metadata))
+        try:
+            with quiet():
+                FORMATS[kind].write(program, plain, json.dumps(metadata))
+        except RuntimeError as error:  # of torch.onnx
+            raise ConfigError(f'{out} is not written: {kind} cannot hold this model '
+                              f'({first_line(error)}). Try another --format or another ratio'
+                              ) from error
         files = {kind if calibrate is None else f'{kind} float32': plain}
         if calibrate is not None:
             metadata['int8'], files[f'{kind} int8'] = True, place

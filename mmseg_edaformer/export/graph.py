@@ -47,22 +47,27 @@ class Adapted(nn.Module):
 
     Its interface is what the export needs of `StreamedEncoderDecoder`.
 
+    Args:
+        foreign: The model, which is copied.
+        step: Its preprocessing, as a step of a pipeline.
+        fused: Whether attention stays fused. torch.onnx cannot decompose that with a bias (torch
+            2.13); a ratio that is an input cannot do without.
+
     Raises:
         ConfigError: The model predicts masks, or the processor does more than normalise.
     """
     streamable, align_corners = True, False
 
-    def __init__(self, foreign: Foreign, step: dict[str, Any]) -> None:
+    def __init__(self, foreign: Foreign, step: dict[str, Any], fused: bool = False) -> None:
         super().__init__()
         if foreign.post_process is not None:
             raise ConfigError(f'a {type(foreign.network).__name__} cannot be exported, because its '
                               'labels are not the largest of logits per class: export another '
                               'model')
         processor = step['processor']
-        foreign = copy.deepcopy(foreign)  # which may be somebody's
+        foreign = copy.deepcopy(foreign)
         network: Any = foreign.network
-        if hasattr(network, 'set_attn_implementation'):
-            # torch.onnx cannot decompose fused attention with a bias (torch 2.13).
+        if not fused and hasattr(network, 'set_attn_implementation'):
             network.set_attn_implementation('eager')
         mean, std, is_bgr = Preprocess(**{key: step[key] for key in step if key != 'type'}
                                        ).normalisation()

@@ -113,9 +113,11 @@ class ExportReport:
             (f'of {size}' if metadata['size'] else f'from {size} up') + ', any number at once',
             str(table),
             f'Compared on {len(shapes)} inputs of {checked}; {self.timing}.']
-        lines += [f'The times of {row.name} are useless, because their ratio to PyTorch differs '
-                  'too much from turn to turn: export again while nothing else runs here, or with '
-                  'fewer --threads.' for row in self.rows if row.spread[1] > 1.5 * row.spread[0]]
+        unsteady = [row.name for row in self.rows if row.spread[1] > 1.5 * row.spread[0]]
+        if unsteady:
+            lines.append(f'The times of {"; ".join(unsteady)} are useless, because their ratio to '
+                         'PyTorch differs too much from turn to turn: export again while nothing '
+                         'else runs here, or with fewer --threads.')
         if metadata['output'] == 'labels':
             lines.append("Logits apart: where labels differ, PyTorch's logit of its own label less "
                          "that of the file's.")
