@@ -251,8 +251,10 @@ def _write_openvino(program: ExportedProgram, path: Path, metadata: str) -> None
     shapes = {}
     if not data['size']:  # OpenVINO then refuses smaller images
         shapes['images'] = [-1, *(openvino.Dimension(side, -1) for side in data['minimum']), 3]
-    # Of a fixed length, a ratio that nobody has set would be whatever is in memory.
-    shapes |= {name: [openvino.Dimension(0, len(data['isr_stages']))] for name in data['dials']}
+    # Of a fixed length, a ratio that nobody has set would be whatever is in memory. Of an open one
+    # it has no length, and neither has the output.
+    length = len(data['isr_stages'])
+    shapes |= {name: [openvino.Dimension(length, length + 1)] for name in data['dials']}
     model.reshape(shapes)
     _save_openvino(model, path, metadata)
 
