@@ -38,7 +38,7 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.11',
     packages=find_packages(include=['mmseg_edaformer', 'mmseg_edaformer.*']),
-    package_data={'mmseg_edaformer': ['models/*.cpp', 'analysis/*.jinja', 'predict/*.css',
+    package_data={'mmseg_edaformer': ['models/*.cpp', 'analysis/*.jinja', 'export/web/*', 'predict/*.css',
                                       'predict/*.jinja']},
     cmdclass={'build_py': BuildWithConfigs},
     entry_points={'console_scripts': ['edaformer = mmseg_edaformer.__main__:main']},

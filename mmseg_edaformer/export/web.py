@@ -9,6 +9,7 @@ import tarfile
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from ..errors import ConfigError, RatioError, first_line
 from ..files import write_file
 from ..isr import ISRRatio
 from ..predict.comparison import MAX_SIDE
+from ..predict.outputs import writing
 from ..predict.page import draw_examples
+from . import export
 from .parity import LEAST_EQUAL
 from .runtimes import KEY
 
@@ -34,53 +37,73 @@ _DIAL = {'as trained': 'none', 'optimal': 'optimal', 'all 2': 2, 'all 3': 3, 'al
 _HERE = Path(__file__).parent
 
 
-def write_page(graph: Path, out: Path, runtime: Path | None = None) -> str:
-    """Write the page of a model, as a whole or not at all.
+def export_page(model: str | Path, out: str | Path, *, checkpoint: str | Path | None = None,
+                images: str | Path | None = None, threads: int | None = None,
+                runtime: str | Path | None = None) -> str:
+    """Export a model to ONNX with its ratio as an input, and write a page that runs it.
 
     Args:
-        graph: An ONNX file of open size whose ratio is an input, and which gives logits.
+        model, checkpoint, images, threads: See `export`.
         out: The folder. It is replaced if it holds such a page, and refused if it holds other files.
         runtime: The unpacked package `RUNTIME`; by default npm gets it.
 
     Returns:
-        What was written, and how near it is to the file.
+        What was written and measured.
 
     Raises:
-        ConfigError: The model, the folder or npm cannot be used.
+        UserError: See `export`; or the folder or npm cannot be used. Nothing is written then.
     """
+    out = Path(out)
+    _check_folder(out)
+    package = _get_runtime() if runtime is None else Path(runtime)
+    with tempfile.TemporaryDirectory() as place:
+        graph = Path(place, 'model.onnx')
+        report = export(model, graph, format='onnx', checkpoint=checkpoint, isr_ratio='runtime',
+                        images=images, threads=threads)
+        text = write_page(graph, out, package)
+    return f'{replace(report, path=out / "model.onnx")}\n{text}'
+
+
+def write_page(graph: Path, out: Path, package: Path) -> str:
+    """Write the page of an ONNX file whose ratio is an input, as `export_page` does."""
     import onnx
     model = onnx.load(graph)
     metadata = json.loads({each.key: each.value for each in model.metadata_props}[KEY])
     if len(metadata['classes']) > 256:
         raise ConfigError(f'the model has {len(metadata["classes"])} classes, and the page can show '
                           '256: export another model')
+    stages, resize = metadata['isr_stages'], _find_resize(metadata['pipeline'])
+    dial = list(_dial(stages))
     with _replacing_folder(out) as folder:
         shutil.copytree(_HERE / 'web', folder, dirs_exist_ok=True,
                         ignore=shutil.ignore_patterns('tsconfig.json'))
         shutil.copy(_HERE.with_name('predict') / 'page.css', folder)
-        _copy_runtime(runtime or _get_runtime(), folder / 'ort')
+        _copy_runtime(package, folder / 'ort')
         (folder / 'examples').mkdir()
         examples = draw_examples(folder / 'examples', suffix='.jpg')
         onnx.save_model(halve_weights(model), folder / 'model.onnx')
-        equal = _compare(graph, folder / 'model.onnx', metadata, examples)
+        equal = _compare(graph, folder / 'model.onnx', [position['ratio'] for position in dial[:3]], examples)
         if not equal >= LEAST_EQUAL[False]:
             raise ConfigError(f'{out} is not written: with weights of 16 bits, {100 * equal:.2f} % of '
                               f'the labels stay, and at least {100 * LEAST_EQUAL[False]:g} % are '
                               'required: use --format onnx')
-        write_file(folder / 'model.json', json.dumps(describe_page(metadata, folder, examples)))
+        write_file(folder / 'model.json', json.dumps(dict(
+            checkpoint=metadata['checkpoint'], classes=metadata['classes'],
+            palette=metadata['palette'], minimum=metadata['minimum'], stages=stages,
+            encoder=sum(name.startswith('encoder') for name in stages), dial=dial,
+            resize=resize, side=MAX_SIDE,
+            examples=[f'examples/{Path(path).name}' for path in examples],
+            files={kind: {name: (folder / name).stat().st_size for name in (
+                f'ort/{names[0]}', 'model.onnx')} for kind, names in _FILES.items()})))
         size = sum(path.stat().st_size for path in folder.rglob('*') if path.is_file())
-        weights = (folder / 'model.onnx').stat().st_size
-    return (f'{out} ({size / 1e6:.1f} MB, model.onnx {weights / 1e6:.1f} MB): weights of 16 bits give '
-            f'{100 * equal:.4f} % of the labels of 32 bits. To see the page:\n'
-            f'python -m http.server --directory {out}')
+    return (f'With weights of 16 bits, {100 * equal:.4f} % of the labels stay. To see the page, '
+            f'{size / 1e6:.1f} MB:\npython -m http.server --directory {out}')
 
 
-def describe_page(metadata: dict[str, Any], folder: Path, examples: Sequence[str]
-                  ) -> dict[str, Any]:
-    """Return what the page needs to know of its model, as plain data."""
-    stages = metadata['isr_stages']
+def _find_resize(pipeline: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return what a test pipeline does to the size of images, as networkSize in pixels.js takes it."""
     resize = {'scale': None, 'multiple': 1}
-    for step in metadata['pipeline']:
+    for step in pipeline:
         if 'Multiple' in step['type']:
             resize['multiple'] = step['size_divisor']
         elif 'Resize' in step['type'] and step.get('keep_ratio'):
@@ -88,13 +111,7 @@ def describe_page(metadata: dict[str, Any], folder: Path, examples: Sequence[str
         elif step['type'] not in ('LoadSegLabels', 'LoadAnnotations'):
             raise ConfigError(f'the page cannot do what {step["type"]} of the test pipeline does to '
                               'images: export a model without it')
-    return dict(
-        checkpoint=metadata['checkpoint'], classes=metadata['classes'],
-        palette=metadata['palette'], minimum=metadata['minimum'], stages=stages,
-        encoder=sum(name.startswith('encoder') for name in stages), dial=list(_dial(stages)),
-        resize=resize, side=MAX_SIDE, examples=[f'examples/{Path(path).name}' for path in examples],
-        files={kind: {name: (folder / name).stat().st_size for name in (
-            f'ort/{names[0]}', 'model.onnx')} for kind, names in _FILES.items()})
+    return resize
 
 
 def _dial(stages: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -135,17 +152,17 @@ def halve_weights(model: Any) -> Any:
     return model
 
 
-def _compare(one: Path, other: Path, metadata: dict[str, Any], examples: Sequence[str]) -> float:
+def _compare(one: Path, other: Path, ratios: Sequence[Sequence[int]], examples: Sequence[str]
+             ) -> float:
     """Return the share of equal labels of two files on the examples."""
     import onnxruntime
     equal = []
-    ratios = [np.array(position['ratio']) for position in _dial(metadata['isr_stages'])][:3]
     sessions = [onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
                 for path in (one, other)]
     for path in examples:
         image = np.ascontiguousarray(cv2.imread(path)[None, ..., ::-1])
         for ratio in ratios:
-            labels = [session.run(['logits'], dict(images=image, isr_ratio=ratio))[0].argmax(1)
+            labels = [session.run(['logits'], dict(images=image, isr_ratio=np.array(ratio)))[0].argmax(1)
                       for session in sessions]
             equal.append((labels[0] == labels[1]).mean())
     return float(np.mean(equal))
@@ -196,14 +213,19 @@ def _copy_runtime(package: Path, target: Path) -> None:
         shutil.copy(Path(onnxruntime.__file__).with_name(name), target)
 
 
+def _check_folder(out: Path) -> None:
+    if out.exists() and not (out / 'model.json').is_file() and (
+            not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f'--out {out} is not the folder of a page: give a new one')
+
+
 @contextmanager
 def _replacing_folder(out: Path) -> Iterator[Path]:
     """Give a folder to write to that takes the place of ``out`` when the block ends well."""
-    if out.exists() and not (out / 'model.json').is_file() and (
-            not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f'--out {out} holds other files: give a new folder for the page')
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f'.{out.name}.', dir=out.parent) as place:
+    _check_folder(out)
+    with writing(out.parent):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    with writing(out), tempfile.TemporaryDirectory(prefix=f'.{out.name}.', dir=out.parent) as place:
         (Path(place) / 'new').mkdir()
         yield Path(place) / 'new'
         if out.exists():

@@ -1,18 +1,14 @@
-/**
- * A service worker that adds headers to the files of this folder, whatever server they come from:
- * browsers give threads to isolated pages alone, and the policy forbids connections elsewhere.
- */
+/** A service worker that adds headers: browsers give threads to isolated pages alone. */
 const scope = /** @type {any} */ (self);
 const headers = {
   'Cross-Origin-Opener-Policy': 'same-origin',
   'Cross-Origin-Embedder-Policy': 'require-corp',
   'Content-Security-Policy': "default-src 'self'; script-src 'self' 'wasm-unsafe-eval'; " +
-    "img-src 'self' blob: data:; media-src 'self' blob:; worker-src 'self' blob:",
+    "img-src 'self' blob: data:; worker-src 'self' blob:",
 };
 scope.addEventListener('install', () => scope.skipWaiting());
-scope.addEventListener('activate', (/** @type {any} */ event) => event.waitUntil(
-  scope.clients.claim()));
-scope.addEventListener('fetch', (/** @type {any} */ event) => {
+scope.addEventListener('activate', event => event.waitUntil(scope.clients.claim()));
+scope.addEventListener('fetch', event => {
   if (new URL(event.request.url).origin !== location.origin) return;
   event.respondWith(fetch(event.request).then(answer => {
     if (!answer.body) return answer;
