@@ -272,8 +272,10 @@ async function main() {
 
 if (!crossOriginIsolated && navigator.serviceWorker && !sessionStorage.reloaded) {
   sessionStorage.reloaded = 1; // once: where that does not help, there is one thread
-  navigator.serviceWorker.register('threads.js').then(() => navigator.serviceWorker.ready).then(
-    () => location.reload(), main);
+  const late = new Promise((_, reject) => setTimeout(reject, 3000));
+  const ready = navigator.serviceWorker.register('threads.js').then(
+    () => navigator.serviceWorker.ready);
+  Promise.race([ready, late]).then(() => location.reload(), main);
 } else {
   main();
 }
