@@ -20,7 +20,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--format', required=True, choices=('onnx', 'openvino', 'pt2'))
     parser.add_argument('--out', required=True, metavar='FILE',
                         help='.onnx, .xml (its weights go to a .bin beside it) or .pt2')
-    add_isr_ratio(parser, note='; it is fixed in the file (default: none)')
+    add_isr_ratio(parser, note='; it is fixed in the file, or with '
+                  'runtime, like that of --query-ratio, an input of it (default: none)')
     parser.add_argument('--size', type=image_size, metavar='H,W', help='height and width of all '
                         'images, one number for squares (default: any size from a minimum up)')
     parser.add_argument('--labels', action='store_true', help='give a label map at the size of the '

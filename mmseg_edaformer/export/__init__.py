@@ -3,6 +3,7 @@ import json
 import statistics
 import tempfile
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,30 @@ from ..compat import release
 from ..errors import ConfigError
 from ..files import write_file
 from ..isr import ISRRatio, QueryRatio
+from ..isr.ratio import NONE
 from ..predict.inputs import find_images
 from ..predict.outputs import writing
 from ..predict.segmenter import Segmenter
-from .graph import Deployed, describe, quiet, trace
-from .parity import ExportReport, Measured, Parity, TestImages, check, fit, read_images, reference
+from .graph import DIALS, RUNTIME, Deployed, describe, quiet, trace
+from .parity import (
+    ExportReport,
+    Measured,
+    Parity,
+    TestImages,
+    check,
+    fit,
+    read_images,
+    reference,
+    settings_of,
+    trial_ratios,
+)
 from .runtimes import FORMATS, Exported, Run, placing
 
 __all__ = ['FORMATS', 'ExportReport', 'Exported', 'export']
 
 _CALIBRATED = 128
+_FIXED = 'with this ratio fixed'
+_TWINS = 2  # trial ratios at which a file is timed beside one with that ratio fixed
 
 
 def export(model: str | Path, out: str | Path, *, format: str, checkpoint: str | Path | None = None,
@@ -42,8 +57,8 @@ def export(model: str | Path, out: str | Path, *, format: str, checkpoint: str |
         out: The file; its suffix is that of the format.
         format: One of `FORMATS`.
         checkpoint: Weights for a config, see `Segmenter`.
-        isr_ratio: The ISR ratio, which is fixed in the file.
-        query_ratio: The query ratio, likewise fixed.
+        isr_ratio: The ISR ratio, which is fixed in the file; or 'runtime', and it is an input.
+        query_ratio: The query ratio, fixed or an input as ``isr_ratio`` is.
         size: Height and width of all images; None for images of any size.
         labels: Resize the logits and take the largest class inside the graph.
         int8: Quantise the model, with ranges of activations measured on ``calibrate``.
@@ -59,11 +74,11 @@ def export(model: str | Path, out: str | Path, *, format: str, checkpoint: str |
     """
     out = Path(out)
     _check_arguments(out, format, int8, calibrate, size, samples, threads)
-    segmenter = Segmenter(model, checkpoint, device='cpu', isr_ratio=isr_ratio,
-                          query_ratio=query_ratio)
+    ratio, dials = _read_ratio(isr_ratio, query_ratio)
+    segmenter = Segmenter(model, checkpoint, device='cpu', isr_ratio=ratio)
     if size is None:
         _check_open_size(segmenter)
-    deployed = Deployed(segmenter.model, labels)
+    deployed = Deployed(segmenter.model, labels, dials)
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
@@ -79,38 +94,79 @@ def _export(segmenter: Segmenter, deployed: Deployed, out: Path, kind: str,
     """Write, check and time; in int8 if there are images to ``calibrate``."""
     program, minimum = trace(deployed, size)
     metadata = describe(segmenter, deployed, size, minimum)
-    inputs = test_images.inputs(size, minimum)
-    calls: dict[str, Run] = {'PyTorch': lambda batch: reference(deployed, batch)}
-    parities: dict[str, Parity] = {}
+    inputs = test_images.inputs(size, minimum, bool(deployed.dials))
+    ratios = trial_ratios(deployed, segmenter.isr_ratio)
+    rows: list[Measured] = []
     with tempfile.TemporaryDirectory() as folder, placing(out) as place:
         plain = place if calibrate is None else Path(folder) / out.name
         with quiet():
             FORMATS[kind].write(program, plain, json.dumps(metadata))
-        name = kind if calibrate is None else f'{kind} float32'
-        calls[name], parities[name] = check(plain, out, deployed, inputs, int8=False)
+        files = {kind if calibrate is None else f'{kind} float32': plain}
         if calibrate is not None:
-            metadata['int8'], name = True, f'{kind} int8'
-            quantise = FORMATS[kind].quantise
+            metadata['int8'], files[f'{kind} int8'] = True, place
+            quantise, file = FORMATS[kind].quantise, Exported(plain)
             assert quantise is not None
             with quiet():
                 quantise(plain, place, json.dumps(metadata), [
-                    fit(image, size, minimum)[None]
-                    for image in read_images(segmenter, calibrate, _CALIBRATED)])
-            calls[name], parities[name] = check(place, out, deployed, inputs, int8=True)
-        times = take_turns({name: partial(partial, call, inputs[0]) for name, call in
-                            calls.items()}, torch.device('cpu'), repeats=30, seconds=20)
-        areas = {} if calibrate is None else test_images.areas(calls, size, minimum)
-    rows = []
-    for name in calls:
-        low, middle, high = statistics.quantiles(np.divide(times[name], times['PyTorch']))
-        rows.append(Measured(
-            name, parities.get(name), 1e3 * statistics.median(times[name]), middle, (low, high),
-            float(mean_iou(areas[name].sum(0))) if areas else None))
+                    dict(images=fit(image, size, minimum)[None],
+                         **file.multipliers(**settings_of(deployed, ratio)))
+                    for image, ratio in zip(read_images(segmenter, calibrate, _CALIBRATED),
+                                            cycle(ratios))])
+        for ratio in ratios:
+            segmenter.isr_ratio = ratio
+            calls: dict[str, Run] = {'PyTorch': lambda batch: reference(deployed, batch)}
+            parities: dict[str, Parity] = {}
+            for name, path in files.items():
+                with quiet():  # about cells that shrink to small images
+                    calls[name], parities[name] = check(
+                        path, out, deployed, inputs, settings_of(deployed, ratio),
+                        int8=path != plain)
+            if deployed.dials and ratio in ratios[:_TWINS]:
+                calls.update(_fix(segmenter, deployed, kind, size, Path(folder), inputs[0]))
+            times = take_turns({name: partial(partial, call, inputs[0]) for name, call in
+                                calls.items()}, torch.device('cpu'), repeats=30, seconds=20)
+            areas = {} if calibrate is None else test_images.areas(calls, size, minimum)
+            for name in calls:
+                rows.append(Measured(
+                    name + f', {ratio}' * bool(deployed.dials), parities.get(name),
+                    1e3 * statistics.median(times[name]), *_compare(times, name, 'PyTorch'),
+                    float(mean_iou(areas[name].sum(0))) if areas else None,
+                    _compare(times, name, _FIXED) if name in files and _FIXED in times else None))
     timing = 'times of {}x{}x{} in turn (with quartiles), threads: {}'.format(
         *inputs[0].shape[:3], torch.get_num_threads())
     if areas:
         timing += f'; mIoU of {len(areas["PyTorch"])} labelled images'
     return ExportReport(out, metadata, tuple(rows), timing, tuple(test_images.notes))
+
+
+def _compare(times: dict[str, list[float]], name: str, base: str
+             ) -> tuple[float, tuple[float, float]]:
+    """Return the median and the quartiles of the ratio of two times in the same turn."""
+    low, middle, high = statistics.quantiles(np.divide(times[name], times[base]))
+    return middle, (low, high)
+
+
+def _fix(segmenter: Segmenter, deployed: Deployed, kind: str, size: tuple[int, int] | None,
+         folder: Path, images: np.ndarray) -> dict[str, Run]:
+    """Return the same file with the segmenter's ratio fixed, if it takes the images, by name."""
+    fixed = Deployed(segmenter.model, deployed.labels)
+    path = folder / f'fixed{FORMATS[kind].suffix}'
+    program, minimum = trace(fixed, size)
+    if images.shape[1] < minimum[0] or images.shape[2] < minimum[1]:
+        return {}
+    with quiet():
+        FORMATS[kind].write(program, path, json.dumps(describe(segmenter, fixed, size, minimum)))
+    return {_FIXED: Exported(path)}
+
+
+def _read_ratio(isr_ratio: ISRRatio | int | str, query_ratio: QueryRatio | int | str | None
+                ) -> tuple[ISRRatio, tuple[str, ...]]:
+    """Return the ratio that is fixed, and the names of the ratios that are inputs."""
+    keys, _, queries = str(isr_ratio).partition('+q')
+    values = keys, queries if query_ratio is None else str(query_ratio)
+    fixed = [NONE if value in (RUNTIME, '') else value for value in values]
+    return ISRRatio.parse(fixed[0]).with_queries(fixed[1]), tuple(
+        name for name, value in zip(DIALS, values) if value == RUNTIME)
 
 
 def _check_arguments(out: Path, kind: str, int8: bool, calibrate: str | Path | None,

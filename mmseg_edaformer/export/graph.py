@@ -7,8 +7,9 @@ it subtracts the mean and divides by the deviation itself. It gives ``labels``, 
 import hashlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import __version__
 from ..compat import swaps_channels
 from ..errors import ConfigError, UserError
+from ..isr.apply import find_located, isr
+from ..isr.pooling import OpenRatio
+from ..isr.ratio import LARGEST, NONE, ISRRatio
 from ..models.segmentor import StreamedEncoderDecoder
 from ..predict.foreign import Foreign
 from ..predict.segmenter import Segmenter
+
+RUNTIME = 'runtime'
+"""The value of a ratio that becomes an input of the graph."""
+
+DIALS = 'isr_ratio', 'query_ratio'
+"""Ratios that can be inputs, int64, with a multiplier for each stage."""
 
 _TRACED = (613, 741)  # several cells of every sensible pool; free, for nothing is computed
 
@@ -30,7 +41,7 @@ _TRACED = (613, 741)  # several cells of every sensible pool; free, for nothing 
 class Deployed(nn.Module):
     """A segmentor in plain operators, to labels at the size of the images or the head's logits."""
 
-    def __init__(self, model: nn.Module, labels: bool) -> None:
+    def __init__(self, model: nn.Module, labels: bool, dials: Sequence[str] = ()) -> None:
         super().__init__()
         if isinstance(model, Foreign):
             raise ConfigError(f'a {type(model.network).__name__} is not exported here: write a '
@@ -49,9 +60,39 @@ class Deployed(nn.Module):
         self.model = model.eval()
         self.labels = labels
         self.divisor: int = padding.get('size_divisor') or 1
+        self.dials = tuple(dials)
+        if dials:  # fail early where there is nothing to reduce
+            with isr(model, 2, query_ratio=2 if 'query_ratio' in dials else None):
+                pass
+        self.stages = {f'{part.kind} {number}': layers for part in find_located(model).parts
+                       for number, layers in part.stages.items()} if dials else {}
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return labels or logits of images, N x H x W x 3, uint8, RGB."""
+    def forward(self, images: Tensor, isr_ratio: Tensor | None = None,
+                query_ratio: Tensor | None = None) -> Tensor:
+        """Return labels or logits of images, N x H x W x 3, uint8, RGB.
+
+        The ratios that are inputs, ``dials``, hold a multiplier for each of ``stages``. One below 1
+        counts as 1.
+        """
+        settings = [(layer, layer.setting) for layers in self.stages.values() for layer in layers]
+        try:
+            for name, ratios in zip(DIALS, (isr_ratio, query_ratio)):
+                if ratios is not None:
+                    self._open(name, ratios)
+            return self._predict(images)
+        finally:
+            for layer, setting in settings:
+                layer.setting = setting
+
+    def _open(self, name: str, ratios: Tensor) -> None:
+        # A view, because a .pt2 does not check the length itself.
+        values = ratios.view(len(self.stages)).clamp(1, LARGEST).unbind()
+        for layers, value in zip(self.stages.values(), values):
+            change: dict[str, Any] = {name: OpenRatio(value)}  # shared by the layers of a stage
+            for layer in layers:
+                layer.setting = replace(layer.setting, **change)
+
+    def _predict(self, images: Tensor) -> Tensor:
         if not self.labels:
             return self.logits(images)
         logits = self.full_logits(images)
@@ -90,15 +131,19 @@ def trace(deployed: Deployed, size: tuple[int, int] | None
     """
     example = torch.zeros(2, *(size or _TRACED), 3, dtype=torch.uint8)
     free = Dim.DYNAMIC
-    dynamic: dict[int, Any] = {0: free} if size else {0: free, 1: free, 2: free}
+    dynamic: dict[str, Any] = {'images': {0: free} if size else {0: free, 1: free, 2: free}}
+    dials = dict.fromkeys(deployed.dials, torch.full((len(deployed.stages),), 2))
     try:
         with torch.no_grad(), quiet():
-            program = torch.export.export(deployed, (example,), dynamic_shapes={'images': dynamic})
+            program = torch.export.export(
+                deployed, (example,), dials, dynamic_shapes=dynamic | dict.fromkeys(dials))
     except UserError:
         raise
     except Exception as error:  # whatever a model's own code may raise
         reason = f'{type(error).__name__}: {(str(error).strip() or "-").splitlines()[0][:200]}'
         raise ConfigError(
+            f'the model cannot be traced with a ratio that is an input ({reason}): give one ratio '
+            f'in place of {RUNTIME}' if dials else
             f'the model cannot be traced for images of any size ({reason}): give one size with '
             '--size H,W' if size is None else
             f'torch.export cannot trace this model ({reason}): export another model, or try '
@@ -122,7 +167,8 @@ def describe(segmenter: Segmenter, deployed: Deployed, size: tuple[int, int] | N
     return dict(
         version=__version__, torch=torch.__version__, checkpoint=Path(segmenter.source).name,
         sha256=hashlib.sha256(Path(segmenter.source).read_bytes()).hexdigest(),
-        isr_ratio=str(segmenter.isr_ratio),
+        isr_ratio=with_inputs(segmenter.isr_ratio, deployed.dials), dials=deployed.dials,
+        isr_stages=list(deployed.stages),
         input='images: N x H x W x 3, uint8, RGB, 0 to 255; mean and std are inside',
         output='labels' if deployed.labels else 'logits',
         classes=segmenter.classes, palette=segmenter.description.palette,
@@ -133,6 +179,13 @@ def describe(segmenter: Segmenter, deployed: Deployed, size: tuple[int, int] | N
                   for step in segmenter.description.pipeline[1:-1]])
 
 
+def with_inputs(ratio: ISRRatio, dials: Sequence[str]) -> str:
+    """Return the ratio of a file as text: runtime where it is an input, as in runtime+q2."""
+    keys = RUNTIME if 'isr_ratio' in dials else str(ratio.with_queries(1))
+    queries = RUNTIME if 'query_ratio' in dials else str(ratio.queries)
+    return keys if queries == NONE else f'{keys}+q{queries}'
+
+
 def images_of(program: ExportedProgram) -> Tensor:
     """Return the input of a graph, whose sizes may be symbols."""
     return next(node.meta['val'] for node in program.graph.nodes
@@ -141,11 +194,15 @@ def images_of(program: ExportedProgram) -> Tensor:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the logs and warnings of the exporters."""
+    """Silence the logs and warnings of the exporters, and keep attention free of guards.
+
+    The faster backends of ``scaled_dot_product_attention`` ask how many keys there are, which is
+    open while a ratio is an input. The graph holds the function whatever the backend.
+    """
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
             warnings.simplefilter('ignore')
             yield
     finally:

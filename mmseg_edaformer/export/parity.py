@@ -1,7 +1,11 @@
 """Parity: whether a written file predicts what PyTorch predicts, on which images, how fast."""
 import logging
+import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,8 @@ from torch import Tensor
 from .. import compat
 from ..data.drawing import draw_scene
 from ..engine.run_config import load_config
-from ..errors import ConfigError, UserError, first_line
+from ..errors import ConfigError, RatioError, UserError, first_line
+from ..isr import ISRRatio
 from ..predict.inputs import find_images
 from ..predict.segmenter import Segmenter
 from .graph import Deployed
@@ -29,6 +34,10 @@ LEAST_EQUAL = {False: 0.999, True: 0.9}
 """Least share of PyTorch's labels that a file, in int8 or not, must give to be written."""
 FARTHEST = 0.01
 """Maximum logit error relative to the largest logit; not in int8."""
+FARTHEST_OPEN = 1e-4
+"""The same for a file whose ratio is an input, and for the logits of labels that differ."""
+TRIALS = (('none', 'none'), ('optimal', '2'), ('2', 'none'), ('4', '3'), ('', '2'))
+"""Ratios of keys and of queries at which such a file is compared; '' stands for an uneven one."""
 
 _CHECKED = 8
 _DRAWN = (360, 480)
@@ -53,7 +62,8 @@ class Measured:
     """One way to predict: its parity with PyTorch and its cost.
 
     ``ms`` is the median time of an image, ``relative`` the median ratio to PyTorch's time in the
-    same turn, ``spread`` the lower and the upper quartile of that ratio, ``miou`` in percent.
+    same turn, ``spread`` the lower and the upper quartile of that ratio, ``miou`` in percent,
+    ``to_fixed`` the same ratio and quartiles to a file with the ratio fixed.
     """
     name: str
     parity: Parity | None
@@ -61,6 +71,7 @@ class Measured:
     relative: float
     spread: tuple[float, float]
     miou: float | None
+    to_fixed: tuple[float, tuple[float, float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +85,8 @@ class ExportReport:
 
     def __str__(self) -> str:
         metadata = self.metadata
-        table = PrettyTable(['', 'labels equal', 'logits apart', 'ms', 'time', 'mIoU'], align='r')
+        table = PrettyTable(['', 'labels equal', 'logits apart', 'ms', 'time', 'to fixed', 'mIoU'],
+                            align='r')
         table.align[''] = 'l'
         for row in self.rows:
             parity, (low, high) = row.parity, row.spread
@@ -82,9 +94,13 @@ class ExportReport:
                            f'{parity.difference:.2g}' if parity else '', f'{row.ms:.1f}',
                            f'x {row.relative:.3g}' + (
                                f' ({low:.3g} to {high:.3g})' if parity else ''),
+                           'x {:.3g} ({:.3g} to {:.3g})'.format(
+                               row.to_fixed[0], *row.to_fixed[1]) if row.to_fixed else '',
                            '' if row.miou is None else f'{row.miou:.2f}'])
         if all(row.miou is None for row in self.rows):
             table.del_column('mIoU')
+        if all(row.to_fixed is None for row in self.rows):
+            table.del_column('to fixed')
         shapes = next(row.parity.inputs for row in self.rows if row.parity)
         checked = ', '.join(f'{n}x{h}x{w}' for n, h, w in dict.fromkeys(shapes))
         size = 'x'.join(map(str, metadata['size'] or metadata['minimum']))
@@ -153,18 +169,43 @@ def compare(run: Run, deployed: Deployed, inputs: Sequence[np.ndarray]) -> Parit
         (images.shape[0], images.shape[1], images.shape[2]) for images in inputs))
 
 
-def check(path: Path, out: Path, deployed: Deployed, inputs: Sequence[np.ndarray], *,
-          int8: bool) -> tuple[Run, Parity]:
-    """Load a file again and check its parity with PyTorch."""
+def trial_ratios(deployed: Deployed, fixed: ISRRatio) -> list[ISRRatio]:
+    """Return the ratios at which a file is checked: the fixed one, or `TRIALS` that fit."""
+    if not deployed.dials:
+        return [fixed]
+    kinds = [stage.partition(' ')[0] for stage in deployed.stages]
+    uneven = '-'.join(','.join(islice(cycle('352'), kinds.count(kind) or 1)) + ','
+                      for kind in ('encoder', 'decoder'))
+    ratios = []
+    for keys, queries in TRIALS:
+        ratio = ISRRatio.parse(keys or uneven) if 'isr_ratio' in deployed.dials else fixed
+        ratio = ratio.with_queries(queries if 'query_ratio' in deployed.dials else fixed.queries)
+        with suppress(RatioError):
+            for kind in set(kinds):
+                ratio.for_stages(kind, kinds.count(kind))
+            ratios.append(ratio)
+    return list(dict.fromkeys(ratios))
+
+
+def settings_of(deployed: Deployed, ratio: ISRRatio) -> dict[str, Any]:
+    """Return the arguments of `Exported` that set the ratios that are inputs."""
+    values = dict(isr_ratio=ratio.with_queries(1), query_ratio=ratio.queries)
+    return {name: values[name] for name in deployed.dials}
+
+
+def check(path: Path, out: Path, deployed: Deployed, inputs: Sequence[np.ndarray],
+          settings: dict[str, Any] | None = None, *, int8: bool) -> tuple[Run, Parity]:
+    """Load a file again and check its parity with PyTorch, with these settings of its ratios."""
     try:
-        run = Exported(path)
+        run = partial(Exported(path), **(settings or {}))
         parity = compare(run, deployed, inputs)
     except UserError as error:
         raise ConfigError(f'{out} is not written: {error}') from error
     except Exception as error:  # of the runtime
         raise ConfigError(f'{out} is not written: its runtime cannot run it ({first_line(error)}). '
                           'Give one size with --size H,W, or try another --format') from error
-    far = not int8 and not deployed.labels and not parity.relative <= FARTHEST
+    far = not int8 and not parity.relative <= (
+        FARTHEST_OPEN if deployed.dials else math.inf if deployed.labels else FARTHEST)
     if far or not parity.equal >= LEAST_EQUAL[int8]:
         raise ConfigError(
             f'{out} is not written: {"in int8 " if int8 else ""}it gives '
@@ -217,8 +258,12 @@ class TestImages:
             self.notes.append(f'The test set of {config} cannot be read: {first_line(error)}')
             return None
 
-    def inputs(self, size: tuple[int, int] | None, minimum: tuple[int, int]) -> list[np.ndarray]:
-        """Return batches of one image and of two; for an open size also of another, odd size."""
+    def inputs(self, size: tuple[int, int] | None, minimum: tuple[int, int],
+               open_ratio: bool = False) -> list[np.ndarray]:
+        """Return batches of one image and of two; for an open size also of another, odd size.
+
+        For a file whose ratio is an input, these are few, and one is as small as it can be.
+        """
         images = [fit(image, size, minimum) for image in self.images]
         if size is None and any(one.shape != other.shape for one, other in zip(
                 images, self.images)):
@@ -234,6 +279,8 @@ class TestImages:
             other = max(minimum[0], 3 * height // 4 | 1), max(minimum[1], 4 * width // 5 | 1)
             both = pair((height + 20 | 1, width + 30 | 1) if other == (height, width) else other)
             batches += [both, both[:1]]
+        if open_ratio:
+            batches = [batches[0], batches[-2], pair(minimum)[:1]]
         return batches
 
     def areas(self, calls: dict[str, Run], size: tuple[int, int] | None,

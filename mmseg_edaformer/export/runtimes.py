@@ -1,4 +1,5 @@
 """The formats: how a file of each is written, quantised and run, on the CPU."""
+import ast
 import importlib.util
 import io
 import json
@@ -6,6 +7,7 @@ import logging
 import re
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,13 +21,15 @@ from torch.export import ExportedProgram
 from ..compat import install_command
 from ..errors import ConfigError
 from ..files import replacing
-from .graph import images_of
+from ..isr import ISRRatio, QueryRatio
+from ..isr.ratio import NONE
+from .graph import RUNTIME, images_of
 
 KEY = 'mmseg_edaformer'  # under which a file holds its metadata, as JSON
 OPENVINO = '.xml'  # the graph, whose weights lie beside it in a .bin
 
-Run = Callable[[np.ndarray], np.ndarray]
-"""A function from images, N x H x W x 3, to labels or logits."""
+Run = Callable[..., np.ndarray]
+"""A function from images, N x H x W x 3, and ratios by name, to labels or logits."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Format:
     packages: tuple[str, ...]
     write: Callable[[ExportedProgram, Path, str], None]
     load: Callable[[Path, int], tuple[Run, str]]
-    quantise: Callable[[Path, Path, str, list[np.ndarray]], None] | None = None
+    quantise: Callable[[Path, Path, str, list[dict[str, np.ndarray]]], None] | None = None
 
     def check(self, *more: str) -> None:
         """Raise ConfigError unless its packages, and ``more``, are installed."""
@@ -65,8 +69,13 @@ class Exported:
             raise ConfigError(f'{path} has no metadata: give a file that tools/export.py wrote')
         self.metadata: dict[str, Any] = json.loads(text)
 
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Return labels or logits of images, N x H x W x 3, uint8, RGB."""
+    def __call__(self, images: np.ndarray, isr_ratio: ISRRatio | int | str | None = None,
+                 query_ratio: QueryRatio | int | str | None = None) -> np.ndarray:
+        """Return labels or logits of images, N x H x W x 3, uint8, RGB.
+
+        ``isr_ratio`` and ``query_ratio``, what the `parse` of `ISRRatio` and `QueryRatio` read, are
+        for files that take them as inputs; the default is none.
+        """
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
             raise ConfigError(f'{images.dtype} of {images.shape} are not images: give N x H x W x '
                               '3, uint8')
@@ -76,7 +85,28 @@ class Exported:
             raise ConfigError(f'the images have {images.shape[1]}x{images.shape[2]} pixels, the '
                               f'file is for {height}x{width}{"" if size else " and more"}: resize '
                               'them, or export it with another --size or --isr-ratio')
-        return self._run(np.ascontiguousarray(images))
+        return self._run(np.ascontiguousarray(images), **self.multipliers(isr_ratio, query_ratio))
+
+    def multipliers(self, isr_ratio: ISRRatio | int | str | None = None,
+                    query_ratio: QueryRatio | int | str | None = None) -> dict[str, np.ndarray]:
+        """Return the inputs of the file that set a ratio: a multiplier for each of its stages."""
+        ratio = ISRRatio.parse(1 if isr_ratio is None else isr_ratio).with_queries(query_ratio)
+        if ratio.follows_size:
+            raise ConfigError('a file cannot follow the size of images: give a ratio other than '
+                              'auto')
+        stages = Counter(stage.partition(' ')[0] for stage in self.metadata.get('isr_stages', ()))
+        fewer_queries = query_ratio is not None or str(ratio.queries) != NONE
+        inputs = {}
+        for name, dial, given in (('isr_ratio', ratio, isr_ratio is not None),
+                                  ('query_ratio', ratio.queries, fewer_queries)):
+            if name in self.metadata.get('dials', ()):
+                inputs[name] = np.array([multiplier for kind, count in stages.items()
+                                         for multiplier in dial.for_stages(kind, count)])
+            elif given:
+                raise ConfigError(f'{name} {dial} cannot be set, because the file keeps ISR '
+                                  f'{self.metadata["isr_ratio"]}: export it with '
+                                  f'--{name.replace("_", "-")} {RUNTIME}')
+        return inputs
 
 
 @contextmanager
@@ -103,17 +133,16 @@ def _load_pt2(path: Path, threads: int) -> tuple[Run, str]:
     # The guards of the trace refuse a batch of one to some models that can predict it.
     module = torch.export.load(path, extra_files=files).module(check_guards=False)
 
-    def run(images: np.ndarray) -> np.ndarray:
+    def run(images: np.ndarray, **ratios: np.ndarray) -> np.ndarray:
         with torch.no_grad():
-            return module(torch.from_numpy(images)).numpy()
+            return module(torch.from_numpy(images), **{
+                name: torch.from_numpy(ratio) for name, ratio in ratios.items()}).numpy()
     return run, files[KEY]
 
 
 def _to_onnx(program: ExportedProgram, metadata: str) -> Any:
-    import onnx
     output = json.loads(metadata)['output']
-    exported = torch.onnx.export(program, (), input_names=['images'], output_names=[output],
-                                 dynamo=True, verbose=False)
+    exported = torch.onnx.export(program, (), output_names=[output], dynamo=True, verbose=False)
     assert exported is not None
     model = exported.model_proto
     symbols = {str(side): name for side, name in zip(
@@ -124,8 +153,21 @@ def _to_onnx(program: ExportedProgram, metadata: str) -> Any:
             if dim.dim_param:
                 dim.dim_param = re.sub(r'\w+', lambda name: symbols.get(name[0], name[0]),
                                        dim.dim_param)
-    onnx.helper.set_model_props(model, {KEY: metadata})
+    for node in model.graph.node:
+        notes = {note.key: note.value for note in node.metadata_props}
+        scopes = ast.literal_eval(notes.get('pkg.torch.onnx.name_scopes', '[]'))
+        node.name = '/'.join([*filter(None, scopes[-2:-1]), node.name])
+        del node.metadata_props[:]  # with paths of this machine
+    _describe(model, metadata)
     return model
+
+
+def _describe(model: Any, metadata: str) -> None:
+    """Put metadata into an ONNX model, with its opset and its operators."""
+    import onnx
+    operators = sorted({node.op_type for node in model.graph.node})
+    onnx.helper.set_model_props(model, {KEY: json.dumps(dict(
+        json.loads(metadata), opset=model.opset_import[0].version, operators=operators))})
 
 
 def _write_onnx(program: ExportedProgram, path: Path, metadata: str) -> None:
@@ -146,9 +188,11 @@ def _refuse_small_images(graph: Any, minimum: list[int]) -> None:
     name = f'images_of_{minimum[0]}x{minimum[1]}_or_more'
     for node in graph.node:
         node.input[:] = [name if source == 'images' else source for source in node.input]
-    graph.initializer.append(onnx.numpy_helper.from_array(np.array([1, *minimum, 3]), 'minimum'))
+    graph.initializer.append(onnx.numpy_helper.from_array(
+        np.array([1, *minimum, 3]), 'smallest_size'))
     for index, (kind, inputs, output) in enumerate((
-            ('Shape', ['images'], 'size'), ('Max', ['size', 'minimum'], 'wanted_size'),
+            ('Shape', ['images'], 'image_size'),
+            ('Max', ['image_size', 'smallest_size'], 'wanted_size'),
             ('Reshape', ['images', 'wanted_size'], name))):
         graph.node.insert(index, onnx.helper.make_node(kind, inputs, [output], name=output))
     graph.value_info.append(graph.input[0])
@@ -163,20 +207,21 @@ def _load_onnx(path: Path, threads: int) -> tuple[Run, str]:
     # Threads that wait in a loop would slow the runtimes that take turns with this one.
     options.add_session_config_entry('session.intra_op.allow_spinning', '0')
     session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
-    return (lambda images: session.run(None, {'images': images})[0],
+    return (lambda images, **ratios: session.run(None, {'images': images, **ratios})[0],
             session.get_modelmeta().custom_metadata_map.get(KEY, ''))
 
 
-def _quantise_onnx(source: Path, target: Path, metadata: str, images: list[np.ndarray]) -> None:
+def _quantise_onnx(source: Path, target: Path, metadata: str,
+                   inputs: list[dict[str, np.ndarray]]) -> None:
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
-        inputs = iter([{'images': image} for image in images])
+        remaining = iter(inputs)
 
         def get_next(self) -> dict[str, np.ndarray] | None:
-            return next(self.inputs, None)
+            return next(self.remaining, None)
 
     folded = source.with_name('folded.onnx')  # computed weights become plain ones
     quant_pre_process(source, folded, skip_symbolic_shape=True)
@@ -184,7 +229,7 @@ def _quantise_onnx(source: Path, target: Path, metadata: str, images: list[np.nd
                     activation_type=QuantType.QUInt8, op_types_to_quantize=['Conv', 'MatMul'],
                     reduce_range=True)  # 7 bits: sums of 8 saturate on CPUs without VNNI
     model = onnx.load(target)
-    onnx.helper.set_model_props(model, {KEY: metadata})
+    _describe(model, metadata)
     onnx.save_model(model, target)
 
 
@@ -202,9 +247,13 @@ def _write_openvino(program: ExportedProgram, path: Path, metadata: str) -> None
         # As exact and as fast as from the program itself, and it keeps the names.
         onnx.save_model(_to_onnx(program, metadata), Path(folder) / 'model.onnx')
         model = openvino.convert_model(Path(folder) / 'model.onnx')
-    if not json.loads(metadata)['size']:  # OpenVINO then refuses smaller images
-        model.reshape([-1, *(openvino.Dimension(side, -1)
-                             for side in json.loads(metadata)['minimum']), 3])
+    data = json.loads(metadata)
+    shapes = {}
+    if not data['size']:  # OpenVINO then refuses smaller images
+        shapes['images'] = [-1, *(openvino.Dimension(side, -1) for side in data['minimum']), 3]
+    # Of a fixed length, a ratio that nobody has set would be whatever is in memory.
+    shapes |= {name: [openvino.Dimension(0, len(data['isr_stages']))] for name in data['dials']}
+    model.reshape(shapes)
     _save_openvino(model, path, metadata)
 
 
@@ -227,14 +276,15 @@ def _load_openvino(path: Path, threads: int) -> tuple[Run, str]:
     compiled = core.compile_model(model, 'CPU', {
         'INFERENCE_NUM_THREADS': threads, 'INFERENCE_PRECISION_HINT': 'f32',
         'PERFORMANCE_HINT': 'LATENCY'})
-    return lambda images: compiled([images])[0].copy(), metadata
+    return (lambda images, **ratios: compiled({'images': images, **ratios})[0].copy()), metadata
 
 
-def _quantise_openvino(source: Path, target: Path, metadata: str, images: list[np.ndarray]) -> None:
+def _quantise_openvino(source: Path, target: Path, metadata: str,
+                       inputs: list[dict[str, np.ndarray]]) -> None:
     openvino = _openvino()
     import nncf
     nncf.set_log_level(logging.ERROR)
-    model = nncf.quantize(openvino.Core().read_model(source), nncf.Dataset(images),
+    model = nncf.quantize(openvino.Core().read_model(source), nncf.Dataset(inputs),
                           preset=nncf.QuantizationPreset.MIXED,
                           model_type=nncf.ModelType.TRANSFORMER,
                           advanced_parameters=nncf.AdvancedQuantizationParameters(

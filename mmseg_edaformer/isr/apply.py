@@ -164,7 +164,7 @@ _located: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
 """What `locate` found out about each model."""
 
 
-def _find(model: nn.Module, inputs: Inputs | None) -> Attentions:
+def find_located(model: nn.Module, inputs: Inputs | None = None) -> Attentions:
     """All attention of a model, with the tokens around its maps located where no table tells."""
     attentions = find_attention(model)
     unclear = [layer for layer in _layers(attentions)
@@ -200,7 +200,7 @@ def _plan(model: nn.Module, isr_ratio: ISRRatio | int | str,
     ratio = ISRRatio.parse(isr_ratio).with_queries(query_ratio)
     cells = ratio.queries
     check_method(method)
-    attentions = _find(model, inputs)
+    attentions = find_located(model, inputs)
     if not _layers(attentions):
         raise RatioError(f'isr_ratio {ratio}: {type(model).__name__} holds no attention that ISR '
                          f'can reduce. Found: {attentions}. If it has attention of your own, '
@@ -313,7 +313,7 @@ def report_isr(model: nn.Module, isr_ratio: ISRRatio | int | str,
     else:
         size = (input_size, input_size) if isinstance(input_size, int) else input_size
     inputs = example if example is not None and input_size is None else _sized(example, size)
-    attentions = _find(model, None)
+    attentions = find_located(model)
     before = _Trace(model, attentions, inputs)
     after = _Trace(model, attentions, inputs, plan)
     stages = []

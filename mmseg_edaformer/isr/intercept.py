@@ -140,7 +140,8 @@ class Interception(ReducedScores):
         ratio, self.kept = self.reduction.rule.grid.fitting(self.call, ratio, setting.method)
         left = pooling.num_keys(layout, total, ratio)
         self.reduced, self.isr_ratio = (total, left), ratio
-        if left == total and (queries is None or self.query_pool is None):
+        is_open = isinstance(ratio, pooling.OpenRatio)  # then a question would be a guard
+        if not is_open and left == total and (queries is None or self.query_pool is None):
             self.seen.append(total)
             return None
         if setting.method == 'bipartite' and left < total:
@@ -207,9 +208,10 @@ class Interception(ReducedScores):
         """
         name = next((name for name in self.reduction.rule.projections
                      if getattr(getattr(self.module, name, None), 'weight', None) is weight), None)
-        pool = None
+        pool, setting = None, self.reduction.setting
         if name is not None and all(map(self._plain, self.reduction.rule.projections)) and (
-                self.reduction.setting.method == 'average') and isinstance(
+                setting.method == 'average') and (
+                not isinstance(setting.isr_ratio, pooling.OpenRatio)) and isinstance(
                 getattr(self.module, 'k_norm', None), (nn.Identity, type(None))):
             pool = self._find(input)
         if pool is None or isinstance(pool, PresentKeys):

@@ -16,7 +16,7 @@ arXiv 2407.17261, section 4 and table 6; log n_J is proportional attention of To
 import math
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -58,8 +58,78 @@ class Layout(NamedTuple):
         return [self.prefix, *maps, total - self.prefix - sum(maps)]
 
 
+class OpenRatio:
+    """A ratio without a value yet: an input of an exported graph, a tensor without axes.
+
+    A pool has a fixed kernel in all formats. So cells are averaged by one matrix product along each
+    side, which runtimes compute as fast. The layers of a stage share the matrices.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+        self._members: dict[tuple[str, int, bool], tuple[int, Tensor]] = {}
+
+    def members(self, side: int, pool: int = 1, whole: bool = False) -> tuple[int, Tensor]:
+        """Return the side of the cells along a side of a map, and 1 for their places, 0 for others.
+
+        Cells are ``pool`` times the ratio, but never larger than the map; ``whole`` drops the rest
+        that does not fill one. The second result is cells x side.
+        """
+        key = str(side), pool, whole
+        if key not in self._members:
+            def number(value: Tensor) -> Any:  # a symbol of its own, not a formula of others
+                count = value.item()
+                torch._check(count >= 1)
+                return count
+
+            device = self.value.device
+            cell = number(torch.minimum(self.value * pool, torch.scalar_tensor(
+                side, dtype=torch.int64, device=device)))
+            count = number(torch.scalar_tensor(
+                (side if whole else side + cell - 1) // cell, dtype=torch.int64))
+            offset = torch.arange(side, device=device) - (
+                cell * torch.arange(count, device=device)[:, None])
+            self._members[key] = cell, ((offset >= 0) & (offset < cell)).float()
+        return self._members[key]
+
+    def average(self, maps: Tensor, pool: int = 1, whole: bool = False) -> Tensor:
+        """Average the cells of maps N x C x h x w; those at the border average what they have."""
+        members = (self.members(side, pool, whole)[1] for side in maps.shape[2:])
+        return _along_sides(maps, *(part / part.sum(1, keepdim=True) for part in members))
+
+    def average_filled(self, maps: Tensor) -> Tensor:
+        """`average`, where cells that reach beyond the map repeat its edge."""
+        shares = []
+        for side in maps.shape[2:]:
+            cell, members = self.members(side)
+            beyond = members.shape[0] * cell - side
+            place = torch.arange(side, device=maps.device)
+            shares.append(members * torch.where(place == side - 1, beyond + 1, 1) / cell)
+        return _along_sides(maps, *shares)
+
+    def spread(self, maps: Tensor, grid: Grid) -> Tensor:
+        """Give each place of a map h x w its share of the cells, bilinear between their centres."""
+        shares = []
+        for side, count in zip(grid, maps.shape[2:]):
+            place = torch.arange(side, device=maps.device)
+            centre = ((place + 0.5) / self.members(side)[0] - 0.5).clamp(min=0).clamp(max=count - 1)
+            distance = (centre[:, None] - torch.arange(count, device=maps.device)).abs()
+            shares.append((1 - distance).clamp(min=0))
+        return _along_sides(maps, *shares)
+
+
+def _along_sides(maps: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Multiply a matrix with each column of maps N x C x h x w, and another with each row."""
+    x = columns @ maps.permute(0, 2, 3, 1)  # N h w C: exported maps mostly come as tokens
+    x = (rows @ x.flatten(2)).unflatten(2, x.shape[2:])
+    return x.permute(0, 3, 1, 2)
+
+
 def cells(grid: Grid, ratio: int) -> Grid:
     """Rows and columns of cells of a map."""
+    if isinstance(ratio, OpenRatio):
+        rows, columns = (ratio.members(side)[1].shape[0] for side in grid)  # len would ask
+        return rows, columns
     return -(-grid[0] // ratio), -(-grid[1] // ratio)
 
 
@@ -84,6 +154,9 @@ def counts(layout: Layout, total: int, ratio: int, device: torch.device | None =
     With `overlap` too, a key stands for the tokens of its own cell, whatever it averages.
     """
     def count(part: Tensor, grid: Grid) -> Tensor:
+        if isinstance(ratio, OpenRatio):
+            sides = [ratio.members(length)[1].sum(1) for length in grid]
+            return (sides[0][:, None] * sides[1]).reshape(-1, 1)
         sides = []
         for length in grid:
             steps = torch.arange(0, length, ratio, device=device)
@@ -170,6 +243,8 @@ def _by_segment(x: Tensor, layout: Layout, pool: Callable[[Tensor, Grid], Tensor
 
 def pool_map(maps: Tensor, ratio: int, method: str) -> Tensor:
     """Reduce maps N x C x h x w by any method but `bipartite`."""
+    if isinstance(ratio, OpenRatio):
+        return ratio.average(maps)
     if method == 'average':
         return F.avg_pool2d(maps, ratio, ceil_mode=True)
     if method == 'max':
@@ -179,6 +254,9 @@ def pool_map(maps: Tensor, ratio: int, method: str) -> Tensor:
 
 def query_cell(grid: Grid, ratio: int) -> Grid:
     """Sides of the cells whose queries are averaged: ``ratio``, but never larger than the map."""
+    if isinstance(ratio, OpenRatio):
+        cell: Any = ratio  # which fits itself to the map
+        return cell
     if not torch.compiler.is_compiling() and min(grid) < ratio:
         # The same text for every size, so that Python's filter shows it once.
         warnings.warn('a feature map is smaller than the cells of its queries, so the cells '
@@ -192,6 +270,8 @@ def pool_queries(maps: Tensor, cell: Grid) -> Tensor:
     A cell that reaches beyond the map repeats the map's edge, so that the centres of all cells lie
     where `spread_queries` puts them.
     """
+    if isinstance(cell, OpenRatio):
+        return cell.average_filled(maps)
     if cell == (1, 1):
         return maps
     below, right = -maps.shape[-2] % cell[0], -maps.shape[-1] % cell[1]
@@ -202,6 +282,8 @@ def pool_queries(maps: Tensor, cell: Grid) -> Tensor:
 
 def spread_queries(maps: Tensor, cell: Grid, grid: Grid) -> Tensor:
     """Undo the size of `pool_queries`: bilinear by exactly the cell, cropped to the grid h x w."""
+    if isinstance(cell, OpenRatio):
+        return cell.spread(maps, grid)
     if cell == (1, 1):
         return maps
     size = maps.shape[-2] * cell[0], maps.shape[-1] * cell[1]

@@ -17,7 +17,8 @@ _VALID = ('Use one integer from 1 up for every stage (2), a multiplier for each 
           'then for each decoder stage, shallow to deep (2211-222, or 2,2,1,1-2,2,2 for numbers '
           'above 9), or a name ({})')
 
-_LIMIT = 10 ** 6  # no map is larger
+LARGEST = 10 ** 6
+"""Largest multiplier; no map is larger."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,9 @@ class StageRatio:
                                  f'multiplier. {self._valid()}')
             for value in part:
                 if isinstance(value, bool) or not isinstance(value, int) or (
-                        not 1 <= value <= _LIMIT):
+                        not 1 <= value <= LARGEST):
                     raise RatioError(f'{self.knob} {value!r:.60} is not an integer from 1 to '
-                                     f'{_LIMIT}. {self._valid()}')
+                                     f'{LARGEST}. {self._valid()}')
         if self.auto and {*self.encoder, *self.decoder} != {1}:
             raise RatioError(f'{self.knob} {AUTO} takes no multipliers. {self._valid()}')
 

@@ -23,7 +23,7 @@ class PooledKeys:
         # Even cells weigh alike, so that log n cancels and no mask costs a fast kernel. A graph for
         # any size must not rest on the one that it was traced with.
         sizes = layout.sizes(total)
-        self.uneven = ratio > 1 and (is_exporting() or sizes[0] + sizes[-1] > 0 or any(
+        self.uneven = ratio != 1 and (is_exporting() or sizes[0] + sizes[-1] > 0 or any(
             side % ratio for grid in layout.grids for side in grid))
 
     def tokens(self, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from ..errors import ConfigError
 from ..isr.pooling import (
     Grid,
     Layout,
+    OpenRatio,
     cells,
     merging,
     pool_map,
@@ -114,6 +115,8 @@ class EmbeddingFreeAttention(nn.Module):
 
     def pooled(self, x: Tensor) -> Tensor:
         """The pooled and projected map, N x C x H/p x W/p, from which keys and values are made."""
+        if isinstance(self.isr_ratio, OpenRatio):
+            return self._project(self.isr_ratio.average(x, self.pool_ratio, whole=True))
         kernel = self.pool_size(x.shape[2], x.shape[3])
         if not torch.compiler.is_compiling() and min(kernel) < self.pool_ratio * self.isr_ratio:
             # The same text for every size, so that Python's filter shows it once.
@@ -126,6 +129,9 @@ class EmbeddingFreeAttention(nn.Module):
             x = F.avg_pool2d(x, kernel)
         if self.isr_method in ('max', 'overlap') and multiplier > 1:
             x = pool_map(x, multiplier, self.isr_method)
+        return self._project(x)
+
+    def _project(self, x: Tensor) -> Tensor:
         kv = self.kv(x)
         return kv if self.kv_norm is None else F.gelu(self.kv_norm(kv))
 

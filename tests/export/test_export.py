@@ -1,10 +1,12 @@
 """Files for other runtimes predict what PyTorch predicts; others are not written."""
 import dataclasses
 import importlib.util
+import itertools
 import json
 import re
 import resource
 import signal
+import warnings
 from argparse import Namespace
 
 import numpy as np
@@ -20,6 +22,7 @@ from mmseg_edaformer.errors import ConfigError, UserError
 from mmseg_edaformer.export import FORMATS, Exported, export, parity, runtimes
 from mmseg_edaformer.export.graph import Deployed
 from mmseg_edaformer.export.runtimes import placing
+from mmseg_edaformer.isr import isr
 from mmseg_edaformer.models import StreamedEncoderDecoder
 from mmseg_edaformer.predict.segmenter import Segmenter
 from tests.conftest import ROOT, run, seeing_model, write_config
@@ -50,13 +53,16 @@ def quick_export(work):
     trace, traces = package.trace, {}
 
     def call(out, kind='pt2', isr_ratio='none', labels=True, size=(64, 96), **options):
-        def trace_once(*args):
-            if (isr_ratio, labels, size) not in traces:
-                traces[isr_ratio, labels, size] = trace(*args)
-            return traces[isr_ratio, labels, size]
+        def trace_once(deployed, size):
+            twin = 'runtime' in isr_ratio and not deployed.dials
+            key = 'none' if twin else isr_ratio, labels, size
+            if key not in traces:
+                traces[key] = trace(deployed, size)
+            return traces[key]
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(package, 'trace', trace_once)
+            patch.setattr(package, '_TWINS', 1)
             return export(work, out, format=kind, isr_ratio=isr_ratio, labels=labels, size=size,
                           **options)
     return call
@@ -134,6 +140,82 @@ def test_a_file_predicts_as_the_model_at_any_size_and_number(work, scenes, files
     assert report.rows[0].relative == 1
     assert f'ISR {ratio}' in str(report)
     assert ('Smaller images were enlarged.' in report.notes) == (ratio != 'none')
+
+
+OPEN_RATIOS = 'none', RATIO, '2', '4', '3521-432'
+
+
+@pytest.mark.parametrize('kind', [
+    'pt2', *(pytest.param(kind, marks=pytest.mark.slow) for kind in ('onnx', 'openvino'))])
+def test_a_file_takes_its_ratio_as_an_input(work, scenes, files, kind):
+    path, report = files(kind, 'runtime', False)
+    file, deployed = Exported(path), Deployed(Segmenter(work, device='cpu').model, labels=False)
+    outputs = {}
+    for size, count in ((128, 160), 2), ((187, 129), 1), ((40, 33), 1):  # where cells shrink
+        images = draw(scenes, size, count)
+        for ratio in OPEN_RATIOS:
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter('ignore')  # that cells shrink
+                with isr(deployed.model, ratio):
+                    wanted = deployed(torch.from_numpy(images)).numpy()
+            outputs[size, ratio] = file(images, isr_ratio=ratio)
+            np.testing.assert_allclose(outputs[size, ratio], wanted, atol=1e-4 * wanted.max())
+        assert (file(images) == outputs[size, 'none']).all()
+    assert all(np.abs(outputs[(187, 129), one] - outputs[(187, 129), other]).max() > 1e-2
+               for one, other in itertools.combinations(OPEN_RATIOS, 2))
+    metadata = file.metadata
+    assert (metadata['isr_ratio'], metadata['dials']) == ('runtime', ['isr_ratio'])
+    assert metadata['isr_stages'] == [*(f'encoder {i}' for i in range(1, 5)),
+                                      *(f'decoder {i}' for i in range(2, 5))]
+    assert metadata['minimum'] == [33, 33]
+    rows = [row for row in report.rows if row.name.startswith(kind)]
+    assert [row.name for row in rows] == [f'{kind}, {ratio}' for ratio in (
+        'none', RATIO, '2222-222', '4444-444', '3523-352')]
+    assert rows[0].to_fixed is not None
+    assert 'to fixed' in str(report)
+
+
+@pytest.mark.parametrize('kind', [
+    'pt2', *(pytest.param(kind, marks=pytest.mark.slow) for kind in ('onnx', 'openvino'))])
+def test_an_input_that_is_no_ratio(files, scenes, kind):
+    """The runtime without `Exported`: below 1 is 1, and another length or type is an error."""
+    run, images = FORMATS[kind].load(files(kind, 'runtime', False)[0], 1)[0], draw(
+        scenes, (64, 96), 1)
+    for wrong in ({}, *(dict(isr_ratio=np.full(shape, 2)) for shape in (6, 8, 1, (), (1, 7)))):
+        with pytest.raises(Exception, match=r'(?i)isr_ratio|shape|input|dimension'):
+            run(images, **wrong)
+    trained = run(images, isr_ratio=np.ones(7, np.int64))
+    for ratio in np.zeros(7, np.int64), np.array([1, -3, 0, 1, -2 ** 31 + 1, 1, 1]):
+        assert (run(images, isr_ratio=ratio) == trained).all()
+    one_cell, more = (run(images, isr_ratio=np.full(7, value)) for value in (100, 10 ** 6 + 1))
+    assert (one_cell == more).all()
+    assert np.abs(one_cell - trained).max() > 1e-2
+
+
+def test_ratios_that_a_file_refuses(files, scenes):
+    images = draw(scenes, (128, 160), 1)
+    file, fixed = (Exported(files('pt2', ratio, False)[0]) for ratio in ('runtime', RATIO))
+    for ratios, message in (
+            (dict(isr_ratio='auto'), 'a file cannot follow the size'),
+            (dict(isr_ratio='22-222'), '2 multipliers for the encoder, which has 4 stages'),
+            (dict(isr_ratio='2+q2'), 'query_ratio 2 cannot be set.*--query-ratio runtime'),
+            (dict(query_ratio=1), 'query_ratio none cannot be set')):
+        with pytest.raises(UserError, match=message):
+            file(images, **ratios)
+    with pytest.raises(ConfigError, match='isr_ratio 2 cannot be set, because the file keeps ISR '
+                       f'{RATIO}: export it with --isr-ratio runtime'):
+        fixed(images, isr_ratio=2)
+
+
+def test_queries_as_an_input_too(work, scenes, files):
+    path, report = files('pt2', 'runtime+qruntime', True)
+    file, segmenter = Exported(path), Segmenter(work, device='cpu')
+    assert file.metadata['dials'] == ['isr_ratio', 'query_ratio']
+    assert f'pt2, {RATIO}+q2' in {row.name for row in report.rows}
+    images = draw(scenes, (187, 129), 2)
+    for ratio in 'none', f'{RATIO}+q2', '1+q3', '2+q3212-321':
+        segmenter.isr_ratio = ratio
+        assert (file(images, isr_ratio=ratio) == predict(segmenter, images)).mean() > 0.9995
 
 
 @pytest.mark.gpu
@@ -221,7 +303,8 @@ def test_one_size_and_the_ratio_that_follows_it(quick_export, scenes, tmp_path):
 
 
 @pytest.mark.slow
-def test_another_model_and_padding(scenes, tmp_path):
+@pytest.mark.parametrize('ratio', ['21+q2', 'runtime'])
+def test_another_model_and_padding(scenes, tmp_path, monkeypatch, ratio):
     """SegFormer, trained on BGR and with padded images; ISR meets its attention from outside."""
     config = tmp_path / 'segformer.py'
     config.write_text(f'''
@@ -241,11 +324,15 @@ test_dataloader = dict(dataset=dict(data_root='{scenes}'))
     torch.save(dict(state_dict=model.state_dict(), meta=dict()), weights)
     with pytest.raises(ConfigError, match=r'pads the images: export labels.*--labels'):
         export(config, path, format='pt2', checkpoint=weights)
-    export(config, path, format='pt2', checkpoint=weights, isr_ratio='21+q2', labels=True)
-    file, segmenter = Exported(path), Segmenter(config, weights, device='cpu', isr_ratio='21+q2')
+    monkeypatch.setattr(package, '_TWINS', 0)
+    export(config, path, format='pt2', checkpoint=weights, isr_ratio=ratio, labels=True)
+    file, segmenter = Exported(path), Segmenter(config, weights, device='cpu')
     for size, count in (((128, 256), 2), ((187, 129), 1)):
         images = draw(scenes, size, count)
-        assert (file(images) == predict(segmenter, images)).mean() > 0.9995
+        for setting in ('21-1', '35-1', '8', 'none') if ratio == 'runtime' else (ratio,):
+            segmenter.isr_ratio = setting
+            labels = file(images, **dict(isr_ratio=setting) if ratio == 'runtime' else {})
+            assert (labels == predict(segmenter, images)).mean() > 0.9995
 
 
 @pytest.mark.slow

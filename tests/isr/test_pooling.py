@@ -7,6 +7,7 @@ import torch
 from mmseg_edaformer.errors import RatioError
 from mmseg_edaformer.isr.pooling import (
     Layout,
+    OpenRatio,
     cells,
     check_method,
     counts,
@@ -14,7 +15,9 @@ from mmseg_edaformer.isr.pooling import (
     num_keys,
     pool_bias,
     pool_mask,
+    pool_query_tokens,
     pool_tokens,
+    spread_query_tokens,
 )
 
 GRIDS = [(4, 6), (5, 7), (1, 5), (7, 7)]
@@ -44,6 +47,26 @@ def test_tokens_and_counts(grid, ratio, method):
     assert num_keys(layout, x.shape[-2], ratio) == expected.shape[-2]
     sizes = [1] * prefix + [len(cell) for cell in members(grid, ratio)] + [1] * rest
     assert counts(layout, x.shape[-2], ratio).tolist() == sizes
+
+
+@pytest.mark.filterwarnings('ignore:a feature map is smaller than the cells')
+@pytest.mark.parametrize('grid', GRIDS, ids=str)
+@pytest.mark.parametrize('ratio', [1, 2, 3, 9])
+def test_a_ratio_that_is_a_tensor(grid, ratio):
+    """It computes by matrices what a number computes by pools, for keys and for queries."""
+    x, layout = torch.randn(2, 3, 2 + grid[0] * grid[1] + 1, 5), Layout((grid,), 2)
+    dial = OpenRatio(torch.tensor(ratio))
+    assert cells(grid, dial) == cells(grid, ratio)
+    for function in pool_tokens, pool_query_tokens:
+        torch.testing.assert_close(function(x, layout, dial), function(x, layout, ratio))
+    assert counts(layout, x.shape[-2], dial).equal(counts(layout, x.shape[-2], ratio))
+    torch.testing.assert_close(
+        spread_query_tokens(pool_query_tokens(x, layout, dial), layout, dial),
+        spread_query_tokens(pool_query_tokens(x, layout, ratio), layout, ratio))
+    maps = torch.randn(2, 3, *grid)
+    pool = tuple(min(2 * ratio, side) for side in grid)
+    torch.testing.assert_close(dial.average(maps, 2, whole=True),
+                               torch.nn.functional.avg_pool2d(maps, pool))
 
 
 @pytest.mark.parametrize('grid', GRIDS, ids=str)
