@@ -21,7 +21,7 @@ from PIL import Image
 from mmseg_edaformer.data.drawing import draw_scene
 from mmseg_edaformer.errors import ConfigError
 from mmseg_edaformer.export import FORMATS, web
-from mmseg_edaformer.export.graph import Deployed, describe, trace
+from mmseg_edaformer.export.graph import Deployed, describe, quiet, trace
 from mmseg_edaformer.export.web import halve_weights, write_page
 from mmseg_edaformer.isr import ISRRatio
 from mmseg_edaformer.predict.segmenter import Segmenter
@@ -102,12 +102,14 @@ def graph(scenes, tmp_path_factory):
 model['backbone']['depths'] = (1, 1, 1, 1)
 model['decode_head']['depths'] = (1, 1, 1)
 """)
-    torch.save(dict(state_dict=seeing_model(config, scenes).state_dict()), folder / 'mini.pth')
+    model = seeing_model(config, scenes, init=True)
+    torch.save(dict(state_dict=model.state_dict()), folder / 'mini.pth')
     segmenter = Segmenter(config, folder / 'mini.pth', device='cpu')
     deployed = Deployed(segmenter.model, False, ('isr_ratio',))
     program, minimum = trace(deployed, None)
-    FORMATS['onnx'].write(program, folder / 'model.onnx',
-                          json.dumps(describe(segmenter, deployed, None, minimum)))
+    with quiet():
+        FORMATS['onnx'].write(program, folder / 'model.onnx',
+                              json.dumps(describe(segmenter, deployed, None, minimum)))
     return folder / 'model.onnx'
 
 
@@ -115,7 +117,7 @@ model['decode_head']['depths'] = (1, 1, 1)
 def package():
     """The package of npm."""
     try:
-        return web._get_runtime()
+        return web.get_runtime()
     except ConfigError as error:
         pytest.skip(str(error))
 
@@ -174,7 +176,7 @@ def test_models_that_the_page_cannot_run(graph, package, tmp_path, change, messa
 def test_folders_and_packages_that_cannot_be_used(graph, tmp_path, monkeypatch):
     (tmp_path / 'mine').mkdir()
     (tmp_path / 'mine' / 'thesis.txt').write_text('years of work')
-    with pytest.raises(ConfigError, match='mine is not the folder of a page: give a new one'):
+    with pytest.raises(ConfigError, match='mine is not the folder of a page'):
         write_page(graph, tmp_path / 'mine', tmp_path)
     with pytest.raises(ConfigError, match=r'is not the unpacked package onnxruntime-web@[\d.]+ \('):
         write_page(graph, tmp_path / 'site', tmp_path)
@@ -183,15 +185,15 @@ def test_folders_and_packages_that_cannot_be_used(graph, tmp_path, monkeypatch):
         write_page(graph, tmp_path / 'site', tmp_path)
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     monkeypatch.setenv('PATH', str(tmp_path))
-    with pytest.raises(ConfigError, match='npm is not installed: install Node.js, or give'):
-        web._get_runtime()
+    with pytest.raises(ConfigError, match='npm is not installed: install Node'):
+        web.get_runtime()
     npm = tmp_path / 'npm'
-    for script, message in (('echo ENOTFOUND >&2; exit 1', 'npm cannot get .*: ENOTFOUND. Try'),
+    for script, message in (('echo ENOTFOUND >&2; exit 1', r'npm cannot get .*: ENOTFOUND\. Try'),
                             ('echo x > a.tgz', 'npm sent another archive')):
         npm.write_text(f'#!/bin/sh\n{script}\n')
         npm.chmod(0o755)
         with pytest.raises(ConfigError, match=message):
-            web._get_runtime()
+            web.get_runtime()
     assert not list((tmp_path / 'cache' / 'mmseg_edaformer').iterdir())
     assert not (tmp_path / 'site').exists()
 
@@ -234,6 +236,7 @@ def opened(browser, url):
     tab = watch(context.new_page())
     visit(tab, url)
     wait_for(tab, '#notes', r'scene1\.jpg: 512 x 384 pixels\. .*--isr-ratio 2211-222$')
+    tab.click('summary')
     yield tab
     context.close()
 
@@ -270,14 +273,15 @@ def move(page, selector, value):
     page.locator(selector).fill(str(value))
 
 
-def test_labels_equal_onnx_runtime(page, site, graph):
+def test_labels_equal_onnx_runtime(page, site):
     model = json.loads((site / 'model.json').read_text())
     names = [position['name'] for position in model['dial']]
     palette = np.array(model['palette'])
     file = picture((250, 190))
     pixels = np.array(Image.open(io.BytesIO(file['buffer'])))
     upload(page, file)
-    session = onnxruntime.InferenceSession(graph, providers=['CPUExecutionProvider'])
+    session = onnxruntime.InferenceSession(
+        site / 'model.onnx', providers=['CPUExecutionProvider'])
     found, shares = {}, {}
     for name, ratio in RATIOS.items():
         move(page, '#dial', names.index(name))
@@ -289,7 +293,7 @@ def test_labels_equal_onnx_runtime(page, site, graph):
         found[name] = (mask[:, :, None] == palette).all(3).argmax(2)
         assert (palette[found[name]] == mask).all()
         assert ties.mean() < 0.02
-        assert ((found[name] == wanted) | ties).mean() > 0.9999  # weights of 16 bits
+        assert ((found[name] == wanted) | ties).all()
         shares[name] = np.bincount(found[name].ravel(), minlength=8) / wanted.size
     assert len(np.unique(found['as trained'])) > 3
     changed = (found['all 4'] != found['as trained']).mean()
@@ -300,12 +304,12 @@ def test_labels_equal_onnx_runtime(page, site, graph):
         name: [f'{100 * shares[which][k]:.1f}%' for which in ('as trained', 'all 4')]
         for k, name in enumerate(model['classes'])}.items()
     before, after = wait_for(page, '#times', r'(\d+) → (\d+)').groups()
-    assert int(before) and int(after)
+    assert int(before) > 0
+    assert int(after) > 0
     move(page, '#opacity', 40)
     overlay = download(page, '#save-overlay')[1]
     assert np.abs(overlay - (0.6 * pixels + 0.4 * palette[found['all 4']])).max() <= 2
     # A stage of its own, and back to a position of the slider.
-    page.click('summary')
     page.get_by_role('slider', name='encoder 1').fill('8')
     wait_for(page, '#notes', '--isr-ratio 8444-444$')
     assert page.inner_text('#dial-text') == page.inner_text('#side') == '8444-444'
@@ -371,7 +375,7 @@ def test_two_tabs_and_one_thread(browser, url):
 
 @pytest.mark.parametrize(('breaks', 'message'), [
     ('window', 'WebAssembly is missing or switched off'),
-    ('worker.js', 'too little memory for this size: choose a smaller longer side'),
+    ('worker.js', 'Too little memory for this size: choose a smaller longer side'),
     ('model.onnx', 'cannot run in this browser: model.onnx cannot be loaded: 404')])
 def test_what_fails_is_said(browser, url, site, breaks, message):
     with browser.new_context(service_workers='block') as context:

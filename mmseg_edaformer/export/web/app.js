@@ -1,7 +1,6 @@
 /** The page: a picture in, its masks as trained and at the chosen ratio out. */
 import { compare, median, networkSize, paint, ratioText, toRGB } from './pixels.js';
 
-/** @typedef {import('./pixels.js').Size} Size */
 const SHOWN = 2048; // pixels on the longer side, above which a picture is shown smaller
 const ROUNDS = 6, PATIENCE = 2000; // turns of a timing, and milliseconds after which none begins
 const MOST = 8; // the largest multiplier
@@ -11,8 +10,7 @@ let model, picture, ratio, worker;
 let calls = 0, asked = 0, running = false;
 const waiting = new Map(); // promises of the worker's answers
 
-/** @type {(id: string) => any} */
-const $ = id => document.getElementById(id);
+const $ = id => /** @type {any} */ (document.getElementById(id));
 const make = (tag, values = {}, ...inside) => {
   const made = Object.assign(document.createElement(tag), values);
   made.append(...inside);
@@ -83,9 +81,8 @@ function fail(reason) {
     $('backend').value = $('backend').options[1].value;
     refresh();
   }
-  complain(/memory|alloc|RangeError/i.test(reason) ?
-    'The browser has too little memory for this size: choose a smaller longer side for the ' +
-    `network under "more". (${reason})` : `The model cannot run in this browser: ${reason}`);
+  complain(!/memory|alloc/i.test(reason) ? `The model cannot run in this browser: ${reason}` :
+    `Too little memory for this size: choose a smaller longer side under "more" (${reason})`);
 }
 
 /** @param {number} turn that ends as soon as it is no longer the last one `asked` */
@@ -125,7 +122,7 @@ async function update(turn) {
   }
 }
 
-/** @param {CanvasImageSource} image @param {Size} size */
+/** Draw an image at a size. @param {CanvasImageSource} image @param {number[]} size */
 function draw(image, [height, width], canvas = make('canvas')) {
   const context = Object.assign(canvas, { width, height }).getContext('2d');
   Object.assign(context, { imageSmoothingQuality: 'high', fillStyle: '#fff' });
@@ -134,7 +131,6 @@ function draw(image, [height, width], canvas = make('canvas')) {
   return context;
 }
 
-/** @param {Uint8Array} labels @param {Size} size */
 function drawMask(labels, [height, width], canvas = make('canvas')) {
   Object.assign(canvas, { width, height }).getContext('2d').putImageData(
     new ImageData(paint(labels, model.palette), width), 0, 0);
@@ -170,9 +166,11 @@ async function open(source, name) {
   } catch {
     return complain(`${name} is no image that this browser can decode: choose a JPEG or PNG file`);
   }
-  closeCamera();
+  for (const track of $('camera').srcObject?.getTracks() ?? []) track.stop();
+  Object.assign($('camera'), { srcObject: null, hidden: true });
+  $('webcam').textContent = 'Webcam';
   picture?.image.close();
-  const size = /** @type {Size} */ ([image.height, image.width]);
+  const size = /** @type {[number, number]} */ ([image.height, image.width]);
   const shown = networkSize(size, SHOWN, { scale: null, multiple: 1 }, [1, 1]);
   picture = { image, name, size, shown, times: new Map() };
   draw(image, shown, $('picture'));
@@ -194,12 +192,6 @@ async function save(alone) {
     make('a', { href, download: `${name.replace(/\.\w+$/, '')}_${kind}.png` }).click();
     setTimeout(() => URL.revokeObjectURL(href), 10000);
   });
-}
-
-function closeCamera() {
-  for (const track of $('camera').srcObject?.getTracks() ?? []) track.stop();
-  Object.assign($('camera'), { srcObject: null, hidden: true });
-  $('webcam').textContent = 'Webcam';
 }
 
 /** Show the camera, or take the picture that it shows. */
@@ -240,13 +232,13 @@ async function main() {
       path.split('/').pop()) }, make('img', { src: path, alt: '' }))));
   const cores = crossOriginIsolated ? Math.min(navigator.hardwareConcurrency, 8) : 1;
   const gpu = 'Suspending' in (self.WebAssembly ?? {}) && // which its runtime is built for
-    await /** @type {any} */ (navigator).gpu?.requestAdapter();
+    (await /** @type {any} */ (navigator).gpu?.requestAdapter())?.info.isFallbackAdapter === false;
   $('backend').append(...gpu ? [make('option', { value: 'gpu' }, 'GPU')] : [],
     ...[cores, 4, 2, 1].filter((count, i) => count < cores || !i).map(
       value => make('option', { value }, `CPU, ${threads(value)}`)));
   $('longer').value = model.side;
-  $('dial').max = model.dial.length - 1;
-  $('dial').oninput = () => choose(model.dial[$('dial').value].ratio);
+  Object.assign($('dial'), { max: model.dial.length - 1,
+    oninput: () => choose(model.dial[$('dial').value].ratio) });
   $('longer').onchange = refresh;
   $('backend').onchange = () => { stop('another device was chosen'); refresh(); };
   for (const id of ['divider', 'opacity']) {

@@ -1,7 +1,6 @@
 /** The model, in a worker so that the page stays free: `calls` are what the page asks for. */
 import { labelsOf } from './pixels.js';
 
-/** @typedef {import('./pixels.js').Size} Size */
 const KEPT = 3; // predictions
 /** @type {any} the runtime, its session with the model, and the image */
 let ort, session, images;
@@ -37,7 +36,7 @@ const calls = {
       executionProviders: gpu ? ['webgpu', 'wasm'] : ['wasm'], logSeverityLevel: 3 });
   },
 
-  /** Take an image, H x W x 3. @param {Uint8Array} rgb @param {Size} size */
+  /** Take an image, H x W x 3. @param {Uint8Array} rgb @param {number[]} size */
   async take(rgb, size) {
     logits.clear();
     images = new ort.Tensor('uint8', rgb, [1, ...size, 3]);
@@ -52,7 +51,7 @@ const calls = {
     return performance.now() - start;
   },
 
-  /** Return labels of predictions. @param {number[][]} ratios @param {Size} size of the labels */
+  /** Return labels of predictions. @param {number[][]} ratios @param {[number, number]} size */
   async labels(ratios, size) {
     return ratios.map(ratio => {
       const known = logits.get(`${ratio}`);
