@@ -1,4 +1,4 @@
-"""Export a trained model to ONNX Runtime, OpenVINO or torch.export, and compare it with PyTorch."""
+"""Export a trained model to ONNX Runtime, OpenVINO, torch.export or a web page, and check it."""
 import argparse
 import os
 import sys

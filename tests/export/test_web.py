@@ -344,7 +344,7 @@ def test_files_that_are_no_pictures(page):
 
 def test_the_webcam(page):
     page.click('#webcam')
-    wait_for(page, '#webcam', 'Take this picture')
+    wait_for(page, '#webcam', 'Take this image')
     page.click('#webcam')
     wait_for(page, '#notes', r'webcam\.png: \d+ x \d+ pixels')
     assert page.inner_text('#webcam') == 'Webcam'

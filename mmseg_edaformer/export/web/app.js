@@ -201,7 +201,7 @@ async function useCamera() {
     $('camera').srcObject = await navigator.mediaDevices.getUserMedia({ video: true });
     await $('camera').play();
     $('camera').hidden = false;
-    $('webcam').textContent = 'Take this picture';
+    $('webcam').textContent = 'Take this image';
   } catch (error) {
     complain(`The webcam cannot be used: ${/** @type {Error} */ (error).message}`);
   }
