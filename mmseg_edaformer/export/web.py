@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
+from PIL import Image
 
 from ..errors import ConfigError, RatioError, first_line
 from ..files import write_file
@@ -185,7 +185,7 @@ def _compare(one: Path, other: Path, dial: Sequence[dict[str, Any]], examples: S
                 for path in (one, other)]
     equal = []
     for path in examples:
-        image = np.ascontiguousarray(cv2.imread(path)[None, ..., ::-1])
+        image = np.array(Image.open(path))[None]
         for position in dial:
             labels = [session.run(['logits'], dict(images=image, isr_ratio=np.array(
                 position['ratio'])))[0].argmax(1) for session in sessions]

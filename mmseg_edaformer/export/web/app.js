@@ -1,13 +1,13 @@
-/** The page: a picture in, its masks as trained and at the chosen ratio out. */
+/** The page: an image in, its masks as trained and at the chosen ratio out. */
 import { compare, median, networkSize, paint, ratioText, toRGB } from './pixels.js';
 
-const SHOWN = 2048; // pixels on the longer side, above which a picture is shown smaller
+const SHOWN = 2048; // pixels on the longer side, above which an image is shown smaller
 const ROUNDS = 6, PATIENCE = 2000; // turns of a timing, and milliseconds after which none begins
 const MOST = 8; // the largest multiplier
 
-/** @type {any} model.json; the picture, its sizes and times; the chosen ratio; the worker */
+/** @type {any} model.json; the image, its sizes and times; the chosen ratio; the worker */
 let model, picture, ratio, worker;
-let calls = 0, asked = 0, running = false;
+let calls = 0, asked = 0, opened = 0, running = false;
 const waiting = new Map(); // promises of the worker's answers
 
 const $ = id => /** @type {any} */ (document.getElementById(id));
@@ -158,12 +158,11 @@ function show({ name, size, shown, input, chosen }, labels) {
   tell('');
 }
 
-/** Take a picture. @param {Blob | HTMLVideoElement} source @param {string} name */
+/** Take an image. @param {Blob | HTMLVideoElement} source @param {string} name */
 async function open(source, name) {
-  let image;
-  try {
-    image = await createImageBitmap(source);
-  } catch {
+  const own = ++opened, image = await createImageBitmap(source).catch(() => null);
+  if (own !== opened) return; // another one was taken meanwhile
+  if (!image) {
     return complain(`${name} is no image that this browser can decode: choose a JPEG or PNG file`);
   }
   for (const track of $('camera').srcObject?.getTracks() ?? []) track.stop();
@@ -180,7 +179,7 @@ async function open(source, name) {
   refresh();
 }
 
-/** Save the mask at the shown ratio at the picture's own size. @param {boolean} alone */
+/** Save the mask at the shown ratio at its own size. @param {boolean} alone */
 async function save(alone) {
   const { image, size, name, chosen } = picture;
   const mask = drawMask((await call('labels', [chosen], size))[0], size);
@@ -194,7 +193,7 @@ async function save(alone) {
   });
 }
 
-/** Show the camera, or take the picture that it shows. */
+/** Show the camera, or take the image that it shows. */
 async function useCamera() {
   try {
     if (!$('camera').hidden) return open($('camera'), 'webcam.png');
@@ -246,8 +245,8 @@ async function main() {
   }
   $('file').onchange = ({ target: { files: [file] } }) => file && open(file, file.name);
   $('webcam').onclick = useCamera;
-  $('save-mask').onclick = () => save(true);
-  $('save-overlay').onclick = () => save(false);
+  $('save-mask').onclick = () => save(true).catch(error => complain(error.message));
+  $('save-overlay').onclick = () => save(false).catch(error => complain(error.message));
   for (const kind of ['dragover', 'drop', 'paste']) {
     addEventListener(kind, (/** @type {any} */ event) => {
       if (kind !== 'paste') event.preventDefault();

@@ -7,7 +7,7 @@
 /** @typedef {{scale: Size | null, multiple: number}} Resize of the model's test pipeline */
 
 /**
- * The size that the network sees a picture at: that of the model's test pipeline (mmseg's `scale`
+ * The size that the network sees an image at: that of the model's test pipeline (mmseg's `scale`
  * with the ratio of the sides kept, if there is one), with at most `side` pixels on the longer side
  * and at least the `minimum`, to which shorter sides are stretched, rounded up to the `multiple`.
  * @type {(size: Size, side: number, resize: Resize, minimum: Size) => Size}
