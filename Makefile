@@ -4,7 +4,7 @@ DEMO := work_dirs/demo
 CONFIG := configs/edaformer_t_synthetic.py
 
 
-.PHONY: demo test soak test-fork test-isr test-kernels test-gpu bench-gpu lint env clean
+.PHONY: demo test soak test-fork test-isr test-kernels test-gpu bench-gpu lint lint-js env clean
 
 demo: .venv/ready
 	@.venv/bin/python tools/prepare_data.py synthetic
@@ -59,9 +59,17 @@ bench-gpu: $(if $(wildcard $(SITE)/*.whl),.site/ready)
 	@for wheel in $^; do $(PYTHON) -m zipfile -e $$wheel .site || exit; done
 	@touch $@
 
-lint: .venv/ready
+lint: .venv/ready $(if $(shell command -v npm),lint-js)
 	.venv/bin/ruff check .
 	.venv/bin/mypy
+
+# The types of the page's JavaScript.
+lint-js: node_modules
+	npm run --silent lint
+
+node_modules: package-lock.json
+	npm ci --silent
+	touch $@
 
 env: .venv/ready
 
@@ -98,4 +106,4 @@ env: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-fork .venv-isr .venv-triton .site work_dirs
+	rm -rf .venv .venv-fork .venv-isr .venv-triton .site node_modules work_dirs

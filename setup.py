@@ -38,8 +38,8 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.11',
     packages=find_packages(include=['mmseg_edaformer', 'mmseg_edaformer.*']),
-    package_data={'mmseg_edaformer': ['models/*.cpp', 'analysis/*.jinja', 'predict/*.css',
-                                      'predict/*.jinja']},
+    package_data={'mmseg_edaformer': ['models/*.cpp', 'analysis/*.jinja', 'export/web/*',
+                                      'predict/*.css', 'predict/*.jinja']},
     cmdclass={'build_py': BuildWithConfigs},
     entry_points={'console_scripts': ['edaformer = mmseg_edaformer.__main__:main']},
     # ISR alone: apply_isr and what belongs to it, for models of timm, transformers and others.

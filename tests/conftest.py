@@ -1,6 +1,8 @@
 """What the tests share: small models, drawn data, quiet registries, a device."""
 import contextlib
 import gc
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +76,34 @@ def device(request):
     """A GPU, or the CPU where there is none: for tests marked ``gpu`` that hold on both."""
     gpu = torch.cuda.is_available() or request.config.getoption('--fake-cuda')
     return request.getfixturevalue('cuda') if gpu else torch.device('cpu')
+
+
+@pytest.fixture(scope='module')
+def browser():
+    """Chromium, with a camera that shows a test picture."""
+    api = pytest.importorskip('playwright.sync_api')
+    path = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))),
+                None)
+    if path is None:
+        pytest.skip('no Chromium is installed')
+    with api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=[
+            '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run',
+            '--disable-background-networking', '--disable-component-update', '--disable-sync',
+            '--use-fake-device-for-media-stream', '--use-fake-ui-for-media-stream'])
+        yield chromium
+        chromium.close()
+
+
+def wait_for(page, selector, pattern):
+    """Wait until the text of a page matches; returns the match."""
+    text = ''
+    for _ in range(300):
+        text = ' '.join(page.locator(selector).all_inner_texts())
+        if found := re.search(pattern, text):
+            return found
+        page.wait_for_timeout(100)
+    raise AssertionError(f'{selector} shows {text!r} and not {pattern}')
 
 
 @pytest.fixture(scope='session')

@@ -1,4 +1,4 @@
-"""Export a trained model to ONNX Runtime, OpenVINO or torch.export, and compare it with PyTorch."""
+"""Export a trained model to ONNX Runtime, OpenVINO, torch.export or a web page, and check it."""
 import argparse
 import os
 import sys
@@ -18,9 +18,10 @@ from mmseg_edaformer.errors import ConfigError, clear_errors
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add_model_arguments(parser)
-    parser.add_argument('--format', required=True, choices=('onnx', 'openvino', 'pt2'))
+    parser.add_argument('--format', required=True, choices=('onnx', 'openvino', 'pt2', 'web'))
     parser.add_argument('--out', required=True, metavar='FILE',
-                        help='.onnx, .xml (its weights go to a .bin beside it) or .pt2')
+                        help='.onnx, .xml (its weights go to a .bin beside it) or .pt2; a folder '
+                        'for web')
     add_isr_ratio(parser, note='; it is fixed in the file, or with '
                   'runtime, like that of --query-ratio, an input of it (default: none)')
     add_keep_ratio(parser)
@@ -37,7 +38,18 @@ def parse_args() -> argparse.Namespace:
                         'for the mIoU of --int8 (default: %(default)s)')
     parser.add_argument('--threads', type=int, metavar='N', help='threads of PyTorch and of the '
                         'runtime in the comparison (default: as PyTorch)')
-    return parser.parse_args()
+    parser.add_argument('--runtime', metavar='FOLDER', help='the unpacked npm package '
+                        'onnxruntime-web, for web (default: npm gets it)')
+    args = parser.parse_args()
+    if args.format == 'web':
+        for name in ('size', 'labels', 'int8', 'calibrate', 'query_ratio'):
+            if getattr(args, name):
+                parser.error(f'--{name.replace("_", "-")} does not work with --format web')
+        if args.isr_ratio not in ('none', 'runtime'):
+            parser.error('--isr-ratio does not work with --format web: it has a slider')
+    elif args.runtime is not None:
+        parser.error('--runtime is for --format web')
+    return args
 
 
 def main() -> None:
@@ -55,7 +67,12 @@ def main() -> None:
     from mmengine.logging import MMLogger
 
     from mmseg_edaformer.export import export
+    from mmseg_edaformer.export.web import export_page
     MMLogger.get_current_instance().setLevel(logging.WARNING)
+    if args.format == 'web':
+        print(export_page(args.model, args.out, checkpoint=args.checkpoint, images=args.images,
+                          threads=args.threads, runtime=args.runtime))
+        return
     print(export(args.model, args.out, format=args.format, checkpoint=args.checkpoint,
                  isr_ratio=read_isr_ratio(args), size=args.size, labels=args.labels, int8=args.int8,
                  calibrate=args.calibrate, images=args.images, samples=args.samples,

@@ -45,13 +45,13 @@ def _fill(part: str, **values: Any) -> str:
     return str(getattr(macros, part)(**values))
 
 
-def draw_examples(folder: Path, count: int = 4) -> list[str]:
+def draw_examples(folder: Path, count: int = 4, suffix: str = '.png') -> list[str]:
     """Draw scenes into a folder, and return the paths of their files."""
     paths = []
     for index in range(count):
         image = draw_scene(np.random.default_rng(40 + index), (384, 512))[0]
-        paths.append(str(folder / f'scene{index + 1}.png'))
-        write_file(paths[-1], cv2.imencode('.png', image[..., ::-1])[1].tobytes())
+        paths.append(str(folder / f'scene{index + 1}{suffix}'))
+        write_file(paths[-1], cv2.imencode(suffix, image[..., ::-1])[1].tobytes())
     return paths
 
 

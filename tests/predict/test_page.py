@@ -4,7 +4,6 @@ import json
 import os
 import re
 import runpy
-import shutil
 import signal
 import socket
 import sys
@@ -24,7 +23,7 @@ from mmseg_edaformer.isr import ISRRatio
 from mmseg_edaformer.predict.comparison import Comparison
 from mmseg_edaformer.predict.page import describe, serve
 from mmseg_edaformer.predict.segmenter import Segmentation, Segmenter
-from tests.conftest import ROOT
+from tests.conftest import ROOT, wait_for
 from tests.predict.conftest import expected
 from tests.processes import finish, in_child
 
@@ -96,22 +95,6 @@ def server(whole, tmp_path_factory):
             finish(server.pid)
 
 
-@pytest.fixture(scope='module')
-def browser():
-    """Chromium."""
-    api = pytest.importorskip('playwright.sync_api')
-    path = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))),
-                None)
-    if path is None:
-        pytest.skip('no Chromium is installed')
-    with api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=path, args=[
-            '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run',
-            '--disable-background-networking', '--disable-component-update', '--disable-sync'])
-        yield chromium
-        chromium.close()
-
-
 @pytest.fixture
 def page(server, browser):  # in this order: a child cannot run a loop within a loop
     """The page, loaded; what went wrong is in ``wrong``, addresses asked for in ``asked``."""
@@ -125,17 +108,6 @@ def page(server, browser):  # in this order: a child cannot run a loop within a 
     tab.wait_for_load_state('networkidle')
     yield tab
     tab.close()
-
-
-def wait_for(page, selector, pattern):
-    """Wait until the text matches; returns the match."""
-    text = ''
-    for _ in range(300):
-        text = ' '.join(page.locator(selector).all_inner_texts())
-        if found := re.search(pattern, text):
-            return found
-        page.wait_for_timeout(100)
-    raise AssertionError(f'{selector} shows {text!r} and not {pattern}')
 
 
 def upload(page, path):
