@@ -29,9 +29,11 @@ def _few_rounds(monkeypatch):
     ('MobileViT', 'pt2', 'none', (64, 64)), ('DPT', 'pt2', 'none', (64, 64))])
 def test_labels_are_those_of_transformers(tmp_path, name, kind, ratio, size):
     """Normalisation inside the graph is the processor's, of RGB, or of BGR as MobileViT's is."""
-    cropped = dict(crop_size=dict(height=64, width=64)) if name == 'MobileViT' else {}
-    model, processor = save(tmp_path, name, **cropped)
-    out, image = tmp_path / f'x.{kind}', scene(64, 64)
+    side = 64 if size else 128
+    square = dict(height=side, width=side)
+    cropped = dict(crop_size=square) if name == 'MobileViT' else {}
+    model, processor = save(tmp_path, name, size=square, **cropped)
+    out, image = tmp_path / f'x.{kind}', scene(side, side)
     export(tmp_path, out, format=kind, isr_ratio=ratio, size=size, labels=True)
     file, given = Exported(out), {}
     if ratio == 'runtime':
@@ -42,11 +44,11 @@ def test_labels_are_those_of_transformers(tmp_path, name, kind, ratio, size):
     assert len(np.unique(labels)) > 2
     assert np.count_nonzero(labels != expected) <= 2
     assert file.metadata['sha256'] is None
-    assert 'makes all images 64x64' in file.metadata['note']
-    assert file.metadata['pipeline'][0]['size'] == dict(height=64, width=64)
+    assert f'makes all images {side}x{side}' in file.metadata['note']
+    assert file.metadata['pipeline'][0]['size'] == square
     if size is None:
         keeping = Segmenter(tmp_path, device='cpu', keep_ratio=True, isr_ratio=ratio)
-        image = scene(64, 128)
+        image = scene(128, 256)
         assert np.count_nonzero(file(image[None], **given)[0] != keeping(
             np.ascontiguousarray(image[..., ::-1])).labels) <= 4
 
