@@ -22,8 +22,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--out', required=True, metavar='FILE',
                         help='.onnx, .xml (its weights go to a .bin beside it) or .pt2; a folder '
                         'for web')
-    add_isr_ratio(parser, note='; it is fixed in the file, or with '
-                  'runtime, like that of --query-ratio, an input of it (default: none)')
+    add_isr_ratio(parser, note='; fixed in the file, or runtime: an input of it, also for '
+                  '--query-ratio (default: none)')
     add_keep_ratio(parser)
     parser.add_argument('--size', type=image_size, metavar='H,W', help='height and width of all '
                         'images, one number for squares (default: any size from a minimum up)')

@@ -49,7 +49,8 @@ def main() -> None:
     check_model(args.model, args.checkpoint)
     if args.dataset:
         from mmseg_edaformer.analysis.labelled import unpack_dataset
-        images, args.labels = unpack_dataset(args.dataset, Path(f'{args.out}_data'))
+        out = Path(args.out)
+        images, args.labels = unpack_dataset(args.dataset, out.with_name(f'{out.name}_data'))
         args.input = [str(images)]
     from mmseg_edaformer.predict.inputs import is_video
     from mmseg_edaformer.predict.outputs import describe_summary

@@ -1,5 +1,6 @@
 """Images beside masks, for any model that `Segmenter` takes: without a config and its data set."""
 import importlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,12 @@ def unpack_dataset(name: str, folder: Path) -> tuple[Path, Path]:
         name: A folder or a hub name that the library datasets loads: of its splits validation,
             test, or the only one. One of two columns of images is named after what it holds,
             such as label, mask or annotation.
-        folder: Where images/ and masks/ are written. Files that are the same stay untouched.
+        folder: Where images/ and masks/ are written, numbered. What they held of another data set
+            goes; files that are the same stay untouched.
 
     Raises:
-        UserError: The library is missing, or cannot load it, or its columns are others.
+        UserError: The library is missing, or cannot load it, or its columns are others; or the
+            folders hold other files.
     """
     try:
         datasets: Any = importlib.import_module('datasets')
@@ -86,6 +89,8 @@ def unpack_dataset(name: str, folder: Path) -> tuple[Path, Path]:
     for place, column in zip(places, sorted(columns, key=labels.count)):
         place.mkdir(parents=True, exist_ok=True)
         old = set(place.iterdir())
+        if any(not re.fullmatch(r'\d{6}\.\w+', path.name) for path in old):
+            raise DataError(f'{place} holds files that are not of a data set: give another --out')
         for index, row in enumerate(rows.select_columns([column])):
             value = row[column]
             content = value['bytes'] or Path(value['path']).read_bytes()

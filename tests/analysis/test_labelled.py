@@ -85,6 +85,11 @@ def test_a_data_set_of_hugging_face(folder, tmp_path, monkeypatch, capfd):
             path.read_bytes() for path in files[kind]]
     before = {path: path.stat().st_mtime_ns for path in images.iterdir()}
     (images / '000007.png').touch()
+    (tmp_path / 'own' / 'images').mkdir(parents=True)
+    (tmp_path / 'own' / 'images' / 'holiday.png').touch()
+    with pytest.raises(DataError, match='holds files that are not of a data set'):
+        unpack_dataset(str(tmp_path / 'set'), tmp_path / 'own')
+    assert (tmp_path / 'own' / 'images' / 'holiday.png').exists()
     code, text = run_tool('tools/isr_sweep.py', '--model', folder / 'model', '--dataset',
                           tmp_path / 'set', '--isr-ratio', 'none', '--out', tmp_path / 'out')
     assert not code, text
