@@ -479,10 +479,10 @@ def test_two_tabs_and_one_thread(browser, url):
 
 
 @pytest.mark.parametrize(('breaks', 'message'), [
-    ('window', 'WebAssembly is missing or switched off'),
+    ('window', 'The page cannot work: WebAssembly is missing or off: use another'),
     ('worker.js', 'Too little memory for this size: choose a smaller longer side'),
     ('model.onnx', 'cannot run in this browser: model.onnx cannot be loaded: 404'),
-    ('model.json', 'The page cannot work: Unexpected end of JSON'),
+    ('model.json', 'The page cannot work: .*Unexpected end of JSON'),
     ('ort/ort.jspi.min.mjs', 'The CPU computes, because the model cannot run on the GPU: ')])
 def test_what_fails_is_said(browser, url, site, breaks, message):
     with browser.new_context(service_workers='block') as context:
