@@ -16,7 +16,9 @@ from mmseg_edaformer.errors import ConfigError, clear_errors
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog='--format web takes none of --size, --labels, --int8, '
+        '--calibrate, --isr-ratio, --query-ratio and --keep-ratio.')
     add_model_arguments(parser)
     parser.add_argument('--format', required=True, choices=('onnx', 'openvino', 'pt2', 'web'))
     parser.add_argument('--out', required=True, metavar='FILE',
@@ -42,7 +44,7 @@ def parse_args() -> argparse.Namespace:
                         'onnxruntime-web, for web (default: npm gets it)')
     args = parser.parse_args()
     if args.format == 'web':
-        for name in ('size', 'labels', 'int8', 'calibrate', 'query_ratio'):
+        for name in ('size', 'labels', 'int8', 'calibrate', 'query_ratio', 'keep_ratio'):
             if getattr(args, name):
                 parser.error(f'--{name.replace("_", "-")} does not work with --format web')
         if args.isr_ratio not in ('none', 'runtime'):

@@ -215,6 +215,7 @@ def describe(segmenter: Segmenter, deployed: Deployed, size: tuple[int, int] | N
         isr_stages=list(deployed.stages),
         input='images: N x H x W x 3, uint8, RGB, 0 to 255; mean and std are inside',
         output='labels' if deployed.labels else 'logits',
+        align_corners=bool(deployed.model.align_corners),
         classes=segmenter.classes, palette=segmenter.description.palette,
         mean=preprocessor.mean.flatten().tolist() if normalised else None,
         std=preprocessor.std.flatten().tolist() if normalised else None,

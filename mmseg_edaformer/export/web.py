@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..command_line import is_foreign
 from ..errors import ConfigError, RatioError, first_line
 from ..files import write_file
 from ..isr import ISRRatio
@@ -38,6 +39,8 @@ LEAST_EQUAL = 0.99
 """Share of the labels that must stay when large weights get 16 bits; of trained models more do."""
 _LARGE = 1024  # numbers of a weight
 _HERE = Path(__file__).parent
+_NAMES = {*(path.name for path in (_HERE / 'web').iterdir()), 'page.css', 'ort', 'examples',
+          'model.onnx', 'model.json'}  # in the folder
 
 
 def export_page(model: str | Path, out: str | Path, *, checkpoint: str | Path | None = None,
@@ -47,8 +50,8 @@ def export_page(model: str | Path, out: str | Path, *, checkpoint: str | Path | 
 
     Args:
         model, checkpoint, images, threads: See `export`.
-        out: The folder. It is replaced if it holds such a page, and refused if it holds anything
-            else.
+        out: The folder. It is replaced if it holds such a page alone, and refused if it holds
+            anything else.
         runtime: The unpacked package `PACKAGE`; by default npm gets it.
 
     Returns:
@@ -59,11 +62,21 @@ def export_page(model: str | Path, out: str | Path, *, checkpoint: str | Path | 
     """
     out = Path(out)
     _check_folder(out)
+    if not isinstance(model, (str, Path)) or is_foreign(model):
+        name = model if isinstance(model, (str, Path)) else type(model).__name__
+        raise ConfigError('the page is for models of this package and mmsegmentation: '
+                          f'{name} is none, so use --format onnx')
     package = get_runtime() if runtime is None else Path(runtime)
+    _check_package(package)
     with tempfile.TemporaryDirectory() as place:
         graph = Path(place, 'model.onnx')
-        report = export(model, graph, format='onnx', checkpoint=checkpoint, isr_ratio=RUNTIME,
-                        images=images, threads=threads)
+        try:
+            report = export(model, graph, format='onnx', checkpoint=checkpoint, isr_ratio=RUNTIME,
+                            images=images, threads=threads)
+        except ConfigError as error:
+            reason = first_line(error).replace(str(graph), graph.name)
+            raise ConfigError(f'{out} is not written: the page needs a model whose ONNX file takes '
+                              f'any size and ratio ({reason})') from error
         text = write_page(graph, out, package)
     return f'{replace(report, path=out / graph.name)}\n{text}'
 
@@ -76,6 +89,9 @@ def write_page(graph: Path, out: Path, package: Path) -> str:
     if len(metadata['classes']) > 256:
         raise ConfigError(f'the model has {len(metadata["classes"])} classes, and the page can '
                           'show 256: export another model')
+    if metadata['align_corners']:
+        raise ConfigError('the model resizes its logits with align_corners=True, and the page '
+                          'cannot: use --format onnx')
     resize, stages = _find_resize(metadata['pipeline']), metadata['isr_stages']
     dial = [*_positions(stages)]
     with _replacing_folder(out) as folder:
@@ -133,21 +149,30 @@ def get_runtime() -> Path:
     if shutil.which('npm') is None:
         raise ConfigError(f'the page needs {PACKAGE}, which npm gets, and npm is not installed: '
                           f'install Node.js, or {other}')
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as place:
-        done = subprocess.run(['npm', 'pack', '--silent', PACKAGE], cwd=place, text=True,
-                              capture_output=True, stdin=subprocess.DEVNULL, check=False)
-        archives = [*Path(place).glob('*.tgz')]
-        if done.returncode or not archives:
-            raise ConfigError(f'npm cannot get {PACKAGE}: {done.stderr.strip()[:300]}. Try again '
-                              f'with a network, or {other}')
-        digest = hashlib.sha512(archives[0].read_bytes()).digest()
-        if base64.b64encode(digest).decode() != SHA512:
-            raise ConfigError(f'npm sent another archive for {PACKAGE} than is known here: do not '
-                              f'use its registry, or {other}')
-        with tarfile.open(archives[0]) as archive:
-            archive.extractall(Path(place, 'unpacked'), filter='data')
-        Path(place, 'unpacked').replace(folder)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as place:
+            done = subprocess.run(['npm', 'pack', '--loglevel=error', PACKAGE], cwd=place,
+                                  text=True, capture_output=True, stdin=subprocess.DEVNULL,
+                                  check=False)
+            archives = [*Path(place).glob('*.tgz')]
+            if done.returncode or not archives:
+                raise ConfigError(f'npm cannot get {PACKAGE}: {done.stderr.strip()[:300]}. Try '
+                                  f'again with a network, or {other}')
+            digest = hashlib.sha512(archives[0].read_bytes()).digest()
+            if base64.b64encode(digest).decode() != SHA512:
+                raise ConfigError(f'npm sent another archive for {PACKAGE} than is known here: do '
+                                  f'not use its registry, or {other}')
+            with tarfile.open(archives[0]) as archive:
+                archive.extractall(Path(place, 'unpacked'), filter='data')
+            try:
+                Path(place, 'unpacked').replace(folder)
+            except OSError:
+                if not folder.is_dir():  # which another process may have made meanwhile
+                    raise
+    except OSError as error:
+        raise ConfigError(f'{cache} cannot take {PACKAGE} ({first_line(error)}): free some space, '
+                          f'or {other}') from error
     return folder / 'package'
 
 
@@ -155,13 +180,15 @@ def _find_resize(pipeline: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return what a test pipeline does to the size of images, for networkSize in pixels.js."""
     resize = dict(scale=None, multiple=1)
     for step in pipeline:
-        if 'Multiple' in step['type']:
+        kind = step.get('type', 'one step')
+        if 'Multiple' in kind and 'size_divisor' in step:
             resize['multiple'] = step['size_divisor']
-        elif 'Resize' in step['type'] and step.get('keep_ratio'):
+        elif 'Resize' in kind and step.get('keep_ratio') and isinstance(step.get('scale'), list):
             resize['scale'] = step['scale']
-        elif step['type'] not in ('LoadSegLabels', 'LoadAnnotations'):
-            raise ConfigError(f'the page cannot do what {step["type"]} of the test pipeline does '
-                              'to images: export a model without it')
+        elif kind not in ('LoadSegLabels', 'LoadAnnotations'):
+            raise ConfigError(f'the page cannot do what {kind} of the test pipeline does to '
+                              'images: export a model without it, or a SegResize with scale and '
+                              'keep_ratio or a ResizeToMultiple with size_divisor in its place')
     return resize
 
 
@@ -173,7 +200,7 @@ def _positions(stages: Sequence[str]) -> Iterator[dict[str, Any]]:
             yield dict(name=name, ratio=[
                 multiplier for part in dict.fromkeys(parts)
                 for multiplier in ISRRatio.parse(text).for_stages(part, parts.count(part))])
-        except RatioError:  # optimal is for EDAFormer's stages
+        except RatioError:  # optimal does not fit all numbers of stages
             continue
 
 
@@ -193,28 +220,45 @@ def _compare(one: Path, other: Path, dial: Sequence[dict[str, Any]], examples: S
     return float(np.mean(equal))
 
 
-def _copy_runtime(package: Path, target: Path) -> None:
-    """Copy what the page needs of the package, and the licences, which its archive lacks."""
-    import onnxruntime
+def _check_package(package: Path) -> None:
     try:
         found = json.loads((package / 'package.json').read_text(encoding='utf-8'))
         name = f'{found["name"]}@{found["version"]}'
-        if name != PACKAGE:
-            raise ConfigError(f'{package} is {name}: the page needs {PACKAGE}')
-        target.mkdir()
         for file in (file for files in _FILES.values() for file in files):
-            shutil.copy(package / 'dist' / file, target)
-    except (OSError, KeyError, json.JSONDecodeError) as error:
+            (package / 'dist' / file).stat()
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f'{package} is not the unpacked package {PACKAGE} ({first_line(error)}): '
                           f'unpack what `npm pack {PACKAGE}` writes') from error
+    if name != PACKAGE:
+        raise ConfigError(f'{package} is {name}: the page needs {PACKAGE}')
+
+
+def _copy_runtime(package: Path, target: Path) -> None:
+    """Copy what the page needs of the package, and the licences, which its archive lacks."""
+    import onnxruntime
+    target.mkdir()
+    for file in (file for files in _FILES.values() for file in files):
+        shutil.copy(package / 'dist' / file, target)
     for name in 'LICENSE', 'ThirdPartyNotices.txt':
         shutil.copy(Path(onnxruntime.__file__).with_name(name), target)
 
 
 def _check_folder(out: Path) -> None:
-    if out.exists() and not (out / 'model.json').is_file() and (
-            not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f'--out {out} is not the folder of a page: give a new one')
+    if Path.cwd().is_relative_to(out.resolve()):
+        raise ConfigError(f'--out {out} would replace the folder that you are in: give a new one')
+    if out.exists() and not _is_page(out) and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f'--out {out} is not the folder of a page, or it holds other files too: '
+                          'give a new one')
+
+
+def _is_page(folder: Path) -> bool:
+    """Return whether a folder holds a page and nothing beside it."""
+    try:
+        model = json.loads((folder / 'model.json').read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        return False
+    return isinstance(model, dict) and 'dial' in model and (
+        {path.name for path in folder.iterdir()} <= _NAMES)
 
 
 @contextmanager
@@ -224,9 +268,13 @@ def _replacing_folder(out: Path) -> Iterator[Path]:
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f'.{out.name}.', dir=out.parent) as place:
-            new = Path(place, 'new')
+            new, old = Path(place, 'new'), Path(place, 'old')
             new.mkdir()
             yield new
             if out.exists():
-                out.replace(Path(place, 'old'))
-            new.replace(out)
+                out.replace(old)
+            try:
+                new.replace(out)
+            finally:
+                if old.exists() and not out.exists():
+                    old.replace(out)

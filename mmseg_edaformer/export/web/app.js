@@ -7,7 +7,7 @@ const MOST = 8; // the largest multiplier
 
 /** @type {any} model.json; the image, its sizes and times; the chosen ratio; the worker */
 let model, picture, ratio, worker;
-let calls = 0, asked = 0, opened = 0, running = false;
+let calls = 0, asked = 0, opened = 0, running = false, warning = '';
 const waiting = new Map(); // promises of the worker's answers
 
 const $ = id => /** @type {any} */ (document.getElementById(id));
@@ -77,12 +77,12 @@ async function refresh() {
 function fail(reason) {
   stop(reason);
   tell('');
-  if ($('backend').value === 'gpu') {
-    $('backend').value = $('backend').options[1].value;
-    refresh();
-  }
-  complain(!/memory|alloc/i.test(reason) ? `The model cannot run in this browser: ${reason}` :
-    `Too little memory for this size: choose a smaller longer side under "more" (${reason})`);
+  if ($('backend').value !== 'gpu') return complain(
+    !/memory|alloc/i.test(reason) ? `The model cannot run in this browser: ${reason}` :
+      `Too little memory for this size: choose a smaller longer side under "more" (${reason})`);
+  $('backend').value = $('backend').options[1].value;
+  warning = `The CPU computes, because the model cannot run on the GPU: ${reason}`;
+  refresh();
 }
 
 /** @param {number} turn that ends as soon as it is no longer the last one `asked` */
@@ -112,6 +112,8 @@ async function update(turn) {
       const labels = await call('labels', ratios, own.shown);
       if (turn !== asked) return;
       show(Object.assign(own, { chosen }), labels);
+      if (warning) complain(warning);
+      warning = '';
     }
     // The first run of a size allocates, so it counts only until there is another.
     const runs = ratios.map(each => own.times.get(`${each}`)).map(all => all.slice(all[1] ? 1 : 0));
@@ -255,18 +257,23 @@ async function main() {
     });
   }
   tell('');
-  if (!self.WebAssembly) return complain('The model cannot run in this browser, because ' +
-    'WebAssembly is missing or switched off: use another browser');
+  if (!self.WebAssembly) throw new Error('WebAssembly is missing or off: use another browser');
   choose(model.dial[1].ratio);
   $('examples').firstElementChild.click();
 }
 
-if (!crossOriginIsolated && navigator.serviceWorker && !sessionStorage.reloaded) {
-  sessionStorage.reloaded = 1; // once: where that does not help, there is one thread
+/** Return whether the page loads again, which it does once, to get threads. */
+async function reloads() {
+  if (crossOriginIsolated || sessionStorage.reloaded) return false;
+  sessionStorage.reloaded = 1;
   const late = new Promise((_, reject) => setTimeout(reject, 3000));
   const ready = navigator.serviceWorker.register('threads.js').then(
     () => navigator.serviceWorker.ready);
-  Promise.race([ready, late]).then(() => location.reload(), main);
-} else {
-  main();
+  return Promise.race([ready, late]).then(() => { location.reload(); return true; });
 }
+
+// Where storage or the service worker is blocked, there is one thread.
+reloads().catch(() => false).then(again => again ? undefined : main()).catch(error => {
+  tell('');
+  complain(`The page cannot work: ${error.message}`);
+});

@@ -1,10 +1,10 @@
 /** The model, in a worker so that the page stays free: `calls` are what the page asks for. */
 import { labelsOf } from './pixels.js';
 
-const KEPT = 3; // predictions
+const KEPT = 3; // predictions; what is asked for again later is predicted again
 /** @type {any} the runtime, its session with the model, and the image */
 let ort, session, images;
-/** @type {Map<string, {data: Float32Array, dims: number[]}>} logits by ratio, last used last */
+/** @type {Map<string, {data: Float32Array, dims: number[]}>} logits by ratio, as trained first */
 const logits = new Map();
 
 /** Fetch files, and tell the page how far. @param {Record<string, number>} files and their bytes */
@@ -47,32 +47,26 @@ const calls = {
     const start = performance.now();
     const isr_ratio = new ort.Tensor('int64', BigInt64Array.from(ratio, BigInt), [ratio.length]);
     const { data, dims } = (await session.run({ images, isr_ratio })).logits;
-    keep(`${ratio}`, { data, dims: dims.slice(1) });
+    logits.set(`${ratio}`, { data, dims: dims.slice(1) });
+    if (logits.size > KEPT) logits.delete([...logits.keys()][1]);
     return performance.now() - start;
   },
 
-  /** Return labels of predictions. @param {number[][]} ratios @param {[number, number]} size */
+  /** Return labels at ratios. @param {number[][]} ratios @param {[number, number]} size */
   async labels(ratios, size) {
-    return ratios.map(ratio => {
-      const known = logits.get(`${ratio}`);
-      if (!known) throw new Error(`nothing was predicted at ${ratio}`);
-      keep(`${ratio}`, known);
-      return labelsOf(known.data, known.dims, size);
-    });
+    const found = [];
+    for (const ratio of ratios) {
+      if (!logits.has(`${ratio}`)) await calls.predict(ratio);
+      const { data, dims } = /** @type {any} */ (logits.get(`${ratio}`));
+      found.push(labelsOf(data, dims, size));
+    }
+    return found;
   },
 };
 
-/** @param {string} ratio @param {{data: Float32Array, dims: number[]}} known */
-function keep(ratio, known) {
-  logits.delete(ratio);
-  logits.set(ratio, known);
-  if (logits.size > KEPT) logits.delete([...logits.keys()][0]);
-}
-
-addEventListener('message', async ({ data: { id, name, values } }) => {
-  try {
-    postMessage({ id, result: await /** @type {any} */ (calls)[name](...values) });
-  } catch (error) {
-    postMessage({ id, error: error instanceof Error ? error.message : String(error) });
-  }
+let last = Promise.resolve(); // a session runs one prediction at a time
+addEventListener('message', ({ data: { id, name, values } }) => {
+  last = last.then(() => /** @type {any} */ (calls)[name](...values)).then(
+    result => postMessage({ id, result })).catch(
+    error => postMessage({ id, error: error instanceof Error ? error.message : String(error) }));
 });
