@@ -147,11 +147,12 @@ def test_a_file_predicts_as_the_model_at_any_size_and_number(work, scenes, files
 OPEN_RATIOS = 'none', RATIO, '2', '4', '3521-432'
 
 
+@pytest.mark.xdist_group('runtime')
 @pytest.mark.parametrize('kind', [
     'pt2', *(pytest.param(kind, marks=pytest.mark.slow) for kind in ('onnx', 'openvino'))])
 def test_a_file_takes_its_ratio_as_an_input(work, scenes, files, kind):
-    path, report = files(kind, 'runtime', False)
-    file, deployed = Exported(path), Deployed(Segmenter(work, device='cpu').model, labels=False)
+    file, report = files(kind, 'runtime', False)
+    deployed = Deployed(Segmenter(work, device='cpu').model, labels=False)
     outputs = {}
     # First where cells shrink to one key, for which some runtimes prepare code.
     for size, count in ((40, 33), 1), ((128, 160), 2), ((187, 129), 1):
@@ -185,12 +186,13 @@ def test_a_file_takes_its_ratio_as_an_input(work, scenes, files, kind):
             file(images, **ratios)
 
 
+@pytest.mark.xdist_group('runtime')
 @pytest.mark.parametrize('kind', [
     'pt2', *(pytest.param(kind, marks=pytest.mark.slow) for kind in ('onnx', 'openvino'))])
 def test_an_input_that_is_no_ratio(files, scenes, kind):
     """The runtime without `Exported`: below 1 is 1, and another length or type is an error."""
-    run, images = FORMATS[kind].load(files(kind, 'runtime', False)[0], 1)[0], draw(
-        scenes, (64, 96), 1)
+    report = files(kind, 'runtime', False)[1]
+    run, images = FORMATS[kind].load(report.path, 1)[0], draw(scenes, (64, 96), 1)
     if kind == 'openvino':
         assert run(images).size == 0
         run(images, isr_ratio=np.full(8, 2))  # takes the first seven
@@ -206,9 +208,10 @@ def test_an_input_that_is_no_ratio(files, scenes, kind):
     assert np.abs(one_cell - trained).max() > 1e-2
 
 
+@pytest.mark.xdist_group('runtime')
 def test_queries_as_an_input_too(work, scenes, files):
-    path, report = files('pt2', 'runtime+qruntime', True)
-    file, segmenter = Exported(path), Segmenter(work, device='cpu')
+    file, report = files('pt2', 'runtime+qruntime', True)
+    segmenter = Segmenter(work, device='cpu')
     assert file.metadata['dials'] == ['isr_ratio', 'query_ratio']
     assert f'pt2, {RATIO}+q2' in {row.name for row in report.rows}
     images = draw(scenes, (187, 129), 2)
@@ -298,12 +301,13 @@ def test_the_examples_of_the_page_run(files, scenes, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group('runtime')
 def test_the_example_of_ratios_runs(files, scenes, tmp_path, monkeypatch, capsys):
     text = (ROOT / 'docs' / 'export.md').read_text()
     block = re.search(r'```python\n([^`]*dial\.onnx.*?)```', text, re.S)[1]
     Image.fromarray(draw(scenes, (131, 157), 1)[0]).save(tmp_path / 'photo.png')
     monkeypatch.chdir(tmp_path)
-    exec(block.replace('dial.onnx', str(files('onnx', 'runtime', False)[0])), {})
+    exec(block.replace('dial.onnx', str(files('onnx', 'runtime', False)[1].path)), {})
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ['1', '2', '4']
 
 
