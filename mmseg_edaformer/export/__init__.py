@@ -132,7 +132,8 @@ def _export(segmenter: Segmenter, deployed: Deployed, out: Path, kind: str,
                         path, out, deployed, inputs, settings_of(deployed, ratio),
                         int8=path != plain, load=load)
             if deployed.dials and ratio in ratios[:_TWINS]:
-                calls.update(_fix(segmenter, deployed, kind, size, Path(folder), inputs[0]))
+                calls.update(_fix(segmenter, deployed, kind, size, Path(folder), inputs[0],
+                                  test_images.notes))
             times = take_turns({name: partial(partial, call, inputs[0]) for name, call in
                                 calls.items()}, torch.device('cpu'), repeats=30, seconds=20)
             areas = {} if calibrate is None else test_images.areas(calls, size, minimum)
@@ -157,15 +158,23 @@ def _compare(times: dict[str, list[float]], name: str, base: str
 
 
 def _fix(segmenter: Segmenter, deployed: Deployed, kind: str, size: tuple[int, int] | None,
-         folder: Path, images: np.ndarray) -> dict[str, Run]:
-    """Return the same file with the segmenter's ratio fixed, if it takes the images, by name."""
+         folder: Path, images: np.ndarray, notes: list[str]) -> dict[str, Run]:
+    """Return the same file with the segmenter's ratio fixed, if it takes the images, by name.
+
+    Where there can be no such file, return {} and add a note: it serves for times alone.
+    """
     fixed = Deployed(segmenter.model, deployed.labels)
     path = folder / f'fixed{FORMATS[kind].suffix}'
-    program, minimum = trace(fixed, size)
-    if images.shape[1] < minimum[0] or images.shape[2] < minimum[1]:
+    try:
+        program, minimum = trace(fixed, size)
+        if images.shape[1] < minimum[0] or images.shape[2] < minimum[1]:
+            return {}
+        metadata = json.dumps(describe(segmenter, fixed, size, minimum))
+        with quiet():
+            FORMATS[kind].write(program, path, metadata)
+    except (ConfigError, RuntimeError) as error:
+        notes.append(f'No time {_FIXED} ({segmenter.isr_ratio}): {first_line(error)}')
         return {}
-    with quiet():
-        FORMATS[kind].write(program, path, json.dumps(describe(segmenter, fixed, size, minimum)))
     return {_FIXED: Exported(path)}
 
 

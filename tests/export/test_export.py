@@ -61,7 +61,7 @@ def quick_export(work):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(package, 'trace', trace_once)
-            patch.setattr(package, '_TWINS', 1)
+            patch.setattr(package, '_TWINS', min(1, package._TWINS))
             return export(work, out, format=kind, isr_ratio=isr_ratio, labels=labels, size=size,
                           **options)
     return call
@@ -218,6 +218,22 @@ def test_queries_as_an_input_too(work, scenes, files):
     for ratio in 'none', f'{RATIO}+q2', '1+q3', '2+q3212-321':
         segmenter.isr_ratio = ratio
         assert (file(images, isr_ratio=ratio) == predict(segmenter, images)).mean() > 0.9995
+
+
+@pytest.mark.xdist_group('runtime')
+def test_a_ratio_that_cannot_be_fixed_is_noted(quick_export, tmp_path, monkeypatch):
+    def write(program, path, metadata):
+        if path.name == 'fixed.pt2':
+            raise RuntimeError('no such operator')
+        FORMATS['pt2'].write(program, path, metadata)
+
+    trial_ratios = package.trial_ratios
+    monkeypatch.setattr(package, 'trial_ratios', lambda *args: trial_ratios(*args)[:1])
+    monkeypatch.setattr(package, 'FORMATS', {
+        **FORMATS, 'pt2': dataclasses.replace(FORMATS['pt2'], write=write)})
+    report = quick_export(tmp_path / 'model.pt2', 'pt2', 'runtime', False, None)
+    assert 'No time with this ratio fixed (none): no such operator' in str(report)
+    assert [row.name for row in report.rows] == ['PyTorch, none', 'pt2, none']
 
 
 @pytest.mark.gpu
@@ -381,6 +397,30 @@ def test_int8_is_near_and_says_what_it_costs(work, scenes, tmp_path, kind, quick
              tmp_path, '--json', tmp_path / 'json')
         assert report.rows[0].miou == pytest.approx(
             json.loads((tmp_path / 'json').read_text())['metrics']['mIoU'], abs=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group('runtime')
+def test_int8_at_each_ratio(scenes, tmp_path, quick_export, monkeypatch):
+    for name in NEEDS['onnx']:
+        pytest.importorskip(name)
+    trial_ratios = package.trial_ratios
+    monkeypatch.setattr(package, '_TWINS', 0)
+    monkeypatch.setattr(package, '_CALIBRATED', 4)
+    monkeypatch.setattr(package, 'trial_ratios', lambda *args: trial_ratios(*args)[:2])
+    path = tmp_path / 'model.onnx'
+    report = quick_export(path, 'onnx', 'runtime', False, None, int8=True,
+                          calibrate=scenes / 'images' / 'training')
+    assert [row.name for row in report.rows] == [
+        f'{name}, {ratio}' for ratio in ('none', RATIO)
+        for name in ('PyTorch', 'onnx float32', 'onnx int8')]
+    for own, plain, int8 in report.rows[:3], report.rows[3:]:
+        assert plain.parity.equal > 0.9995
+        assert 0.9 < int8.parity.equal < 1
+        assert plain.miou == pytest.approx(own.miou, abs=0.05)
+        assert re.search(rf'{re.escape(int8.name)} .*{int8.miou:.2f} \|\n', str(report))
+    file, images = Exported(path), draw(scenes, (64, 96), 1)
+    assert np.abs(file(images) - file(images, isr_ratio=RATIO)).max() > 1e-2
 
 
 def test_the_telemetry_of_the_runtimes_is_disabled():
