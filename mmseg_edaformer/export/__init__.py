@@ -75,8 +75,8 @@ def export(model: str | Path | torch.nn.Module, out: str | Path, *, format: str,
             file is too far from PyTorch; nothing is written then.
     """
     out = Path(out)
-    _check_arguments(out, format, int8, calibrate, size, samples, threads)
     ratio, dials = _read_ratio(isr_ratio, query_ratio)
+    _check_arguments(out, format, dials, int8, calibrate, size, samples, threads)
     segmenter = Segmenter(model, checkpoint, device='cpu', isr_ratio=ratio, **settings)
     if isinstance(segmenter.model, Foreign):
         segmenter.model = Adapted(segmenter.model, segmenter.description.pipeline[-1], bool(dials))
@@ -188,8 +188,9 @@ def _read_ratio(isr_ratio: ISRRatio | int | str, query_ratio: QueryRatio | int |
         name for name, value in zip(DIALS, values) if value == RUNTIME)
 
 
-def _check_arguments(out: Path, kind: str, int8: bool, calibrate: str | Path | None,
-                     size: tuple[int, int] | None, samples: int, threads: int | None) -> None:
+def _check_arguments(out: Path, kind: str, dials: tuple[str, ...], int8: bool,
+                     calibrate: str | Path | None, size: tuple[int, int] | None, samples: int,
+                     threads: int | None) -> None:
     """Check what can be checked before a model is loaded."""
     if kind not in FORMATS:
         raise ConfigError(f"format '{kind}' does not exist: use {', '.join(FORMATS)}")
@@ -198,6 +199,11 @@ def _check_arguments(out: Path, kind: str, int8: bool, calibrate: str | Path | N
                           f'{FORMATS[kind].suffix}')
     if int8 and FORMATS[kind].quantise is None:
         raise ConfigError(f'--int8 does not work with --format {kind}: use onnx or openvino')
+    if int8 and dials and kind == 'openvino':
+        # NNCF would measure ranges without the setting that `_save_openvino` explains.
+        raise ConfigError('--int8 does not work with --format openvino where a ratio is '
+                          f'{RUNTIME}, because NNCF may measure wrong ranges then: use onnx, or '
+                          'one ratio')
     if int8 != (calibrate is not None):
         raise ConfigError('--int8 needs --calibrate FOLDER, with images like those that the model '
                           'will see' if int8 else '--calibrate is for --int8: give both or none')

@@ -545,6 +545,8 @@ def test_a_missing_package_is_named(work, tmp_path, monkeypatch, untraced):
     (dict(size=(16, 64)), r'--size 16,64: give height and width in pixels from 32 up'),
     (dict(threads=0), '--threads 0: give 1 or more'),
     (dict(format='onnx', out='model.onnx', int8=True), '--int8 needs --calibrate FOLDER'),
+    (dict(format='openvino', out='model.xml', int8=True, calibrate='.', isr_ratio='runtime'),
+     'openvino where a ratio is runtime, .*: use onnx'),
     (dict(isr_ratio='auto'), '--isr-ratio auto follows the size .* with --size H,W'),
     (dict(images='empty'), 'no image in the folder'),
 ])
