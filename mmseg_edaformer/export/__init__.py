@@ -75,8 +75,8 @@ def export(model: str | Path | torch.nn.Module, out: str | Path, *, format: str,
             file is too far from PyTorch; nothing is written then.
     """
     out = Path(out)
-    _check_arguments(out, format, int8, calibrate, size, samples, threads)
     ratio, dials = _read_ratio(isr_ratio, query_ratio)
+    _check_arguments(out, format, dials, int8, calibrate, size, samples, threads)
     segmenter = Segmenter(model, checkpoint, device='cpu', isr_ratio=ratio, **settings)
     if isinstance(segmenter.model, Foreign):
         segmenter.model = Adapted(segmenter.model, segmenter.description.pipeline[-1], bool(dials))
@@ -132,7 +132,8 @@ def _export(segmenter: Segmenter, deployed: Deployed, out: Path, kind: str,
                         path, out, deployed, inputs, settings_of(deployed, ratio),
                         int8=path != plain, load=load)
             if deployed.dials and ratio in ratios[:_TWINS]:
-                calls.update(_fix(segmenter, deployed, kind, size, Path(folder), inputs[0]))
+                calls.update(_fix(segmenter, deployed, kind, size, Path(folder), inputs[0],
+                                  test_images.notes))
             times = take_turns({name: partial(partial, call, inputs[0]) for name, call in
                                 calls.items()}, torch.device('cpu'), repeats=30, seconds=20)
             areas = {} if calibrate is None else test_images.areas(calls, size, minimum)
@@ -157,15 +158,23 @@ def _compare(times: dict[str, list[float]], name: str, base: str
 
 
 def _fix(segmenter: Segmenter, deployed: Deployed, kind: str, size: tuple[int, int] | None,
-         folder: Path, images: np.ndarray) -> dict[str, Run]:
-    """Return the same file with the segmenter's ratio fixed, if it takes the images, by name."""
+         folder: Path, images: np.ndarray, notes: list[str]) -> dict[str, Run]:
+    """Return the same file with the segmenter's ratio fixed, if it takes the images, by name.
+
+    Where there can be no such file, return {} and add a note: it serves for times alone.
+    """
     fixed = Deployed(segmenter.model, deployed.labels)
     path = folder / f'fixed{FORMATS[kind].suffix}'
-    program, minimum = trace(fixed, size)
-    if images.shape[1] < minimum[0] or images.shape[2] < minimum[1]:
+    try:
+        program, minimum = trace(fixed, size)
+        if images.shape[1] < minimum[0] or images.shape[2] < minimum[1]:
+            return {}
+        metadata = json.dumps(describe(segmenter, fixed, size, minimum))
+        with quiet():
+            FORMATS[kind].write(program, path, metadata)
+    except (ConfigError, RuntimeError) as error:
+        notes.append(f'No time {_FIXED} ({segmenter.isr_ratio}): {first_line(error)}')
         return {}
-    with quiet():
-        FORMATS[kind].write(program, path, json.dumps(describe(segmenter, fixed, size, minimum)))
     return {_FIXED: Exported(path)}
 
 
@@ -179,8 +188,9 @@ def _read_ratio(isr_ratio: ISRRatio | int | str, query_ratio: QueryRatio | int |
         name for name, value in zip(DIALS, values) if value == RUNTIME)
 
 
-def _check_arguments(out: Path, kind: str, int8: bool, calibrate: str | Path | None,
-                     size: tuple[int, int] | None, samples: int, threads: int | None) -> None:
+def _check_arguments(out: Path, kind: str, dials: tuple[str, ...], int8: bool,
+                     calibrate: str | Path | None, size: tuple[int, int] | None, samples: int,
+                     threads: int | None) -> None:
     """Check what can be checked before a model is loaded."""
     if kind not in FORMATS:
         raise ConfigError(f"format '{kind}' does not exist: use {', '.join(FORMATS)}")
@@ -189,6 +199,11 @@ def _check_arguments(out: Path, kind: str, int8: bool, calibrate: str | Path | N
                           f'{FORMATS[kind].suffix}')
     if int8 and FORMATS[kind].quantise is None:
         raise ConfigError(f'--int8 does not work with --format {kind}: use onnx or openvino')
+    if int8 and dials and kind == 'openvino':
+        # NNCF would measure ranges without the setting that `_save_openvino` explains.
+        raise ConfigError('--int8 does not work with --format openvino where a ratio is '
+                          f'{RUNTIME}, because NNCF may measure wrong ranges then: use onnx, or '
+                          'one ratio')
     if int8 != (calibrate is not None):
         raise ConfigError('--int8 needs --calibrate FOLDER, with images like those that the model '
                           'will see' if int8 else '--calibrate is for --int8: give both or none')

@@ -61,7 +61,7 @@ def quick_export(work):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(package, 'trace', trace_once)
-            patch.setattr(package, '_TWINS', 1)
+            patch.setattr(package, '_TWINS', min(1, package._TWINS))
             return export(work, out, format=kind, isr_ratio=isr_ratio, labels=labels, size=size,
                           **options)
     return call
@@ -147,11 +147,12 @@ def test_a_file_predicts_as_the_model_at_any_size_and_number(work, scenes, files
 OPEN_RATIOS = 'none', RATIO, '2', '4', '3521-432'
 
 
+@pytest.mark.xdist_group('runtime')
 @pytest.mark.parametrize('kind', [
     'pt2', *(pytest.param(kind, marks=pytest.mark.slow) for kind in ('onnx', 'openvino'))])
 def test_a_file_takes_its_ratio_as_an_input(work, scenes, files, kind):
-    path, report = files(kind, 'runtime', False)
-    file, deployed = Exported(path), Deployed(Segmenter(work, device='cpu').model, labels=False)
+    file, report = files(kind, 'runtime', False)
+    deployed = Deployed(Segmenter(work, device='cpu').model, labels=False)
     outputs = {}
     # First where cells shrink to one key, for which some runtimes prepare code.
     for size, count in ((40, 33), 1), ((128, 160), 2), ((187, 129), 1):
@@ -185,12 +186,13 @@ def test_a_file_takes_its_ratio_as_an_input(work, scenes, files, kind):
             file(images, **ratios)
 
 
+@pytest.mark.xdist_group('runtime')
 @pytest.mark.parametrize('kind', [
     'pt2', *(pytest.param(kind, marks=pytest.mark.slow) for kind in ('onnx', 'openvino'))])
 def test_an_input_that_is_no_ratio(files, scenes, kind):
     """The runtime without `Exported`: below 1 is 1, and another length or type is an error."""
-    run, images = FORMATS[kind].load(files(kind, 'runtime', False)[0], 1)[0], draw(
-        scenes, (64, 96), 1)
+    report = files(kind, 'runtime', False)[1]
+    run, images = FORMATS[kind].load(report.path, 1)[0], draw(scenes, (64, 96), 1)
     if kind == 'openvino':
         assert run(images).size == 0
         run(images, isr_ratio=np.full(8, 2))  # takes the first seven
@@ -206,15 +208,32 @@ def test_an_input_that_is_no_ratio(files, scenes, kind):
     assert np.abs(one_cell - trained).max() > 1e-2
 
 
+@pytest.mark.xdist_group('runtime')
 def test_queries_as_an_input_too(work, scenes, files):
-    path, report = files('pt2', 'runtime+qruntime', True)
-    file, segmenter = Exported(path), Segmenter(work, device='cpu')
+    file, report = files('pt2', 'runtime+qruntime', True)
+    segmenter = Segmenter(work, device='cpu')
     assert file.metadata['dials'] == ['isr_ratio', 'query_ratio']
     assert f'pt2, {RATIO}+q2' in {row.name for row in report.rows}
     images = draw(scenes, (187, 129), 2)
     for ratio in 'none', f'{RATIO}+q2', '1+q3', '2+q3212-321':
         segmenter.isr_ratio = ratio
         assert (file(images, isr_ratio=ratio) == predict(segmenter, images)).mean() > 0.9995
+
+
+@pytest.mark.xdist_group('runtime')
+def test_a_ratio_that_cannot_be_fixed_is_noted(quick_export, tmp_path, monkeypatch):
+    def write(program, path, metadata):
+        if path.name == 'fixed.pt2':
+            raise RuntimeError('no such operator')
+        FORMATS['pt2'].write(program, path, metadata)
+
+    trial_ratios = package.trial_ratios
+    monkeypatch.setattr(package, 'trial_ratios', lambda *args: trial_ratios(*args)[:1])
+    monkeypatch.setattr(package, 'FORMATS', {
+        **FORMATS, 'pt2': dataclasses.replace(FORMATS['pt2'], write=write)})
+    report = quick_export(tmp_path / 'model.pt2', 'pt2', 'runtime', False, None)
+    assert 'No time with this ratio fixed (none): no such operator' in str(report)
+    assert [row.name for row in report.rows] == ['PyTorch, none', 'pt2, none']
 
 
 @pytest.mark.gpu
@@ -298,12 +317,13 @@ def test_the_examples_of_the_page_run(files, scenes, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group('runtime')
 def test_the_example_of_ratios_runs(files, scenes, tmp_path, monkeypatch, capsys):
     text = (ROOT / 'docs' / 'export.md').read_text()
     block = re.search(r'```python\n([^`]*dial\.onnx.*?)```', text, re.S)[1]
     Image.fromarray(draw(scenes, (131, 157), 1)[0]).save(tmp_path / 'photo.png')
     monkeypatch.chdir(tmp_path)
-    exec(block.replace('dial.onnx', str(files('onnx', 'runtime', False)[0])), {})
+    exec(block.replace('dial.onnx', str(files('onnx', 'runtime', False)[1].path)), {})
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ['1', '2', '4']
 
 
@@ -377,6 +397,29 @@ def test_int8_is_near_and_says_what_it_costs(work, scenes, tmp_path, kind, quick
              tmp_path, '--json', tmp_path / 'json')
         assert report.rows[0].miou == pytest.approx(
             json.loads((tmp_path / 'json').read_text())['metrics']['mIoU'], abs=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group('runtime')
+def test_int8_at_each_ratio(scenes, tmp_path, quick_export, monkeypatch):
+    for name in NEEDS['onnx']:
+        pytest.importorskip(name)
+    trial_ratios = package.trial_ratios
+    monkeypatch.setattr(package, '_TWINS', 0)
+    monkeypatch.setattr(package, 'trial_ratios', lambda *args: trial_ratios(*args)[:2])
+    path = tmp_path / 'model.onnx'
+    report = quick_export(path, 'onnx', 'runtime', int8=True,
+                          calibrate=scenes / 'images' / 'training')
+    assert [row.name for row in report.rows] == [
+        f'{name}, {ratio}' for ratio in ('none', RATIO)
+        for name in ('PyTorch', 'onnx float32', 'onnx int8')]
+    for own, plain, int8 in report.rows[:3], report.rows[3:]:
+        assert plain.parity.equal > 0.9995
+        assert 0.9 < int8.parity.equal < 1
+        assert plain.miou == pytest.approx(own.miou, abs=0.05)
+        assert re.search(rf'{re.escape(int8.name)} .*{int8.miou:.2f} \|\n', str(report))
+    file, images = Exported(path), draw(scenes, (64, 96), 1)
+    assert (file(images) != file(images, isr_ratio=RATIO)).any()
 
 
 def test_the_telemetry_of_the_runtimes_is_disabled():
@@ -501,6 +544,8 @@ def test_a_missing_package_is_named(work, tmp_path, monkeypatch, untraced):
     (dict(size=(16, 64)), r'--size 16,64: give height and width in pixels from 32 up'),
     (dict(threads=0), '--threads 0: give 1 or more'),
     (dict(format='onnx', out='model.onnx', int8=True), '--int8 needs --calibrate FOLDER'),
+    (dict(format='openvino', out='model.xml', int8=True, calibrate='.', isr_ratio='runtime'),
+     'openvino where a ratio is runtime, .*: use onnx'),
     (dict(isr_ratio='auto'), '--isr-ratio auto follows the size .* with --size H,W'),
     (dict(images='empty'), 'no image in the folder'),
 ])
