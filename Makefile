@@ -15,7 +15,7 @@ demo: .venv/ready
 # The runtimes of the export keep threads, and a process with such must not fork, as tests do.
 test: .venv/libraries
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --durations 20 --ignore tests/export
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadgroup tests/export
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile -p no:logging tests/export
 
 # Kills, fuzzers, memory: what takes minutes.
 soak: .venv/ready

@@ -23,6 +23,7 @@ from ..predict.outputs import writing
 from ..predict.segmenter import Segmenter
 from .graph import DIALS, RUNTIME, Adapted, Deployed, describe, quiet, trace
 from .parity import (
+    LEAST_EQUAL,
     ExportReport,
     Measured,
     Parity,
@@ -127,10 +128,15 @@ def _export(segmenter: Segmenter, deployed: Deployed, out: Path, kind: str,
             calls: dict[str, Run] = {'PyTorch': lambda batch: reference(deployed, batch)}
             parities: dict[str, Parity] = {}
             for name, path in files.items():
+                int8, least = path != plain, LEAST_EQUAL[path != plain]
                 with quiet():  # about cells that shrink to small images
                     calls[name], parities[name] = check(
-                        path, out, deployed, inputs, settings_of(deployed, ratio),
-                        int8=path != plain, load=load)
+                        path, out, deployed, inputs, settings_of(deployed, ratio), int8=int8,
+                        least=0. if int8 and ratio != ratios[0] else least, load=load)
+                if parities[name].equal < least:
+                    test_images.notes.append(
+                        f'At {ratio}, int8 gives {100 * parities[name].equal:.2f} % of PyTorch\'s '
+                        'labels on these images: do not use it there.')
             if deployed.dials and ratio in ratios[:_TWINS]:
                 calls.update(_fix(segmenter, deployed, kind, size, Path(folder), inputs[0],
                                   test_images.notes))

@@ -31,7 +31,11 @@ from .graph import Deployed
 from .runtimes import OPENVINO, Exported, Run
 
 LEAST_EQUAL = {False: 0.999, True: 0.9}
-"""Least share of PyTorch's labels that a file, in int8 or not, must give to be written."""
+"""Least share of PyTorch's labels that a file, in int8 or not, must give to be written.
+
+Of a file in int8 whose ratio is an input, this is for ratio none; the report names ratios that are
+worse.
+"""
 FARTHEST = 0.01
 """Maximum logit error relative to the largest logit; not in int8."""
 FARTHEST_OPEN = 1e-4
@@ -197,8 +201,12 @@ def settings_of(deployed: Deployed, ratio: ISRRatio) -> dict[str, Any]:
 
 def check(path: Path, out: Path, deployed: Deployed, inputs: Sequence[np.ndarray],
           settings: dict[str, Any] | None = None, *, int8: bool,
-          load: Callable[[Path], Run] = Exported) -> tuple[Run, Parity]:
-    """Load a file again and check its parity with PyTorch, with these settings of its ratios."""
+          least: float | None = None, load: Callable[[Path], Run] = Exported) -> tuple[Run, Parity]:
+    """Load a file again and check its parity with PyTorch, with these settings of its ratios.
+
+    ``least`` is the share of PyTorch's labels that it must give, by default `LEAST_EQUAL`.
+    """
+    least = LEAST_EQUAL[int8] if least is None else least
     try:
         run = partial(load(path), **(settings or {}))
         parity = compare(run, deployed, inputs)
@@ -209,11 +217,11 @@ def check(path: Path, out: Path, deployed: Deployed, inputs: Sequence[np.ndarray
                           'Give one size with --size H,W, or try another --format') from error
     far = not int8 and not parity.relative <= (
         FARTHEST_OPEN if deployed.dials else math.inf if deployed.labels else FARTHEST)
-    if far or not parity.equal >= LEAST_EQUAL[int8]:
+    if far or not parity.equal >= least:
         raise ConfigError(
             f'{out} is not written: {"in int8 " if int8 else ""}it gives '
             f"{100 * parity.equal:.2f} % of PyTorch's labels, and at least "
-            f'{100 * LEAST_EQUAL[int8]:g} % are required; the largest difference of logits is '
+            f'{100 * least:g} % are required; the largest difference of logits is '
             f'{parity.difference:.2g}. ' + (
                 'Calibrate on more images, like those that the model will see, or export without '
                 '--int8' if int8 else

@@ -110,8 +110,7 @@ def predict(segmenter, images):
 
 
 @pytest.mark.parametrize(('kind', 'ratio', 'labels'), [
-    pytest.param(kind, ratio, labels, marks=[
-        pytest.mark.xdist_group(ratio), *[pytest.mark.slow] * (kind != 'pt2')])
+    pytest.param(kind, ratio, labels, marks=[pytest.mark.slow] * (kind != 'pt2'))
     for kind, ratio, labels in (
         ('pt2', 'none', True), ('pt2', RATIO, False), ('pt2', '2+q2', False),
         ('onnx', 'none', True), ('onnx', RATIO, False), ('onnx', '2+q2', False),
@@ -147,7 +146,6 @@ def test_a_file_predicts_as_the_model_at_any_size_and_number(work, scenes, files
 OPEN_RATIOS = 'none', RATIO, '2', '4', '3521-432'
 
 
-@pytest.mark.xdist_group('runtime')
 @pytest.mark.parametrize('kind', [
     'pt2', *(pytest.param(kind, marks=pytest.mark.slow) for kind in ('onnx', 'openvino'))])
 def test_a_file_takes_its_ratio_as_an_input(work, scenes, files, kind):
@@ -186,7 +184,6 @@ def test_a_file_takes_its_ratio_as_an_input(work, scenes, files, kind):
             file(images, **ratios)
 
 
-@pytest.mark.xdist_group('runtime')
 @pytest.mark.parametrize('kind', [
     'pt2', *(pytest.param(kind, marks=pytest.mark.slow) for kind in ('onnx', 'openvino'))])
 def test_an_input_that_is_no_ratio(files, scenes, kind):
@@ -208,7 +205,6 @@ def test_an_input_that_is_no_ratio(files, scenes, kind):
     assert np.abs(one_cell - trained).max() > 1e-2
 
 
-@pytest.mark.xdist_group('runtime')
 def test_queries_as_an_input_too(work, scenes, files):
     file, report = files('pt2', 'runtime+qruntime', True)
     segmenter = Segmenter(work, device='cpu')
@@ -220,7 +216,6 @@ def test_queries_as_an_input_too(work, scenes, files):
         assert (file(images, isr_ratio=ratio) == predict(segmenter, images)).mean() > 0.9995
 
 
-@pytest.mark.xdist_group('runtime')
 def test_a_ratio_that_cannot_be_fixed_is_noted(quick_export, tmp_path, monkeypatch):
     def write(program, path, metadata):
         if path.name == 'fixed.pt2':
@@ -238,7 +233,6 @@ def test_a_ratio_that_cannot_be_fixed_is_noted(quick_export, tmp_path, monkeypat
 
 @pytest.mark.gpu
 @pytest.mark.slow
-@pytest.mark.xdist_group('none')
 def test_a_file_moves_to_the_device(work, scenes, files, request):
     from torch.export.passes import move_to_device_pass
     program = torch.export.load(files('pt2', 'none', True)[1].path)
@@ -251,7 +245,6 @@ def test_a_file_moves_to_the_device(work, scenes, files, request):
     assert (labels.cpu().numpy() == predict(segmenter, images)).mean() > 0.9995
 
 
-@pytest.mark.xdist_group(RATIO)
 def test_the_metadata_and_what_a_file_refuses(work, files, scenes, tmp_path):
     file = files('pt2', RATIO, False)[0]
     metadata = file.metadata
@@ -273,7 +266,6 @@ def test_the_metadata_and_what_a_file_refuses(work, files, scenes, tmp_path):
         Exported(tmp_path / 'none.onnx')
 
 
-@pytest.mark.xdist_group(RATIO)
 @pytest.mark.parametrize('kind', [
     'pt2', *(pytest.param(kind, marks=pytest.mark.slow) for kind in ('onnx', 'openvino'))])
 def test_a_file_alone_refuses_smaller_images(files, scenes, kind):
@@ -285,7 +277,6 @@ def test_a_file_alone_refuses_smaller_images(files, scenes, kind):
     assert run(draw(scenes, (125, 125), 1)).shape[0] == 1
 
 
-@pytest.mark.xdist_group(RATIO)
 def test_useless_times_are_named(files):
     report = files('pt2', RATIO, False)[1]
     assert report.rows[1].spread[0] <= report.rows[1].relative <= report.rows[1].spread[1]
@@ -297,7 +288,6 @@ def test_useless_times_are_named(files):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group('none')
 def test_the_examples_of_the_page_run(files, scenes, tmp_path, monkeypatch):
     """Each by its runtime alone, on the same image, with the same labels."""
     blocks = re.findall(r'```python\n(.*?)```', (ROOT / 'docs' / 'export.md').read_text(), re.S)
@@ -317,7 +307,6 @@ def test_the_examples_of_the_page_run(files, scenes, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group('runtime')
 def test_the_example_of_ratios_runs(files, scenes, tmp_path, monkeypatch, capsys):
     text = (ROOT / 'docs' / 'export.md').read_text()
     block = re.search(r'```python\n([^`]*dial\.onnx.*?)```', text, re.S)[1]
@@ -372,7 +361,6 @@ test_dataloader = dict(dataset=dict(data_root='{scenes}'))
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group('one size')
 @pytest.mark.parametrize('kind', ['onnx', 'openvino'])
 def test_int8_is_near_and_says_what_it_costs(work, scenes, tmp_path, kind, quick_export,
                                              monkeypatch):
@@ -400,7 +388,6 @@ def test_int8_is_near_and_says_what_it_costs(work, scenes, tmp_path, kind, quick
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group('runtime')
 def test_int8_at_each_ratio(scenes, tmp_path, quick_export, monkeypatch):
     for name in NEEDS['onnx']:
         pytest.importorskip(name)
@@ -415,7 +402,9 @@ def test_int8_at_each_ratio(scenes, tmp_path, quick_export, monkeypatch):
         for name in ('PyTorch', 'onnx float32', 'onnx int8')]
     for own, plain, int8 in report.rows[:3], report.rows[3:]:
         assert plain.parity.equal > 0.9995
-        assert 0.9 < int8.parity.equal < 1
+        assert 0.5 < int8.parity.equal < 1
+        assert (f'{100 * int8.parity.equal:.2f} % of PyTorch' in str(report)) == (
+            int8.parity.equal < 0.9)
         assert plain.miou == pytest.approx(own.miou, abs=0.05)
         assert re.search(rf'{re.escape(int8.name)} .*{int8.miou:.2f} \|\n', str(report))
     file, images = Exported(path), draw(scenes, (64, 96), 1)
@@ -447,7 +436,6 @@ def truncate(program, path, metadata):
     path.write_bytes(path.read_bytes()[:10000])
 
 
-@pytest.mark.xdist_group('one size')
 @pytest.mark.parametrize(('write', 'message'), [
     (spoil, r"it gives \d.* of PyTorch's labels"), (truncate, 'its runtime cannot run it')])
 def test_a_file_that_predicts_otherwise_is_not_written(quick_export, tmp_path, monkeypatch, write,
@@ -474,7 +462,6 @@ def test_differences_are_measured(monkeypatch, change, equal):
     assert result.relative == pytest.approx(max(change) / 4)
 
 
-@pytest.mark.xdist_group('one size')
 def test_a_full_disk(quick_export, tmp_path):
     """Simulated by a limit on the size of files, in a process of its own."""
     pytest.importorskip('openvino')
