@@ -188,7 +188,9 @@ def seeing_model(config, scenes, init=False):
     image = cv2.imread(str(scenes / 'images' / 'validation' / '00000.png'))
     with torch.no_grad():  # so that each class wins somewhere
         logits = model(torch.tensor(image).permute(2, 0, 1)[None].float() / 64 - 2)
-        model.decode_head.conv_seg.bias -= logits.mean((0, 2, 3))
+        scale = 1 / logits.std((0, 2, 3))
+        model.decode_head.conv_seg.weight *= scale[:, None, None, None]
+        model.decode_head.conv_seg.bias.sub_(logits.mean((0, 2, 3))).mul_(scale)
     return model
 
 

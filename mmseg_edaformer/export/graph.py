@@ -175,7 +175,8 @@ def trace(deployed: Deployed, size: tuple[int, int] | None
     example = torch.zeros(2, *(size or _TRACED), 3, dtype=torch.uint8)
     free = Dim.DYNAMIC
     dynamic: dict[str, Any] = {'images': {0: free} if size else {0: free, 1: free, 2: free}}
-    dials = dict.fromkeys(deployed.dials, torch.full((len(deployed.stages),), 2))
+    # A tensor each: one in two places would become one input.
+    dials = {name: torch.full((len(deployed.stages),), 2) for name in deployed.dials}
     try:
         with torch.no_grad(), quiet():
             program = torch.export.export(

@@ -113,7 +113,7 @@ def test_the_panels_are_what_they_say(segmenter, path, mask, tmp_path):
     (dict(images=['a.png', 'b/a.png']), DataError, 'under one name'),
     (dict(points=['96,3']), ConfigError, 'point 96,3 lies outside of .*a.png.* columns 0 to 95'),
     (dict(layers=['nothing']), ConfigError, r'no attention layer is called nothing. There are: '
-     r'backbone.stages.0.blocks.0.attn, .*decode_head.levels.2.2.attn'),
+     r'backbone.stages.0.blocks.0.attn, .*decode_head.levels.2.0.attn'),
     (dict(isr_ratio=['none', '22-222']), RatioError, '2 multipliers for the encoder'),
     (dict(out='text.png'), ConfigError, 'text.png cannot be written to'),
     (dict(labels='b'), DataError, 'mask .*a.png'),
@@ -162,7 +162,7 @@ def test_command_line(edaformer, segformer, segmenter, path, mask, tmp_path):
     assert changed > 0
     line = next(line for line in output.splitlines() if '| ISR 2 ' in line)
     assert line.split()[-2] == f'{changed:.1%}'
-    for text in ('decode_head.levels.2.2.attn', 'segformer', 'Written: ',
+    for text in ('decode_head.levels.2.0.attn', 'segformer', 'Written: ',
                  f'point 1 at 10,10: {segmenter.classes[labels["none"][10, 10]]}'):
         assert text in output
     assert 'Warning' not in output
