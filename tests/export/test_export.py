@@ -53,8 +53,9 @@ def quick_export(work):
 
     def call(out, kind='pt2', isr_ratio='none', labels=True, size=(64, 96), **options):
         def trace_once(deployed, size):
-            twin = 'runtime' in isr_ratio and not deployed.dials
-            key = 'none' if twin else isr_ratio, labels, size
+            if deployed.dials:  # whose graph torch.onnx can decompose once
+                return trace(deployed, size)
+            key = 'none' if 'runtime' in isr_ratio else isr_ratio, labels, size
             if key not in traces:
                 traces[key] = trace(deployed, size)
             return traces[key]
