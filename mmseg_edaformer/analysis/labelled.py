@@ -69,11 +69,11 @@ def unpack_dataset(name: str, folder: Path) -> tuple[Path, Path]:
         rows = datasets.load_dataset(name, split=split) if split else None
     except Exception as error:  # of the network, of files that anyone may have written
         raise DataError(f'{name} is no data set that the library datasets loads '
-                        f'({first_line(error)}): check the name and the network, or give --images '
-                        'and --masks') from error
+                        f'({first_line(error)}): check the name and the network, or give a folder '
+                        'of images and one of masks') from error
     if rows is None:
         raise DataError(f'{name} has the splits {", ".join(splits)}, and none is called validation '
-                        'or test: give --images and --masks')
+                        'or test: give a folder of images and one of masks')
     columns = [column for column, kind in rows.features.items()
                if isinstance(kind, datasets.Image) or (
                    isinstance(kind, dict) and set(kind) == {'bytes', 'path'})]
@@ -82,7 +82,7 @@ def unpack_dataset(name: str, folder: Path) -> tuple[Path, Path]:
     if len(columns) != 2 or len(labels) != 1:
         raise DataError(f'{name} has the columns {", ".join(rows.features)}, and not one of images '
                         'and one of masks, called label, mask, annotation or segmentation: give '
-                        '--images and --masks')
+                        'them as two folders')
     for column in columns:
         rows = rows.cast_column(column, datasets.Image(decode=False))
     places = folder / 'images', folder / 'masks'
