@@ -13,7 +13,7 @@ import torch
 from ..analysis.bench import mean_iou
 from ..analysis.timing import take_turns
 from ..compat import release
-from ..errors import ConfigError, first_line
+from ..errors import ConfigError, RatioError, first_line
 from ..files import write_file
 from ..isr import ISRRatio, QueryRatio
 from ..isr.ratio import NONE
@@ -190,8 +190,11 @@ def _read_ratio(isr_ratio: ISRRatio | int | str, query_ratio: QueryRatio | int |
     keys, _, queries = str(isr_ratio).partition('+q')
     values = keys, queries if query_ratio is None else str(query_ratio)
     fixed = [NONE if value in (RUNTIME, '') else value for value in values]
-    return ISRRatio.parse(fixed[0]).with_queries(fixed[1]), tuple(
-        name for name, value in zip(DIALS, values) if value == RUNTIME)
+    try:
+        ratio = ISRRatio.parse(fixed[0]).with_queries(fixed[1])
+    except RatioError as error:
+        raise RatioError(f'{error}. Or {RUNTIME}, which makes it an input of the file') from error
+    return ratio, tuple(name for name, value in zip(DIALS, values) if value == RUNTIME)
 
 
 def _check_arguments(out: Path, kind: str, dials: tuple[str, ...], int8: bool,
