@@ -49,7 +49,7 @@ def main() -> None:
     check_model(args.model, args.checkpoint)
     if args.dataset:
         from mmseg_edaformer.analysis.labelled import unpack_dataset
-        out = Path(args.out)
+        out = Path(args.out).resolve()
         images, args.labels = unpack_dataset(args.dataset, out.with_name(f'{out.name}_data'))
         args.input = [str(images)]
     from mmseg_edaformer.predict.inputs import is_video

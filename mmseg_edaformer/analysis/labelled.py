@@ -93,6 +93,9 @@ def unpack_dataset(name: str, folder: Path) -> tuple[Path, Path]:
             raise DataError(f'{place} holds files that are not of a data set: give another --out')
         for index, row in enumerate(rows.select_columns([column])):
             value = row[column]
+            if value is None:
+                raise DataError(f'row {index} of {name} has no {column}: give a folder of images '
+                                'and one of masks')
             content = value['bytes'] or Path(value['path']).read_bytes()
             path = place / f'{index:06}{Path(value["path"] or "").suffix or ".png"}'
             if not path.is_file() or path.read_bytes() != content:

@@ -127,7 +127,7 @@ class ExportReport:
                          "that of the file's.")
         versions = [f'{name} {compat.version_of(name)}' for name in (
             'torch', 'onnx', 'onnxruntime', 'openvino', 'nncf') if compat.version_of(name)]
-        return '\n'.join([*lines, *self.notes, ', '.join(versions)])
+        return '\n'.join([*lines, *dict.fromkeys(self.notes), ', '.join(versions)])
 
 
 @torch.no_grad()

@@ -161,7 +161,6 @@ class Preprocess:
             img_path=results.get('img_path'), ori_shape=shape, img_shape=tuple(tiles.shape[2:]),
             features=features, tiles=len(tiles))))
 
-
     def normalisation(self) -> tuple[list[float], list[float], bool]:
         """Return mean and deviation of channels from 0 to 255, and whether they become BGR.
 

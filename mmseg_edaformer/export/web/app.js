@@ -26,8 +26,9 @@ const by = ([height, width]) => `${width} x ${height}`;
 /** Ask the worker for one of its calls. @returns {Promise<any>} */
 function call(name, ...values) {
   return new Promise((resolve, reject) => {
+    if (!worker) return reject(new Error('the model is not loaded: choose the image again'));
     waiting.set(++calls, { resolve, reject });
-    worker?.postMessage({ id: calls, name, values });
+    worker.postMessage({ id: calls, name, values });
   });
 }
 
@@ -237,10 +238,9 @@ async function main() {
   $('backend').append(...gpu ? [make('option', { value: 'gpu' }, 'GPU')] : [],
     ...[cores, 4, 2, 1].filter((count, i) => count < cores || !i).map(
       value => make('option', { value }, `CPU, ${threads(value)}`)));
-  $('longer').value = model.side;
   Object.assign($('dial'), { max: model.dial.length - 1,
     oninput: () => choose(model.dial[$('dial').value].ratio) });
-  $('longer').onchange = refresh;
+  Object.assign($('longer'), { value: model.side, onchange: refresh });
   $('backend').onchange = () => { stop('another device was chosen'); refresh(); };
   for (const id of ['divider', 'opacity']) {
     $(id).oninput = () => $('compare').style.setProperty(`--${id}`, `${$(id).value}%`);
