@@ -22,7 +22,7 @@ from mmseg_edaformer.errors import RatioError
 from mmseg_edaformer.isr import isr
 from mmseg_edaformer.isr.intercept import Interception
 from mmseg_edaformer.isr.patching import install, uninstall
-from mmseg_edaformer.isr.pooling import METHODS, Layout, _by_segment, _on_map, cells, pool_map
+from mmseg_edaformer.isr.pooling import METHODS, Layout, by_segment, cells, on_map, pool_map
 from mmseg_edaformer.isr.reducers import PooledKeys, PooledQueries
 from mmseg_edaformer.isr.reduction import Reduction, Setting
 from mmseg_edaformer.isr.registry import ForeignLayer, find_attention
@@ -89,12 +89,12 @@ class MapReducer(Reducer):
         self.left = len(self.tokens(torch.empty(total, 1, device='meta')))
 
     def tokens(self, x: Tensor) -> Tensor:
-        return _by_segment(x, self.layout, lambda part, grid: _on_map(part, grid, self.down))
+        return by_segment(x, self.layout, lambda part, grid: on_map(part, grid, self.down))
 
     def spread(self, x: Tensor) -> Tensor:
         """Nearest neighbours, as SegFormer++ unmerges the means of 2x2."""
         [grid] = self.layout.grids
-        return _by_segment(x, Layout((cells(grid, 2),), self.front), lambda part, small: _on_map(
+        return by_segment(x, Layout((cells(grid, 2),), self.front), lambda part, small: on_map(
             part, small, lambda maps: F.interpolate(maps, grid)))
 
 

@@ -8,8 +8,9 @@ import subprocess
 import tarfile
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,12 @@ from PIL import Image
 from ..command_line import is_foreign
 from ..errors import ConfigError, RatioError, first_line
 from ..files import write_file
-from ..isr import ISRRatio
 from ..predict.comparison import MAX_SIDE
 from ..predict.outputs import writing
 from ..predict.page import draw_examples
 from . import export
 from .graph import RUNTIME
-from .runtimes import KEY
+from .runtimes import Exported
 
 PACKAGE, SHA512 = 'onnxruntime-web@1.30.0', (
     'q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ==')
@@ -35,7 +35,7 @@ _FILES = {'cpu': ('ort-wasm-simd-threaded.wasm', 'ort-wasm-simd-threaded.mjs', '
                   'ort.jspi.min.mjs')}
 _DIAL = {'as trained': 'none', 'optimal': 'optimal', 'all 2': '2', 'all 3': '3', 'all 4': '4',
          'all 6': '6', 'all 8': '8'}
-LEAST_EQUAL = 0.99
+LEAST_KEPT = 0.99
 """Share of the labels that must stay when large weights get 16 bits; of trained models more do."""
 _LARGE = 1024  # numbers of a weight
 _HERE = Path(__file__).parent
@@ -84,27 +84,30 @@ def export_page(model: str | Path, out: str | Path, *, checkpoint: str | Path | 
 def write_page(graph: Path, out: Path, package: Path) -> str:
     """Write the page of an ONNX file whose ratio is an input, as `export_page` does."""
     import onnx
-    model = onnx.load(graph)
-    metadata = json.loads({entry.key: entry.value for entry in model.metadata_props}[KEY])
+    file = Exported(graph)
+    metadata = file.metadata
     if len(metadata['classes']) > 256:
         raise ConfigError(f'the model has {len(metadata["classes"])} classes, and the page can '
                           'show 256: export another model')
     if metadata['align_corners']:
         raise ConfigError('the model resizes its logits with align_corners=True, and the page '
                           'cannot: use --format onnx')
-    resize, stages = _find_resize(metadata['pipeline']), metadata['isr_stages']
-    dial = [*_positions(stages)]
+    resize, stages, dial = _find_resize(metadata['pipeline']), metadata['isr_stages'], []
+    for name, ratio in _DIAL.items():
+        with suppress(RatioError):  # optimal does not fit all numbers of stages
+            dial.append(dict(name=name, ratio=file.multipliers(ratio)['isr_ratio'].tolist()))
     with _replacing_folder(out) as folder:
         shutil.copytree(_HERE / 'web', folder, dirs_exist_ok=True)
         shutil.copy(_HERE.with_name('predict') / 'page.css', folder)
         _copy_runtime(package, folder / 'ort')
         (folder / 'examples').mkdir()
         examples = draw_examples(folder / 'examples', suffix='.jpg')
-        onnx.save_model(halve_weights(model), folder / 'model.onnx')
-        equal = _compare(graph, folder / 'model.onnx', dial[:2], examples[:2])
-        if not equal >= LEAST_EQUAL:
+        onnx.save_model(halve_weights(onnx.load(graph)), folder / 'model.onnx')
+        equal = _share_kept((file, Exported(folder / 'model.onnx')),
+                            [_DIAL[position['name']] for position in dial[:2]], examples[:2])
+        if not equal >= LEAST_KEPT:
             raise ConfigError(f'{out} is not written: with weights of 16 bits, {100 * equal:.2f} % '
-                              f'of the labels stay, and at least {100 * LEAST_EQUAL:g} % are '
+                              f'of the labels stay, and at least {100 * LEAST_KEPT:g} % are '
                               'required: use --format onnx')
         write_file(folder / 'model.json', json.dumps(dict(
             {name: metadata[name] for name in ('checkpoint', 'classes', 'palette', 'minimum')},
@@ -192,31 +195,13 @@ def _find_resize(pipeline: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return resize
 
 
-def _positions(stages: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yield the positions of the slider: names, and a multiplier for each stage."""
-    parts = [name.partition(' ')[0] for name in stages]
-    for name, text in _DIAL.items():
-        try:
-            yield dict(name=name, ratio=[
-                multiplier for part in dict.fromkeys(parts)
-                for multiplier in ISRRatio.parse(text).for_stages(part, parts.count(part))])
-        except RatioError:  # optimal does not fit all numbers of stages
-            continue
-
-
-def _compare(one: Path, other: Path, dial: Sequence[dict[str, Any]], examples: Sequence[str]
-             ) -> float:
+def _share_kept(files: Sequence[Exported], ratios: Sequence[str], examples: Sequence[str]) -> float:
     """Return the share of equal labels of two files on the examples."""
-    import onnxruntime
-    sessions = [onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
-                for path in (one, other)]
     equal = []
-    for path in examples:
+    for path, ratio in product(examples, ratios):
         image = np.array(Image.open(path))[None]
-        for position in dial:
-            labels = [session.run(['logits'], dict(images=image, isr_ratio=np.array(
-                position['ratio'])))[0].argmax(1) for session in sessions]
-            equal.append((labels[0] == labels[1]).mean())
+        one, other = (file(image, isr_ratio=ratio).argmax(1) for file in files)
+        equal.append((one == other).mean())
     return float(np.mean(equal))
 
 

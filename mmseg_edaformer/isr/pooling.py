@@ -146,7 +146,7 @@ def pool_tokens(x: Tensor, layout: Layout, ratio: int, method: str = 'average') 
         return x
     if layout.order is not None:
         x = x[..., layout.order, :]
-    return _by_segment(x, layout, lambda part, grid: _pool_segment(part, grid, ratio, method))
+    return by_segment(x, layout, lambda part, grid: _pool_segment(part, grid, ratio, method))
 
 
 def counts(layout: Layout, total: int, ratio: int, device: torch.device | None = None) -> Tensor:
@@ -164,7 +164,7 @@ def counts(layout: Layout, total: int, ratio: int, device: torch.device | None =
             sides.append((length - steps).clamp(max=ratio))
         return (sides[0][:, None] * sides[1]).reshape(-1, 1).float()
 
-    return _by_segment(torch.ones(total, 1, device=device), layout, count).squeeze(-1)
+    return by_segment(torch.ones(total, 1, device=device), layout, count).squeeze(-1)
 
 
 def pool_bias(bias: Tensor, layout: Layout, ratio: int) -> Tensor:
@@ -233,7 +233,7 @@ def merging(keys: Tensor, layout: Layout, ratio: int) -> Tensor:
     return (weights / weights.sum(-2, keepdim=True)).unsqueeze(-3)
 
 
-def _by_segment(x: Tensor, layout: Layout, pool: Callable[[Tensor, Grid], Tensor]) -> Tensor:
+def by_segment(x: Tensor, layout: Layout, pool: Callable[[Tensor, Grid], Tensor]) -> Tensor:
     """Apply a function to the tokens of each map and keep single tokens: ... x N x d."""
     if layout.sizes(x.shape[-2])[::len(layout.grids) + 1] == [0, 0] and len(layout.grids) == 1:
         return pool(x, layout.grids[0])
@@ -293,7 +293,7 @@ def spread_queries(maps: Tensor, cell: Grid, grid: Grid) -> Tensor:
 
 def pool_query_tokens(x: Tensor, layout: Layout, ratio: int) -> Tensor:
     """Average queries by cell, ... x N x d to ... x M x d, as `pool_queries` does on a map."""
-    return _by_segment(x, layout, lambda part, grid: _on_map(
+    return by_segment(x, layout, lambda part, grid: on_map(
         part, grid, lambda maps: pool_queries(maps, query_cell(grid, ratio))))
 
 
@@ -303,19 +303,19 @@ def spread_query_tokens(x: Tensor, layout: Layout, ratio: int) -> Tensor:
 
     def spread(part: Tensor, small: Grid) -> Tensor:
         grid = next(grids)
-        return _on_map(part, small,
+        return on_map(part, small,
                        lambda maps: spread_queries(maps, query_cell(grid, ratio), grid))
 
     small = tuple(cells(grid, ratio) for grid in layout.grids)
-    return _by_segment(x, Layout(small, layout.prefix), spread)
+    return by_segment(x, Layout(small, layout.prefix), spread)
 
 
 def _pool_segment(x: Tensor, grid: Grid, ratio: int, method: str) -> Tensor:
     """Reduce one map of tokens: ... x (h w) x d to ... x M x d."""
-    return _on_map(x, grid, lambda maps: pool_map(maps, ratio, method))
+    return on_map(x, grid, lambda maps: pool_map(maps, ratio, method))
 
 
-def _on_map(x: Tensor, grid: Grid, function: Callable[[Tensor], Tensor]) -> Tensor:
+def on_map(x: Tensor, grid: Grid, function: Callable[[Tensor], Tensor]) -> Tensor:
     """Apply a function of maps N x d x h x w to tokens ... x (h w) x d."""
     maps = function(x.reshape(-1, *grid, x.shape[-1]).permute(0, 3, 1, 2))
     return maps.permute(0, 2, 3, 1).reshape(*x.shape[:-2], -1, x.shape[-1])

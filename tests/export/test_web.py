@@ -26,6 +26,7 @@ from mmseg_edaformer.data.drawing import draw_scene
 from mmseg_edaformer.errors import ConfigError
 from mmseg_edaformer.export import FORMATS, web
 from mmseg_edaformer.export.graph import Deployed, describe, quiet, trace
+from mmseg_edaformer.export.runtimes import KEY
 from mmseg_edaformer.export.web import export_page, halve_weights, write_page
 from mmseg_edaformer.isr import ISRRatio
 from mmseg_edaformer.predict.segmenter import Segmenter
@@ -179,7 +180,7 @@ def test_models_that_the_page_cannot_run(graph, package, tmp_path, change, messa
     onnx = pytest.importorskip('onnx')
     model = onnx.load(graph)
     metadata = json.loads(model.metadata_props[0].value)
-    onnx.helper.set_model_props(model, {web.KEY: json.dumps(metadata | change)})
+    onnx.helper.set_model_props(model, {KEY: json.dumps(metadata | change)})
     onnx.save_model(model, tmp_path / 'model.onnx')
     with pytest.raises(ConfigError, match=message):
         write_page(tmp_path / 'model.onnx', tmp_path / 'site', package)
