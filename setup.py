@@ -56,6 +56,7 @@ setup(
         'cityscapes': ['cityscapesscripts'],
         'demo': ['gradio>=6'],
         'cluster': ['ray[data]'],
+        'serve': ['ray[serve]'],
         'export': ['onnx', 'onnxscript', 'onnxruntime', 'openvino', 'nncf'],
         'tensorboard': ['tensorboard'],
         'dev': ['jupytext', 'pytest', 'pytest-xdist', 'ruff', 'mypy', 'timm', 'torchvision',

@@ -8,7 +8,7 @@ from pathlib import Path
 COMMANDS = {
     'train': 'train', 'test': 'test', 'predict': 'predict', 'predict-many': 'predict_many',
     'sweep': 'isr_sweep', 'compare': 'compare_isr', 'benchmark': 'benchmark', 'demo': 'demo',
-    'visualize': 'visualize', 'export': 'export', 'convert': 'convert_checkpoint',
+    'serve': 'serve', 'visualize': 'visualize', 'export': 'export', 'convert': 'convert_checkpoint',
     'prepare-data': 'prepare_data', 'check-data': 'check_data', 'doctor': 'doctor'}
 """The commands, and the names of their scripts."""
 

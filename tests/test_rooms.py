@@ -6,7 +6,8 @@ import sys
 from tests.conftest import ROOT, run
 
 PACKAGE = ROOT / 'mmseg_edaformer'
-ROOMS = ('', 'isr', 'models', 'data', 'pretraining', 'engine', 'predict', 'analysis', 'export')
+ROOMS = ('', 'isr', 'models', 'data', 'pretraining', 'engine', 'predict', 'analysis', 'export',
+         'serve')
 """From the lowest to the highest; the first holds the modules that lie in no folder."""
 TOP = {'registered': 'engine', 'safe_defaults': 'engine', 'doctor': 'export',
        'doctor_trials': 'export'}

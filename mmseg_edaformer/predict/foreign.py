@@ -148,9 +148,10 @@ class Preprocess:
         """Return the inputs of a `Foreign` and the sample of an image, H x W x 3, BGR."""
         image = np.ascontiguousarray(results['img'][..., ::-1])
         shape, options = image.shape[:2], dict(self.options)
-        if self.short_side or self.max_side:
+        max_side = self.max_side and results['max_side']
+        if self.short_side or max_side:
             scale = min(self.short_side / min(shape) if self.short_side else 1.,
-                        (self.max_side or math.inf) / max(shape))
+                        (max_side or math.inf) / max(shape))
             options['size'] = dict(zip(('height', 'width'), (
                 max(1, -(-round(side * scale) // self.multiple)) * self.multiple
                 for side in shape)))

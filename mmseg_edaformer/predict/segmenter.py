@@ -38,7 +38,8 @@ _COUNTED_PIXELS = 2 ** 22  # at once
 _QUICK = 2 ** 21  # pixels that are not worth an estimate
 _LONG = 5.  # seconds for one image, from which on the estimate is worth a line
 _MEGAPIXELS = f'{LARGE / 1e6:.1f} megapixels'
-_Loaded = tuple[np.ndarray, dict[str, Any]]  # an image and the input of data_preprocessor
+Loaded = tuple[np.ndarray, dict[str, Any]]
+"""An image and the input of ``data_preprocessor``."""
 _NONE, _AUTO = ISRRatio.parse('none'), ISRRatio.parse('auto')
 _LOG = logging.getLogger(__name__)
 
@@ -275,7 +276,7 @@ class Segmenter:
         A thread reads a few items ahead, those of equal size are predicted together, and none is
         kept. Items are paths, arrays or PIL images.
         """
-        window: list[tuple[Any, _Loaded | DataError]] = []
+        window: list[tuple[Any, Loaded | DataError]] = []
         pixels = 0
         for item, ready in read_ahead(self.load, items, self.batch_size):
             try:
@@ -285,9 +286,9 @@ class Segmenter:
                 window.append((item, error))
             if pixels >= _WINDOW_PIXELS or len(window) >= (
                     4 * self.batch_size if self.batch_size > 1 else 1):
-                yield from self._predict(window)
+                yield from self.predict_loaded(window)
                 window, pixels = [], 0
-        yield from self._predict(window)
+        yield from self.predict_loaded(window)
 
     def fingerprint(self) -> str:
         """Return a hash of all that decides the labels: model, weights, ratio and max_side."""
@@ -299,8 +300,11 @@ class Segmenter:
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
 
-    def load(self, item: Any) -> _Loaded:
-        """Return an image, H x W x 3, BGR, and the input of the model's ``data_preprocessor``."""
+    def load(self, item: Any, max_side: int | None = None) -> Loaded:
+        """Return an image, H x W x 3, BGR, and the input of the model's ``data_preprocessor``.
+
+        ``max_side`` may be lower than that of the segmenter, which must have one then.
+        """
         if isinstance(item, (str, Path)):
             results = self._read_file(dict(img_path=str(item)))
             image = to_bgr(results['img'].astype(np.uint8, copy=False))
@@ -308,12 +312,14 @@ class Segmenter:
             image = to_array(item)
             results = dict(img_path=None, img=image, img_shape=image.shape[:2],
                            ori_shape=image.shape[:2])
+        results['max_side'] = max_side or self.max_side
         return image, self._prepare(results)
 
-    def _predict(self, window: Sequence[tuple[Any, _Loaded | DataError]]
-                 ) -> Iterator[tuple[Any, Segmentation | DataError]]:
+    def predict_loaded(self, window: Sequence[tuple[Any, Loaded | DataError]]
+                       ) -> Iterator[tuple[Any, Segmentation | DataError]]:
+        """Do the same as `predict` for items that `load` has read."""
         results: dict[int, Segmentation | DataError] = {}
-        sizes: dict[tuple[Any, ...], list[tuple[int, _Loaded]]] = {}
+        sizes: dict[tuple[Any, ...], list[tuple[int, Loaded]]] = {}
         for index, (_, loaded) in enumerate(window):
             if isinstance(loaded, DataError):
                 results[index] = loaded
@@ -363,8 +369,7 @@ class Segmenter:
 
     def _scale_down(self, results: dict[str, Any]) -> dict[str, Any]:
         """Apply ``max_side``, as a step of the pipeline."""
-        assert self.max_side is not None
-        results['img'] = scale_down(results['img'], self.max_side)
+        results['img'] = scale_down(results['img'], results['max_side'])
         results['img_shape'] = results['img'].shape[:2]
         return results
 

@@ -1,0 +1,1 @@
+from tests.predict.conftest import whole, work  # noqa: F401

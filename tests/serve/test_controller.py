@@ -1,0 +1,120 @@
+"""The controller of the ratio: what it promises for any queue."""
+import random
+
+import pytest
+
+from mmseg_edaformer.serve.controller import Controller, Costs, Job, faster
+
+RATIOS = 'none', 'optimal', '2', '4'
+SECONDS = dict(zip(RATIOS, (1., 0.74, 0.53, 0.41)))
+CONTROLLER = Controller(RATIOS)
+
+
+def costs_of(seconds=SECONDS, pixels=10_000):
+    costs = Costs()
+    for ratio, value in seconds.items():
+        costs.add(ratio, pixels, value)
+    return costs
+
+
+COSTS = costs_of()
+
+
+def queues(count=300):
+    """Random queues: when it is, those that wait, and the last ratio."""
+    rng = random.Random(0)
+    for _ in range(count):
+        jobs = [Job(rng.uniform(0, 8), rng.choice((5_000, 10_000, 40_000)),
+                    rng.choice((None, None, None, '2'))) for _ in range(rng.randint(1, 8))]
+        yield rng.uniform(-1, 2), sorted(jobs, key=lambda job: job.due), rng.choice(RATIOS)
+
+
+def level(now, jobs, last):
+    return RATIOS.index(CONTROLLER.choose(now, jobs, COSTS, last))
+
+
+def test_who_waits_alone_gets_the_trained_model_if_it_is_in_time():
+    seconds = COSTS.seconds('none', 10_000)
+    for last in RATIOS:
+        assert CONTROLLER.choose(5., [Job(5.001 + seconds, 10_000, None)], COSTS, last) == 'none'
+        assert CONTROLLER.choose(5., [Job(4.999 + seconds, 10_000, None)], COSTS, last) == 'optimal'
+
+
+def test_all_are_in_time_with_the_ratio_unless_it_is_the_floor():
+    for now, jobs, last in queues():
+        ratio, end = CONTROLLER.choose(now, jobs, COSTS, last), now
+        for job in jobs:
+            end += COSTS.seconds(job.ratio or ratio, job.pixels)
+            assert end <= job.due or ratio == RATIOS[-1]
+
+
+def test_no_more_is_reduced_than_needed():
+    eager = Controller(RATIOS, reserve=0., calm=0.)
+    for now, jobs, last in queues():
+        chosen = RATIOS.index(eager.choose(now, jobs, COSTS, last))
+        for ratio in RATIOS[:chosen]:
+            end, late = now, False
+            for job in jobs:
+                end += COSTS.seconds(job.ratio or ratio, job.pixels)
+                late |= end > job.due
+            assert late
+
+
+def test_more_load_never_reduces_less():
+    for now, jobs, last in queues():
+        before = level(now, jobs, last)
+        more = sorted([*jobs, Job(jobs[-1].due + 0.5, 10_000, None)], key=lambda job: job.due)
+        assert level(now, more, last) >= before
+        assert level(now + 0.3, jobs, last) >= before
+        larger = [Job(job.due, 2 * job.pixels, job.ratio) for job in jobs]
+        assert level(now, larger, last) >= before
+
+
+def test_the_last_ratio_makes_it_calm():
+    jobs = [Job(2.9, 10_000, None), Job(3.3, 10_000, None)]
+    assert level(0., jobs, 'none') < level(0., jobs, '4')
+    for now, jobs, _ in queues():
+        assert level(now, jobs, '4') >= level(now, jobs, 'none')
+
+
+def test_the_late_are_those_that_the_floor_does_not_save():
+    for now, jobs, _ in queues():
+        late, end = CONTROLLER.find_late(now, jobs, COSTS), now
+        for index, job in enumerate(jobs):
+            seconds = COSTS.seconds(job.ratio or '4', job.pixels)
+            assert (end + seconds > job.due) == (index in late)
+            end += 0 if index in late else seconds
+        kept = [job for index, job in enumerate(jobs) if index not in late]
+        assert CONTROLLER.find_late(now, kept, COSTS) == set()
+        assert CONTROLLER.drain(kept, COSTS) == pytest.approx(end - now)
+
+
+def test_costs_follow_the_machine():
+    costs = costs_of()
+    before = costs.seconds('2', 10_000)
+    assert 0.53 < before < 0.53 * 1.2
+    for _ in range(40):
+        costs.add('2', 10_500, 2 * 0.53 * 1.05)
+    assert costs.seconds('2', 10_000) == pytest.approx(2 * 0.53, rel=0.01)
+    assert costs.seconds('none', 10_000) == COSTS.seconds('none', 10_000)
+    noisy = costs_of()
+    for index in range(40):
+        noisy.add('2', 10_000, 0.53 + 0.2 * (index % 2))
+    assert noisy.seconds('2', 10_000) > 0.68
+
+
+def test_costs_of_sizes_that_were_never_seen():
+    costs = costs_of()
+    costs.add('2', 160_000, 12.)
+    assert costs.seconds('2', 1_000_000) == pytest.approx(costs.seconds('2', 160_000) * 6.25)
+    assert costs.seconds('2', 5_000) == pytest.approx(costs.seconds('2', 10_000) / 2)
+    assert costs.seconds('auto', 5_000) == 0.
+    table = costs.table()['2']  # by side, of about 100 and 400
+    assert list(table) == [108, 431]
+    assert table[431] == pytest.approx(12_000 * 431 ** 2 / 160_000, rel=0.01)
+
+
+def test_ratios_that_save_nothing_are_left_out():
+    assert faster(('none', 'optimal', '2', '4'),
+                  dict(SECONDS, optimal=0.99)) == ('none', '2', '4')
+    assert faster(('none', '4', '2'), SECONDS) == ('none', '4')
