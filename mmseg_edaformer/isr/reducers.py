@@ -9,13 +9,13 @@ from torch import Tensor
 
 from ..compat import is_exporting
 from . import pooling
-from .pooling import Grid, Layout
+from .pooling import Grid, Layout, Ratio
 
 
 class PooledKeys:
     """Cells of a fixed layout: the same for every batch element and head."""
 
-    def __init__(self, layout: Layout, ratio: int, method: str, total: int) -> None:
+    def __init__(self, layout: Layout, ratio: Ratio, method: str, total: int) -> None:
         self.layout, self.ratio, self.method, self.total = layout, ratio, method, total
         self.left = pooling.num_keys(layout, total, ratio)
         self.grid: Grid | None = layout.grids[0] if len(layout.grids) == 1 else None
@@ -70,7 +70,7 @@ class PooledQueries:
     Biases are averaged like queries. A cell sees what any of its members sees.
     """
 
-    def __init__(self, layout: Layout, ratio: int, total: int) -> None:
+    def __init__(self, layout: Layout, ratio: Ratio, total: int) -> None:
         self.layout, self.ratio, self.total = layout, ratio, total
         self.left = pooling.num_keys(layout, total, ratio)
         self.cells: Grid = pooling.cells(layout.grids[0], ratio)
@@ -101,7 +101,7 @@ class PresentKeys(PooledKeys):
     does not.
     """
 
-    def __init__(self, layout: Layout, ratio: int, method: str, total: int,
+    def __init__(self, layout: Layout, ratio: Ratio, method: str, total: int,
                  present: Tensor) -> None:
         super().__init__(layout, ratio, method, total)
         self.present = present
