@@ -221,7 +221,7 @@ def test_an_input_and_another_method(work):
     model = Segmenter(work, device='cpu').model
     deployed, images = Deployed(model, True, ('isr_ratio',)), torch.zeros(1, 64, 96, 3).byte()
     with isr(model, 2, method='max'), pytest.raises(
-            RatioError, match='isr_method max .*: give one in place of runtime, or use .* average'):
+            RatioError, match=r'isr_method max .*: give one in place of runtime, or .* average'):
         deployed(images, torch.full((7,), 2))
     assert deployed(images, torch.full((7,), 2)).shape == (1, 64, 96)
 
