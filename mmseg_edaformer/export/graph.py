@@ -235,7 +235,7 @@ def with_inputs(ratio: ISRRatio, dials: Sequence[str]) -> str:
 
 
 def multipliers(ratio: StageRatio, stages: Iterable[str]) -> list[int]:
-    """Return a multiplier for each stage, named as encoder 1; RatioError if there are others."""
+    """Return a multiplier for each of the stages, like encoder 1; RatioError if it cannot fit."""
     kinds = [stage.partition(' ')[0] for stage in stages]
     return [value for kind in dict.fromkeys(kinds)
             for value in ratio.for_stages(kind, kinds.count(kind))]
