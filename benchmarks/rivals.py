@@ -64,7 +64,8 @@ def measure(config: str, checkpoint: str, scale: float, args: argparse.Namespace
     """
     from mmseg_edaformer.analysis.bench import InputScale, open_bench
     from mmseg_edaformer.analysis.sweep import make_rows
-    from mmseg_edaformer.analysis.sweep_report import note, table
+    from mmseg_edaformer.analysis.sweep_report import table
+    from mmseg_edaformer.analysis.timing import size_text
     from mmseg_edaformer.engine.checkpoint_loading import load_checkpoint
     from mmseg_edaformer.engine.run_config import load_config
 
@@ -79,8 +80,9 @@ def measure(config: str, checkpoint: str, scale: float, args: argparse.Namespace
         rows = make_rows(bench, ways, memory=False)
         return dict(
             name=name if scale == 1 else f'{name}, images enlarged {scale:g} times', rows=rows,
-            note=f'{"Unknown" if done is None else done} iterations of training; ' +
-            note(bench, 'GMACs', scale),
+            note=f'{"Unknown" if done is None else done} iterations of training; {bench.images} '
+            f'images of {len(bench.dataset)}; GMACs for {size_text(bench.size)} pixels' +
+            (f', enlarged {scale:g} times.' if scale != 1 else '.'),
             table=table(rows, set(map(str, ways)), markdown=True),
             duels=[dict(name=row.isr_ratio, by={cost: duel(bench, ways, rows, row, cost)
                                                 for cost in ('ms', 'gmacs')})

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import ConfigError
-from ..isr.pooling import Grid, cells
+from ..isr.pooling import Grid, Ratio, cells
 from ..isr.reduction import Record, recording
 from ..isr.registry import find_attention
 from ..models.attention import EmbeddingFreeAttention
@@ -159,9 +159,9 @@ class _Run:
             single, pool = 0, self.module.pool_size(*place.grid)
             edges = [np.arange(side // step + 1) * step for side, step in zip(place.grid, pool)]
         else:
-            single, ratio, total = place.single, 1, weights.shape[-1]
-            if record is not None and record.keys[0]:
-                ratio, total = record.isr_ratio, record.keys[0]
+            single = place.single
+            ratio, total = (record.isr_ratio, record.keys[0]) if (
+                record is not None and record.keys[0]) else (1, weights.shape[-1])
             edges = _key_edges(place.grid, total - single, ratio, self.module)
         if single + math.prod(len(edge) - 1 for edge in edges) != weights.shape[-1]:
             raise _NoMapError(f'its {weights.shape[-1]} keys are not the cells of a map')
@@ -275,7 +275,7 @@ def _find_place(size: Grid, queries: int) -> _Place | None:
     return None
 
 
-def _key_edges(grid: Grid, keys: int, ratio: int, module: nn.Module) -> list[np.ndarray]:
+def _key_edges(grid: Grid, keys: int, ratio: Ratio, module: nn.Module) -> list[np.ndarray]:
     """Return the rows and columns of tokens at which the cells of keys begin, and the last ends.
 
     ``keys`` is their number before ISR. A network that reduces its keys itself does so by strided

@@ -107,13 +107,12 @@ def table(rows: Sequence[Row], named: set[str], *, markdown: bool = False) -> st
         if rest else '')
 
 
-def note(bench: Bench, costs: str = 'GMACs and MiB', input_scale: float = 1.) -> str:
-    """Say what was measured where, by ``costs`` of images that were enlarged so many times."""
-    enlarged = '' if input_scale == 1 else f', enlarged {input_scale:g} times'
+def note(bench: Bench) -> str:
+    """Say what was measured where."""
     some = '' if bench.images == len(bench.dataset) else f' of {len(bench.dataset)}'
     device = torch.cuda.get_device_name() if bench.device.type == 'cuda' else 'CPU'
     return (f'{bench.images}{some} images, batch 1, {device}, {thread_text()}, torch '
-            f'{torch.__version__}; {costs} for {size_text(bench.size)} pixels{enlarged}. '
+            f'{torch.__version__}; GMACs and MiB for {size_text(bench.size)} pixels. '
             'docs/choosing.md explains the columns.')
 
 

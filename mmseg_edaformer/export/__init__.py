@@ -131,7 +131,7 @@ def _export(segmenter: Segmenter, deployed: Deployed, out: Path, kind: str,
                 int8, least = path != plain, LEAST_EQUAL[path != plain]
                 with quiet():  # about cells that shrink to small images
                     calls[name], parities[name] = check(
-                        path, out, deployed, inputs, settings_of(deployed, ratio), int8=int8,
+                        path, out, deployed, inputs, ratio, int8=int8,
                         least=0. if int8 and ratio != ratios[0] else least, load=load)
                 if parities[name].equal < least:
                     test_images.notes.append(

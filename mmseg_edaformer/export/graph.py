@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from ..compat import swaps_channels
 from ..errors import ConfigError, UserError
 from ..isr.apply import find_located, isr
 from ..isr.pooling import OpenRatio
-from ..isr.ratio import LARGEST, NONE, ISRRatio
+from ..isr.ratio import LARGEST, NONE, ISRRatio, StageRatio
 from ..models.segmentor import StreamedEncoderDecoder
 from ..predict.foreign import Foreign, Preprocess
 from ..predict.segmenter import Segmenter
@@ -232,6 +232,13 @@ def with_inputs(ratio: ISRRatio, dials: Sequence[str]) -> str:
     keys = RUNTIME if 'isr_ratio' in dials else str(ratio.with_queries(1))
     queries = RUNTIME if 'query_ratio' in dials else str(ratio.queries)
     return keys if queries == NONE else f'{keys}+q{queries}'
+
+
+def multipliers(ratio: StageRatio, stages: Iterable[str]) -> list[int]:
+    """Return a multiplier for each of the stages, like encoder 1; RatioError if it cannot fit."""
+    kinds = [stage.partition(' ')[0] for stage in stages]
+    return [value for kind in dict.fromkeys(kinds)
+            for value in ratio.for_stages(kind, kinds.count(kind))]
 
 
 def images_of(program: ExportedProgram) -> Tensor:

@@ -27,8 +27,8 @@ from ..errors import ConfigError, RatioError, UserError, first_line
 from ..isr import ISRRatio
 from ..predict.inputs import find_images
 from ..predict.segmenter import Segmenter
-from .graph import Deployed
-from .runtimes import OPENVINO, Exported, Run
+from .graph import Deployed, multipliers
+from .runtimes import OPENVINO, Run
 
 LEAST_EQUAL = {False: 0.999, True: 0.9}
 """Least share of PyTorch's labels that a file, in int8 or not, must give to be written.
@@ -179,16 +179,15 @@ def trial_ratios(deployed: Deployed, fixed: ISRRatio) -> list[ISRRatio]:
     """Return the ratios at which a file is checked: the fixed one, or `TRIALS` that fit."""
     if not deployed.dials:
         return [fixed]
-    kinds = [stage.partition(' ')[0] for stage in deployed.stages]
-    uneven = '-'.join(','.join(islice(cycle('352'), kinds.count(kind) or 1)) + ','
-                      for kind in ('encoder', 'decoder'))
+    uneven = '-'.join(','.join(islice(cycle('352'), sum(
+        stage.startswith(kind) for stage in deployed.stages) or 1)) + ','
+        for kind in ('encoder', 'decoder'))
     ratios = []
     for keys, queries in TRIALS:
         ratio = ISRRatio.parse(keys or uneven) if 'isr_ratio' in deployed.dials else fixed
         ratio = ratio.with_queries(queries if 'query_ratio' in deployed.dials else fixed.queries)
         with suppress(RatioError):
-            for kind in set(kinds):
-                ratio.for_stages(kind, kinds.count(kind))
+            multipliers(ratio, deployed.stages)
             ratios.append(ratio)
     return list(dict.fromkeys(ratios))
 
@@ -200,15 +199,14 @@ def settings_of(deployed: Deployed, ratio: ISRRatio) -> dict[str, Any]:
 
 
 def check(path: Path, out: Path, deployed: Deployed, inputs: Sequence[np.ndarray],
-          settings: dict[str, Any] | None = None, *, int8: bool,
-          least: float | None = None, load: Callable[[Path], Run] = Exported) -> tuple[Run, Parity]:
-    """Load a file again and check its parity with PyTorch, with these settings of its ratios.
+          ratio: ISRRatio, *, int8: bool, least: float,
+          load: Callable[[Path], Run]) -> tuple[Run, Parity]:
+    """Load a file again and check its parity with PyTorch, at a ratio if that is its input.
 
-    ``least`` is the share of PyTorch's labels that it must give, by default `LEAST_EQUAL`.
+    ``least`` is the share of PyTorch's labels that it must give.
     """
-    least = LEAST_EQUAL[int8] if least is None else least
     try:
-        run = partial(load(path), **(settings or {}))
+        run = partial(load(path), **settings_of(deployed, ratio))
         parity = compare(run, deployed, inputs)
     except UserError as error:
         raise ConfigError(f'{out} is not written: {error}') from error

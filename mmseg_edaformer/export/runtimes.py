@@ -7,7 +7,6 @@ import logging
 import re
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from ..errors import ConfigError
 from ..files import replacing
 from ..isr import ISRRatio, QueryRatio
 from ..isr.ratio import NONE
-from .graph import RUNTIME, images_of
+from .graph import RUNTIME, images_of, multipliers
 
 KEY = 'mmseg_edaformer'  # under which a file holds its metadata, as JSON
 OPENVINO = '.xml'  # the graph, whose weights lie beside it in a .bin
@@ -94,14 +93,12 @@ class Exported:
         if ratio.follows_size:
             raise ConfigError('a file cannot follow the size of images: give a ratio other than '
                               'auto')
-        stages = Counter(stage.partition(' ')[0] for stage in self.metadata.get('isr_stages', ()))
         fewer_queries = query_ratio is not None or str(ratio.queries) != NONE
         inputs = {}
         for name, dial, given in (('isr_ratio', ratio, isr_ratio is not None),
                                   ('query_ratio', ratio.queries, fewer_queries)):
             if name in self.metadata.get('dials', ()):
-                inputs[name] = np.array([multiplier for kind, count in stages.items()
-                                         for multiplier in dial.for_stages(kind, count)])
+                inputs[name] = np.array(multipliers(dial, self.metadata['isr_stages']))
             elif given:
                 raise ConfigError(f'{name} {dial} cannot be set, because the file keeps ISR '
                                   f'{self.metadata["isr_ratio"]}: export it with '

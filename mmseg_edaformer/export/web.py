@@ -39,8 +39,10 @@ LEAST_KEPT = 0.99
 """Share of the labels that must stay when large weights get 16 bits; of trained models more do."""
 _LARGE = 1024  # numbers of a weight
 _HERE = Path(__file__).parent
+_LICENCES = 'LICENSE', 'ThirdPartyNotices.txt'
 _NAMES = {*(path.name for path in (_HERE / 'web').iterdir()), 'page.css', 'ort', 'examples',
-          'model.onnx', 'model.json'}  # in the folder
+          'model.onnx', 'model.json', *(f'ort/{name}' for names in (*_FILES.values(), _LICENCES)
+                                        for name in names)}  # in the folder, without the examples
 
 
 def export_page(model: str | Path, out: str | Path, *, checkpoint: str | Path | None = None,
@@ -74,9 +76,9 @@ def export_page(model: str | Path, out: str | Path, *, checkpoint: str | Path | 
             report = export(model, graph, format='onnx', checkpoint=checkpoint, isr_ratio=RUNTIME,
                             images=images, threads=threads)
         except ConfigError as error:
-            reason = first_line(error).replace(str(graph), graph.name)
-            raise ConfigError(f'{out} is not written: the page needs a model whose ONNX file takes '
-                              f'any size and ratio ({reason})') from error
+            reason = first_line(error).removeprefix(f'{graph} is not written: ')
+            raise ConfigError(f'{out} is not written: the page needs an ONNX file that takes any '
+                              f'size and ratio, and its export failed: {reason}') from error
         text = write_page(graph, out, package)
     return f'{replace(report, path=out / graph.name)}\n{text}'
 
@@ -92,7 +94,7 @@ def write_page(graph: Path, out: Path, package: Path) -> str:
     if metadata['align_corners']:
         raise ConfigError('the model resizes its logits with align_corners=True, and the page '
                           'cannot: use --format onnx')
-    resize, stages, dial = _find_resize(metadata['pipeline']), metadata['isr_stages'], []
+    resize, dial = _find_resize(metadata['pipeline']), []
     for name, ratio in _DIAL.items():
         with suppress(RatioError):  # optimal does not fit all numbers of stages
             dial.append(dict(name=name, ratio=file.multipliers(ratio)['isr_ratio'].tolist()))
@@ -111,8 +113,7 @@ def write_page(graph: Path, out: Path, package: Path) -> str:
                               'required: use --format onnx')
         write_file(folder / 'model.json', json.dumps(dict(
             {name: metadata[name] for name in ('checkpoint', 'classes', 'palette', 'minimum')},
-            stages=stages, encoder=sum(name.startswith('encoder') for name in stages), dial=dial,
-            resize=resize, side=MAX_SIDE,
+            stages=metadata['isr_stages'], dial=dial, resize=resize, side=MAX_SIDE,
             examples=[f'examples/{Path(path).name}' for path in examples],
             files={kind: {name: (folder / name).stat().st_size for name in (
                 f'ort/{names[0]}', 'model.onnx')} for kind, names in _FILES.items()})))
@@ -224,7 +225,7 @@ def _copy_runtime(package: Path, target: Path) -> None:
     target.mkdir()
     for file in (file for files in _FILES.values() for file in files):
         shutil.copy(package / 'dist' / file, target)
-    for name in 'LICENSE', 'ThirdPartyNotices.txt':
+    for name in _LICENCES:
         shutil.copy(Path(onnxruntime.__file__).with_name(name), target)
 
 
@@ -240,10 +241,10 @@ def _is_page(folder: Path) -> bool:
     """Return whether a folder holds a page and nothing beside it."""
     try:
         model = json.loads((folder / 'model.json').read_text(encoding='utf-8'))
-    except (OSError, ValueError):
+        return 'dial' in model and {*_NAMES, *model['examples']} >= {
+            path.relative_to(folder).as_posix() for path in folder.rglob('*')}
+    except (OSError, ValueError, KeyError, TypeError):
         return False
-    return isinstance(model, dict) and 'dial' in model and (
-        {path.name for path in folder.iterdir()} <= _NAMES)
 
 
 @contextmanager

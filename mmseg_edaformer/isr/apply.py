@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..cost import Inputs, on_meta, trace_macs, unwrap
 from ..errors import ExampleError, RatioError, UserError
-from .pooling import check_method
+from .pooling import Ratio, check_method
 from .probe import locate
 from .ratio import NONE, ISRRatio, QueryRatio
 from .reduction import Record, Setting, recording
@@ -245,9 +245,9 @@ class StageReport:
     """
     stage: str
     blocks: int
-    pool: tuple[int, int]
+    pool: tuple[Ratio, Ratio]
     keys: tuple[int, int]
-    query_pool: tuple[int, int]
+    query_pool: tuple[Ratio, Ratio]
     queries: tuple[int, int]
 
 
@@ -401,7 +401,7 @@ class _Trace:
         return records.get(module, Record(reason='it was not run'))
 
 
-def _change(before: int, after: int) -> str:
+def _change(before: Ratio, after: Ratio) -> str:
     return f'{before} -> {after}' if before != after else str(before)
 
 

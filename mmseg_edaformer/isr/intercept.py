@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..compat import is_exporting
 from . import pooling
 from .key_layout import Call, Window
-from .pooling import Layout
+from .pooling import Layout, OpenRatio, Ratio
 from .reducers import MergedKeys, PooledKeys, PooledQueries, PresentKeys
 from .reduction import Record, Reduction, count_tokens, is_recording, record
 from .scores import ADDS, ATTENTION, MIXES, RESHAPES, SOFTMAX, ReducedScores
@@ -38,10 +38,10 @@ class Interception(ReducedScores):
         self.call = Call(module, args, kwargs, reduction.owners)
         self.seen: list[int] = []  # numbers of keys that were left alone
         self.reduced: tuple[int, int] | None = None
-        self.isr_ratio = 1
+        self.isr_ratio: Ratio = 1
         self.kept = ''
         self.queries_reduced: tuple[int, int] | None = None
-        self.query_ratio = 1
+        self.query_ratio: Ratio = 1
         self.queries_kept = ''
         # Projected from reduced tokens: keys and values stand in their first rows.
         self.projected = False
@@ -140,7 +140,7 @@ class Interception(ReducedScores):
         ratio, self.kept = self.reduction.rule.grid.fitting(self.call, ratio, setting.method)
         left = pooling.num_keys(layout, total, ratio)
         self.reduced, self.isr_ratio = (total, left), ratio
-        is_open = isinstance(ratio, pooling.OpenRatio)  # then a question would be a guard
+        is_open = isinstance(ratio, OpenRatio)  # then a question would be a guard
         if not is_open and left == total and (queries is None or self.query_pool is None):
             self.seen.append(total)
             return None
@@ -211,7 +211,7 @@ class Interception(ReducedScores):
         pool, setting = None, self.reduction.setting
         if name is not None and all(map(self._plain, self.reduction.rule.projections)) and (
                 setting.method == 'average') and (
-                not isinstance(setting.isr_ratio, pooling.OpenRatio)) and isinstance(
+                not isinstance(setting.isr_ratio, OpenRatio)) and isinstance(
                 getattr(self.module, 'k_norm', None), (nn.Identity, type(None))):
             pool = self._find(input)
         if pool is None or isinstance(pool, PresentKeys):

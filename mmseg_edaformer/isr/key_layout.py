@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compat import is_exporting
-from .pooling import Grid, Layout
+from .pooling import Grid, Layout, Ratio
 
 
 @dataclass
@@ -70,7 +70,7 @@ class GridSource:
     def find(self, call: Call) -> list[Grid]:
         raise NotImplementedError
 
-    def fitting(self, call: Call, ratio: int, method: str) -> tuple[int, str]:
+    def fitting(self, call: Call, ratio: Ratio, method: str) -> tuple[Ratio, str]:
         """The ratio that this call allows, and the reason if it is another one."""
         return ratio, ''
 
@@ -142,7 +142,7 @@ class Window(GridSource):
             call.owners[f'@{self.shift}'])
         return [_pair(getattr(module, self.size))]
 
-    def fitting(self, call: Call, ratio: int, method: str) -> tuple[int, str]:
+    def fitting(self, call: Call, ratio: Ratio, method: str) -> tuple[Ratio, str]:
         if self.shift is None:
             return ratio, ''
         shift = _pair(getattr(call.owners[f'@{self.shift}'], self.shift))

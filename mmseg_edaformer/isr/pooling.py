@@ -16,7 +16,7 @@ arXiv 2407.17261, section 4 and table 6; log n_J is proportional attention of To
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +69,10 @@ class OpenRatio:
         self.value = value
         self._members: dict[tuple[str, int, bool], tuple[int, Tensor]] = {}
 
+    def __rmod__(self, side: int) -> NoReturn:
+        raise RatioError('cells that must fill a window need a ratio with a value: give one in '
+                         'place of runtime')
+
     def members(self, side: int, pool: int = 1, whole: bool = False) -> tuple[int, Tensor]:
         """Return the side of the cells along a side of a map, and 1 for their places, 0 for others.
 
@@ -118,6 +122,11 @@ class OpenRatio:
         return _along_sides(maps, *shares)
 
 
+Ratio = int | OpenRatio
+Cell = Grid | OpenRatio
+"""The sides of a cell; an open ratio fits itself to each map."""
+
+
 def _along_sides(maps: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Multiply a matrix with each column of maps N x C x h x w, and another with each row."""
     x = columns @ maps.permute(0, 2, 3, 1)  # N h w C: exported maps mostly come as tokens
@@ -125,7 +134,7 @@ def _along_sides(maps: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return x.permute(0, 3, 1, 2)
 
 
-def cells(grid: Grid, ratio: int) -> Grid:
+def cells(grid: Grid, ratio: Ratio) -> Grid:
     """Rows and columns of cells of a map."""
     if isinstance(ratio, OpenRatio):
         rows, columns = (ratio.members(side)[1].shape[0] for side in grid)  # len would ask
@@ -134,13 +143,13 @@ def cells(grid: Grid, ratio: int) -> Grid:
     return (grid[0] + ratio - 1) // ratio, (grid[1] + ratio - 1) // ratio
 
 
-def num_keys(layout: Layout, total: int, ratio: int) -> int:
+def num_keys(layout: Layout, total: int, ratio: Ratio) -> int:
     """Keys M that are left of ``total``."""
     before, *_, after = layout.sizes(total)
     return before + sum(math.prod(cells(grid, ratio)) for grid in layout.grids) + after
 
 
-def pool_tokens(x: Tensor, layout: Layout, ratio: int, method: str = 'average') -> Tensor:
+def pool_tokens(x: Tensor, layout: Layout, ratio: Ratio, method: str = 'average') -> Tensor:
     """Reduce tokens: ... x N x d to ... x M x d, by any method but `bipartite`."""
     if ratio == 1:
         return x
@@ -149,7 +158,7 @@ def pool_tokens(x: Tensor, layout: Layout, ratio: int, method: str = 'average') 
     return by_segment(x, layout, lambda part, grid: _pool_segment(part, grid, ratio, method))
 
 
-def counts(layout: Layout, total: int, ratio: int, device: torch.device | None = None) -> Tensor:
+def counts(layout: Layout, total: int, ratio: Ratio, device: torch.device | None = None) -> Tensor:
     """Tokens n that each of the M keys stands for.
 
     With `overlap` too, a key stands for the tokens of its own cell, whatever it averages.
@@ -167,7 +176,7 @@ def counts(layout: Layout, total: int, ratio: int, device: torch.device | None =
     return by_segment(torch.ones(total, 1, device=device), layout, count).squeeze(-1)
 
 
-def pool_bias(bias: Tensor, layout: Layout, ratio: int) -> Tensor:
+def pool_bias(bias: Tensor, layout: Layout, ratio: Ratio) -> Tensor:
     """Reduce the keys of an additive bias: ... x N to ... x M, by the mean of each cell.
 
     Members at or below `MASKED` do not count; a cell is masked if all its members are.
@@ -184,7 +193,7 @@ def pool_bias(bias: Tensor, layout: Layout, ratio: int) -> Tensor:
     return torch.where(free > 0, mean, pool_tokens(x, layout, ratio, 'max')).squeeze(-1)
 
 
-def pool_mask(masked: Tensor, layout: Layout, ratio: int) -> Tensor:
+def pool_mask(masked: Tensor, layout: Layout, ratio: Ratio) -> Tensor:
     """Reduce the keys of a boolean mask, ... x N to ... x M: a cell is masked if all members are.
 
     A query that sees any key before therefore sees one after.
@@ -193,7 +202,7 @@ def pool_mask(masked: Tensor, layout: Layout, ratio: int) -> Tensor:
     return pool_tokens(free, layout, ratio, 'max').squeeze(-1) == 0
 
 
-def merging(keys: Tensor, layout: Layout, ratio: int) -> Tensor:
+def merging(keys: Tensor, layout: Layout, ratio: Ratio) -> Tensor:
     """Averaging weights of the keys that `bipartite` matching merges.
 
     Every other key of the maps is matched with the most similar of the rest; the most similar
@@ -242,7 +251,7 @@ def by_segment(x: Tensor, layout: Layout, pool: Callable[[Tensor, Grid], Tensor]
                       after], -2)
 
 
-def pool_map(maps: Tensor, ratio: int, method: str) -> Tensor:
+def pool_map(maps: Tensor, ratio: Ratio, method: str) -> Tensor:
     """Reduce maps N x C x h x w by any method but `bipartite`."""
     if isinstance(ratio, OpenRatio):
         return ratio.average(maps)
@@ -253,11 +262,10 @@ def pool_map(maps: Tensor, ratio: int, method: str) -> Tensor:
     return F.avg_pool2d(maps, 2 * ratio - 1, ratio, ratio - 1, count_include_pad=False)
 
 
-def query_cell(grid: Grid, ratio: int) -> Grid:
+def query_cell(grid: Grid, ratio: Ratio) -> Cell:
     """Sides of the cells whose queries are averaged: ``ratio``, but never larger than the map."""
     if isinstance(ratio, OpenRatio):
-        cell: Any = ratio  # which fits itself to the map
-        return cell
+        return ratio
     if not torch.compiler.is_compiling() and min(grid) < ratio:
         # The same text for every size, so that Python's filter shows it once.
         warnings.warn('a feature map is smaller than the cells of its queries, so the cells '
@@ -265,7 +273,7 @@ def query_cell(grid: Grid, ratio: int) -> Grid:
     return (ratio if grid[0] >= ratio else grid[0], ratio if grid[1] >= ratio else grid[1])
 
 
-def pool_queries(maps: Tensor, cell: Grid) -> Tensor:
+def pool_queries(maps: Tensor, cell: Cell) -> Tensor:
     """Average the queries of each cell: N x C x h x w to N x C x ceil(h / r) x ceil(w / r).
 
     A cell that reaches beyond the map repeats the map's edge, so that the centres of all cells lie
@@ -281,7 +289,7 @@ def pool_queries(maps: Tensor, cell: Grid) -> Tensor:
     return F.avg_pool2d(maps, cell)
 
 
-def spread_queries(maps: Tensor, cell: Grid, grid: Grid) -> Tensor:
+def spread_queries(maps: Tensor, cell: Cell, grid: Grid) -> Tensor:
     """Undo the size of `pool_queries`: bilinear by exactly the cell, cropped to the grid h x w."""
     if isinstance(cell, OpenRatio):
         return cell.spread(maps, grid)
@@ -291,13 +299,13 @@ def spread_queries(maps: Tensor, cell: Grid, grid: Grid) -> Tensor:
     return F.interpolate(maps, size, mode='bilinear')[..., :grid[0], :grid[1]]
 
 
-def pool_query_tokens(x: Tensor, layout: Layout, ratio: int) -> Tensor:
+def pool_query_tokens(x: Tensor, layout: Layout, ratio: Ratio) -> Tensor:
     """Average queries by cell, ... x N x d to ... x M x d, as `pool_queries` does on a map."""
     return by_segment(x, layout, lambda part, grid: on_map(
         part, grid, lambda maps: pool_queries(maps, query_cell(grid, ratio))))
 
 
-def spread_query_tokens(x: Tensor, layout: Layout, ratio: int) -> Tensor:
+def spread_query_tokens(x: Tensor, layout: Layout, ratio: Ratio) -> Tensor:
     """Spread the results of cells over their tokens: ... x M x d to ... x N x d."""
     grids = iter(layout.grids)
 
@@ -310,7 +318,7 @@ def spread_query_tokens(x: Tensor, layout: Layout, ratio: int) -> Tensor:
     return by_segment(x, Layout(small, layout.prefix), spread)
 
 
-def _pool_segment(x: Tensor, grid: Grid, ratio: int, method: str) -> Tensor:
+def _pool_segment(x: Tensor, grid: Grid, ratio: Ratio, method: str) -> Tensor:
     """Reduce one map of tokens: ... x (h w) x d to ... x M x d."""
     return on_map(x, grid, lambda maps: pool_map(maps, ratio, method))
 

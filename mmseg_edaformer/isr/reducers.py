@@ -3,19 +3,28 @@
 Shapes: N keys before, M after; h heads, d channels of each; B batch.
 """
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..compat import is_exporting
 from . import pooling
-from .pooling import Grid, Layout
+from .pooling import Grid, Layout, Ratio
+
+
+def _mean_of_free(x: Tensor, average: Callable[[Tensor], Tensor]) -> Tensor:
+    """Average the members of a bias that are not masked; a cell without any is masked."""
+    masked = x <= pooling.MASKED
+    free = average((~masked).to(x.dtype))
+    mean = average(x.masked_fill(masked, 0)) / free.clamp(min=1e-6)
+    return torch.where(free > 0, mean, torch.finfo(x.dtype).min)
 
 
 class PooledKeys:
     """Cells of a fixed layout: the same for every batch element and head."""
 
-    def __init__(self, layout: Layout, ratio: int, method: str, total: int) -> None:
+    def __init__(self, layout: Layout, ratio: Ratio, method: str, total: int) -> None:
         self.layout, self.ratio, self.method, self.total = layout, ratio, method, total
         self.left = pooling.num_keys(layout, total, ratio)
         self.grid: Grid | None = layout.grids[0] if len(layout.grids) == 1 else None
@@ -70,7 +79,7 @@ class PooledQueries:
     Biases are averaged like queries. A cell sees what any of its members sees.
     """
 
-    def __init__(self, layout: Layout, ratio: int, total: int) -> None:
+    def __init__(self, layout: Layout, ratio: Ratio, total: int) -> None:
         self.layout, self.ratio, self.total = layout, ratio, total
         self.left = pooling.num_keys(layout, total, ratio)
         self.cells: Grid = pooling.cells(layout.grids[0], ratio)
@@ -84,10 +93,7 @@ class PooledQueries:
         if x.dtype == torch.bool:
             open_ = self.tokens((x if seen else ~x).float()) > 0
             return open_ if seen else ~open_
-        masked = x <= pooling.MASKED
-        free = self.tokens((~masked).to(x.dtype))
-        mean = self.tokens(x.masked_fill(masked, 0)) / free.clamp(min=1e-6)
-        return torch.where(free > 0, mean, torch.finfo(x.dtype).min)
+        return _mean_of_free(x, self.tokens)
 
     def spread(self, x: Tensor) -> Tensor:
         """Results of cells ... x M x d, bilinear between their centres: ... x N x d."""
@@ -101,7 +107,7 @@ class PresentKeys(PooledKeys):
     does not.
     """
 
-    def __init__(self, layout: Layout, ratio: int, method: str, total: int,
+    def __init__(self, layout: Layout, ratio: Ratio, method: str, total: int,
                  present: Tensor) -> None:
         super().__init__(layout, ratio, method, total)
         self.present = present
@@ -145,10 +151,7 @@ class MergedKeys(PooledKeys):
         weights = self._like(x if scores is None else scores)
         if x.dtype == torch.bool:
             return ((~x).to(weights.dtype) @ (weights > 0).to(weights.dtype)) == 0
-        masked = x <= pooling.MASKED
-        free = (~masked).to(x.dtype) @ weights
-        mean = x.masked_fill(masked, 0) @ weights / free.clamp(min=1e-6)
-        return torch.where(free > 0, mean, torch.finfo(x.dtype).min)
+        return _mean_of_free(x, lambda part: part @ weights)
 
     def log_counts(self, scores: Tensor) -> Tensor:
         # A column holds 1 / n for each of its n members.

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..errors import RatioError
+from .pooling import OpenRatio, Ratio
 from .ratio import multiplier_near
 from .rules import AttentionRule
 
@@ -17,26 +19,34 @@ class Setting:
     ``keys`` and ``queries`` are numbers to stay near, whatever the size of the map, or None;
     ``strict`` makes it an error if the keys lie on no grid.
     """
-    isr_ratio: int = 1
+    isr_ratio: Ratio = 1
     method: str = 'average'
     keys: int | None = None
     strict: bool = False
-    query_ratio: int = 1
+    query_ratio: Ratio = 1
     queries: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.isr_ratio, OpenRatio) and self.method != 'average':
+            raise RatioError(f'isr_method {self.method} needs a ratio with a value: give one in '
+                             'place of runtime, or use the method average')
 
     @property
     def off(self) -> bool:
         return self.isr_ratio == self.query_ratio == 1 and self.keys is self.queries is None
 
-    def multiplier(self, total: int) -> int:
+    def multiplier(self, total: int) -> Ratio:
         """The ratio for this number of keys."""
-        return self.isr_ratio if self.keys is None else (
-            multiplier_near(self.keys, total, self.isr_ratio))
+        return _near(self.keys, total, self.isr_ratio)
 
-    def query_multiplier(self, total: int) -> int:
+    def query_multiplier(self, total: int) -> Ratio:
         """Side of the cells for this number of queries."""
-        return self.query_ratio if self.queries is None else (
-            multiplier_near(self.queries, total, self.query_ratio))
+        return _near(self.queries, total, self.query_ratio)
+
+
+def _near(wanted: int | None, total: int, ratio: Ratio) -> Ratio:
+    return ratio if wanted is None or isinstance(ratio, OpenRatio) else (
+        multiplier_near(wanted, total, ratio))
 
 
 @dataclass
@@ -64,10 +74,10 @@ class Reduction:
 class Record:
     """What one forward pass did in a module: keys and queries before and after, or why not."""
     keys: tuple[int, int] = (0, 0)
-    isr_ratio: int = 1
+    isr_ratio: Ratio = 1
     reason: str = ''
     queries: tuple[int, int] = (0, 0)
-    query_ratio: int = 1
+    query_ratio: Ratio = 1
     queries_reason: str = ''
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..compat import is_exporting
 from ..errors import ConfigError
 from ..isr.pooling import (
+    Cell,
     Grid,
     Layout,
     OpenRatio,
@@ -82,7 +83,7 @@ class EmbeddingFreeAttention(nn.Module):
         return self.isr_ratio if self.isr_keys is None else (
             multiplier_near(self.isr_keys, self.num_keys(height, width, 1), self.isr_ratio))
 
-    def query_cell(self, height: int, width: int) -> Grid:
+    def query_cell(self, height: int, width: int) -> Cell:
         """Sides of the cells whose queries are averaged on a map of this size."""
         return query_cell((height, width), self.query_ratio if self.isr_queries is None else (
             multiplier_near(self.isr_queries, height * width, self.query_ratio)))

@@ -8,6 +8,7 @@ import importlib
 import json
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -291,8 +292,13 @@ def _load_transformers(name: str, given: Any, settings: dict[str, Any], keep_rat
     safe = dict(trust_remote_code=False)
     network = given
     if network is None:
-        network, info = load.from_pretrained(name, weights_only=True, output_loading_info=True,
-                                             ignore_mismatched_sizes=True, **safe)
+        bars = transformers.logging
+        with ExitStack() as stack:
+            if Path(name).is_dir() and bars.is_progress_bar_enabled():  # a download keeps its bar
+                bars.disable_progress_bar()
+                stack.callback(bars.enable_progress_bar)
+            network, info = load.from_pretrained(name, weights_only=True, output_loading_info=True,
+                                                 ignore_mismatched_sizes=True, **safe)
         wrong = [str(key[0] if isinstance(key, tuple) else key)
                  for what in ('missing_keys', 'mismatched_keys') for key in info[what]]
         if wrong:

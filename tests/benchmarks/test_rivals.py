@@ -33,7 +33,7 @@ def test_document(edaformer, segformer, tmp_path):
         macs = count_macs(MODELS.build(Config.fromfile(config).model), (128, 192))
         assert f'| {macs / 1e9:.3f} |' in rows['none']
     assert len(re.findall(r'\| `todo 2` \| [+-]', text)) == 2
-    assert ', enlarged 2 times. ' in text
+    assert re.search(r'; 2 images of \d+; GMACs for 64x96 pixels, enlarged 2 times\.\n', text)
     assert "--samples 2 --input-scale 2 --ways 2+q2 'scale 0.5' 'todo 2'" in text
     with Image.open(tmp_path / 'rivals.png') as plot:
         assert plot.height > 2 * 600

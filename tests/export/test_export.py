@@ -18,7 +18,7 @@ from PIL import Image
 
 from mmseg_edaformer import export as package
 from mmseg_edaformer.engine.single_file import pack_file
-from mmseg_edaformer.errors import ConfigError, UserError
+from mmseg_edaformer.errors import ConfigError, RatioError, UserError
 from mmseg_edaformer.export import FORMATS, Exported, export, parity, runtimes
 from mmseg_edaformer.export.graph import Deployed
 from mmseg_edaformer.export.runtimes import placing
@@ -215,6 +215,15 @@ def test_queries_as_an_input_too(work, scenes, files):
     for ratio in 'none', f'{RATIO}+q2', '1+q3', '2+q3212-321':
         segmenter.isr_ratio = ratio
         assert (file(images, isr_ratio=ratio) == predict(segmenter, images)).mean() > 0.9995
+
+
+def test_an_input_and_another_method(work):
+    model = Segmenter(work, device='cpu').model
+    deployed, images = Deployed(model, True, ('isr_ratio',)), torch.zeros(1, 64, 96, 3).byte()
+    with isr(model, 2, method='max'), pytest.raises(
+            RatioError, match=r'isr_method max .*: give one in place of runtime, or .* average'):
+        deployed(images, torch.full((7,), 2))
+    assert deployed(images, torch.full((7,), 2)).shape == (1, 64, 96)
 
 
 def test_a_ratio_that_cannot_be_fixed_is_noted(quick_export, tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ from PIL import Image
 from mmseg_edaformer.data.drawing import draw_scene
 from mmseg_edaformer.errors import ConfigError
 from mmseg_edaformer.export import FORMATS, web
-from mmseg_edaformer.export.graph import Deployed, describe, quiet, trace
+from mmseg_edaformer.export.graph import Deployed, describe, multipliers, quiet, trace
 from mmseg_edaformer.export.runtimes import KEY
 from mmseg_edaformer.export.web import export_page, halve_weights, write_page
 from mmseg_edaformer.isr import ISRRatio
@@ -34,6 +34,7 @@ from tests.conftest import ROOT, seeing_model, wait_for, write_config
 from tests.processes import run_tool
 
 TIE = 1e-3  # of logits whose largest are about 10
+STAGES = [*(f'encoder {i}' for i in range(1, 5)), *(f'decoder {i}' for i in range(2, 5))]
 RATIOS = {'as trained': [1] * 7, 'optimal': [2, 2, 1, 1, 2, 2, 2], 'all 4': [4] * 7}
 
 
@@ -81,7 +82,7 @@ def cases():
     for text in 'none', '2', '2211-222', '4111-111':
         ratio = ISRRatio.parse(text)
         yield dict(name='ratioText', args=[
-            [*ratio.for_stages('encoder', 4), *ratio.for_stages('decoder', 3)], 4], wanted=text)
+            multipliers(ratio, STAGES), STAGES], wanted=text)
 
 
 def test_pixels(tmp_path):
@@ -153,6 +154,8 @@ def test_the_folder_holds_what_the_page_needs_and_nothing_else(site, graph):
         *RATIOS.items()][:2]
     assert model['files']['cpu']['model.onnx'] == (site / 'model.onnx').stat().st_size
     assert (site / 'model.onnx').stat().st_size < 0.75 * graph.stat().st_size
+    policy = re.search('Security-Policy" content="(.*?)"', (site / 'index.html').read_text())[1]
+    assert policy == ''.join(re.findall('"(.*?)"', (site / 'threads.js').read_text()))
     for name in 'index.html', 'app.js', 'worker.js', 'pixels.js', 'threads.js', 'web.css':
         assert not re.findall('(?:https?:)?//[a-z0-9.-]+/', (site / name).read_text()), name
 
@@ -201,6 +204,14 @@ def test_folders_and_packages_that_cannot_be_used(tmp_path, monkeypatch):
         with pytest.raises(ConfigError, match='mine is not the folder of a page'):
             export_page('model.pth', mine, runtime=tmp_path)
     assert len([*mine.iterdir()]) == 2
+    (mine / 'thesis.txt').unlink()
+    (mine / 'model.json').write_text('{"dial": [], "examples": ["examples/scene1.jpg"]}')
+    (mine / 'examples').mkdir()
+    (mine / 'examples/scene1.jpg').touch()
+    web._check_folder(mine)
+    (mine / 'examples/holiday.jpg').touch()
+    with pytest.raises(ConfigError, match='or it holds other files too'):
+        web._check_folder(mine)
     monkeypatch.chdir(mine)
     for out in '.', '..', mine:
         with pytest.raises(ConfigError, match='would replace the folder that you are in'):
@@ -228,14 +239,14 @@ def test_errors_of_the_export_name_the_folder(tmp_path, package, monkeypatch):
     with pytest.raises(ConfigError) as caught:
         export_page('model.pth', tmp_path / 'site', runtime=package)
     assert str(caught.value) == (
-        f'{tmp_path / "site"} is not written: the page needs a model whose ONNX file takes any '
-        'size and ratio (model.onnx is not written: too hard)')
+        f'{tmp_path / "site"} is not written: the page needs an ONNX file that takes any size and '
+        'ratio, and its export failed: too hard')
 
 
 def test_the_old_page_stays_when_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
     out = tmp_path / 'site'
     out.mkdir()
-    (out / 'model.json').write_text('{"dial": []}')
+    (out / 'model.json').write_text('{"dial": [], "examples": []}')
     replace = Path.replace
 
     def fail(self, target):

@@ -63,6 +63,8 @@ def test_a_ratio_that_is_a_tensor(grid, ratio):
     torch.testing.assert_close(
         spread_query_tokens(pool_query_tokens(x, layout, dial), layout, dial),
         spread_query_tokens(pool_query_tokens(x, layout, ratio), layout, ratio))
+    with pytest.raises(RatioError, match='give one in place of runtime'):
+        8 % dial
     maps = torch.randn(2, 3, *grid)
     pool = tuple(min(2 * ratio, side) for side in grid)
     torch.testing.assert_close(dial.average(maps, 2, whole=True),

@@ -63,9 +63,11 @@ def test_labels_are_those_of_transformers(name, tmp_path):
         assert differing(segmenter, image, labels) <= labels.size // 2000
 
 
-def test_the_dial_comes_off_bit_for_bit(segformer):
+def test_the_dial_comes_off_bit_for_bit(segformer, capfd):
     image = scene(70, 133)
     segmenter = Segmenter(segformer, device='cpu')
+    assert 'Loading weights' not in capfd.readouterr().err
+    assert transformers.logging.is_progress_bar_enabled()
     inputs = segmenter.load(image)[1]['inputs'][None]
     with torch.no_grad():
         trained = segmenter.model(inputs)

@@ -80,7 +80,7 @@ function fail(reason) {
   tell('');
   if ($('backend').value !== 'gpu') return complain(
     !/memory|alloc/i.test(reason) ? `The model cannot run in this browser: ${reason}` :
-      `Too little memory for this size: choose a smaller longer side under "more" (${reason})`);
+      'Too little memory for this size: choose a smaller longer side under "more"');
   $('backend').value = $('backend').options[1].value;
   warning = `The CPU computes, because the model cannot run on the GPU: ${reason}`;
   refresh();
@@ -156,7 +156,7 @@ function show({ name, size, shown, input, chosen }, labels) {
   }));
   const scaled = `${input}` === `${size}` ? '' : `, resized to ${by(input)} for the network`;
   $('notes').textContent = `${name}: ${by(size)} pixels${scaled}. Ratio of the right side: ` +
-    `--isr-ratio ${ratioText(chosen, model.encoder)}`;
+    `--isr-ratio ${ratioText(chosen, model.stages)}`;
   $('save-mask').disabled = $('save-overlay').disabled = false;
   tell('');
 }
@@ -213,7 +213,7 @@ async function useCamera() {
 function choose(chosen) {
   ratio = chosen;
   const known = model.dial.findIndex(position => `${position.ratio}` === `${ratio}`);
-  const text = model.dial[known]?.name ?? ratioText(ratio, model.encoder);
+  const text = model.dial[known]?.name ?? ratioText(ratio, model.stages);
   if (known >= 0) $('dial').value = known;
   $('dial').ariaValueText = $('dial-text').textContent = $('side').textContent = text;
   $('stages').querySelectorAll('input').forEach((input, i) => {

@@ -122,9 +122,9 @@ export function median(values) {
   return sorted.length % 2 ? sorted[middle] : (sorted[middle - 1] + sorted[middle]) / 2;
 }
 
-/** A ratio as `--isr-ratio` takes it; the first multipliers are the encoder's. */
-export function ratioText(/** @type {number[]} */ multipliers, encoder) {
+/** A ratio as `--isr-ratio` takes it; `stages` are names like "encoder 1". */
+export function ratioText(/** @type {number[]} */ multipliers, /** @type {string[]} */ stages) {
   if (new Set(multipliers).size === 1) return multipliers[0] === 1 ? 'none' : `${multipliers[0]}`;
-  const parts = [multipliers.slice(0, encoder), multipliers.slice(encoder)];
+  const parts = ['e', 'd'].map(kind => multipliers.filter((_, i) => stages[i][0] === kind));
   return parts.map(part => part.join('') || '1').join('-');
 }

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..key_layout import Arguments, Call, InputMap, Patches, Window
+from ..pooling import Ratio
 from ..rules import AttentionRule, Irreducible, Rule
 
 
@@ -18,7 +19,7 @@ class MaskedWindow(Window):
     """
     shape: str = 'hw_shape'
 
-    def fitting(self, call: Call, ratio: int, method: str) -> tuple[int, str]:
+    def fitting(self, call: Call, ratio: Ratio, method: str) -> tuple[Ratio, str]:
         if method == 'average' or not all(self._padding(call)):
             return ratio, ''
         return 1, f'{method} would mix tokens and the padding of a window'
