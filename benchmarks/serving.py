@@ -209,7 +209,7 @@ class Bench:
     def settings(self, policy: dict[str, Any]) -> dict[str, Any]:
         """Return the config of a server with a policy."""
         from mmseg_edaformer import serve
-        return serve.config(self.model, dict(in_flight=10 ** 4) | policy, port=self.port,
+        return serve.config(self.model, policy, port=self.port, in_flight=10 ** 4,
                             replicas=(self.replicas,) * 2)
 
     def run(self, scenes: Sequence[Scene], policy: dict[str, Any], arrivals: Sequence[float]

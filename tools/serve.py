@@ -28,10 +28,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--deadline-ms', type=float, default=1000., metavar='MS', help='time from '
                         'a request to its answer (default: 1000); what cannot be in time is '
                         'refused at once')
-    add_isr_ratio(parser, several=True, default=None, note=', from the least reduced to the floor '
+    add_isr_ratio(parser, several=True, default=None, note=', from the finest to the coarsest '
                   '(default: none 2 2+q2 4+q4, or those of --sweep)')
     parser.add_argument('--sweep', metavar='FILE', help='sweep.json of tools/isr_sweep.py, whose '
-                        'ratios are taken and whose mIoU /model tells')
+                        'ratios are taken, and whose mIoU /model tells')
     parser.add_argument('--max-drop', type=float, metavar='POINTS', help='leave out ratios of the '
                         'sweep that lose more mIoU')
     parser.add_argument('--max-side', type=int, metavar='N', help='scale larger images down for '
@@ -50,20 +50,22 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--token-file', metavar='FILE', help='file with a token, which requests '
                         'then need')
     parser.add_argument('--allow-overrides', action='store_true', help='let requests set their '
-                        'isr_ratio, query_ratio, max_side and deadline_ms')
+                        'isr_ratio and query_ratio among those of the server, max_side and '
+                        'deadline_ms')
     parser.add_argument('--max-upload', type=float, default=20, metavar='MB',
                         help='refuse larger requests (default: 20 megabytes)')
     parser.add_argument('--megapixels', type=float, default=16, metavar='N',
                         help='refuse larger images (default: 16)')
     parser.add_argument('--in-flight', type=int, default=64, metavar='N',
-                        help='most requests that a replica holds (default: 64)')
+                        help='most requests at once for each replica (default: 64)')
     parser.add_argument('--address', help='deploy on a running Ray and return: auto, or '
                         'ray://host:10001 (default: start one on this machine)')
     parser.add_argument('--yaml', action='store_true',
                         help='print the file for "serve deploy", and start nothing')
     args = parser.parse_args()
-    if args.max_drop is not None and args.sweep is None:
-        parser.error('--max-drop needs --sweep, which measured the mIoU')
+    if args.max_drop is not None and (args.sweep is None or args.isr_ratio is not None):
+        parser.error('--max-drop chooses among the ratios of --sweep: give that, and no '
+                     '--isr-ratio')
     return args
 
 
@@ -73,11 +75,14 @@ def main() -> None:
     import os
 
     from mmseg_edaformer import serve
-    for name in 'threads', 'in_flight', 'deadline_ms', 'max_upload', 'megapixels':
+    for name in 'threads', 'in_flight', 'max_upload', 'deadline_ms', 'megapixels':
         if not getattr(args, name) > 0:
             raise ConfigError(f'--{name.replace("_", "-")} {getattr(args, name)}: give a number '
                               'above 0')
-    miou = serve.read_sweep(args.sweep, args.max_drop) if args.sweep else {}
+    miou = {}
+    if args.sweep is not None:
+        from mmseg_edaformer.analysis.sweep_report import read_ratios
+        miou = read_ratios(args.sweep, args.max_drop)
     ratios = read_isr_ratio(args, [*miou] or ['none', '2', '2+q2', '4+q4'])
     paths = {name: os.path.abspath(path) if path is not None and os.path.exists(path) else path
              for name, path in (('model', args.model), ('checkpoint', args.checkpoint),
@@ -86,9 +91,10 @@ def main() -> None:
         dict(model=paths['model'], checkpoint=paths['checkpoint'], device=args.device,
              max_side=args.max_side, keep_ratio=args.keep_ratio),
         dict(deadline_ms=args.deadline_ms, isr_ratio=[*ratios], miou=miou,
-             in_flight=args.in_flight, megapixels=args.megapixels, overrides=args.allow_overrides),
+             megapixels=args.megapixels, overrides=args.allow_overrides),
         replicas=args.replicas, threads=args.threads, host=args.host, port=args.port,
-        hosts=args.allow_host, token_file=paths['token_file'], body_mb=args.max_upload)
+        hosts=args.allow_host, token_file=paths['token_file'], body_mb=args.max_upload,
+        in_flight=args.in_flight)
     if args.yaml:
         import yaml
         yaml.safe_dump(settings, sys.stdout, sort_keys=False)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from prettytable import PrettyTable, TableStyle
 
-from ..errors import ConfigError
+from ..errors import ConfigError, first_line
 from ..files import write_file
 from .bench import SCALE, Bench
 from .report_plots import LINE, MARKED, figure_of, write_csv
@@ -175,6 +175,24 @@ def find_sweep(checkpoint: Path, work_dir: Path) -> tuple[list[Row], str] | None
         except (OSError, ValueError, KeyError, TypeError):  # no sweep
             continue
     return None
+
+
+def read_ratios(path: str | Path, max_drop: float | None = None) -> dict[str, float]:
+    """Return the mIoU of the ratios of a sweep.json that are worth having, the slowest first.
+
+    No other ratio beats them in both mIoU and time, and they lose at most ``max_drop``.
+    """
+    try:
+        rows = [Row(**row) for row in json.loads(Path(path).read_text(encoding='utf-8'))['rows']]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f'{path} is no sweep.json of tools/isr_sweep.py ({first_line(error)})'
+                          ) from error
+    kept = {row.isr_ratio: row.miou for row in sorted(rows, key=lambda row: -row.ms)
+            if row.pareto_ms and not row.isr_ratio.startswith(SCALE) and
+            (max_drop is None or row.change >= -max_drop)}
+    if not kept:
+        raise ConfigError(f'{path}: no ratio loses at most {max_drop} mIoU: allow more')
+    return kept
 
 
 def draw(rows: Sequence[Row], path: Path, recommended: str | None = None,

@@ -136,7 +136,7 @@ def serve(segmenter: Segmenter, *, host: str = _HERE, port: int = 7860, names: S
             mock.patch.dict(os.environ, GRADIO_TEMP_DIR=os.path.join(folder, 'uploads')):
         gr = _import_gradio()
         comparer = Comparer(segmenter, max_side)
-        with _listen(host, port) as listening:
+        with listen(host, port) as listening:
             page = build_page(comparer, draw_examples(Path(folder)))
             fastapi, uvicorn = (importlib.import_module(name) for name in ('fastapi', 'uvicorn'))
             app = gr.mount_gradio_app(
@@ -227,7 +227,7 @@ def _refuse_strangers(app: Any, names: set[str]) -> Any:
     return guarded
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server(
             (host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET)

@@ -2,22 +2,19 @@
 
 `config` says what to serve, and is what ``serve deploy`` reads; `run` serves it from this process.
 """
-import json
 import logging
 import os
 import re
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from ..compat import install_command
-from ..errors import ConfigError, first_line
-from ..predict.ray_pool import connect, import_ray
+from ..errors import ConfigError
+from ..predict.ray_pool import connect, count_workers, import_ray
 
 NAME = 'edaformer'
 """The application's name in Ray Serve."""
@@ -26,28 +23,10 @@ _MANY = 10 ** 4  # requests that Ray Serve passes on; a replica limits them itse
 _DRAIN = 30.  # seconds for the last answers
 
 
-def read_sweep(path: str | Path, max_drop: float | None = None) -> dict[str, float]:
-    """Return the mIoU of the ratios of a sweep that are worth having, from the slowest on.
-
-    These are those than which none is both better and faster, and which lose at most ``max_drop``.
-    """
-    try:
-        rows = json.loads(Path(path).read_text(encoding='utf-8'))['rows']
-        kept = {row['isr_ratio']: row['miou'] for row in sorted(rows, key=lambda row: -row['ms'])
-                if row['pareto_ms'] and not row['isr_ratio'].startswith('scale') and
-                -row['change'] <= (max_drop if max_drop is not None else 100.)}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f'{path} is no sweep.json of tools/isr_sweep.py ({first_line(error)})'
-                          ) from error
-    if not kept:
-        raise ConfigError(f'{path}: no ratio loses at most {max_drop} mIoU: allow more')
-    return kept
-
-
 def config(model: Mapping[str, Any], policy: Mapping[str, Any], *,
            replicas: tuple[int, int] = (1, 1), threads: int = 1, host: str = '127.0.0.1',
            port: int = 8000, hosts: Sequence[str] = (), token_file: str | None = None,
-           body_mb: float = 20.) -> dict[str, Any]:
+           body_mb: float = 20., in_flight: int = 64) -> dict[str, Any]:
     """Return what ``serve deploy`` reads, as YAML.
 
     Args:
@@ -58,17 +37,20 @@ def config(model: Mapping[str, Any], policy: Mapping[str, Any], *,
         host, port: Where to listen.
         hosts: Further names of this server.
         token_file, body_mb: See `Front`.
+        in_flight: Most requests at once for each replica.
     """
     least, most = replicas
     number: dict[str, Any] = dict(num_replicas=least) if least == most else dict(
         autoscaling_config=dict(min_replicas=least, max_replicas=most, target_ongoing_requests=2))
     front = dict(hosts=[*dict.fromkeys([host, 'localhost', '127.0.0.1', *hosts])],
-                 token_file=token_file, body_mb=body_mb)
+                 token_file=token_file, body_mb=body_mb, in_flight=most * in_flight)
+    changed = [os.path.getmtime(path) for path in (model['model'], model.get('checkpoint'))
+               if path is not None and os.path.exists(path)]  # new weights are another config
     return dict(
         proxy_location='EveryNode', http_options=dict(host=host, port=port),
         applications=[dict(
             name=NAME, route_prefix='/', import_path=f'{__name__}:application',
-            args=dict(model=dict(model), threads=threads, front=front),
+            args=dict(model=dict(model), threads=threads, front=front, changed=changed),
             deployments=[dict(name='Replica', user_config=dict(policy), **number)])])
 
 
@@ -79,18 +61,19 @@ def application(args: dict[str, Any]) -> Any:
 
     from .front import Front
     from .replica import Replica
-    model, threads = dict(args['model']), args['threads']
-    on_gpu = model.get('device') != 'cpu' and ray.cluster_resources().get('GPU', 0) > 0
-    model['device'] = 'cuda' if on_gpu else 'cpu'
+    model, threads, gpus = dict(args['model']), args['threads'], ray.cluster_resources().get('GPU')
+    asked = str(model.get('device') or ('cuda' if gpus else 'cpu'))
+    if asked != 'cpu' and not gpus:
+        raise ConfigError(f'--device {asked}: Ray has no GPU here')
+    model['device'] = asked.partition(':')[0]  # Ray gives each replica one of its own
     common: dict[str, Any] = dict(
         max_ongoing_requests=_MANY, graceful_shutdown_timeout_s=_DRAIN,
         graceful_shutdown_wait_loop_s=0.2, health_check_period_s=2.)
-    replicas = serve.deployment(
-        Replica, ray_actor_options=dict(num_cpus=threads, num_gpus=int(on_gpu)), **common)
+    replicas = serve.deployment(Replica, **common, ray_actor_options=dict(
+        num_cpus=threads, num_gpus=int(asked != 'cpu')))
     front = serve.deployment(
         serve.ingress()(Front), name='Front', ray_actor_options=dict(num_cpus=0), **common)
-    return front.bind(replicas.bind(model, threads),
-                      **args['front'])
+    return front.bind(replicas.bind(model, threads), **args['front'])
 
 
 def run(settings: dict[str, Any], address: str | None = None) -> None:
@@ -102,15 +85,14 @@ def run(settings: dict[str, Any], address: str | None = None) -> None:
     Raises:
         ConfigError: Ray Serve or the model cannot be started.
     """
+    stop = threading.Event()
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, lambda *_: stop.set())
     with started(settings, address):
-        if address is not None:
-            return
-        stop = threading.Event()
-        for number in signal.SIGINT, signal.SIGTERM:
-            signal.signal(number, lambda *_: stop.set())
-        print('http://{host}:{port}/docs   (Ctrl-C ends it)'.format(**settings['http_options']),
-              flush=True)
-        stop.wait()
+        if address is None:
+            print('http://{host}:{port}/docs   (Ctrl-C ends it)'.format(
+                **settings['http_options']), flush=True)
+            stop.wait()
 
 
 @contextmanager
@@ -122,14 +104,16 @@ def started(settings: dict[str, Any], address: str | None = None) -> Iterator[No
     except ImportError as error:
         raise ConfigError(f'Ray Serve is not installed here ({error}): {install_command("serve")}'
                           ) from error
+    from ..predict.page import listen
     os.environ.setdefault('RAY_worker_niceness', '0')  # 15 is for work that can wait
     logging.getLogger('ray.serve').setLevel(logging.WARNING)
     if address is None:
-        _check_port(**settings['http_options'])
+        listen(**settings['http_options']).close()  # which fails at once if others do
     app = settings['applications'][0]
     options = app['deployments'][0]
-    replicas = options.get('num_replicas') or options['autoscaling_config']['max_replicas']
-    with connect(address, replicas * app['args']['threads']):
+    with connect(address, None):
+        count_workers(options.get('num_replicas') or options['autoscaling_config']['max_replicas'],
+                      app['args']['threads'])
         serve.start(proxy_location=settings['proxy_location'],
                     http_options=settings['http_options'])
         try:
@@ -146,21 +130,18 @@ def deploy(settings: dict[str, Any]) -> None:
     from ray.serve.context import _get_global_client
     from ray.serve.schema import ServeDeploySchema
 
+    from ..isr import ISRRatio
     from .messages import Policy
-    Policy(**settings['applications'][0]['deployments'][0]['user_config'])
+    for ratio in Policy(**settings['applications'][0]['deployments'][0]['user_config']).isr_ratio:
+        ISRRatio.parse(ratio)
+    if others := {*serve.status().applications} - {NAME}:
+        raise ConfigError(f'Ray serves {", ".join(others)} there, which this would end: add the '
+                          'application of --yaml to their file')
     # As the command ``serve run FILE``; the function serve.run restarts all replicas each time.
     _get_global_client().deploy_apps(ServeDeploySchema.model_validate(settings))
     while (app := serve.status().applications[NAME]).status != 'RUNNING':
         if 'FAILED' in app.status or app.status == 'UNHEALTHY':
             text = '\n'.join([app.message, *(one.message for one in app.deployments.values())])
-            found = re.findall(r'errors\.\w+: (.+)', text) or [text.strip().splitlines()[-1]]
+            found = re.findall(r'errors\.\w+: (.+)', text) or text.strip().splitlines()
             raise ConfigError(f'the model cannot be served: {found[-1]}')
         time.sleep(0.1)
-
-
-def _check_port(host: str, port: int) -> None:
-    try:
-        socket.create_server((host, port)).close()
-    except (OSError, OverflowError) as error:
-        raise ConfigError(f'cannot listen on --host {host} --port {port} ({error}): give others'
-                          ) from error

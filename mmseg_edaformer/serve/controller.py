@@ -1,9 +1,9 @@
-"""Which ratio the next request gets: the least reduced one with which all that wait are in time.
+"""Which ratio the next request gets: the finest one at which every waiting request is in time.
 
 Nothing here knows of Ray, models or clocks, so that a simulation runs the same code.
 """
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 _WEIGHT = 0.2  # of a new measurement
@@ -35,7 +35,7 @@ class Costs:
         known[size] = mean + _WEIGHT * error, deviation + _WEIGHT * (abs(error) - deviation)
 
     def seconds(self, ratio: str, pixels: int) -> float:
-        """Return what an image will take at most, most of the time; 0 at an unknown ratio.
+        """Return the mean and the deviation together, an estimate on the safe side; 0 if unknown.
 
         Of a size that was never seen, it is that of the nearest one in proportion to the pixels.
         """
@@ -55,11 +55,11 @@ def _bucket(pixels: int) -> int:
 
 @dataclass(frozen=True)
 class Controller:
-    """Chooses among ratios, which are listed from the least to the most reduced, the floor.
+    """Chooses among ratios, which are listed from the finest to the coarsest.
 
     While several requests wait, ``reserve`` of the time that is left to each is kept free for those
-    that are still to come, and a less reduced ratio than the last one needs ``calm`` more, so that
-    ratios do not alternate. A request that waits alone may take all of its time: nothing is reduced
+    that are still to come, and a finer ratio than the last one needs ``calm`` more, so that ratios
+    do not alternate. A request that waits alone may take all of its time: nothing is reduced
     without a queue.
     """
     ratios: tuple[str, ...]
@@ -68,29 +68,33 @@ class Controller:
 
     def choose(self, now: float, waiting: Sequence[Job], costs: Costs, last: str | None = None
                ) -> str:
-        """Return the ratio for those that wait, served in the order of ``waiting``."""
+        """Return the ratio for those that wait, served in the order of ``waiting``.
+
+        If none is fast enough, it is the fastest.
+        """
         before = self.ratios.index(last) if last in self.ratios else 0
         for index, ratio in enumerate(self.ratios):
             share = 1. if len(waiting) == 1 else 1 - self.reserve - self.calm * (index < before)
             if all(end <= share * (job.due - now)
                    for job, end in zip(waiting, _ends(waiting, ratio, costs))):
                 return ratio
-        return self.ratios[-1]
+        return min(self.ratios, key=lambda ratio: max(_ends(waiting, ratio, costs)))
+
+    def least(self, job: Job, costs: Costs) -> float:
+        """Return the seconds of a request at the fastest ratio, or at its own."""
+        return min(costs.seconds(ratio, job.pixels)
+                   for ratio in ([job.ratio] if job.ratio else self.ratios))
 
     def find_late(self, now: float, waiting: Sequence[Job], costs: Costs) -> set[int]:
-        """Return the indices of those that are late even if all others get the floor."""
+        """Return the indices of those that are late even if all get the fastest ratio."""
         late = set()
         for index, job in enumerate(waiting):
-            seconds = costs.seconds(job.ratio or self.ratios[-1], job.pixels)
-            if now + seconds > job.due:
+            end = now + self.least(job, costs)
+            if end > job.due:
                 late.add(index)
             else:
-                now += seconds
+                now = end
         return late
-
-    def drain(self, waiting: Sequence[Job], costs: Costs) -> float:
-        """Return the seconds in which all that wait are served at the floor."""
-        return max(_ends(waiting, self.ratios[-1], costs), default=0.)
 
 
 def _ends(waiting: Sequence[Job], ratio: str, costs: Costs) -> Iterator[float]:
@@ -98,13 +102,3 @@ def _ends(waiting: Sequence[Job], ratio: str, costs: Costs) -> Iterator[float]:
     for job in waiting:
         seconds += costs.seconds(job.ratio or ratio, job.pixels)
         yield seconds
-
-
-def faster(ratios: Sequence[str], seconds: Mapping[str, float], least: float = 0.03
-           ) -> tuple[str, ...]:
-    """Return the ratios without those that are not this much faster than all before them."""
-    kept = list(ratios[:1])
-    for ratio in ratios[1:]:
-        if seconds[ratio] < (1 - least) * min(seconds[other] for other in kept):
-            kept.append(ratio)
-    return tuple(kept)

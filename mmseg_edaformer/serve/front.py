@@ -3,25 +3,27 @@ import asyncio
 import hmac
 import math
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, HTTPException, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from ray.exceptions import RayActorError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException as AnyHTTPException
-from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
 
 from ..errors import ConfigError
 from .messages import Answer, Wish
 
 _OPEN = '/healthz', '/readyz'  # which need no token
-_RECEIVING = 10.  # seconds for a whole request to come in
+_RECEIVING, _ANSWERING = 10., 300.  # seconds
 _BUCKETS = tuple(0.005 * 2 ** step for step in range(12))
 
 
@@ -30,23 +32,25 @@ class Front:
 
     Args:
         replicas: Handle of the deployment of `Replica`.
-        hosts: Names by which the server may be reached, all if there are none.
+        hosts: Names by which the server may be reached.
         token_file: A file with the token that requests need.
         body_mb: Largest body in megabytes.
+        in_flight: Most requests at once.
     """
 
-    def __init__(self, replicas: DeploymentHandle, hosts: tuple[str, ...] = (),
-                 token_file: str | None = None, body_mb: float = 20.) -> None:
-        self.replicas, self.hosts, self.most = replicas, {*map(str.lower, hosts)}, body_mb * 2 ** 20
+    def __init__(self, replicas: DeploymentHandle, hosts: list[str], token_file: str | None = None,
+                 body_mb: float = 20., in_flight: int = 64) -> None:
+        self.replicas, self.hosts = replicas, {*map(str.lower, hosts)}
+        self.most, self.in_flight, self.held = body_mb * 2 ** 20, in_flight, 0
         self.token = Path(token_file).read_text().strip() if token_file else ''
         if token_file and not self.token:
             raise ConfigError(f'{token_file} is empty: write the token into it')
         self.registry = CollectorRegistry()
-        self.requests = Counter('edaformer_requests', 'Requests', ['status', 'isr_ratio'],
-                                registry=self.registry)
+        self.requests = Counter('edaformer_requests', 'Requests for a mask', [
+            'status', 'isr_ratio'], registry=self.registry)
         self.retries = Counter('edaformer_retries', 'Requests whose replica died',
                                registry=self.registry)
-        self.seconds = Histogram('edaformer_seconds', 'Time of requests', ['part'],
+        self.seconds = Histogram('edaformer_seconds', 'Time of answers', ['part'],
                                  registry=self.registry, buckets=_BUCKETS)
 
     def __serve_build_asgi_app__(self) -> FastAPI:  # which Ray Serve asks for
@@ -54,48 +58,41 @@ class Front:
         app.middleware('http')(self._guard)
         for error in AnyHTTPException, RequestValidationError, Exception:
             app.exception_handler(error)(_tell)
-        app.post('/segment', responses={200: dict(content={'image/png': {}})},
-                 response_model=None, openapi_extra=dict(requestBody=dict(
-                     required=True, content={'image/*': dict(schema=dict(
-                         type='string', format='binary'))})))(self.segment)
+        content = {'image/*': dict(schema=dict(type='string', format='binary'))}
+        app.post('/segment', responses={200: dict(content={'image/png': {}})}, response_model=None,
+                 openapi_extra=dict(requestBody=dict(required=True, content=content))
+                 )(self.segment)
         for route in self.healthz, self.readyz, self.model, self.metrics:
             app.get(f'/{route.__name__}', response_model=None)(route)
         return app
 
-    async def segment(
-            self, request: Request,
-            isr_ratio: Annotated[str | None, Query(max_length=60)] = None,
-            query_ratio: Annotated[str | None, Query(max_length=60)] = None,
-            max_side: Annotated[int | None, Query(ge=32)] = None,
-            deadline_ms: Annotated[float | None, Query(gt=0, le=3.6e6)] = None,
-            rle: bool = False) -> Response:
-        """Predict an image: its body, or the first file of a form.
+    async def segment(self, request: Request, wish: Annotated[Wish, Query()]) -> Response:
+        """Predict an image: the body, or the one file of a form.
 
         The answer is a PNG whose pixels are class indices, in the colours of the classes; with
         `Accept: application/json` it is the share of each class, and with `rle=true` also its mask
         as runs (COCO's uncompressed RLE).
         """
-        start = time.monotonic()
+        since = time.time()
+        figures = 'application/json' in request.headers.get('accept', '')
+        if wish.rle and not figures:
+            raise HTTPException(406, 'rle=true is for JSON: send Accept: application/json')
+        if self.held >= self.in_flight:
+            return _problem(503, 'too many requests: ask again later', 1.)
+        self.held += 1
         try:
             async with asyncio.timeout(_RECEIVING):
                 body = await self._read(request)
+            async with asyncio.timeout(_ANSWERING):
+                answer = await self._ask(body, wish, figures, since)
         except TimeoutError:
-            raise HTTPException(408, f'the request took more than {_RECEIVING:g} s to come in'
-                                ) from None
-        json = 'application/json' in request.headers.get('accept', '')
-        if rle and not json:
-            raise HTTPException(406, 'rle=true is for JSON: send Accept: application/json')
-        wish = Wish(isr_ratio, query_ratio, max_side, deadline_ms, json, rle)
-        try:
-            answer: Answer = await self.replicas.segment.remote(
-                body, wish, time.monotonic() - start)
-        except RayActorError:  # it died meanwhile: another one is asked, once
-            self.retries.inc()
-            answer = await self.replicas.segment.remote(body, wish, time.monotonic() - start)
-        self.requests.labels(answer.status, answer.isr_ratio).inc()
+            raise HTTPException(408, f'the request took more than {_RECEIVING:g} s to come in, or '
+                                f'its answer more than {_ANSWERING:g} s') from None
+        finally:
+            self.held -= 1
         if answer.status != 200:
             return _problem(answer.status, str(answer.content), answer.wait)
-        times = dict(queue=answer.queue, compute=answer.compute, total=time.monotonic() - start)
+        times = dict(queue=answer.queue, compute=answer.compute, total=time.time() - since)
         for part, seconds in times.items():
             self.seconds.labels(part).observe(seconds)
         headers = {'ISR-Ratio': answer.isr_ratio, 'Server-Timing': ', '.join(
@@ -113,8 +110,8 @@ class Front:
         try:
             async with asyncio.timeout(2.):
                 await self.model()
-        except (TimeoutError, RayActorError):
-            return _problem(503, 'no replica answers yet', 1.)
+        except (TimeoutError, RayActorError, RayServeException):
+            return _problem(503, 'no replica answers', 1.)
         return JSONResponse(dict(status='ok'))
 
     async def model(self) -> dict[str, Any]:
@@ -126,44 +123,62 @@ class Front:
         """Give counts and times to Prometheus."""
         return Response(generate_latest(self.registry), media_type='text/plain; version=0.0.4')
 
+    async def _ask(self, *question: Any) -> Answer:
+        """Ask a replica, and another one if it dies meanwhile, once."""
+        for _ in range(2):
+            try:
+                answer: Answer = await self.replicas.segment.remote(*question)
+                return answer
+            except RayActorError:
+                self.retries.inc()
+            except RayServeException:
+                break
+        return Answer(503, 'no replica answers: ask again later', wait=1.)
+
     async def _read(self, request: Request) -> bytes:
-        """Return the image in a request's body, of which no more than allowed is read."""
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > self.most:
+        """Return the image in a request, of which no more than allowed is read."""
+        size = 0
+
+        async def receive() -> Any:
+            nonlocal size
+            message = await request.receive()
+            size += len(message.get('body', b''))
+            if size > self.most:
                 raise HTTPException(413, f'the request has more than {self.most / 2 ** 20:g} MB')
+            return message
+
+        limited = Request(request.scope, receive)
         if not request.headers.get('content-type', '').startswith('multipart/form-data'):
-            return bytes(body)
-
-        async def stream() -> AsyncGenerator[bytes, None]:
-            yield bytes(body)
-
-        try:
-            form = await MultiPartParser(request.headers, stream(), max_files=1, max_fields=10,
-                                         max_part_size=2 ** 16).parse()
-        except MultiPartException as error:
-            raise HTTPException(400, f'the form cannot be read: {error.message}') from error
-        for value in form.values():
-            if not isinstance(value, str):
-                return await value.read()
+            return await limited.body()
+        async with limited.form(max_files=1, max_fields=10) as form:
+            for value in form.values():
+                if not isinstance(value, str):
+                    return await value.read()
         raise HTTPException(400, 'the form holds no file: send the image as one')
 
     async def _guard(self, request: Request, proceed: Callable[[Request], Any]) -> Response:
-        """Refuse other host names, so that no web page can reach the server, and wrong tokens."""
-        if self.hosts and (request.url.hostname or '').lower() not in self.hosts:
-            return _problem(421, 'this server is not known by this host name: start it with '
-                            '--allow-host NAME')
+        """Refuse other host names, pages of other sites and wrong tokens; count the requests."""
         scheme, _, token = request.headers.get('authorization', '').partition(' ')
-        if self.token and request.url.path not in _OPEN and not (
+        names = {request.url.hostname, urlsplit(request.headers.get('origin', '')).hostname}
+        if not names - {None} <= self.hosts:
+            response = _problem(421, 'this server is not known by this host name: start it with '
+                                '--allow-host NAME')
+        elif self.token and request.url.path not in _OPEN and not (
                 scheme.lower() == 'bearer' and hmac.compare_digest(
                     token.encode(), self.token.encode())):
-            return _problem(401, 'this server needs a token: send Authorization: Bearer TOKEN')
-        response: Response = await proceed(request)
+            response = _problem(401, 'this server needs a token: send Authorization: Bearer TOKEN')
+            response.headers['WWW-Authenticate'] = 'Bearer'
+        else:
+            try:
+                response = await proceed(request)
+            except ClientDisconnect:
+                response = Response(status_code=499)
+        if request.url.path == '/segment':
+            self.requests.labels(response.status_code, response.headers.get('isr-ratio', '')).inc()
         return response
 
 
-def _problem(status: int, message: str, wait: float | None = None) -> JSONResponse:
+def _problem(status: int, message: str, wait: float | None = None) -> Response:
     """Return an error in the one shape that all have."""
     return JSONResponse(dict(error=dict(status=status, message=message)), status,
                         None if wait is None else {'Retry-After': str(math.ceil(wait))})

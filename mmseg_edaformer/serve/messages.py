@@ -2,6 +2,8 @@
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from pydantic import BaseModel, Field
+
 from ..errors import ConfigError
 
 
@@ -10,33 +12,30 @@ class Policy:
     """What can be changed while a server runs.
 
     Attributes:
-        isr_ratio: From the least to the most reduced, which is the floor.
+        isr_ratio: From the finest to the coarsest.
         deadline_ms: Time from a request to its answer.
         miou: mIoU of ratios, where a sweep measured it.
-        in_flight: Most requests that a replica holds.
         megapixels: Largest image.
-        overrides: Whether requests may set their ratio, size and deadline.
+        overrides: Whether requests may choose their ratio among these, their size and deadline.
     """
-    isr_ratio: list[str]
-    deadline_ms: float
+    isr_ratio: list[str] = field(default_factory=lambda: ['none'])
+    deadline_ms: float = 1000.
     miou: dict[str, float] = field(default_factory=dict)
-    in_flight: int = 64
     megapixels: float = 16.
     overrides: bool = False
 
     def __post_init__(self) -> None:
-        if not self.isr_ratio or min(self.deadline_ms, self.in_flight, self.megapixels) <= 0:
-            raise ConfigError('a server needs an isr_ratio, and a deadline_ms, in_flight and '
-                              f'megapixels above 0: {self}')
+        if not self.isr_ratio or min(self.deadline_ms, self.megapixels) <= 0:
+            raise ConfigError('a server needs an isr_ratio, and a deadline_ms and megapixels above '
+                              f'0: {self}')
 
 
-class Wish(NamedTuple):
-    """What a request asks for; ``json`` for figures in place of a mask, ``rle`` for runs too."""
-    isr_ratio: str | None = None
-    query_ratio: str | None = None
-    max_side: int | None = None
-    deadline_ms: float | None = None
-    json: bool = False
+class Wish(BaseModel, extra='forbid'):
+    """What a request sets itself."""
+    isr_ratio: str | None = Field(None, max_length=60)
+    query_ratio: str | None = Field(None, max_length=60)
+    max_side: int | None = Field(None, ge=32)
+    deadline_ms: float | None = Field(None, gt=0, le=3.6e6)
     rle: bool = False
 
 

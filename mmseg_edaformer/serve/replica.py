@@ -3,6 +3,7 @@ import asyncio
 import io
 import logging
 import math
+import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from ..data.transforms import check_header
 from ..errors import ConfigError, DataError, UserError
 from ..isr import ISRRatio
 from ..predict.segmenter import Loaded, Segmentation, Segmenter
-from .controller import Controller, Costs, Job, faster
+from .controller import Controller, Costs, Job
 from .messages import Answer, Policy, Wish
 
 _SIDES = 256, 512, 1024  # of the images that are timed at first
@@ -35,7 +36,7 @@ class _Job(Job):
 
 
 class _Late(Exception):
-    """A request that has waited, and that the floor does not save."""
+    """A request that has waited, and is late even at the fastest ratio."""
 
 
 class Replica:
@@ -53,44 +54,62 @@ class Replica:
         cv2.setNumThreads(threads)
         self.segmenter = Segmenter(**model)
         self.costs, self.controller, self.last = Costs(), Controller(('none',)), ''
+        self.policy: Policy | None = None
         self.waiting: list[_Job] = []
-        self.held, self.free, self.broken = 0, 0., ''
+        self.free, self.encoding = 0., 0.
         self.more = asyncio.Event()
         self.work: asyncio.Task[None] | None = None
-        self.computing, self.coding = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self.computing, self.coding = ThreadPoolExecutor(1), ThreadPoolExecutor(2)
 
     async def reconfigure(self, settings: dict[str, Any]) -> None:
-        """Take the arguments of a `Policy`; ratios that are new are timed."""
-        policy = Policy(**settings)
-        ratios = await self._measure([str(ISRRatio.parse(ratio)) for ratio in policy.isr_ratio])
+        """Take the arguments of a `Policy`; ratios that are new are timed.
+
+        Ray Serve would stop a replica that raises an error here, so a running one keeps what it
+        has.
+        """
+        try:
+            policy = Policy(**settings)
+            ratios = tuple(str(ISRRatio.parse(ratio)) for ratio in policy.isr_ratio)
+            await self._measure(ratios)
+        except UserError as error:
+            if self.policy is None:
+                raise
+            _LOG.error('the new settings are not taken: %s', error)
+            return
         self.policy, self.controller = policy, Controller(ratios)
 
-    async def segment(self, body: bytes, wish: Wish, spent: float) -> Answer:
-        """Answer a request that came ``spent`` seconds ago."""
-        came = time.monotonic() - spent
-        if self.held >= self.policy.in_flight:
-            return self._refuse()
-        self.held += 1
+    async def segment(self, body: bytes, wish: Wish, figures: bool, since: float) -> Answer:
+        """Answer a request that came at the time ``since``, with a mask or with figures."""
+        assert self.policy is not None
+        came = time.monotonic() - max(0., time.time() - since)
         try:
             ratio = self._read(wish)
             loaded = await self._run(self.coding, self._load, body, wish.max_side)
-            job = _Job(came + (wish.deadline_ms or self.policy.deadline_ms) / 1e3, _pixels(loaded),
-                       ratio, came, loaded, asyncio.get_running_loop().create_future())
-            if job in self._find_late([*self.waiting, job]):
-                return self._refuse()
-            self.waiting = sorted([*self.waiting, job], key=lambda job: job.due)
+            due = came + (wish.deadline_ms or self.policy.deadline_ms) / 1e3 - self.encoding
+            job = _Job(due, _pixels(loaded), ratio, came, loaded,
+                       asyncio.get_running_loop().create_future())
+            waiting = sorted([*self.waiting, job], key=lambda job: job.due)
+            if self._find_late(waiting):  # the new one, or it would make another one late
+                return self._refuse(job)
+            self.waiting = waiting
             self.more.set()
             self.work = self.work or asyncio.create_task(self._work())
-            return await self._run(self.coding, _encode, wish, *await job.future)
+            try:
+                result, ratio, start, end = await job.future
+            except _Late:
+                return self._refuse(job)
+            content = await self._run(self.coding, _encode, result, figures, wish.rle)
+            self.encoding += 0.1 * (time.monotonic() - end - self.encoding)
+            if figures:
+                content |= dict(isr_ratio=ratio, queue_ms=1e3 * (start - came),
+                                compute_ms=1e3 * (end - start))
+            return Answer(200, content, ratio, start - came, end - start)
         except UserError as error:
             return Answer(422, str(error))
-        except _Late:
-            return self._refuse()
-        finally:
-            self.held -= 1
 
     async def describe(self) -> dict[str, Any]:
         """Return the classes, and what the ratios cost here."""
+        assert self.policy is not None
         table = self.costs.table()
         return dict(model=Path(self.segmenter.source).name, device=str(self.segmenter.device),
                     classes=self.segmenter.classes, palette=self.segmenter.description.palette,
@@ -99,9 +118,9 @@ class Replica:
                         for ratio in self.controller.ratios])
 
     async def check_health(self) -> None:
-        """Raise an error, so that Ray Serve replaces this replica, if the model is broken."""
-        if self.broken:
-            raise RuntimeError(f'the model cannot predict any more: {self.broken}')
+        """Raise an error, so that Ray Serve replaces this replica, if nothing is predicted."""
+        if self.work is not None and self.work.done():
+            self.work.result()
 
     async def _work(self) -> None:
         """Predict those that wait, the earliest deadline first."""
@@ -136,7 +155,7 @@ class Replica:
                 if isinstance(result, Exception):
                     job.future.set_exception(result)
                 else:
-                    job.future.set_result((result, ratio, start - job.came, now - start))
+                    job.future.set_result((result, ratio, start, now))
 
     async def _predict(self, ratio: str, loaded: Sequence[Loaded], learn: bool = True) -> list[Any]:
         """Predict images of one size, and learn what that takes."""
@@ -151,8 +170,8 @@ class Replica:
             self.costs.add(ratio, _pixels(loaded[0]), seconds / len(loaded))
         return results
 
-    async def _measure(self, ratios: Sequence[str]) -> tuple[str, ...]:
-        """Time ratios at a few sizes, and return those that save time."""
+    async def _measure(self, ratios: Sequence[str]) -> None:
+        """Time ratios at a few sizes."""
         end = time.monotonic() + _MEASURING
         new = [ratio for ratio in ratios if ratio not in self.costs.table()]
         for side in _SIDES:
@@ -160,36 +179,43 @@ class Replica:
             loaded = await self._run(self.coding, self.segmenter.load, noise)
             for turn in range(3):
                 for ratio in new:  # the first pass may compile
-                    await self._predict(ratio, [loaded] * self.segmenter.batch_size, turn > 0)
-            seconds = {ratio: self.costs.seconds(ratio, _pixels(loaded)) for ratio in ratios}
-            if time.monotonic() > end:
-                break
-        return faster(ratios, seconds)
+                    if side == _SIDES[0] or time.monotonic() < end:
+                        await self._predict(ratio, [loaded], turn > 0)
 
     async def _test(self) -> None:
-        """Notice that no prediction works any more, such as after an error of a GPU."""
+        """End this process, which Ray Serve replaces, if no prediction works any more."""
         try:
-            await self._predict('none', [self.segmenter.load(np.zeros((64, 64, 3), np.uint8))])
-        except Exception as error:
-            self.broken = str(error)
+            image = self.segmenter.load(np.zeros((64, 64, 3), np.uint8))
+            await self._predict(self.controller.ratios[0], [image], learn=False)
+        except Exception:  # such as after an error of a GPU
+            _LOG.exception('the model cannot predict any more')
+            os._exit(1)
 
     def _read(self, wish: Wish) -> str | None:
         """Return the ratio that a request asks for, if it asks for one."""
-        if not self.policy.overrides and any(wish[:4]):
-            raise ConfigError('this server chooses ratio, size and deadline itself: leave '
-                              'isr_ratio, query_ratio, max_side and deadline_ms out')
+        assert self.policy is not None
+        asked = wish.model_dump(exclude_none=True, exclude={'rle'})
+        if asked and not self.policy.overrides:
+            raise ConfigError('this server chooses ratio, size and deadline itself: leave out '
+                              + ', '.join(asked))
         most = self.segmenter.max_side
-        if wish.max_side is not None and not 32 <= wish.max_side <= (most or 0):
-            raise ConfigError(f'max_side {wish.max_side}: give 32 to {most} pixels' if most else
+        if wish.max_side is not None and wish.max_side > (most or 0):
+            raise ConfigError(f'max_side {wish.max_side}: give at most {most}' if most else
                               'max_side: this server was started without --max-side, so that none '
                               'can be set')
         if wish.isr_ratio is None and wish.query_ratio is None:
             return None
-        return str(ISRRatio.parse(wish.isr_ratio or 'none').with_queries(wish.query_ratio))
+        ratio = str(ISRRatio.parse(
+            'none' if wish.isr_ratio is None else wish.isr_ratio).with_queries(wish.query_ratio))
+        if ratio not in self.controller.ratios:
+            raise ConfigError('this server predicts at '
+                              f'{", ".join(self.controller.ratios)}, not at {ratio}')
+        return ratio
 
     def _load(self, body: bytes, max_side: int | None) -> Loaded:
         """Decode an image as tools/predict.py does."""
-        name = 'of the request'
+        assert self.policy is not None
+        name = 'the body'
         check_header('image', name, body, round(self.policy.megapixels * 1e6))
         with tempfile.NamedTemporaryFile() as file:
             file.write(body)
@@ -203,12 +229,13 @@ class Replica:
         late = self.controller.find_late(max(time.monotonic(), self.free), jobs, self.costs)
         return [jobs[index] for index in late]
 
-    def _refuse(self) -> Answer:
-        wait = self.controller.drain(self.waiting, self.costs) + max(
-            0., self.free - time.monotonic())
-        return Answer(503, 'too many requests wait for an answer in time: ask again later' if wait
-                      else 'an image of this size cannot be predicted within the deadline',
-                      wait=max(1., wait))
+    def _refuse(self, job: _Job) -> Answer:
+        """Return what one is told who is late, or makes others late."""
+        if job.came + self.controller.least(job, self.costs) > job.due:
+            return Answer(503, 'an image of this size cannot be predicted within the deadline')
+        wait = max(0., self.free - time.monotonic()) + sum(
+            self.controller.least(other, self.costs) for other in self.waiting)
+        return Answer(503, 'too many requests wait: ask again later', wait=max(1., wait))
 
     async def _run(self, threads: ThreadPoolExecutor, call: Any, *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(threads, call, *args)
@@ -218,20 +245,16 @@ def _pixels(loaded: Loaded) -> int:
     return math.prod(loaded[1]['inputs'].shape[1:])
 
 
-def _encode(wish: Wish, result: Segmentation, ratio: str, queue: float, compute: float) -> Answer:
-    """Return the answer with a mask, or with figures."""
-    if not wish.json:
+def _encode(result: Segmentation, figures: bool, rle: bool) -> bytes | dict[str, Any]:
+    """Return the mask as a PNG, or figures."""
+    if not figures:
         file = io.BytesIO()
         result.mask.save(file, 'PNG')
-        return Answer(200, file.getvalue(), ratio, queue, compute)
+        return file.getvalue()
     size = list(result.labels.shape)
-    content: dict[str, Any] = dict(
-        isr_ratio=ratio, queue_ms=round(1e3 * queue, 2), compute_ms=round(1e3 * compute, 2),
-        size=size, classes=result.shares)
-    if wish.rle:
-        content['masks'] = {result.classes[index]: dict(size=size, counts=_runs(
-            result.labels == index)) for index in np.unique(result.labels)}
-    return Answer(200, content, ratio, queue, compute)
+    masks = [{'class': result.classes[index], 'size': size, 'counts': _runs(result.labels == index)}
+             for index in np.unique(result.labels)] if rle else []
+    return dict(size=size, classes=result.shares) | (dict(masks=masks) if rle else {})
 
 
 def _runs(mask: np.ndarray) -> list[int]:

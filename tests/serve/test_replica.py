@@ -6,6 +6,7 @@ import time
 from contextlib import contextmanager
 
 import cv2
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -16,12 +17,11 @@ from starlette.testclient import TestClient
 
 from mmseg_edaformer.errors import ConfigError
 from mmseg_edaformer.predict.segmenter import Segmenter
-from mmseg_edaformer.serve import replica as replicas
-from mmseg_edaformer.serve.front import Front
+from mmseg_edaformer.serve import front, replica as replicas
 from mmseg_edaformer.serve.messages import Answer, Policy, Wish
 from mmseg_edaformer.serve.replica import Replica
 
-SETTINGS = dict(isr_ratio=['none', '2', '4'], deadline_ms=60_000.)
+SETTINGS = dict(isr_ratio=['none', '2', '4', '2+q2'], deadline_ms=60_000.)
 
 
 @pytest.fixture(scope='module')
@@ -52,9 +52,12 @@ def started(model, monkeypatch):
     async def start(**settings):
         replica = Replica(model, 1)
         await replica.reconfigure(SETTINGS | settings)
-        replica.controller = replicas.Controller(tuple((SETTINGS | settings)['isr_ratio']))
         return replica
     return start
+
+
+def ask_for(replica, body, spent=0., figures=False, **wish):
+    return replica.segment(body, Wish(**wish), figures, time.time() - spent)
 
 
 def pixels(answer):
@@ -67,8 +70,8 @@ def test_masks_are_those_of_predict(started, segmenter, body, tmp_path):
 
     async def ask():
         replica = await started(overrides=True)
-        return [await replica.segment(body, Wish(*wish), 0.) for wish in (
-            (), ('2',), ('2', '2'), (None, None, 64))]
+        return [await ask_for(replica, body, **wish) for wish in (
+            {}, dict(isr_ratio='2'), dict(isr_ratio='2', query_ratio='2'), dict(max_side=64))]
 
     answers = asyncio.run(ask())
     assert [answer.isr_ratio for answer in answers] == ['none', '2', '2+q2', 'none']
@@ -85,8 +88,8 @@ def test_masks_are_those_of_predict(started, segmenter, body, tmp_path):
 def test_figures_and_runs(started, body):
     async def ask():
         replica = await started()
-        return [await replica.segment(body, Wish(json=json, rle=json), 0.5)
-                for json in (False, True)]
+        return [await ask_for(replica, body, 0.5, figures, rle=figures)
+                for figures in (False, True)]
 
     mask, answer = asyncio.run(ask())
     content, labels = answer.content, pixels(mask)
@@ -95,9 +98,10 @@ def test_figures_and_runs(started, body):
     assert content['queue_ms'] > 500
     assert content['compute_ms'] > 0
     assert sum(content['classes'].values()) == pytest.approx(1, abs=1e-5)
-    assert content['masks'].keys() == content['classes'].keys()
+    assert {mask['class'] for mask in content['masks']} == content['classes'].keys()
     total = np.zeros((96, 128), int)
-    for name, runs in ((name, mask['counts']) for name, mask in content['masks'].items()):
+    for each in content['masks']:
+        name, runs = each['class'], each['counts']
         assert sum(runs) == 96 * 128
         mask = np.repeat(np.arange(len(runs)) % 2, runs).reshape(128, 96).T
         total += mask
@@ -115,19 +119,18 @@ def test_runs_begin_with_zeros(values):
 def test_a_queue_turns_the_dial_and_its_end_turns_it_back(started, body):
     async def ask():
         replica = await started()
+        replica.controller = replicas.Controller(('none', '2', '4'), reserve=0., calm=0.)
+        replica.costs = replicas.Costs()
         for ratio, seconds in ('none', 1.), ('2', 0.5), ('4', 0.3):
             for _ in range(60):
                 replica.costs.add(ratio, 96 * 128, seconds)
-        replica.controller = replicas.Controller(('none', '2', '4'), reserve=0., calm=0.)
         replica.costs.add = lambda *_: None
-        tasks = [asyncio.create_task(replica.segment(body, Wish(), spent))
-                 for spent in (57.8, 57.8, 57.8, 57.8, 57.8, 57.8, 57.8, 57.8)]
-        answers = await asyncio.gather(*tasks)
-        return answers, await replica.segment(body, Wish(), 0.)
+        answers = await asyncio.gather(*(ask_for(replica, body, 57.8) for _ in range(9)))
+        return answers, await ask_for(replica, body)
 
     answers, after = asyncio.run(ask())
     assert after.isr_ratio == 'none'
-    assert '4' in {answer.isr_ratio for answer in answers}
+    assert {answer.isr_ratio for answer in answers} & {'2', '4'}
     refused = [answer for answer in answers if answer.status == 503]
     assert refused
     assert all(answer.wait >= 1 for answer in refused)
@@ -136,30 +139,44 @@ def test_a_queue_turns_the_dial_and_its_end_turns_it_back(started, body):
 
 def test_refused_at_once(started, body):
     async def ask():
-        replica = await started(in_flight=2, overrides=True)
+        replica = await started(overrides=True)
         start = time.monotonic()
-        late = await replica.segment(body, Wish(deadline_ms=0.01), 0.)
-        took = time.monotonic() - start
-        many = await asyncio.gather(*(replica.segment(body, Wish(), 0.) for _ in range(5)))
-        return late, took, [answer.status for answer in many], replica
+        late = await ask_for(replica, body, deadline_ms=0.01)
+        return late, time.monotonic() - start, replica
 
-    late, took, many, replica = asyncio.run(ask())
+    late, took, replica = asyncio.run(ask())
     assert late.status == 503
-    assert 'within the deadline' in late.content
+    assert 'cannot be predicted within the deadline' in late.content
+    assert late.wait is None
     assert took < 5
-    assert sorted(many) == [200, 200, 503, 503, 503]
-    assert replica.held == 0
     assert replica.waiting == []
 
 
+def test_no_new_request_makes_another_one_late(started, body):
+    async def ask():
+        replica = await started(overrides=True)
+        replica.costs = replicas.Costs()
+        for ratio in SETTINGS['isr_ratio']:
+            replica.costs.add(ratio, 96 * 128, 10.)
+        replica.costs.add = lambda *_: None
+        first = asyncio.create_task(ask_for(replica, body, deadline_ms=12_000.))
+        others = [asyncio.create_task(ask_for(replica, body, deadline_ms=ms))
+                  for ms in (21_000., 11_000., 60_000.)]
+        return await asyncio.gather(first, *others)
+
+    # What comes second would be in time, the third one too, but only before the first or second.
+    assert [answer.status for answer in asyncio.run(ask())].count(503) >= 1
+
+
 @pytest.mark.parametrize(('content', 'wish', 'message'), [
-    (b'', Wish(), 'it is empty'),
-    (b'no image at all', Wish(), 'format is unknown'),
-    ('half', Wish(), 'of the request'),
-    ('large', Wish(), 'has 96x4000 pixels, more than 100000'),
-    (None, Wish('banana'), 'cannot parse isr_ratio'),
-    (None, Wish('1234-12'), 'has 2 multipliers for the decoder'),
-    (None, Wish(max_side=512), 'give 32 to 256'),
+    (b'', {}, 'it is empty'),
+    (b'no image at all', {}, 'format is unknown'),
+    ('half', {}, 'the body'),
+    ('large', {}, 'has 96x4000 pixels, more than 100000'),
+    (None, dict(isr_ratio='banana'), 'cannot parse isr_ratio'),
+    (None, dict(isr_ratio=''), 'cannot parse isr_ratio'),
+    (None, dict(isr_ratio='3'), 'this server predicts at none, 2, 4, 2+q2, not at 3'),
+    (None, dict(max_side=512), 'give at most 256'),
 ])
 def test_what_cannot_be_answered(started, body, content, wish, message):
     if content == 'half':
@@ -169,8 +186,8 @@ def test_what_cannot_be_answered(started, body, content, wish, message):
 
     async def ask():
         replica = await started(overrides=True, megapixels=0.1)
-        return [await replica.segment(*question, 0.) for question in (
-            (body if content is None else content, wish), (body, Wish()))]
+        return [await ask_for(replica, body if content is None else content, **wish),
+                await ask_for(replica, body)]
 
     answer, next_one = asyncio.run(ask())
     assert answer.status == 422
@@ -179,30 +196,41 @@ def test_what_cannot_be_answered(started, body, content, wish, message):
     assert next_one.status == 200
 
 
-def test_overrides_are_for_who_is_allowed(started, body):
+def test_overrides_are_for_those_who_may(started, body):
     async def ask():
         replica = await started()
-        return [await replica.segment(body, wish, 0.) for wish in (
-            Wish('2'), Wish(query_ratio='2'), Wish(max_side=64), Wish(deadline_ms=5.))]
+        return {name: await ask_for(replica, body, **{name: value}) for name, value in (
+            ('isr_ratio', '2'), ('isr_ratio', ''), ('query_ratio', '2'), ('max_side', 64),
+            ('deadline_ms', 5.))}
 
-    assert {(answer.status, 'chooses' in answer.content) for answer in asyncio.run(ask())} == {
-        (422, True)}
+    for name, answer in asyncio.run(ask()).items():
+        assert answer.status == 422
+        assert answer.content.endswith(f'leave out {name}')
 
 
-def test_who_leaves_costs_nothing(started, body):
+def test_a_client_that_leaves_costs_nothing(started, body):
     async def ask():
-        replica = await started()
-        tasks = [asyncio.create_task(replica.segment(body, Wish(), 0.)) for _ in range(6)]
-        await asyncio.sleep(0.05)
-        for task in tasks[1:]:
+        replica, gate, predicted = await started(), asyncio.Event(), []
+        predict = replica._predict
+
+        async def gated(ratio, loaded):
+            await gate.wait()
+            predicted.append(loaded)
+            return await predict(ratio, loaded)
+        replica._predict = gated
+        tasks = [asyncio.create_task(ask_for(replica, body)) for _ in range(6)]
+        while len(replica.waiting) < 5:  # the first one is at the gate
+            await asyncio.sleep(0.01)
+        for task in tasks[3:]:
             task.cancel()
+        gate.set()
         done = await asyncio.gather(*tasks, return_exceptions=True)
-        return done, await replica.segment(body, Wish(), 0.), replica
+        return done, await ask_for(replica, body), predicted
 
-    done, after, replica = asyncio.run(ask())
-    assert done[0].status == after.status == 200
-    assert all(isinstance(error, asyncio.CancelledError) for error in done[1:])
-    assert replica.held == 0
+    done, after, predicted = asyncio.run(ask())
+    assert {answer.status for answer in (*done[:3], after)} == {200}
+    assert all(isinstance(error, asyncio.CancelledError) for error in done[3:])
+    assert len(predicted) == 4
 
 
 def test_images_of_a_size_go_together(started, body):
@@ -217,7 +245,7 @@ def test_images_of_a_size_go_together(started, body):
         replica._predict = spy
         other = cv2.imencode('.png', np.zeros((64, 64, 3), np.uint8))[1].tobytes()
         sent = [body, other, body, body, body, other]
-        answers = await asyncio.gather(*(replica.segment(each, Wish(), 0.) for each in sent))
+        answers = await asyncio.gather(*(ask_for(replica, each) for each in sent))
         return [pixels(answer) for answer in answers], batches
 
     masks, batches = asyncio.run(ask())
@@ -230,7 +258,10 @@ def test_images_of_a_size_go_together(started, body):
 
 
 @pytest.mark.parametrize('lasting', [False, True])
-def test_a_defect_is_told_and_a_lasting_one_replaces_the_replica(started, body, lasting):
+def test_a_defect_is_told_and_a_lasting_one_ends_the_process(started, body, lasting, monkeypatch):
+    ended = []
+    monkeypatch.setattr(replicas.os, '_exit', ended.append)
+
     async def ask():
         replica = await started()
         predict, calls = replica.segmenter.predict_loaded, []
@@ -242,15 +273,27 @@ def test_a_defect_is_told_and_a_lasting_one_replaces_the_replica(started, body, 
             return predict(window)
         replica.segmenter.predict_loaded = fail
         with pytest.raises(RuntimeError, match='CUDA error'):
-            await replica.segment(body, Wish(), 0.)
-        if lasting:
-            with pytest.raises(RuntimeError, match='cannot predict any more: CUDA error'):
-                await replica.check_health()
-        else:
-            await replica.check_health()
-            assert (await replica.segment(body, Wish(), 0.)).status == 200
+            await ask_for(replica, body)
+        await replica.check_health()
+        if not lasting:
+            assert (await ask_for(replica, body)).status == 200
 
     asyncio.run(ask())
+    assert ended == [1] * lasting
+
+
+def test_one_that_works_no_more_is_not_healthy(started, body):
+    async def ask():
+        replica = await started()
+        replica.controller = None
+        with pytest.raises(asyncio.TimeoutError):
+            async with asyncio.timeout(2.):
+                await ask_for(replica, body)
+        with pytest.raises(AttributeError):
+            await replica.check_health()
+
+    with pytest.raises(AttributeError):  # in segment itself
+        asyncio.run(ask())
 
 
 def test_ratios_change_while_it_runs(started, body):
@@ -258,17 +301,23 @@ def test_ratios_change_while_it_runs(started, body):
         replica = await started()
         first = await replica.describe()
         await replica.reconfigure(dict(isr_ratio=['2'], deadline_ms=5000., miou={'2': 40.}))
-        return first, await replica.describe(), await replica.segment(body, Wish(), 0.)
+        second, answer = await replica.describe(), await ask_for(replica, body)
+        for wrong in dict(isr_ratio=['banana']), dict(isr_ratio=['1234-12']), dict(deadline_ms=0.):
+            await replica.reconfigure(SETTINGS | wrong)
+            now = await replica.describe()
+            assert now['deadline_ms'] == 5000.
+            assert [entry['isr_ratio'] for entry in now['ratios']] == ['2']
+        return first, second, answer
 
     first, second, answer = asyncio.run(ask())
-    assert [entry['isr_ratio'] for entry in first['ratios']] == ['none', '2', '4']
+    assert [entry['isr_ratio'] for entry in first['ratios']] == SETTINGS['isr_ratio']
     assert all(entry['ms'] and min(entry['ms'].values()) > 0 for entry in first['ratios'])
     assert second['deadline_ms'] == 5000.
     assert answer.isr_ratio == '2'
     assert second['ratios'][0]['miou'] == 40.
 
 
-@pytest.mark.parametrize('settings', [dict(isr_ratio=[]), dict(deadline_ms=0.), dict(in_flight=0)])
+@pytest.mark.parametrize('settings', [dict(isr_ratio=[]), dict(deadline_ms=0.), dict(megapixels=0)])
 def test_a_policy_that_makes_no_sense(settings):
     with pytest.raises(ConfigError, match='above 0'):
         Policy(**SETTINGS | settings)
@@ -293,10 +342,10 @@ class Handle:
 
 
 @contextmanager
-def client_of(answer=MASK, **settings):
+def client_of(answer=MASK, hosts=('testserver',), **settings):
     handle = Handle(answer)
-    front = Front(handle, **settings)
-    with TestClient(front.__serve_build_asgi_app__(), raise_server_exceptions=False) as client:
+    app = front.Front(handle, hosts, **settings)
+    with TestClient(app.__serve_build_asgi_app__(), raise_server_exceptions=False) as client:
         yield client, handle
 
 
@@ -318,9 +367,9 @@ def test_a_mask_and_its_headers():
     assert response.headers['content-type'] == 'image/png'
     assert response.headers['isr-ratio'] == '2'
     assert response.headers['server-timing'].startswith('queue;dur=100.0, compute;dur=200.0, total')
-    body, wish, spent = handle.asked[0]
-    assert (body, wish[:4]) == (b'image', ('2', None, None, 50.))
-    assert 0 <= spent < 5
+    body, wish, figures, since = handle.asked[0]
+    assert (body, wish, figures) == (b'image', Wish(isr_ratio='2', deadline_ms=50.), False)
+    assert 0 <= time.time() - since < 5
     assert form.status_code == 200
     assert handle.asked[1][0] == b'image of a form'
     assert 'edaformer_requests_total{isr_ratio="2",status="200"} 2.0' in text
@@ -332,7 +381,7 @@ def test_json():
         response = client.post('/segment?rle=1', content=b'image',
                                headers={'Accept': 'application/json'})
         assert response.json() == dict(classes=dict(sky=1.))
-        assert handle.asked[0][1][4:] == (True, True)
+        assert handle.asked[0][1:3] == (Wish(rle=True), True)
         error_of(client.post('/segment?rle=1', content=b'image'), 406)
 
 
@@ -343,14 +392,18 @@ def test_errors_have_one_shape():
         assert response.headers['retry-after'] == '2'
         assert 'max_side' in error_of(client.post('/segment?max_side=x', content=b'i'), 422)
         assert 'deadline_ms' in error_of(client.post('/segment?deadline_ms=-1', content=b'i'), 422)
+        assert 'ratio' in error_of(client.post('/segment?ratio=2', content=b'i'), 422)
         error_of(client.get('/nothing'), 404)
         error_of(client.get('/segment'), 405)
         form = {'Content-Type': 'multipart/form-data; boundary=x'}
         field = b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\nb\r\n--x--\r\n'
         assert 'no file' in error_of(client.post('/segment', content=field, headers=form), 400)
-        assert 'cannot be read' in error_of(
-            client.post('/segment', content=b'--y', headers={'Content-Type': 'multipart/form-data'}
-                        ), 400)
+        assert 'boundary' in error_of(client.post('/segment', content=b'--y', headers={
+            'Content-Type': 'multipart/form-data'}), 400)
+        two = [('image', ('a.png', b'a')), ('image', ('b.png', b'b'))]
+        assert 'Too many files' in error_of(client.post('/segment', files=two), 400)
+        assert 'edaformer_requests_total{isr_ratio="",status="422"} 3.0' in (
+            client.get('/metrics').text)
     with client_of(ValueError('/secret/path')) as (client, _):
         response = client.post('/segment', content=b'image')
         assert 'secret' not in error_of(response, 500)
@@ -369,6 +422,25 @@ def test_a_body_that_is_too_large_is_not_read():
         assert handle.asked == []
 
 
+def test_a_slow_request_and_too_many(monkeypatch):
+    monkeypatch.setattr(front, '_RECEIVING', 0.2)
+
+    async def slowly():
+        yield b'x'
+        await asyncio.sleep(5.)
+
+    async def ask(app):
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url='http://testserver') as client:
+            return await client.post('/segment', content=slowly())
+
+    with client_of() as (client, handle):
+        assert '0.2 s to come in' in error_of(asyncio.run(ask(client.app)), 408)
+    with client_of(in_flight=0) as (client, _):
+        assert 'too many' in error_of(client.post('/segment', content=b'image'), 503)
+    assert handle.asked == []
+
+
 def test_host_names_and_tokens(tmp_path):
     (tmp_path / 'token').write_text('secret\n')
     (tmp_path / 'empty').write_text('\n')
@@ -379,9 +451,10 @@ def test_host_names_and_tokens(tmp_path):
         assert client.post('/segment', content=b'i', headers=right).status_code == 200
         assert client.get('/healthz').status_code == 200
         assert client.get('/healthz', headers={'Host': 'name:80'}).status_code == 200
-        assert '--allow-host' in error_of(client.get('/healthz', headers={'Host': 'evil.org'}), 421)
+        for headers in {'Host': 'evil.org'}, {'Origin': 'http://evil.org'}:
+            assert '--allow-host' in error_of(client.get('/healthz', headers=headers), 421)
     with pytest.raises(ConfigError, match='is empty'):
-        Front(handle, token_file=tmp_path / 'empty')
+        front.Front(handle, [], token_file=tmp_path / 'empty')
 
 
 def test_a_replica_that_dies_is_asked_again_elsewhere():
@@ -392,7 +465,9 @@ def test_a_replica_that_dies_is_asked_again_elsewhere():
         assert len(handle.asked) == 2
         assert 'edaformer_retries_total 1.0' in client.get('/metrics').text
     with client_of(RayActorError()) as (client, handle):
-        error_of(client.post('/segment', content=b'image'), 500)
+        response = client.post('/segment', content=b'image')
+        assert 'no replica answers' in error_of(response, 503)
+        assert response.headers['retry-after'] == '1'
         assert len(handle.asked) == 2
         error_of(client.get('/readyz'), 503)
 

@@ -179,3 +179,35 @@ def test_a_file_for_serve_deploy(work):
     assert app['deployments'][0]['autoscaling_config']['max_replicas'] == 4
     from ray.serve.schema import ServeDeploySchema
     ServeDeploySchema.model_validate(yaml.safe_load(log))
+
+
+@pytest.mark.soak
+def test_two_thousand_requests(whole, tmp_path):
+    """1 % of garbage, a replica killed twice, new settings in between: nothing accepted is lost."""
+    server = Server(whole, tmp_path, '--replicas', '2', '--deadline-ms', '60000')
+    server.wait()
+    try:
+        bodies = [body_of(index, (256, 256)) for index in range(8)]
+        memory, statuses = [], Counter()
+        for turn in range(20):
+            sent = [b'garbage' if index == turn else bodies[index % 8] for index in range(100)]
+            if turn in (5, 12):
+                threading.Timer(0.5, server.replicas()[0].kill).start()
+            if turn == 9:
+                code, log = run_tool(*server.command[1:], '--replicas', '2', '--deadline-ms',
+                                     '50000', '--address', 'auto')
+                assert code == 0, log
+            answers = server.burst(sent, gap=0.02)
+            statuses.update(status for status, *_ in answers)
+            assert answers[turn][0] == 422
+            if turn in (4, 11, 19):
+                end = time.monotonic() + 60
+                while len(server.replicas()) < 2 and time.monotonic() < end:
+                    time.sleep(0.5)
+                memory.append(max(process.memory_info().rss for process in server.replicas()))
+        print(statuses, [round(value / 2 ** 20) for value in memory])
+        assert statuses == {200: 1980, 422: 20}
+        assert memory[-1] < 1.2 * memory[0]
+    finally:
+        server.process.terminate()
+        server.process.wait(60)
