@@ -9,6 +9,7 @@ import heapq
 import json
 import math
 import random
+import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -52,9 +53,13 @@ def draw_arrivals(count: int, rate: float, seed: int = 0) -> list[float]:
 
 @dataclass
 class Reply:
-    """What a request got: a latency in seconds, None if it was refused, and a ratio."""
+    """What a request got: a latency in seconds, None if it was refused, and a ratio.
+
+    ``outside`` is the part of the latency in which it neither waited nor was computed.
+    """
     latency: float | None
     ratio: str = ''
+    outside: float = 0.
     areas: Any = None  # intersections and unions of the classes
 
 
@@ -155,7 +160,10 @@ async def send(address: str, scenes: Sequence[Scene], arrivals: Sequence[float])
                                 ) as response:
             body = await response.read()
             if response.status == 200:
-                replies[index] = Reply(time.perf_counter() - sent, response.headers['ISR-Ratio'])
+                latency, timing = time.perf_counter() - sent, response.headers['Server-Timing']
+                inside = [float(ms) / 1e3 for ms in re.findall(r'dur=([\d.]+)', timing)][:2]
+                replies[index] = Reply(latency, response.headers['ISR-Ratio'],
+                                       latency - sum(inside))
                 masks[index] = body
             elif response.status != 503:
                 raise RuntimeError(f'{response.status}: {body!r}')
@@ -237,15 +245,17 @@ def tabulate(rows: Sequence[Mapping[str, Any]]) -> str:
                           for ratio, value in of_sizes[0]['seconds'].items())
         lines += [f'\n**{sizes.replace(",", ", ")} pixels**, deadline '
                   f'{1e3 * of_sizes[0]["deadline"]:.0f} ms; ms of a request: {times}\n',
-                  '| load | | in time | refused | p50 | p95 | p99 ms | mIoU | ratios of those in '
-                  'time |', '|---|---|---|---|---|---|---|---|---|']
+                  '| load | | in time | simulated: as here, 8, 100 replicas | refused | p50 | p95 '
+                  '| p99 ms | mIoU | ratios of those in time |', '|---' * 10 + '|']
         for row in of_sizes:
+            simulated = row.get('simulated')
             ratios = ', '.join(f'{ratio} {100 * share:.0f} %'
                                for ratio, share in row['ratios'].items())
             miou = '' if row['miou'] is None else f'{row["miou"]:.2f}'
             latency = ' | '.join(f'{row[name]:.0f}' for name in ('p50', 'p95', 'p99'))
+            expected = ', '.join(f'{value:.1f}' for value in (simulated or {}).values())
             lines.append(f'| {row["load"]:g} | {row["mode"]} | {row["in_time"]:.1f} % | '
-                         f'{row["refused"]} | {latency} | {miou} | '
+                         f'{expected} | {row["refused"]} | {latency} | {miou} | '
                          f'{ratios if row["mode"] == "controller" else ""} |')
     return '\n'.join(lines) + '\n'
 
@@ -273,6 +283,15 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes[1, 0].set_ylabel('mIoU of those in time')
     axes[0, 0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
+
+
+def expect(seconds: Mapping[str, float], deadline: float, load: float, replicas: int,
+           controlled: bool, overhead: float, requests: int) -> float:
+    """Return the share in time that the simulation expects, in percent."""
+    arrivals = [seconds['none'] * at for at in draw_arrivals(requests, load * replicas)]
+    return float(summarise(simulate(
+        arrivals, seconds, deadline, replicas=replicas, overhead=overhead,
+        controller=Controller(tuple(seconds)) if controlled else None), deadline)['in_time'])
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -304,14 +323,21 @@ def main(argv: Sequence[str] | None = None) -> None:
             seconds = {ratio: bench.request_seconds(scenes, ratio) for ratio in RATIOS}
             unit = seconds['none']
             print(sizes, {ratio: round(value, 3) for ratio, value in seconds.items()}, flush=True)
+            overhead = 0.
             for load in args.loads:
                 arrivals = draw_arrivals(args.requests, load * args.replicas)
                 for mode, policy in MODES.items():
                     deadline = PATIENCE * unit
                     replies = bench.run(scenes, dict(deadline_ms=1e3 * deadline) | policy,
                                         [unit * at for at in arrivals])
+                    overhead = overhead or float(np.median([one.outside for one in replies]))
                     row = dict(sizes=sizes, load=load, mode=mode, deadline=deadline,
                                seconds=seconds) | summarise(replies, deadline)
+                    if mode in ('always none', 'controller'):
+                        row['simulated'] = {number: expect(
+                            seconds, deadline, load, number, mode == 'controller', overhead,
+                            args.requests if number == args.replicas else 200 * number)
+                            for number in (args.replicas, 8, 100)}
                     rows.append(row)
                     print(json.dumps({key: row[key] for key in (
                         'load', 'mode', 'in_time', 'miou', 'p95', 'ratios')}), flush=True)

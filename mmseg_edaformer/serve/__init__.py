@@ -85,11 +85,11 @@ def run(settings: dict[str, Any], address: str | None = None) -> None:
     Raises:
         ConfigError: Ray Serve or the model cannot be started.
     """
-    stop = threading.Event()
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, lambda *_: stop.set())
     with started(settings, address):
         if address is None:
+            stop = threading.Event()
+            for number in signal.SIGINT, signal.SIGTERM:  # in place of Ray's own handlers
+                signal.signal(number, lambda *_: stop.set())
             print('http://{host}:{port}/docs   (Ctrl-C ends it)'.format(
                 **settings['http_options']), flush=True)
             stop.wait()
