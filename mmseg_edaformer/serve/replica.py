@@ -89,7 +89,7 @@ class Replica:
             job = _Job(due, _pixels(loaded), ratio, came, loaded,
                        asyncio.get_running_loop().create_future())
             waiting = sorted([*self.waiting, job], key=lambda job: job.due)
-            if self._find_late(waiting):  # the new one, or it would make another one late
+            if len(self._find_late(waiting)) > len(self._find_late(self.waiting)):
                 return self._refuse(job)
             self.waiting = waiting
             self.more.set()
