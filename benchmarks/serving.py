@@ -12,7 +12,7 @@ import random
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ PATIENCE = 4.
 BURST, SHARE, LENGTH = 3., 0.1, 2.
 """Bursts of this many times the mean rate; their share of the time; their mean length, in times of
 a request at none."""
-_SCENES = 12  # of each size
+_SCENES = 16  # of each size
 _PIXELS = 10 ** 4  # of simulated images
 _EVER = 1e8  # ms: the deadline of a server that never refuses
 
@@ -133,15 +133,15 @@ class Scene(NamedTuple):
     labels: np.ndarray
 
 
-def draw_scenes(sizes: Iterable[int]) -> list[Scene]:
-    """Draw squares of these sizes in turn, whose objects have as many pixels as in training."""
+def draw_scenes(sizes: Sequence[int]) -> list[Scene]:
+    """Draw squares of these sizes in turn, whose objects have as many pixels as at 512."""
     import cv2
 
     from mmseg_edaformer.data.drawing import draw_scene
     scenes = []
     for index in range(_SCENES):
         for size in sizes:
-            image, labels = draw_scene(np.random.default_rng((1, index)), (size, size), 192 / size)
+            image, labels = draw_scene(np.random.default_rng((1, index)), (size, size), 512 / size)
             scenes.append(Scene(cv2.imencode('.png', image[..., ::-1])[1].tobytes(), labels))
     return scenes
 
@@ -319,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     with serve.started(bench.settings(MODES['controller'] | dict(deadline_ms=_EVER))):
         for sizes in args.sizes:
-            scenes = draw_scenes(map(int, sizes.split(',')))
+            scenes = draw_scenes([int(size) for size in sizes.split(',')])
             seconds = {ratio: bench.request_seconds(scenes, ratio) for ratio in RATIOS}
             unit = seconds['none']
             print(sizes, {ratio: round(value, 3) for ratio, value in seconds.items()}, flush=True)
