@@ -55,10 +55,12 @@ def draw_arrivals(count: int, rate: float, seed: int = 0) -> list[float]:
 class Reply:
     """What a request got: a latency in seconds, None if it was refused, and a ratio.
 
-    ``outside`` is the part of the latency in which it neither waited nor was computed.
+    ``compute`` is the part of the latency in which it was computed, and ``outside`` that in which
+    it neither was nor waited for that.
     """
     latency: float | None
     ratio: str = ''
+    compute: float = 0.
     outside: float = 0.
     areas: Any = None  # intersections and unions of the classes
 
@@ -163,7 +165,7 @@ async def send(address: str, scenes: Sequence[Scene], arrivals: Sequence[float])
                 latency, timing = time.perf_counter() - sent, response.headers['Server-Timing']
                 inside = [float(ms) / 1e3 for ms in re.findall(r'dur=([\d.]+)', timing)][:2]
                 replies[index] = Reply(latency, response.headers['ISR-Ratio'],
-                                       latency - sum(inside))
+                                       inside[1], latency - sum(inside))
                 masks[index] = body
             elif response.status != 503:
                 raise RuntimeError(f'{response.status}: {body!r}')
@@ -203,7 +205,7 @@ def summarise(replies: Sequence[Reply], deadline: float) -> dict[str, Any]:
 
 MODES: dict[str, dict[str, Any]] = {
     **{f'always {ratio}': dict(isr_ratio=[ratio], deadline_ms=_EVER) for ratio in RATIOS[:4]},
-    'none, refusing': dict(isr_ratio=['none']), 'controller': dict(isr_ratio=[*RATIOS])}
+    'controller': dict(isr_ratio=[*RATIOS])}
 """What is compared: policies of the server. The first ones never refuse a request."""
 
 
@@ -228,12 +230,11 @@ class Bench:
         return asyncio.run(send(self.address, scenes, arrivals))
 
     def request_seconds(self, scenes: Sequence[Scene], ratio: str = 'none') -> float:
-        """Return what a request takes while all replicas are busy: their number by the rate."""
-        count = 8 * self.replicas
+        """Return what computing a request takes while all replicas are busy."""
+        count = 12 * self.replicas
         policy = dict(isr_ratio=[ratio], deadline_ms=_EVER)
-        self.run(scenes, policy, [0.] * self.replicas)
         replies = self.run(scenes, policy, [0.] * count)
-        return self.replicas * max(reply.latency or 0. for reply in replies) / count
+        return float(np.median([reply.compute for reply in replies]))
 
 
 def tabulate(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -278,7 +279,7 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                           marker='o', markersize=4, label=mode, **style)
         axes[0, column].set_title(f'{sizes.replace(",", ", ")} pixels')
         axes[0, column].axhline(95, color='grey', linestyle=':')
-        axes[1, column].set_xlabel('load, of the capacity at none')
+        axes[1, column].set_xlabel('load, of the computing time at none')
     axes[0, 0].set_ylabel('answers in time, %')
     axes[1, 0].set_ylabel('mIoU of those in time')
     axes[0, 0].legend(fontsize=8)
@@ -300,7 +301,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--sizes', nargs='+', default=['512', '1024', '384,512,768'], metavar='N,N',
                         help='sides of the images of each table (default: 512 1024 384,512,768)')
     parser.add_argument('--loads', nargs='+', type=float, default=LOADS, metavar='L',
-                        help='loads, of what the server answers at none (default: 0.5 to 1.5)')
+                        help='loads: requests in the time that the replicas need to compute one '
+                        'each at none (default: 0.5 to 1.5)')
     parser.add_argument('--requests', type=int, default=120, metavar='N',
                         help='requests at each load, at most 1000 (default: 120)')
     parser.add_argument('--replicas', type=int, default=2, metavar='N')
@@ -320,7 +322,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with serve.started(bench.settings(MODES['controller'] | dict(deadline_ms=_EVER))):
         for sizes in args.sizes:
             scenes = draw_scenes([int(size) for size in sizes.split(',')])
-            seconds = {ratio: bench.request_seconds(scenes, ratio) for ratio in RATIOS}
+            for _ in range(2):  # after which all that Ray starts has started
+                seconds = {ratio: bench.request_seconds(scenes, ratio) for ratio in RATIOS}
             unit = seconds['none']
             print(sizes, {ratio: round(value, 3) for ratio, value in seconds.items()}, flush=True)
             overhead = 0.
