@@ -8,6 +8,7 @@ from mmseg_edaformer.command_line import (
     add_isr_ratio,
     add_keep_ratio,
     add_model_arguments,
+    check_inputs,
     check_model,
     read_isr_ratio,
 )
@@ -72,6 +73,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     check_model(args.model, args.checkpoint)
+    check_inputs([args.token_file] if args.token_file is not None else [])
     import os
 
     from mmseg_edaformer import serve

@@ -104,13 +104,17 @@ def started(settings: dict[str, Any], address: str | None = None) -> Iterator[No
     except ImportError as error:
         raise ConfigError(f'Ray Serve is not installed here ({error}): {install_command("serve")}'
                           ) from error
+    from ..isr import ISRRatio
     from ..predict.page import listen
+    from .messages import Policy
     os.environ.setdefault('RAY_worker_niceness', '0')  # 15 is for work that can wait
     logging.getLogger('ray.serve').setLevel(logging.WARNING)
     if address is None:
         listen(**settings['http_options']).close()  # which fails at once if others do
     app = settings['applications'][0]
     options = app['deployments'][0]
+    for ratio in Policy(**options['user_config']).isr_ratio:
+        ISRRatio.parse(ratio)
     with connect(address, None):
         count_workers(options.get('num_replicas') or options['autoscaling_config']['max_replicas'],
                       app['args']['threads'])
@@ -130,10 +134,6 @@ def deploy(settings: dict[str, Any]) -> None:
     from ray.serve.context import _get_global_client
     from ray.serve.schema import ServeDeploySchema
 
-    from ..isr import ISRRatio
-    from .messages import Policy
-    for ratio in Policy(**settings['applications'][0]['deployments'][0]['user_config']).isr_ratio:
-        ISRRatio.parse(ratio)
     if others := {*serve.status().applications} - {NAME}:
         raise ConfigError(f'Ray serves {", ".join(others)} there, which this would end: add the '
                           'application of --yaml to their file')
