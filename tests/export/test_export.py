@@ -22,7 +22,7 @@ from mmseg_edaformer.errors import ConfigError, RatioError, UserError
 from mmseg_edaformer.export import FORMATS, Exported, export, parity, runtimes
 from mmseg_edaformer.export.graph import Deployed
 from mmseg_edaformer.export.runtimes import placing
-from mmseg_edaformer.isr import isr
+from mmseg_edaformer.isr import ISRRatio, isr
 from mmseg_edaformer.models import StreamedEncoderDecoder
 from mmseg_edaformer.predict.segmenter import Segmenter
 from tests.conftest import ROOT, run, seeing_model, write_config
@@ -372,8 +372,7 @@ test_dataloader = dict(dataset=dict(data_root='{scenes}'))
 
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', ['onnx', 'openvino'])
-def test_int8_is_near_and_says_what_it_costs(work, scenes, tmp_path, kind, quick_export,
-                                             monkeypatch):
+def test_int8_is_near_and_says_what_it_costs(work, scenes, tmp_path, kind, quick_export):
     for name in (*NEEDS[kind], *(['nncf'] if kind == 'openvino' else ())):
         pytest.importorskip(name)
     path = tmp_path / f'model{FORMATS[kind].suffix}'
@@ -385,11 +384,10 @@ def test_int8_is_near_and_says_what_it_costs(work, scenes, tmp_path, kind, quick
     assert report.rows[1].miou == pytest.approx(report.rows[0].miou, abs=0.05)
     assert 'mIoU of 4 labelled images' in str(report)
     assert {file.stem for file in tmp_path.iterdir()} == {'model'}
-    monkeypatch.setitem(parity.LEAST_EQUAL, True, 1.)
     deployed = Deployed(Segmenter(work, device='cpu').model, labels=True)
     with pytest.raises(ConfigError, match=r'in int8 it gives 9.* Calibrate on more images'):
         parity.check(path, path, deployed, [draw(scenes, (64, 96), 4)[i:i + 1] for i in range(4)],
-                     int8=True)
+                     ISRRatio.parse('none'), int8=True, least=1., load=Exported)
     if kind == 'onnx':  # mmseg's own evaluation of the same images
         done('tools/test.py', work / 'mini.py', work / 'best_mIoU_iter_4.pth', '--work-dir',
              tmp_path, '--json', tmp_path / 'json')
