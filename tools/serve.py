@@ -93,9 +93,9 @@ def main() -> None:
         dict(model=paths['model'], checkpoint=paths['checkpoint'], device=args.device,
              max_side=args.max_side, keep_ratio=args.keep_ratio),
         dict(deadline_ms=args.deadline_ms, isr_ratio=[*ratios], miou=miou,
-             megapixels=args.megapixels, overrides=args.allow_overrides),
+             megapixels=args.megapixels, allow_overrides=args.allow_overrides),
         replicas=args.replicas, threads=args.threads, host=args.host, port=args.port,
-        hosts=args.allow_host, token_file=paths['token_file'], body_mb=args.max_upload,
+        allow_host=args.allow_host, token_file=paths['token_file'], max_upload=args.max_upload,
         in_flight=args.in_flight)
     if args.yaml:
         import yaml

@@ -228,6 +228,7 @@ def _refuse_strangers(app: Any, names: set[str]) -> Any:
 
 
 def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens; a ConfigError if it cannot."""
     try:
         return socket.create_server(
             (host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET)

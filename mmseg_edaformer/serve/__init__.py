@@ -25,8 +25,8 @@ _DRAIN = 30.  # seconds for the last answers
 
 def config(model: Mapping[str, Any], policy: Mapping[str, Any], *,
            replicas: tuple[int, int] = (1, 1), threads: int = 1, host: str = '127.0.0.1',
-           port: int = 8000, hosts: Sequence[str] = (), token_file: str | None = None,
-           body_mb: float = 20., in_flight: int = 64) -> dict[str, Any]:
+           port: int = 8000, allow_host: Sequence[str] = (), token_file: str | None = None,
+           max_upload: float = 20., in_flight: int = 64) -> dict[str, Any]:
     """Return what ``serve deploy`` reads, as YAML.
 
     Args:
@@ -35,15 +35,22 @@ def config(model: Mapping[str, Any], policy: Mapping[str, Any], *,
         replicas: Least and most of them; if they differ, Ray Serve chooses by the queues.
         threads: Cores of each replica.
         host, port: Where to listen.
-        hosts: Further names of this server.
-        token_file, body_mb: See `Front`.
+        allow_host: Further names of this server.
+        token_file, max_upload: See `Front`.
         in_flight: Most requests at once for each replica.
+
+    Raises:
+        UserError: The policy makes no sense.
     """
+    from ..isr import ISRRatio
+    from .messages import Policy
+    for ratio in Policy(**policy).isr_ratio:
+        ISRRatio.parse(ratio)
     least, most = replicas
     number: dict[str, Any] = dict(num_replicas=least) if least == most else dict(
         autoscaling_config=dict(min_replicas=least, max_replicas=most, target_ongoing_requests=2))
-    front = dict(hosts=[*dict.fromkeys([host, 'localhost', '127.0.0.1', *hosts])],
-                 token_file=token_file, body_mb=body_mb, in_flight=most * in_flight)
+    front = dict(hosts=[*dict.fromkeys([host, 'localhost', '127.0.0.1', *allow_host])],
+                 token_file=token_file, max_upload=max_upload, in_flight=most * in_flight)
     changed = [os.path.getmtime(path) for path in (model['model'], model.get('checkpoint'))
                if path is not None and os.path.exists(path)]  # new weights are another config
     return dict(
@@ -104,17 +111,13 @@ def started(settings: dict[str, Any], address: str | None = None) -> Iterator[No
     except ImportError as error:
         raise ConfigError(f'Ray Serve is not installed here ({error}): {install_command("serve")}'
                           ) from error
-    from ..isr import ISRRatio
     from ..predict.page import listen
-    from .messages import Policy
     os.environ.setdefault('RAY_worker_niceness', '0')  # 15 is for work that can wait
     logging.getLogger('ray.serve').setLevel(logging.WARNING)
     if address is None:
         listen(**settings['http_options']).close()  # which fails at once if others do
     app = settings['applications'][0]
     options = app['deployments'][0]
-    for ratio in Policy(**options['user_config']).isr_ratio:
-        ISRRatio.parse(ratio)
     with connect(address, None):
         count_workers(options.get('num_replicas') or options['autoscaling_config']['max_replicas'],
                       app['args']['threads'])

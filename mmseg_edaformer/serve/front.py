@@ -34,14 +34,14 @@ class Front:
         replicas: Handle of the deployment of `Replica`.
         hosts: Names by which the server may be reached.
         token_file: A file with the token that requests need.
-        body_mb: Largest body in megabytes.
+        max_upload: Largest body in megabytes.
         in_flight: Most requests at once.
     """
 
     def __init__(self, replicas: DeploymentHandle, hosts: list[str], token_file: str | None = None,
-                 body_mb: float = 20., in_flight: int = 64) -> None:
+                 max_upload: float = 20., in_flight: int = 64) -> None:
         self.replicas, self.hosts = replicas, {*map(str.lower, hosts)}
-        self.most, self.in_flight, self.held = body_mb * 2 ** 20, in_flight, 0
+        self.most, self.in_flight, self.held = max_upload * 2 ** 20, in_flight, 0
         self.token = Path(token_file).read_text().strip() if token_file else ''
         if token_file and not self.token:
             raise ConfigError(f'{token_file} is empty: write the token into it')

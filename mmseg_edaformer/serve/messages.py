@@ -16,13 +16,13 @@ class Policy:
         deadline_ms: Time from a request to its answer.
         miou: mIoU of ratios, where a sweep measured it.
         megapixels: Largest image.
-        overrides: Whether requests may choose their ratio among these, their size and deadline.
+        allow_overrides: Whether requests may choose one of these ratios, a size and a deadline.
     """
     isr_ratio: list[str] = field(default_factory=lambda: ['none'])
     deadline_ms: float = 1000.
     miou: dict[str, float] = field(default_factory=dict)
     megapixels: float = 16.
-    overrides: bool = False
+    allow_overrides: bool = False
 
     def __post_init__(self) -> None:
         if not self.isr_ratio or min(self.deadline_ms, self.megapixels) <= 0:

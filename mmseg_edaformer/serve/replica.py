@@ -106,6 +106,9 @@ class Replica:
             return Answer(200, content, ratio, start - came, end - start)
         except UserError as error:
             return Answer(422, str(error))
+        except OSError as error:  # of the temporary file
+            _LOG.exception('an image cannot be read')
+            return Answer(503, f'the server cannot read images now: {error.strerror}', wait=60.)
 
     async def describe(self) -> dict[str, Any]:
         """Return the classes, and what the ratios cost here."""
@@ -195,7 +198,7 @@ class Replica:
         """Return the ratio that a request asks for, if it asks for one."""
         assert self.policy is not None
         asked = wish.model_dump(exclude_none=True, exclude={'rle'})
-        if asked and not self.policy.overrides:
+        if asked and not self.policy.allow_overrides:
             raise ConfigError('this server chooses ratio, size and deadline itself: leave out '
                               + ', '.join(asked))
         most = self.segmenter.max_side

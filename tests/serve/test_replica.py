@@ -69,7 +69,7 @@ def test_masks_are_those_of_predict(started, segmenter, body, tmp_path):
     (tmp_path / 'a.png').write_bytes(body)
 
     async def ask():
-        replica = await started(overrides=True)
+        replica = await started(allow_overrides=True)
         return [await ask_for(replica, body, **wish) for wish in (
             {}, dict(isr_ratio='2'), dict(isr_ratio='2', query_ratio='2'), dict(max_side=64))]
 
@@ -139,7 +139,7 @@ def test_a_queue_turns_the_dial_and_its_end_turns_it_back(started, body):
 
 def test_refused_at_once(started, body):
     async def ask():
-        replica = await started(overrides=True)
+        replica = await started(allow_overrides=True)
         start = time.monotonic()
         late = await ask_for(replica, body, deadline_ms=0.01)
         return late, time.monotonic() - start, replica
@@ -154,7 +154,7 @@ def test_refused_at_once(started, body):
 
 def test_no_new_request_makes_another_one_late(started, body):
     async def ask():
-        replica = await started(overrides=True)
+        replica = await started(allow_overrides=True)
         replica.costs = replicas.Costs()
         for ratio in SETTINGS['isr_ratio']:
             replica.costs.add(ratio, 96 * 128, 10.)
@@ -185,7 +185,7 @@ def test_what_cannot_be_answered(started, body, content, wish, message):
         content = cv2.imencode('.png', np.zeros((4000, 96, 3), np.uint8))[1].tobytes()
 
     async def ask():
-        replica = await started(overrides=True, megapixels=0.1)
+        replica = await started(allow_overrides=True, megapixels=0.1)
         return [await ask_for(replica, body if content is None else content, **wish),
                 await ask_for(replica, body)]
 
@@ -410,7 +410,7 @@ def test_errors_have_one_shape():
 
 
 def test_a_body_that_is_too_large_is_not_read():
-    with client_of(body_mb=0.001) as (client, handle):
+    with client_of(max_upload=0.001) as (client, handle):
         sent = []
 
         def chunks():
