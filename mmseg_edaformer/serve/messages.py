@@ -2,7 +2,7 @@
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import ConfigError
 
@@ -30,8 +30,10 @@ class Policy:
                               f'0: {self}')
 
 
-class Wish(BaseModel, extra='forbid'):
+class Wish(BaseModel):
     """What a request sets itself."""
+    model_config = ConfigDict(extra='forbid')
+
     isr_ratio: str | None = Field(None, max_length=60)
     query_ratio: str | None = Field(None, max_length=60)
     max_side: int | None = Field(None, ge=32)
