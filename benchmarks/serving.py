@@ -13,14 +13,14 @@ import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mmseg_edaformer.errors import clear_errors
-from mmseg_edaformer.serve.controller import Controller, Costs, Job
+from mmseg_edaformer.serve.controller import Controller, Costs, Job, Queue
 
 LOADS = 0.5, 0.8, 1., 1.2, 1.5
 RATIOS = 'none', 'optimal', '2', '4', '4+q4'
@@ -30,7 +30,7 @@ BURST, SHARE, LENGTH = 3., 0.1, 2.
 """Bursts of this many times the mean rate; their share of the time; their mean length, in times of
 a request at none."""
 _SCENES = 16  # of each size
-_PIXELS = 10 ** 4  # of simulated images
+_SIZE = 100, 100  # of simulated images
 _EVER = 1e8  # ms: the deadline of a server that never refuses
 
 
@@ -71,16 +71,6 @@ class _Job(Job):
     index: int
 
 
-@dataclass
-class _Server:
-    """A replica of the simulation: the queue and the rules of `serve.replica.Replica`."""
-    costs: Costs
-    waiting: list[_Job] = field(default_factory=list)
-    free: float = 0.
-    busy: bool = False
-    last: str | None = None
-
-
 def simulate(arrivals: Sequence[float], seconds: Mapping[str, float], deadline: float, *,
              controller: Controller | None = None, replicas: int = 1, noise: float = 0.05,
              overhead: float = 0., seed: int = 0) -> list[Reply]:
@@ -91,39 +81,32 @@ def simulate(arrivals: Sequence[float], seconds: Mapping[str, float], deadline: 
     seconds, ``overhead`` what passes outside the queue.
     """
     rng = random.Random(seed)
-    controller, refuse = controller or Controller((next(iter(seconds)),)), controller is not None
-    servers = [_Server(Costs()) for _ in range(replicas)]
-    for server in servers:
+    patience = deadline - overhead if controller else math.inf
+    queues: list[Queue[_Job]] = []
+    for _ in range(replicas):
+        queues.append(Queue(controller or Controller((next(iter(seconds)),)), Costs()))
         for ratio, value in seconds.items():
-            server.costs.add(ratio, _PIXELS, value)
-    replies = [Reply(None) for _ in arrivals]
+            queues[-1].costs.add(ratio, math.prod(_SIZE), value)
+    replies, busy = [Reply(None) for _ in arrivals], [False] * replicas
     events: list[tuple[float, int, int]] = [(at, index, -1) for index, at in enumerate(arrivals)]
     heapq.heapify(events)
     while events:
         now, index, number = heapq.heappop(events)
         if number < 0:
-            number = min(rng.sample(range(replicas), min(2, replicas)), key=lambda number: (
-                len(servers[number].waiting) + servers[number].busy))
-            server = servers[number]
-            job = _Job(now + deadline - overhead, _PIXELS, None, now, index)
-            if refuse and len(server.waiting) in controller.find_late(
-                    max(now, server.free), [*server.waiting, job], server.costs):
-                continue
-            server.waiting.append(job)
+            number = min(rng.sample(range(replicas), min(2, replicas)),
+                         key=lambda number: len(queues[number].waiting) + busy[number])
+            queues[number].admit(now, _Job(now + patience, _SIZE, None, now, index))
         else:
-            server = servers[number]
-            server.busy = False
-        if server.busy:
+            busy[number], queues[number].free = False, now
+        queue = queues[number]
+        if busy[number]:
             continue
-        if refuse:
-            late = controller.find_late(now, server.waiting, server.costs)
-            server.waiting = [job for i, job in enumerate(server.waiting) if i not in late]
-        if server.waiting:
-            ratio = server.last = controller.choose(now, server.waiting, server.costs, server.last)
-            job = server.waiting.pop(0)
+        queue.drop_late(now)
+        if queue.waiting:
+            ratio, (job,) = queue.take(now)
             took = seconds[ratio] * max(0.5, rng.gauss(1., noise))
-            server.costs.add(ratio, _PIXELS, took)
-            server.busy, server.free = True, now + seconds[ratio]
+            queue.costs.add(ratio, job.pixels, took)
+            busy[number] = True
             replies[job.index] = Reply(now + took - job.came + overhead, ratio)
             heapq.heappush(events, (now + took, len(arrivals), number))
     return replies

@@ -1,10 +1,11 @@
-"""Which ratio the next request gets: the finest one at which every waiting request is in time.
+"""Who is served next, and at which ratio: the finest one at which all that wait are in time.
 
 Nothing here knows of Ray, models or clocks, so that a simulation runs the same code.
 """
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 _WEIGHT = 0.2  # of a new measurement
 _UNSURE = 0.1  # deviation of a first measurement, relative to it
@@ -14,11 +15,19 @@ _UNSURE = 0.1  # deviation of a first measurement, relative to it
 class Job:
     """A request that waits: when its answer is due, and what it asks for.
 
-    ``pixels`` are those that the network sees; ``ratio`` is None where the controller chooses.
+    ``size`` is the height and width that the network sees; ``ratio`` is None where the controller
+    chooses.
     """
     due: float
-    pixels: int
+    size: tuple[int, int]
     ratio: str | None
+
+    @property
+    def pixels(self) -> int:
+        return math.prod(self.size)
+
+
+AnyJob = TypeVar('AnyJob', bound=Job)
 
 
 class Costs:
@@ -102,3 +111,60 @@ def _ends(waiting: Sequence[Job], ratio: str, costs: Costs) -> Iterator[float]:
     for job in waiting:
         seconds += costs.seconds(job.ratio or ratio, job.pixels)
         yield seconds
+
+
+class Queue(Generic[AnyJob]):
+    """Those who wait for one model, the earliest deadline first.
+
+    Attributes:
+        waiting: Those who wait.
+        free: When the model is expected to have finished what it computes.
+    """
+
+    def __init__(self, controller: Controller, costs: Costs) -> None:
+        self.controller, self.costs = controller, costs
+        self.waiting: list[AnyJob] = []
+        self.free, self._last = 0., ''
+
+    def admit(self, now: float, job: AnyJob) -> bool:
+        """Let a request wait, unless it or another one would then be late at the fastest ratio."""
+        waiting = sorted([*self.waiting, job], key=lambda job: job.due)
+        if len(self._find_late(now, waiting)) > len(self._find_late(now, self.waiting)):
+            return False
+        self.waiting = waiting
+        return True
+
+    def drop_late(self, now: float) -> list[AnyJob]:
+        """Take out those who are late even at the fastest ratio."""
+        late = self._find_late(now, self.waiting)
+        dropped = [self.waiting[index] for index in late]
+        self.waiting = [job for index, job in enumerate(self.waiting) if index not in late]
+        return dropped
+
+    def take(self, now: float, most: int = 1) -> tuple[str, list[AnyJob]]:
+        """Return a ratio, and the first request with others of its size, ``most`` in all.
+
+        These are served together, which may make none of them late, and none of the others.
+        """
+        first, *rest = self.waiting
+        ratio = first.ratio
+        if ratio is None:
+            ratio = self._last = self.controller.choose(now, self.waiting, self.costs, self._last)
+        seconds, jobs = self.costs.seconds(ratio, first.pixels), [first]
+        for job in [job for job in rest if (job.ratio, job.size) == (first.ratio, first.size)]:
+            others, end = [other for other in rest if other is not job], now + seconds
+            if len(jobs) == most or end + seconds * len(jobs) > first.due or len(
+                    self.controller.find_late(end + seconds * len(jobs), others, self.costs)):
+                break
+            jobs.append(job)
+            rest = others
+        self.waiting, self.free = rest, now + len(jobs) * seconds
+        return ratio, jobs
+
+    def wait(self, now: float) -> float:
+        """Return the seconds until all who wait are served at the fastest ratio."""
+        return max(0., self.free - now) + sum(
+            self.controller.least(job, self.costs) for job in self.waiting)
+
+    def _find_late(self, now: float, jobs: Sequence[Job]) -> set[int]:
+        return self.controller.find_late(max(now, self.free), jobs, self.costs)

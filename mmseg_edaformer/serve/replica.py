@@ -20,7 +20,7 @@ from ..data.transforms import check_header
 from ..errors import ConfigError, DataError, UserError
 from ..isr import ISRRatio
 from ..predict.segmenter import Loaded, Segmentation, Segmenter
-from .controller import Controller, Costs, Job
+from .controller import Controller, Costs, Job, Queue
 from .messages import Answer, Policy, Wish
 
 _SIDES = 256, 512, 1024  # of the images that are timed at first
@@ -53,10 +53,9 @@ class Replica:
         torch.set_num_threads(threads)
         cv2.setNumThreads(threads)
         self.segmenter = Segmenter(**model)
-        self.costs, self.controller, self.last = Costs(), Controller(('none',)), ''
+        self.queue: Queue[_Job] = Queue(Controller(('none',)), Costs())
         self.policy: Policy | None = None
-        self.waiting: list[_Job] = []
-        self.free, self.encoding = 0., 0.
+        self.encoding = 0.  # seconds
         self.more = asyncio.Event()
         self.work: asyncio.Task[None] | None = None
         self.computing, self.coding = ThreadPoolExecutor(1), ThreadPoolExecutor(2)
@@ -76,7 +75,7 @@ class Replica:
                 raise
             _LOG.error('the new settings are not taken: %s', error)
             return
-        self.policy, self.controller = policy, Controller(ratios)
+        self.policy, self.queue.controller = policy, Controller(ratios)
 
     async def segment(self, body: bytes, wish: Wish, figures: bool, since: float) -> Answer:
         """Answer a request that came at the time ``since``, with a mask or with figures."""
@@ -86,12 +85,10 @@ class Replica:
             ratio = self._read(wish)
             loaded = await self._run(self.coding, self._load, body, wish.max_side)
             due = came + (wish.deadline_ms or self.policy.deadline_ms) / 1e3 - self.encoding
-            job = _Job(due, _pixels(loaded), ratio, came, loaded,
+            job = _Job(due, _size(loaded), ratio, came, loaded,
                        asyncio.get_running_loop().create_future())
-            waiting = sorted([*self.waiting, job], key=lambda job: job.due)
-            if len(self._find_late(waiting)) > len(self._find_late(self.waiting)):
+            if not self.queue.admit(time.monotonic(), job):
                 return self._refuse(job)
-            self.waiting = waiting
             self.more.set()
             self.work = self.work or asyncio.create_task(self._work())
             try:
@@ -113,12 +110,12 @@ class Replica:
     async def describe(self) -> dict[str, Any]:
         """Return the classes, and what the ratios cost here."""
         assert self.policy is not None
-        table = self.costs.table()
+        table = self.queue.costs.table()
         return dict(model=Path(self.segmenter.source).name, device=str(self.segmenter.device),
                     classes=self.segmenter.classes, palette=self.segmenter.description.palette,
                     deadline_ms=self.policy.deadline_ms, ratios=[
                         dict(isr_ratio=ratio, miou=self.policy.miou.get(ratio), ms=table[ratio])
-                        for ratio in self.controller.ratios])
+                        for ratio in self.queue.controller.ratios])
 
     async def check_health(self) -> None:
         """Raise an error, so that Ray Serve replaces this replica, if nothing is predicted."""
@@ -128,22 +125,14 @@ class Replica:
     async def _work(self) -> None:
         """Predict those that wait, the earliest deadline first."""
         while await self.more.wait():
-            self.waiting = [job for job in self.waiting if not job.future.done()]
-            for job in self._find_late(self.waiting):
-                self.waiting.remove(job)
+            start, queue = time.monotonic(), self.queue
+            queue.waiting = [job for job in queue.waiting if not job.future.done()]
+            for job in queue.drop_late(start):
                 job.future.set_exception(_Late())
-            if not self.waiting:
+            if not queue.waiting:
                 self.more.clear()
                 continue
-            start, first = time.monotonic(), self.waiting[0]
-            ratio = first.ratio
-            if ratio is None:
-                ratio = self.last = self.controller.choose(
-                    start, self.waiting, self.costs, self.last)
-            jobs = [job for job in self.waiting if job.ratio == first.ratio and job.loaded[
-                1]['inputs'].shape == first.loaded[1]['inputs'].shape][:self.segmenter.batch_size]
-            self.waiting = [job for job in self.waiting if job not in jobs]
-            self.free = start + len(jobs) * self.costs.seconds(ratio, first.pixels)
+            ratio, jobs = queue.take(start, self.segmenter.batch_size)
             try:
                 results = await self._predict(ratio, [job.loaded for job in jobs])
             except Exception as error:  # which those that asked are told
@@ -151,14 +140,14 @@ class Replica:
                 if not isinstance(error, UserError):
                     _LOG.exception('a prediction failed')
                     await self._test()
-            now = self.free = time.monotonic()
+            end = queue.free = time.monotonic()
             for job, result in zip(jobs, results):
                 if job.future.done():  # its client is gone
                     continue
                 if isinstance(result, Exception):
                     job.future.set_exception(result)
                 else:
-                    job.future.set_result((result, ratio, start, now))
+                    job.future.set_result((result, ratio, start, end))
 
     async def _predict(self, ratio: str, loaded: Sequence[Loaded], learn: bool = True) -> list[Any]:
         """Predict images of one size, and learn what that takes."""
@@ -170,13 +159,13 @@ class Replica:
 
         results, seconds = await self._run(self.computing, predict)
         if learn:
-            self.costs.add(ratio, _pixels(loaded[0]), seconds / len(loaded))
+            self.queue.costs.add(ratio, math.prod(_size(loaded[0])), seconds / len(loaded))
         return results
 
     async def _measure(self, ratios: Sequence[str]) -> None:
         """Time ratios at a few sizes."""
         end = time.monotonic() + _MEASURING
-        new = [ratio for ratio in ratios if ratio not in self.costs.table()]
+        new = [ratio for ratio in ratios if ratio not in self.queue.costs.table()]
         for side in _SIDES:
             noise = np.random.default_rng(0).integers(256, size=(side, side, 3), dtype=np.uint8)
             loaded = await self._run(self.coding, self.segmenter.load, noise)
@@ -189,7 +178,7 @@ class Replica:
         """End this process, which Ray Serve replaces, if no prediction works any more."""
         try:
             image = self.segmenter.load(np.zeros((64, 64, 3), np.uint8))
-            await self._predict(self.controller.ratios[0], [image], learn=False)
+            await self._predict(self.queue.controller.ratios[0], [image], learn=False)
         except Exception:  # such as after an error of a GPU
             _LOG.exception('the model cannot predict any more')
             os._exit(1)
@@ -210,9 +199,9 @@ class Replica:
             return None
         ratio = str(ISRRatio.parse(
             'none' if wish.isr_ratio is None else wish.isr_ratio).with_queries(wish.query_ratio))
-        if ratio not in self.controller.ratios:
-            raise ConfigError('this server predicts at '
-                              f'{", ".join(self.controller.ratios)}, not at {ratio}')
+        ratios = self.queue.controller.ratios
+        if ratio not in ratios:
+            raise ConfigError(f'this server predicts at {", ".join(ratios)}, not at {ratio}')
         return ratio
 
     def _load(self, body: bytes, max_side: int | None) -> Loaded:
@@ -228,24 +217,20 @@ class Replica:
             except DataError as error:
                 raise DataError(str(error).replace(file.name, name)) from error
 
-    def _find_late(self, jobs: Sequence[_Job]) -> list[_Job]:
-        late = self.controller.find_late(max(time.monotonic(), self.free), jobs, self.costs)
-        return [jobs[index] for index in late]
-
     def _refuse(self, job: _Job) -> Answer:
         """Return what one is told who is late, or makes others late."""
-        if job.came + self.controller.least(job, self.costs) > job.due:
+        if job.came + self.queue.controller.least(job, self.queue.costs) > job.due:
             return Answer(503, 'an image of this size cannot be predicted within the deadline')
-        wait = max(0., self.free - time.monotonic()) + sum(
-            self.controller.least(other, self.costs) for other in self.waiting)
-        return Answer(503, 'too many requests wait: ask again later', wait=max(1., wait))
+        return Answer(503, 'too many requests wait: ask again later',
+                      wait=max(1., self.queue.wait(time.monotonic())))
 
     async def _run(self, threads: ThreadPoolExecutor, call: Any, *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(threads, call, *args)
 
 
-def _pixels(loaded: Loaded) -> int:
-    return math.prod(loaded[1]['inputs'].shape[1:])
+def _size(loaded: Loaded) -> tuple[int, int]:
+    height, width = loaded[1]['inputs'].shape[1:]
+    return height, width
 
 
 def _encode(result: Segmentation, figures: bool, rle: bool) -> bytes | dict[str, Any]:

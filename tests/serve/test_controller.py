@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from mmseg_edaformer.serve.controller import Controller, Costs, Job
+from mmseg_edaformer.serve.controller import Controller, Costs, Job, Queue
 
 RATIOS = 'none', 'optimal', '2', '4'
 SECONDS = dict(zip(RATIOS, (1., 0.74, 0.53, 0.41)))
@@ -24,7 +24,7 @@ def queues(count=300):
     """Random queues: when it is, those that wait, and the last ratio."""
     rng = random.Random(0)
     for _ in range(count):
-        jobs = [Job(rng.uniform(0, 8), rng.choice((5_000, 10_000, 40_000)),
+        jobs = [Job(rng.uniform(0, 8), (100, rng.choice((50, 100, 400))),
                     rng.choice((None, None, None, '2'))) for _ in range(rng.randint(1, 8))]
         yield rng.uniform(-1, 2), sorted(jobs, key=lambda job: job.due), rng.choice(RATIOS)
 
@@ -34,10 +34,10 @@ def level(now, jobs, last):
 
 
 def test_who_waits_alone_gets_the_trained_model_if_it_is_in_time():
-    seconds = COSTS.seconds('none', 10_000)
+    seconds, size = COSTS.seconds('none', 10_000), (100, 100)
     for last in RATIOS:
-        assert CONTROLLER.choose(5., [Job(5.001 + seconds, 10_000, None)], COSTS, last) == 'none'
-        assert CONTROLLER.choose(5., [Job(4.999 + seconds, 10_000, None)], COSTS, last) == 'optimal'
+        assert CONTROLLER.choose(5., [Job(5.001 + seconds, size, None)], COSTS, last) == 'none'
+        assert CONTROLLER.choose(5., [Job(4.999 + seconds, size, None)], COSTS, last) == 'optimal'
 
 
 def test_all_are_in_time_with_the_ratio_unless_none_is_faster():
@@ -63,15 +63,15 @@ def test_no_more_is_reduced_than_needed():
 def test_more_load_never_reduces_less():
     for now, jobs, last in queues():
         before = level(now, jobs, last)
-        more = sorted([*jobs, Job(jobs[-1].due + 0.5, 10_000, None)], key=lambda job: job.due)
+        more = sorted([*jobs, Job(jobs[-1].due + 0.5, (100, 100), None)], key=lambda job: job.due)
         assert level(now, more, last) >= before
         assert level(now + 0.3, jobs, last) >= before
-        larger = [Job(job.due, 2 * job.pixels, job.ratio) for job in jobs]
+        larger = [Job(job.due, (100, 2 * job.size[1]), job.ratio) for job in jobs]
         assert level(now, larger, last) >= before
 
 
 def test_the_last_ratio_makes_it_calm():
-    jobs = [Job(2.9, 10_000, None), Job(3.3, 10_000, None)]
+    jobs = [Job(2.9, (100, 100), None), Job(3.3, (100, 100), None)]
     assert level(0., jobs, 'none') < level(0., jobs, '4')
     for now, jobs, _ in queues():
         assert level(now, jobs, '4') >= level(now, jobs, 'none')
@@ -116,7 +116,42 @@ def test_costs_of_sizes_that_were_never_seen():
 
 def test_a_coarse_ratio_that_is_slow_here_is_not_taken():
     costs = costs_of(dict(SECONDS, **{'4': 2.}))
-    jobs = [Job(0.7, 10_000, None)] * 3
+    jobs = [Job(0.7, (100, 100), None)] * 3
     assert CONTROLLER.choose(0., jobs, costs) == '2'
     assert CONTROLLER.find_late(0., jobs, costs) == {1, 2}
-    assert CONTROLLER.find_late(0., [Job(1.9, 10_000, '4')], costs) == {0}
+    assert CONTROLLER.find_late(0., [Job(1.9, (100, 100), '4')], costs) == {0}
+
+
+@pytest.mark.parametrize('most', [1, 3])
+def test_who_is_admitted_is_in_time_if_images_take_what_is_expected(most):
+    rng, queue, now, end = random.Random(1), Queue(CONTROLLER, COSTS), 0., 0.
+    admitted, served, batches = [], [], 0
+    while now < 2000:
+        now += rng.expovariate(2.5)
+        while end <= now and queue.waiting:
+            assert not queue.drop_late(end)
+            ratio, jobs = queue.take(end, most)
+            batches += 1
+            end += len(jobs) * COSTS.seconds(ratio, jobs[0].pixels)
+            assert queue.free == end
+            assert {(job.size, job.ratio) for job in jobs} == {(jobs[0].size, jobs[0].ratio)}
+            assert all(end <= job.due + 1e-9 for job in jobs)
+            served += jobs
+        end = max(end, now)
+        job = Job(now + rng.uniform(0.2, 6), (100, rng.choice((50, 100))), rng.choice((None, '2')))
+        wait = queue.wait(now)
+        if queue.admit(now, job):
+            admitted.append(job)
+            assert queue.wait(now) > wait
+    assert len(admitted) > 2000
+    assert {*served} | {*queue.waiting} == {*admitted}
+    assert (batches < 0.9 * len(served)) == (most > 1)
+
+
+def test_who_is_late_after_all_is_dropped():
+    queue = Queue(CONTROLLER, COSTS)
+    jobs = [Job(due, (100, 100), None) for due in (1., 2., 3.)]
+    assert all(queue.admit(0., job) for job in jobs)
+    assert not queue.admit(0., Job(0.3, (100, 100), None))
+    assert queue.drop_late(1.7) == jobs[:2]
+    assert queue.waiting == jobs[2:]

@@ -119,12 +119,12 @@ def test_runs_begin_with_zeros(values):
 def test_a_queue_turns_the_dial_and_its_end_turns_it_back(started, body):
     async def ask():
         replica = await started()
-        replica.controller = replicas.Controller(('none', '2', '4'), reserve=0., calm=0.)
-        replica.costs = replicas.Costs()
+        replica.queue.controller = replicas.Controller(('none', '2', '4'), reserve=0., calm=0.)
+        replica.queue.costs = replicas.Costs()
         for ratio, seconds in ('none', 1.), ('2', 0.5), ('4', 0.3):
             for _ in range(60):
-                replica.costs.add(ratio, 96 * 128, seconds)
-        replica.costs.add = lambda *_: None
+                replica.queue.costs.add(ratio, 96 * 128, seconds)
+        replica.queue.costs.add = lambda *_: None
         answers = await asyncio.gather(*(ask_for(replica, body, 57.8) for _ in range(9)))
         return answers, await ask_for(replica, body)
 
@@ -149,16 +149,16 @@ def test_refused_at_once(started, body):
     assert 'cannot be predicted within the deadline' in late.content
     assert late.wait is None
     assert took < 5
-    assert replica.waiting == []
+    assert replica.queue.waiting == []
 
 
 def test_no_new_request_makes_another_one_late(started, body):
     async def ask():
         replica = await started(allow_overrides=True)
-        replica.costs = replicas.Costs()
+        replica.queue.costs = replicas.Costs()
         for ratio in SETTINGS['isr_ratio']:
-            replica.costs.add(ratio, 96 * 128, 10.)
-        replica.costs.add = lambda *_: None
+            replica.queue.costs.add(ratio, 96 * 128, 10.)
+        replica.queue.costs.add = lambda *_: None
         first = asyncio.create_task(ask_for(replica, body, deadline_ms=12_000.))
         others = [asyncio.create_task(ask_for(replica, body, deadline_ms=ms))
                   for ms in (21_000., 11_000., 60_000.)]
@@ -219,7 +219,7 @@ def test_a_client_that_leaves_costs_nothing(started, body):
             return await predict(ratio, loaded)
         replica._predict = gated
         tasks = [asyncio.create_task(ask_for(replica, body)) for _ in range(6)]
-        while len(replica.waiting) < 5:  # the first one is at the gate
+        while len(replica.queue.waiting) < 5:  # the first one is at the gate
             await asyncio.sleep(0.01)
         for task in tasks[3:]:
             task.cancel()
@@ -285,7 +285,7 @@ def test_a_defect_is_told_and_a_lasting_one_ends_the_process(started, body, last
 def test_one_that_works_no_more_is_not_healthy(started, body):
     async def ask():
         replica = await started()
-        replica.controller = None
+        replica.queue.controller = None
         with pytest.raises(asyncio.TimeoutError):
             async with asyncio.timeout(2.):
                 await ask_for(replica, body)
