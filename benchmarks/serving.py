@@ -30,7 +30,6 @@ BURST, SHARE, LENGTH = 3., 0.1, 2.
 """Bursts of this many times the mean rate; their share of the time; their mean length, in times of
 a request at none."""
 _SCENES = 16  # of each size
-_SIZE = 100, 100  # of simulated images
 _EVER = 1e8  # ms: the deadline of a server that never refuses
 
 
@@ -73,20 +72,23 @@ class _Job(Job):
 
 def simulate(arrivals: Sequence[float], seconds: Mapping[str, float], deadline: float, *,
              controller: Controller | None = None, replicas: int = 1, noise: float = 0.05,
-             overhead: float = 0., seed: int = 0) -> list[Reply]:
+             overhead: float = 0., sides: Sequence[int] = (512,), seed: int = 0) -> list[Reply]:
     """Return what requests get from replicas whose images take ``seconds`` at each ratio.
 
     Without a controller, all get the first ratio and none is refused. A request goes to the shorter
     queue of two that are drawn, as Ray Serve does it. ``noise`` is the relative deviation of the
-    seconds, ``overhead`` what passes outside the queue.
+    seconds, ``overhead`` what passes outside the queue. Images are squares of these ``sides`` in
+    turn, whose seconds are in proportion to their pixels.
     """
     rng = random.Random(seed)
     patience = deadline - overhead if controller else math.inf
+    of_pixel = len(sides) / sum(side ** 2 for side in sides)
     queues: list[Queue[_Job]] = []
     for _ in range(replicas):
         queues.append(Queue(controller or Controller((next(iter(seconds)),)), Costs()))
         for ratio, value in seconds.items():
-            queues[-1].costs.add(ratio, math.prod(_SIZE), value)
+            for side in sides:
+                queues[-1].costs.add(ratio, side ** 2, value * of_pixel * side ** 2)
     replies, busy = [Reply(None) for _ in arrivals], [False] * replicas
     events: list[tuple[float, int, int]] = [(at, index, -1) for index, at in enumerate(arrivals)]
     heapq.heapify(events)
@@ -95,7 +97,8 @@ def simulate(arrivals: Sequence[float], seconds: Mapping[str, float], deadline: 
         if number < 0:
             number = min(rng.sample(range(replicas), min(2, replicas)),
                          key=lambda number: len(queues[number].waiting) + busy[number])
-            queues[number].admit(now, _Job(now + patience, _SIZE, None, now, index))
+            side = sides[index % len(sides)]
+            queues[number].admit(now, _Job(now + patience, (side, side), None, now, index))
         else:
             busy[number], queues[number].free = False, now
         queue = queues[number]
@@ -104,7 +107,7 @@ def simulate(arrivals: Sequence[float], seconds: Mapping[str, float], deadline: 
         queue.drop_late(now)
         if queue.waiting:
             ratio, (job,) = queue.take(now)
-            took = seconds[ratio] * max(0.5, rng.gauss(1., noise))
+            took = seconds[ratio] * of_pixel * job.pixels * max(0.5, rng.gauss(1., noise))
             queue.costs.add(ratio, job.pixels, took)
             busy[number] = True
             replies[job.index] = Reply(now + took - job.came + overhead, ratio)
@@ -151,7 +154,7 @@ async def send(address: str, scenes: Sequence[Scene], arrivals: Sequence[float])
                 replies[index] = Reply(latency, response.headers['ISR-Ratio'],
                                        inside[1], latency - sum(inside))
                 masks[index] = body
-            elif response.status != 503:
+            elif response.status not in (408, 503):
                 raise RuntimeError(f'{response.status}: {body!r}')
 
     timeout = aiohttp.ClientTimeout(total=arrivals[-1] + 600)
@@ -271,11 +274,11 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def expect(seconds: Mapping[str, float], deadline: float, load: float, replicas: int,
-           controlled: bool, overhead: float, requests: int) -> float:
+           controlled: bool, overhead: float, requests: int, sides: Sequence[int]) -> float:
     """Return the share in time that the simulation expects, in percent."""
     arrivals = [seconds['none'] * at for at in draw_arrivals(requests, load * replicas)]
     return float(summarise(simulate(
-        arrivals, seconds, deadline, replicas=replicas, overhead=overhead,
+        arrivals, seconds, deadline, replicas=replicas, overhead=overhead, sides=sides,
         controller=Controller(tuple(seconds)) if controlled else None), deadline)['in_time'])
 
 
@@ -305,7 +308,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     with serve.started(bench.settings(MODES['controller'] | dict(deadline_ms=_EVER))):
         for sizes in args.sizes:
-            scenes = draw_scenes([int(size) for size in sizes.split(',')])
+            sides = [int(size) for size in sizes.split(',')]
+            scenes = draw_scenes(sides)
             for _ in range(2):  # after which all that Ray starts has started
                 seconds = {ratio: bench.request_seconds(scenes, ratio) for ratio in RATIOS}
             unit = seconds['none']
@@ -319,11 +323,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                                         [unit * at for at in arrivals])
                     overhead = overhead or float(np.median([one.outside for one in replies]))
                     row = dict(sizes=sizes, load=load, mode=mode, deadline=deadline,
-                               seconds=seconds) | summarise(replies, deadline)
+                               seconds=seconds, overhead=overhead) | summarise(replies, deadline)
                     if mode in ('always none', 'controller'):
                         row['simulated'] = {number: expect(
                             seconds, deadline, load, number, mode == 'controller', overhead,
-                            args.requests if number == args.replicas else 200 * number)
+                            args.requests if number == args.replicas else 200 * number, sides)
                             for number in (args.replicas, 8, 100)}
                     rows.append(row)
                     print(json.dumps({key: row[key] for key in (

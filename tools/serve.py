@@ -20,6 +20,8 @@ def replica_range(text: str) -> tuple[int, int]:
     if not re.fullmatch(r'[1-9]\d{0,3}(-[1-9]\d{0,3})?', text):
         raise argparse.ArgumentTypeError(f"'{text}' is no number of replicas: give 2, or 1-4")
     least, _, most = text.partition('-')
+    if int(most or least) < int(least):
+        raise argparse.ArgumentTypeError(f"'{text}': give the lower number first")
     return int(least), int(most or least)
 
 
@@ -58,7 +60,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--megapixels', type=float, default=16, metavar='N',
                         help='refuse larger images (default: 16)')
     parser.add_argument('--in-flight', type=int, default=64, metavar='N',
-                        help='most requests at once for each replica (default: 64)')
+                        help='most requests at once, times the replicas (default: 64)')
     parser.add_argument('--address', help='deploy on a running Ray and return: auto, or '
                         'ray://host:10001 (default: start one on this machine)')
     parser.add_argument('--yaml', action='store_true',

@@ -11,7 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
-from urllib.parse import urlsplit
 
 import cv2
 import numpy as np
@@ -21,6 +20,7 @@ from ..compat import install_command
 from ..data.drawing import draw_scene
 from ..errors import ConfigError, DataError, UserError
 from ..files import templates, write_file
+from ..listening import find_stranger, listen
 from .comparison import MAX_SIDE, Comparer, Comparison
 from .segmenter import Segmenter
 
@@ -198,8 +198,6 @@ def _guard(gr: Any, page: Any, image: Any) -> None:
 
 def _refuse_strangers(app: Any, names: set[str]) -> Any:
     """Return an ASGI app that answers requests to these names, and none from pages of other sites.
-
-    Otherwise a site whose name is made to lead to this machine could read this page.
     """
     responses = importlib.import_module('fastapi.responses')
 
@@ -207,34 +205,14 @@ def _refuse_strangers(app: Any, names: set[str]) -> Any:
         answer = app
         if scope['type'] != 'lifespan':
             headers = {name: value.decode('latin-1') for name, value in scope['headers']}
-            host, problem, status = headers.get(b'host', ''), '', 403
-            try:
-                name = urlsplit(f'//{host}').hostname
-            except ValueError:
-                name = None
-            if name not in names and name != scope['server'][0]:
-                problem = ('This page is not served under this host name. To allow it, start the '
-                           'server with --allow-host NAME.')
-            elif headers.get(b'origin', f'http://{host}') not in (
-                    f'http://{host}', f'https://{host}'):
-                problem = ('This server does not answer requests from pages of other sites. A '
-                           'proxy has to pass on the Host header unchanged.')
-            elif scope['path'].endswith('/openapi.json'):
-                problem, status = 'Not Found', 404
+            problem = find_stranger(headers.get(b'host', ''), headers.get(b'origin'),
+                                    {*names, scope['server'][0]})
             if problem:
-                answer = responses.PlainTextResponse(problem, status)
+                answer = responses.PlainTextResponse(problem, 403)
+            elif scope['path'].endswith('/openapi.json'):
+                answer = responses.PlainTextResponse('Not Found', 404)
         await answer(scope, receive, send)
     return guarded
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens; a ConfigError if it cannot."""
-    try:
-        return socket.create_server(
-            (host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET)
-    except (OSError, OverflowError) as error:
-        raise ConfigError(f'cannot listen on --host {host} --port {port} ({error}): give others; '
-                          'port 0 is one that is free') from error
 
 
 def _nearest(slider: Any, value: Any) -> float:

@@ -14,12 +14,13 @@ from typing import Any
 
 from ..compat import install_command
 from ..errors import ConfigError
+from ..listening import listen
 from ..predict.ray_pool import connect, count_workers, import_ray
 
 NAME = 'edaformer'
 """The application's name in Ray Serve."""
 
-_MANY = 10 ** 4  # requests that Ray Serve passes on; a replica limits them itself
+_MANY = 10 ** 4  # requests that Ray Serve passes on; `Front` limits them
 _DRAIN = 30.  # seconds for the last answers
 
 
@@ -36,8 +37,9 @@ def config(model: Mapping[str, Any], policy: Mapping[str, Any], *,
         threads: Cores of each replica.
         host, port: Where to listen.
         allow_host: Further names of this server.
-        token_file, max_upload: See `Front`.
-        in_flight: Most requests at once for each replica.
+        token_file: A file with the token that requests need.
+        max_upload: Largest body in megabytes.
+        in_flight: Most requests at once, times the most replicas.
 
     Raises:
         UserError: The policy makes no sense.
@@ -57,8 +59,9 @@ def config(model: Mapping[str, Any], policy: Mapping[str, Any], *,
         proxy_location='EveryNode', http_options=dict(host=host, port=port),
         applications=[dict(
             name=NAME, route_prefix='/', import_path=f'{__name__}:application',
-            args=dict(model=dict(model), threads=threads, front=front, changed=changed),
-            deployments=[dict(name='Replica', user_config=dict(policy), **number)])])
+            args=dict(model=dict(model), threads=threads, changed=changed),
+            deployments=[dict(name='Replica', user_config=dict(policy), **number),
+                         dict(name='Front', user_config=front)])])
 
 
 def application(args: dict[str, Any]) -> Any:
@@ -80,7 +83,7 @@ def application(args: dict[str, Any]) -> Any:
         num_cpus=threads, num_gpus=int(asked != 'cpu')))
     front = serve.deployment(
         serve.ingress()(Front), name='Front', ray_actor_options=dict(num_cpus=0), **common)
-    return front.bind(replicas.bind(model, threads), **args['front'])
+    return front.bind(replicas.bind(model, threads))
 
 
 def run(settings: dict[str, Any], address: str | None = None) -> None:
@@ -111,7 +114,6 @@ def started(settings: dict[str, Any], address: str | None = None) -> Iterator[No
     except ImportError as error:
         raise ConfigError(f'Ray Serve is not installed here ({error}): {install_command("serve")}'
                           ) from error
-    from ..predict.page import listen
     os.environ.setdefault('RAY_worker_niceness', '0')  # 15 is for work that can wait
     logging.getLogger('ray.serve').setLevel(logging.WARNING)
     if address is None:

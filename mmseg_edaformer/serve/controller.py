@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 
 _WEIGHT = 0.2  # of a new measurement
 _UNSURE = 0.1  # deviation of a first measurement, relative to it
+_OUTLIER = 3.  # times the average, above which a measurement counts as that
 
 
 @dataclass(eq=False)
@@ -40,16 +41,22 @@ class Costs:
         """Learn what an image took: an average in which older ones fade, and its deviation."""
         known, size, value = self._costs.setdefault(ratio, {}), _bucket(pixels), seconds / pixels
         mean, deviation = known.get(size, (value, _UNSURE * value))
-        error = value - mean
+        error = min(value, _OUTLIER * mean) - mean
         known[size] = mean + _WEIGHT * error, deviation + _WEIGHT * (abs(error) - deviation)
 
-    def seconds(self, ratio: str, pixels: int) -> float:
-        """Return the mean and the deviation together, an estimate on the safe side; 0 if unknown.
+    def expect(self, ratio: str, pixels: int) -> tuple[float, float]:
+        """Return the mean and the deviation, 0 if unknown.
 
-        Of a size that was never seen, it is that of the nearest one in proportion to the pixels.
+        Of a size that was never seen, they are those of the nearest one in proportion to the
+        pixels.
         """
         known = self._costs.get(ratio, {0: (0., 0.)})
-        return pixels * sum(known[min(known, key=lambda size: abs(size - _bucket(pixels)))])
+        mean, deviation = known[min(known, key=lambda size: abs(size - _bucket(pixels)))]
+        return pixels * mean, pixels * deviation
+
+    def seconds(self, ratio: str, pixels: int) -> float:
+        """Return the mean and the deviation together, an estimate on the safe side."""
+        return sum(self.expect(ratio, pixels))
 
     def table(self) -> dict[str, dict[int, float]]:
         """Return milliseconds by ratio and by side of a square image."""
@@ -72,14 +79,14 @@ class Controller:
     without a queue.
     """
     ratios: tuple[str, ...]
-    reserve: float = 0.3
+    reserve: float = 0.5
     calm: float = 0.15
 
     def choose(self, now: float, waiting: Sequence[Job], costs: Costs, last: str | None = None
                ) -> str:
         """Return the ratio for those that wait, served in the order of ``waiting``.
 
-        If none is fast enough, it is the fastest.
+        If none is fast enough, it is the fastest for the first of them.
         """
         before = self.ratios.index(last) if last in self.ratios else 0
         for index, ratio in enumerate(self.ratios):
@@ -87,30 +94,35 @@ class Controller:
             if all(end <= share * (job.due - now)
                    for job, end in zip(waiting, _ends(waiting, ratio, costs))):
                 return ratio
-        return min(self.ratios, key=lambda ratio: max(_ends(waiting, ratio, costs)))
+        return min(self.ratios, key=lambda ratio: costs.seconds(ratio, waiting[0].pixels))
 
-    def least(self, job: Job, costs: Costs) -> float:
-        """Return the seconds of a request at the fastest ratio, or at its own."""
-        return min(costs.seconds(ratio, job.pixels)
-                   for ratio in ([job.ratio] if job.ratio else self.ratios))
+    def least(self, job: Job, costs: Costs) -> tuple[float, float]:
+        """Return mean and deviation of the seconds at the fastest ratio, or at the job's own."""
+        return min((costs.expect(ratio, job.pixels)
+                    for ratio in ([job.ratio] if job.ratio else self.ratios)), key=sum)
 
-    def find_late(self, now: float, waiting: Sequence[Job], costs: Costs) -> set[int]:
-        """Return the indices of those that are late even if all get the fastest ratio."""
-        late = set()
-        for index, job in enumerate(waiting):
-            end = now + self.least(job, costs)
-            if end > job.due:
-                late.add(index)
+    def find_late(self, now: float, waiting: Sequence[AnyJob], costs: Costs) -> list[AnyJob]:
+        """Return those that are late even if all get the fastest ratio."""
+        late, before = [], (0., 0.)
+        for job in waiting:
+            after = _add(before, self.least(job, costs))
+            if now + sum(after) > job.due:
+                late.append(job)
             else:
-                now = end
+                before = after
         return late
 
 
+def _add(first: tuple[float, float], second: tuple[float, float]) -> tuple[float, float]:
+    """Add means, and deviations as those of independent times."""
+    return first[0] + second[0], math.hypot(first[1], second[1])
+
+
 def _ends(waiting: Sequence[Job], ratio: str, costs: Costs) -> Iterator[float]:
-    seconds = 0.
+    expected = 0., 0.
     for job in waiting:
-        seconds += costs.seconds(job.ratio or ratio, job.pixels)
-        yield seconds
+        expected = _add(expected, costs.expect(job.ratio or ratio, job.pixels))
+        yield sum(expected)
 
 
 class Queue(Generic[AnyJob]):
@@ -119,27 +131,33 @@ class Queue(Generic[AnyJob]):
     Attributes:
         waiting: Those who wait.
         free: When the model is expected to have finished what it computes.
+        doubt: A ratio that seemed too slow for a request though nobody else waited, and that
+            request. As it is not learnt otherwise whether it still is, it is to be tried.
     """
 
     def __init__(self, controller: Controller, costs: Costs) -> None:
         self.controller, self.costs = controller, costs
         self.waiting: list[AnyJob] = []
         self.free, self._last = 0., ''
+        self.doubt: tuple[str, AnyJob] | None = None
 
     def admit(self, now: float, job: AnyJob) -> bool:
         """Let a request wait, unless it or another one would then be late at the fastest ratio."""
-        waiting = sorted([*self.waiting, job], key=lambda job: job.due)
-        if len(self._find_late(now, waiting)) > len(self._find_late(now, self.waiting)):
-            return False
-        self.waiting = waiting
-        return True
+        start, waiting = max(now, self.free), sorted([*self.waiting, job], key=lambda job: job.due)
+        if {*self.controller.find_late(start, waiting, self.costs)} <= {
+                *self.controller.find_late(start, self.waiting, self.costs)}:
+            self.waiting = waiting
+            return True
+        if not self.waiting and self.free <= now:
+            self.doubt = job.ratio or min(self.controller.ratios, key=lambda ratio: (
+                self.costs.seconds(ratio, job.pixels))), job
+        return False
 
     def drop_late(self, now: float) -> list[AnyJob]:
         """Take out those who are late even at the fastest ratio."""
-        late = self._find_late(now, self.waiting)
-        dropped = [self.waiting[index] for index in late]
-        self.waiting = [job for index, job in enumerate(self.waiting) if index not in late]
-        return dropped
+        late = self.controller.find_late(max(now, self.free), self.waiting, self.costs)
+        self.waiting = [job for job in self.waiting if job not in late]
+        return late
 
     def take(self, now: float, most: int = 1) -> tuple[str, list[AnyJob]]:
         """Return a ratio, and the first request with others of its size, ``most`` in all.
@@ -150,10 +168,12 @@ class Queue(Generic[AnyJob]):
         ratio = first.ratio
         if ratio is None:
             ratio = self._last = self.controller.choose(now, self.waiting, self.costs, self._last)
+            if not rest and ratio != self.controller.ratios[0]:
+                self.doubt = self.controller.ratios[0], first
         seconds, jobs = self.costs.seconds(ratio, first.pixels), [first]
         for job in [job for job in rest if (job.ratio, job.size) == (first.ratio, first.size)]:
             others, end = [other for other in rest if other is not job], now + seconds
-            if len(jobs) == most or end + seconds * len(jobs) > first.due or len(
+            if len(jobs) == most or end + seconds * len(jobs) > first.due or (
                     self.controller.find_late(end + seconds * len(jobs), others, self.costs)):
                 break
             jobs.append(job)
@@ -164,7 +184,4 @@ class Queue(Generic[AnyJob]):
     def wait(self, now: float) -> float:
         """Return the seconds until all who wait are served at the fastest ratio."""
         return max(0., self.free - now) + sum(
-            self.controller.least(job, self.costs) for job in self.waiting)
-
-    def _find_late(self, now: float, jobs: Sequence[Job]) -> set[int]:
-        return self.controller.find_late(max(now, self.free), jobs, self.costs)
+            self.controller.least(job, self.costs)[0] for job in self.waiting)

@@ -1,13 +1,13 @@
 """The HTTP side of the server: it checks requests, hands them to a replica and counts."""
 import asyncio
 import hmac
+import logging
 import math
 import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import urlsplit
 
 from fastapi import FastAPI, HTTPException, Query, Request
 from fastapi.exceptions import RequestValidationError
@@ -20,10 +20,12 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.requests import ClientDisconnect
 
 from ..errors import ConfigError
+from ..listening import find_stranger
 from .messages import Answer, Wish
 
 _OPEN = '/healthz', '/readyz'  # which need no token
 _RECEIVING, _ANSWERING = 10., 300.  # seconds
+_LOG = logging.getLogger('ray.serve')
 _BUCKETS = tuple(0.005 * 2 ** step for step in range(12))
 
 
@@ -32,19 +34,11 @@ class Front:
 
     Args:
         replicas: Handle of the deployment of `Replica`.
-        hosts: Names by which the server may be reached.
-        token_file: A file with the token that requests need.
-        max_upload: Largest body in megabytes.
-        in_flight: Most requests at once.
     """
 
-    def __init__(self, replicas: DeploymentHandle, hosts: list[str], token_file: str | None = None,
-                 max_upload: float = 20., in_flight: int = 64) -> None:
-        self.replicas, self.hosts = replicas, {*map(str.lower, hosts)}
-        self.most, self.in_flight, self.held = max_upload * 2 ** 20, in_flight, 0
-        self.token = Path(token_file).read_text().strip() if token_file else ''
-        if token_file and not self.token:
-            raise ConfigError(f'{token_file} is empty: write the token into it')
+    def __init__(self, replicas: DeploymentHandle) -> None:
+        self.replicas, self.held = replicas, 0
+        self.hosts: set[str] | None = None
         self.registry = CollectorRegistry()
         self.requests = Counter('edaformer_requests', 'Requests for a mask', [
             'status', 'isr_ratio'], registry=self.registry)
@@ -52,6 +46,25 @@ class Front:
                                registry=self.registry)
         self.seconds = Histogram('edaformer_seconds', 'Time of answers', ['part'],
                                  registry=self.registry, buckets=_BUCKETS)
+
+    def reconfigure(self, settings: dict[str, Any]) -> None:
+        """Take ``hosts``, ``token_file``, ``max_upload`` and ``in_flight`` of `serve.config`.
+
+        Like `Replica`, a running one keeps what it has if they are wrong.
+        """
+        try:
+            path, token = settings['token_file'], ''
+            if path is not None:
+                token = Path(path).read_text().strip()
+                if not token:
+                    raise ConfigError(f'{path} is empty: write the token into it')
+        except (ConfigError, OSError) as error:
+            if self.hosts is None:
+                raise
+            _LOG.error('the new settings are not taken: %s', error)
+            return
+        self.token, self.hosts = token, {*map(str.lower, settings['hosts'])}
+        self.most, self.in_flight = settings['max_upload'] * 2 ** 20, settings['in_flight']
 
     def __serve_build_asgi_app__(self) -> FastAPI:  # which Ray Serve asks for
         app = FastAPI(title='mmseg_edaformer', version=version('mmseg_edaformer'))
@@ -159,10 +172,10 @@ class Front:
     async def _guard(self, request: Request, proceed: Callable[[Request], Any]) -> Response:
         """Refuse other host names, pages of other sites and wrong tokens; count the requests."""
         scheme, _, token = request.headers.get('authorization', '').partition(' ')
-        names = {request.url.hostname, urlsplit(request.headers.get('origin', '')).hostname}
-        if not names - {None} <= self.hosts:
-            response = _problem(421, 'this server is not known by this host name: start it with '
-                                '--allow-host NAME')
+        stranger = find_stranger(request.headers.get('host', ''), request.headers.get('origin'),
+                                 self.hosts or ())
+        if stranger:
+            response = _problem(421, stranger)
         elif self.token and request.url.path not in _OPEN and not (
                 scheme.lower() == 'bearer' and hmac.compare_digest(
                     token.encode(), self.token.encode())):
@@ -173,6 +186,9 @@ class Front:
                 response = await proceed(request)
             except ClientDisconnect:
                 response = Response(status_code=499)
+            except Exception:
+                self.requests.labels(500, '').inc()
+                raise
         if request.url.path == '/segment':
             self.requests.labels(response.status_code, response.headers.get('isr-ratio', '')).inc()
         return response

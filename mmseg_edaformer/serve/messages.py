@@ -25,7 +25,7 @@ class Policy:
     allow_overrides: bool = False
 
     def __post_init__(self) -> None:
-        if not self.isr_ratio or min(self.deadline_ms, self.megapixels) <= 0:
+        if not (self.isr_ratio and self.deadline_ms > 0 and self.megapixels > 0):
             raise ConfigError('a server needs an isr_ratio, and a deadline_ms and megapixels above '
                               f'0: {self}')
 
@@ -37,7 +37,7 @@ class Wish(BaseModel):
     isr_ratio: str | None = Field(None, max_length=60)
     query_ratio: str | None = Field(None, max_length=60)
     max_side: int | None = Field(None, ge=32)
-    deadline_ms: float | None = Field(None, gt=0, le=3.6e6)
+    deadline_ms: float | None = Field(None, gt=0, le=3e5)
     rle: bool = False
 
 

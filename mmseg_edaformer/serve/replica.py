@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from .messages import Answer, Policy, Wish
 
 _SIDES = 256, 512, 1024  # of the images that are timed at first
 _MEASURING = 5.  # seconds after which no larger one is
+_TRYING = 10.  # seconds between attempts to unlearn that a ratio is too slow
 _LOG = logging.getLogger('ray.serve')
 
 
@@ -42,7 +43,7 @@ class _Late(Exception):
 class Replica:
     """A model and those who wait for it.
 
-    One thread computes, another one decodes images and encodes masks.
+    One thread computes, one decodes images, and one encodes masks.
 
     Args:
         model: Arguments of `Segmenter`.
@@ -55,10 +56,10 @@ class Replica:
         self.segmenter = Segmenter(**model)
         self.queue: Queue[_Job] = Queue(Controller(('none',)), Costs())
         self.policy: Policy | None = None
-        self.encoding = 0.  # seconds
+        self.encoding, self.tried = Costs(), 0.
         self.more = asyncio.Event()
         self.work: asyncio.Task[None] | None = None
-        self.computing, self.coding = ThreadPoolExecutor(1), ThreadPoolExecutor(2)
+        self.computing, self.decoder, self.encoder = (ThreadPoolExecutor(1) for _ in range(3))
 
     async def reconfigure(self, settings: dict[str, Any]) -> None:
         """Take the arguments of a `Policy`; ratios that are new are timed.
@@ -70,7 +71,7 @@ class Replica:
             policy = Policy(**settings)
             ratios = tuple(str(ISRRatio.parse(ratio)) for ratio in policy.isr_ratio)
             await self._measure(ratios)
-        except UserError as error:
+        except Exception as error:
             if self.policy is None:
                 raise
             _LOG.error('the new settings are not taken: %s', error)
@@ -83,10 +84,12 @@ class Replica:
         came = time.monotonic() - max(0., time.time() - since)
         try:
             ratio = self._read(wish)
-            loaded = await self._run(self.coding, self._load, body, wish.max_side)
-            due = came + (wish.deadline_ms or self.policy.deadline_ms) / 1e3 - self.encoding
-            job = _Job(due, _size(loaded), ratio, came, loaded,
-                       asyncio.get_running_loop().create_future())
+            loaded = await self._run(self.decoder, self._load, body, wish.max_side)
+            form, pixels = (figures, wish.rle), math.prod(loaded[0].shape[:2])
+            due = came + (wish.deadline_ms or self.policy.deadline_ms) / 1e3
+            job = _Job(due - self.encoding.seconds(str(form), pixels), _size(loaded), ratio, came,
+                       loaded, asyncio.get_running_loop().create_future())
+            self._drop_gone()
             if not self.queue.admit(time.monotonic(), job):
                 return self._refuse(job)
             self.more.set()
@@ -95,8 +98,8 @@ class Replica:
                 result, ratio, start, end = await job.future
             except _Late:
                 return self._refuse(job)
-            content = await self._run(self.coding, _encode, result, figures, wish.rle)
-            self.encoding += 0.1 * (time.monotonic() - end - self.encoding)
+            content = await self._run(self.encoder, _encode, result, *form)
+            self.encoding.add(str(form), pixels, time.monotonic() - end)
             if figures:
                 content |= dict(isr_ratio=ratio, queue_ms=1e3 * (start - came),
                                 compute_ms=1e3 * (end - start))
@@ -126,9 +129,13 @@ class Replica:
         """Predict those that wait, the earliest deadline first."""
         while await self.more.wait():
             start, queue = time.monotonic(), self.queue
-            queue.waiting = [job for job in queue.waiting if not job.future.done()]
+            self._drop_gone()
             for job in queue.drop_late(start):
                 job.future.set_exception(_Late())
+            if not queue.waiting and queue.doubt is not None and start > self.tried + _TRYING:
+                (ratio, job), queue.doubt, self.tried = queue.doubt, None, start
+                queue.waiting = [replace(job, due=math.inf, ratio=ratio,
+                                         future=asyncio.get_running_loop().create_future())]
             if not queue.waiting:
                 self.more.clear()
                 continue
@@ -149,6 +156,10 @@ class Replica:
                 else:
                     job.future.set_result((result, ratio, start, end))
 
+    def _drop_gone(self) -> None:
+        """Take out those whose clients are gone."""
+        self.queue.waiting = [job for job in self.queue.waiting if not job.future.done()]
+
     async def _predict(self, ratio: str, loaded: Sequence[Loaded], learn: bool = True) -> list[Any]:
         """Predict images of one size, and learn what that takes."""
         def predict() -> tuple[list[Any], float]:
@@ -163,12 +174,12 @@ class Replica:
         return results
 
     async def _measure(self, ratios: Sequence[str]) -> None:
-        """Time ratios at a few sizes."""
-        end = time.monotonic() + _MEASURING
+        """Time new ratios at a few sizes; while others may wait, at the least one."""
         new = [ratio for ratio in ratios if ratio not in self.queue.costs.table()]
-        for side in _SIDES:
+        end = time.monotonic() + _MEASURING
+        for side in _SIDES[:1] if self.policy else _SIDES:
             noise = np.random.default_rng(0).integers(256, size=(side, side, 3), dtype=np.uint8)
-            loaded = await self._run(self.coding, self.segmenter.load, noise)
+            loaded = await self._run(self.decoder, self.segmenter.load, noise)
             for turn in range(3):
                 for ratio in new:  # the first pass may compile
                     if side == _SIDES[0] or time.monotonic() < end:
@@ -219,7 +230,7 @@ class Replica:
 
     def _refuse(self, job: _Job) -> Answer:
         """Return what one is told who is late, or makes others late."""
-        if job.came + self.queue.controller.least(job, self.queue.costs) > job.due:
+        if job.came + sum(self.queue.controller.least(job, self.queue.costs)) > job.due:
             return Answer(503, 'an image of this size cannot be predicted within the deadline')
         return Answer(503, 'too many requests wait: ask again later',
                       wait=max(1., self.queue.wait(time.monotonic())))

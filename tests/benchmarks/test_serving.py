@@ -54,6 +54,11 @@ def test_one_request_at_a_time_is_as_late_as_by_hand():
     assert [reply.latency for reply in replies] == pytest.approx([1.25, 1.75, 2.65])
 
 
+def test_images_of_several_sizes_take_their_share():
+    replies = simulate([0., 5., 10.], dict(none=1.), 20., noise=0., sides=(100, 200))
+    assert [reply.latency for reply in replies] == pytest.approx([0.4, 1.6, 0.4])
+
+
 def test_areas_are_those_of_the_masks(tmp_path):
     import io
 

@@ -137,6 +137,25 @@ def test_a_queue_turns_the_dial_and_its_end_turns_it_back(started, body):
     assert 'ask again later' in refused[0].content
 
 
+def test_a_ratio_that_was_too_slow_is_tried_again(started, body, monkeypatch):
+    monkeypatch.setattr(replicas, '_TRYING', 0.)
+
+    async def ask():
+        replica = await started(deadline_ms=5000., isr_ratio=['none', '2'])
+        for _ in range(60):  # a slow machine
+            replica.queue.costs.add('none', 96 * 128, 6.)
+        first = await ask_for(replica, body)
+        for count in range(500):
+            answer = await ask_for(replica, body)
+            if answer.isr_ratio == 'none':
+                return first, count
+            await asyncio.sleep(0.01)
+
+    first, count = asyncio.run(ask())
+    assert first.isr_ratio == '2'
+    assert 0 < count < 100
+
+
 def test_refused_at_once(started, body):
     async def ask():
         replica = await started(allow_overrides=True)
@@ -302,7 +321,8 @@ def test_ratios_change_while_it_runs(started, body):
         first = await replica.describe()
         await replica.reconfigure(dict(isr_ratio=['2'], deadline_ms=5000., miou={'2': 40.}))
         second, answer = await replica.describe(), await ask_for(replica, body)
-        for wrong in dict(isr_ratio=['banana']), dict(isr_ratio=['1234-12']), dict(deadline_ms=0.):
+        for wrong in (dict(isr_ratio=['banana']), dict(isr_ratio=['1234-12']), dict(isr_ratio=2),
+                      dict(deadline_ms=0.), dict(deadline_ms='long'), dict(unknown=1)):
             await replica.reconfigure(SETTINGS | wrong)
             now = await replica.describe()
             assert now['deadline_ms'] == 5000.
@@ -344,8 +364,11 @@ class Handle:
 @contextmanager
 def client_of(answer=MASK, hosts=('testserver',), **settings):
     handle = Handle(answer)
-    app = front.Front(handle, hosts, **settings)
+    app = front.Front(handle)
+    app.reconfigure(dict(dict(hosts=hosts, token_file=None, max_upload=20, in_flight=64),
+                         **settings))
     with TestClient(app.__serve_build_asgi_app__(), raise_server_exceptions=False) as client:
+        client.app_of = app
         yield client, handle
 
 
@@ -407,6 +430,8 @@ def test_errors_have_one_shape():
     with client_of(ValueError('/secret/path')) as (client, _):
         response = client.post('/segment', content=b'image')
         assert 'secret' not in error_of(response, 500)
+        assert 'edaformer_requests_total{isr_ratio="",status="500"} 1.0' in (
+            client.get('/metrics').text)
 
 
 def test_a_body_that_is_too_large_is_not_read():
@@ -451,10 +476,19 @@ def test_host_names_and_tokens(tmp_path):
         assert client.post('/segment', content=b'i', headers=right).status_code == 200
         assert client.get('/healthz').status_code == 200
         assert client.get('/healthz', headers={'Host': 'name:80'}).status_code == 200
-        for headers in {'Host': 'evil.org'}, {'Origin': 'http://evil.org'}:
-            assert '--allow-host' in error_of(client.get('/healthz', headers=headers), 421)
+        for headers, message in (({'Host': 'evil.org'}, '--allow-host'), (
+                {'Origin': 'http://evil.org'}, 'pages of other sites')):
+            assert message in error_of(client.get('/healthz', headers=headers), 421)
+        own = {'Origin': 'http://testserver'}
+        assert client.get('/healthz', headers=own).status_code == 200
+        settings = dict(hosts=['new'], max_upload=20, in_flight=64)
+        for name in 'empty', 'missing':  # a running server keeps what it has
+            client.app_of.reconfigure(settings | dict(token_file=tmp_path / name))
+            assert client.get('/model', headers=right).status_code == 200
+        client.app_of.reconfigure(settings | dict(token_file=None))
+        assert client.get('/model', headers={'Host': 'new'}).status_code == 200
     with pytest.raises(ConfigError, match='is empty'):
-        front.Front(handle, [], token_file=tmp_path / 'empty')
+        front.Front(handle).reconfigure(settings | dict(token_file=tmp_path / 'empty'))
 
 
 def test_a_replica_that_dies_is_asked_again_elsewhere():
