@@ -70,7 +70,6 @@ def application(args: dict[str, Any]) -> Any:
     from ray import serve
 
     from .front import Front
-    from .replica import Replica
     model, threads, gpus = dict(args['model']), args['threads'], ray.cluster_resources().get('GPU')
     asked = str(model.get('device') or ('cuda' if gpus else 'cpu'))
     if asked != 'cpu' and not gpus:
@@ -79,11 +78,12 @@ def application(args: dict[str, Any]) -> Any:
     common: dict[str, Any] = dict(
         max_ongoing_requests=_MANY, graceful_shutdown_timeout_s=_DRAIN,
         graceful_shutdown_wait_loop_s=0.2, health_check_period_s=2.)
-    replicas = serve.deployment(Replica, **common, ray_actor_options=dict(
+    replicas = serve.deployment(name='Replica', **common, ray_actor_options=dict(
         num_cpus=threads, num_gpus=int(asked != 'cpu')))
     front = serve.deployment(
         serve.ingress()(Front), name='Front', ray_actor_options=dict(num_cpus=0), **common)
-    return front.bind(replicas.bind(model, threads))
+    # By name, since importing it takes seconds, which only replicas need to spend.
+    return front.bind(replicas(f'{__name__}.replica.Replica').bind(model, threads))
 
 
 def run(settings: dict[str, Any], address: str | None = None) -> None:

@@ -90,10 +90,11 @@ class Replica:
             job = _Job(due - self.encoding.seconds(str(form), pixels), _size(loaded), ratio, came,
                        loaded, asyncio.get_running_loop().create_future())
             self._drop_gone()
-            if not self.queue.admit(time.monotonic(), job):
-                return self._refuse(job)
+            admitted = self.queue.admit(time.monotonic(), job)
             self.more.set()
             self.work = self.work or asyncio.create_task(self._work())
+            if not admitted:
+                return self._refuse(job)
             try:
                 result, ratio, start, end = await job.future
             except _Late:

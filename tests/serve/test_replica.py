@@ -137,23 +137,23 @@ def test_a_queue_turns_the_dial_and_its_end_turns_it_back(started, body):
     assert 'ask again later' in refused[0].content
 
 
-def test_a_ratio_that_was_too_slow_is_tried_again(started, body, monkeypatch):
+@pytest.mark.parametrize('coarser', [['2'], []])
+def test_what_was_too_slow_is_tried_again(started, body, coarser, monkeypatch):
     monkeypatch.setattr(replicas, '_TRYING', 0.)
 
     async def ask():
-        replica = await started(deadline_ms=5000., isr_ratio=['none', '2'])
+        replica = await started(deadline_ms=5000., isr_ratio=['none', *coarser])
         for _ in range(60):  # a slow machine
             replica.queue.costs.add('none', 96 * 128, 6.)
-        first = await ask_for(replica, body)
-        for count in range(500):
-            answer = await ask_for(replica, body)
-            if answer.isr_ratio == 'none':
-                return first, count
-            await asyncio.sleep(0.01)
+        answers = [await ask_for(replica, body)]
+        while answers[-1].isr_ratio != 'none' and len(answers) < 100:
+            await asyncio.sleep(0.05)
+            answers.append(await ask_for(replica, body))
+        return answers
 
-    first, count = asyncio.run(ask())
-    assert first.isr_ratio == '2'
-    assert 0 < count < 100
+    first, *_, last = asyncio.run(ask())
+    assert (first.status, first.isr_ratio) == ((200, '2') if coarser else (503, ''))
+    assert (last.status, last.isr_ratio) == (200, 'none')
 
 
 def test_refused_at_once(started, body):
