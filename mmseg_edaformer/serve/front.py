@@ -187,11 +187,14 @@ class Front:
             except ClientDisconnect:
                 response = Response(status_code=499)
             except Exception:
-                self.requests.labels(500, '').inc()
+                self._count(request, 500)
                 raise
-        if request.url.path == '/segment':
-            self.requests.labels(response.status_code, response.headers.get('isr-ratio', '')).inc()
+        self._count(request, response.status_code, response.headers.get('isr-ratio', ''))
         return response
+
+    def _count(self, request: Request, status: int, ratio: str = '') -> None:
+        if request.url.path == '/segment':
+            self.requests.labels(status, ratio).inc()
 
 
 def _problem(status: int, message: str, wait: float | None = None) -> Response:
