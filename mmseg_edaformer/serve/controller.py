@@ -94,12 +94,15 @@ class Controller:
             if all(end <= share * (job.due - now)
                    for job, end in zip(waiting, _ends(waiting, ratio, costs))):
                 return ratio
-        return min(self.ratios, key=lambda ratio: costs.seconds(ratio, waiting[0].pixels))
+        return self.fastest(waiting[0].pixels, costs)
+
+    def fastest(self, pixels: int, costs: Costs) -> str:
+        """Return the ratio at which an image takes least."""
+        return min(self.ratios, key=lambda ratio: costs.seconds(ratio, pixels))
 
     def least(self, job: Job, costs: Costs) -> tuple[float, float]:
         """Return mean and deviation of the seconds at the fastest ratio, or at the job's own."""
-        return min((costs.expect(ratio, job.pixels)
-                    for ratio in ([job.ratio] if job.ratio else self.ratios)), key=sum)
+        return costs.expect(job.ratio or self.fastest(job.pixels, costs), job.pixels)
 
     def find_late(self, now: float, waiting: Sequence[AnyJob], costs: Costs) -> list[AnyJob]:
         """Return those that are late even if all get the fastest ratio."""
@@ -149,8 +152,7 @@ class Queue(Generic[AnyJob]):
             self.waiting = waiting
             return True
         if not self.waiting and self.free <= now:
-            self.doubt = job.ratio or min(self.controller.ratios, key=lambda ratio: (
-                self.costs.seconds(ratio, job.pixels))), job
+            self.doubt = job.ratio or self.controller.fastest(job.pixels, self.costs), job
         return False
 
     def drop_late(self, now: float) -> list[AnyJob]:

@@ -38,7 +38,7 @@ class Front:
 
     def __init__(self, replicas: DeploymentHandle) -> None:
         self.replicas, self.held = replicas, 0
-        self.hosts: set[str] | None = None
+        self.hosts: set[str] = set()
         self.registry = CollectorRegistry()
         self.requests = Counter('edaformer_requests', 'Requests for a mask', [
             'status', 'isr_ratio'], registry=self.registry)
@@ -59,7 +59,7 @@ class Front:
                 if not token:
                     raise ConfigError(f'{path} is empty: write the token into it')
         except (ConfigError, OSError) as error:
-            if self.hosts is None:
+            if not self.hosts:
                 raise
             _LOG.error('the new settings are not taken: %s', error)
             return
@@ -173,7 +173,7 @@ class Front:
         """Refuse other host names, pages of other sites and wrong tokens; count the requests."""
         scheme, _, token = request.headers.get('authorization', '').partition(' ')
         stranger = find_stranger(request.headers.get('host', ''), request.headers.get('origin'),
-                                 self.hosts or ())
+                                 self.hosts)
         if stranger:
             response = _problem(421, stranger)
         elif self.token and request.url.path not in _OPEN and not (
